@@ -1,0 +1,30 @@
+"""Losses for language-model training that torch.compile turns into the fastest and leanest code there is."""
+
+import torch as _torch
+
+from compiled_loss import checks as _checks
+
+_checks.torch_version(_torch.__version__)
+
+from compiled_loss import nn  # noqa: E402
+from compiled_loss.engine.plan import Chunking  # noqa: E402
+from compiled_loss.functional.cross_entropy import (  # noqa: E402
+    LossAndStatistics,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+)
+from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chunking",
+    "LossAndStatistics",
+    "TokenStatistics",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_statistics",
+    "linear_token_statistics",
+    "nn",
+]

@@ -1,0 +1,228 @@
+"""Every error a user can see. Each names the argument, what was expected and what came, before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OLDEST_TORCH = (2, 11)
+_REDUCTIONS = ("none", "sum", "mean")
+_STRATEGIES = ("auto", "tokens", "vocab")
+
+
+class UnsupportedTorchError(ImportError, ValueError):
+    """The installed torch is older than the oldest this library is tested on."""
+
+
+def torch_version(version: str) -> None:
+    """Raise unless `version` is one this library is tested on, or newer."""
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise UnsupportedTorchError(
+            f"compiled_loss: expected torch >= {oldest}, got {version}: pip install 'torch>={oldest}'"
+        )
+
+
+def tensor(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Raise unless `value` is of a floating dtype that gradients are computed in."""
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless `value` is int64, shaped like the rows of `rows` and on their device."""
+    tensor("labels", value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
+    if value.shape != shape:
+        raise ValueError(
+            f"labels: expected the shape of {rows} without its last dimension, {_shape(shape)}, got {_shape(value.shape)}"
+        )
+    same_device("labels", value, device)
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless `value` is on `device`."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected on {device} like the first argument, got {value.device}")
+
+
+def logits(value: Tensor) -> None:
+    """Raise unless `value` is [..., V]."""
+    tensor("logits", value)
+    floating("logits", value)
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"logits: expected [..., V] with V >= 1, got {_shape(value.shape)}")
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless hidden @ weight.T + bias exists."""
+    tensor("hidden", hidden)
+    tensor("weight", weight)
+    floating("hidden", hidden)
+    floating("weight", weight)
+    if weight.dim() != 2 or weight.shape[0] < 1:
+        raise ValueError(f"weight: expected [V, H] with V >= 1, got {_shape(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected [..., H] with H = {weight.shape[1]}, the width of weight, got {_shape(hidden.shape)}"
+        )
+    same_device("weight", weight, hidden.device)
+    if bias is not None:
+        vocabulary_vector("bias", bias, weight.shape[0], hidden.device)
+
+
+def same_dtype(hidden: Tensor, weight: Tensor) -> None:
+    """Raise unless one GEMM can take both."""
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}: "
+            "cast one of them, or call under torch.autocast"
+        )
+
+
+def vocabulary_vector(name: str, value: Tensor, vocab: int, device: torch.device) -> None:
+    """Raise unless `value` is a floating [V]."""
+    tensor(name, value)
+    floating(name, value)
+    if value.shape != (vocab,):
+        raise ValueError(f"{name}: expected [V] = [{vocab}], got {_shape(value.shape)}")
+    same_device(name, value, device)
+
+
+def class_weights(value: Tensor | None, vocab: int, device: torch.device) -> None:
+    """Raise unless `value` is None or a constant [V]."""
+    if value is None:
+        return
+    vocabulary_vector("class_weights", value, vocab, device)
+    if value.requires_grad:
+        raise ValueError(
+            "class_weights: expected a tensor without gradient, got requires_grad=True: use class_weights.detach()"
+        )
+
+
+def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless `value` is None or broadcasts to `shape`, that of the labels."""
+    if value is None:
+        return
+    tensor(name, value)
+    if value.dtype.is_complex:
+        raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
+    fits = value.dim() <= len(shape) and all(
+        mine == 1 or mine == theirs
+        for mine, theirs in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected to broadcast to the labels' {_shape(shape)}, got {_shape(value.shape)}")
+    same_device(name, value, device)
+
+
+def tokens(
+    labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, name: str, source: Tensor
+) -> None:
+    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`."""
+    labels(labels_, name, source.shape[:-1], source.device)
+    per_token("mask", mask, labels_.shape, source.device)
+    per_token("token_weights", token_weights, labels_.shape, source.device)
+
+
+def transform(softcap: float | None, temperature: float) -> None:
+    """Raise unless z is defined."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+
+
+def alignment(shift: int, ignore_index: int) -> None:
+    """Raise unless tokens can be told apart and moved."""
+    for name, value in (("shift", shift), ("ignore_index", ignore_index)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if shift < 0:
+        raise ValueError(f"shift: expected an int >= 0, got {shift}")
+
+
+def terms(label_smoothing: float, z_loss: float) -> None:
+    """Raise unless each term of the loss is in its range."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss: expected a number >= 0, got {z_loss}")
+
+
+def reduction(value: str, num_label_tokens: int | Tensor | None, device: torch.device) -> None:
+    """Raise unless the reduction exists and `num_label_tokens` goes with it."""
+    if value not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {value!r}")
+    if num_label_tokens is None:
+        return
+    if value != "sum":
+        raise ValueError(
+            f"num_label_tokens: expected None unless reduction='sum', which it divides, got reduction={value!r}"
+        )
+    if isinstance(num_label_tokens, Tensor):
+        if num_label_tokens.numel() != 1:
+            raise ValueError(f"num_label_tokens: expected one element, got {_shape(num_label_tokens.shape)}")
+        if num_label_tokens.device != device and (num_label_tokens.device.type != "cpu" or num_label_tokens.dim()):
+            raise ValueError(f"num_label_tokens: expected on {device}, got {num_label_tokens.device}")
+    elif isinstance(num_label_tokens, bool) or not isinstance(num_label_tokens, (int, torch.SymInt)):
+        raise TypeError(f"num_label_tokens: expected an int, a tensor or None, got {type(num_label_tokens).__name__}")
+    elif num_label_tokens < 0:
+        raise ValueError(f"num_label_tokens: expected >= 0, got {num_label_tokens}")
+
+
+def chunking(
+    strategy: str, chunk_size: int | None, memory_budget: int | None, accumulate_dtype: object, compile: object
+) -> None:
+    """Raise unless the fields of a `Chunking` are each valid and go together."""
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, _STRATEGIES))}, got {strategy!r}")
+    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int >= 1 or None, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected an int >= 1 or None, got {value}")
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError("memory_budget: expected None where chunk_size is given, got both: they say the same thing")
+    if accumulate_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"accumulate_dtype: expected a floating torch.dtype or None, got {accumulate_dtype!r}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+
+
+def memory_budget(value: int, chunk: str, needed: int) -> None:
+    """Raise unless the budget holds the least chunk."""
+    if value < needed:
+        raise ValueError(f"memory_budget: expected at least {needed} bytes, one {chunk} of logits, got {value}")
+
+
+def accumulator(accumulate_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Raise unless sums in `accumulate_dtype` lose nothing that `dtype` holds."""
+    if torch.promote_types(accumulate_dtype, dtype) != accumulate_dtype:
+        raise ValueError(f"accumulate_dtype: expected {dtype} like the inputs or wider, got {accumulate_dtype}")
+
+
+def tokens_strategy(reason: str) -> None:
+    """Raise: the token walk cannot do what is asked."""
+    raise ValueError(f"strategy: expected 'vocab' or 'auto', got 'tokens', which cannot give {reason}: "
+                     "it forms gradients before it knows each token's upstream gradient")
+
+
+def labels_in_range(bad: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise if any is marked bad. Reads the tensors: for eager CPU code alone."""
+    if bad.any():
+        first = values[bad].reshape(-1)[0].item()
+        raise ValueError(f"labels: expected 0 <= label < V = {vocab}, or ignore_index = {ignore_index}, got {first}")
+
+
+def _shape(shape: torch.Size) -> str:
+    return "[" + ", ".join([str(int(size)) for size in shape]) + "]"

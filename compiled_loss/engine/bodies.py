@@ -1,0 +1,162 @@
+"""The elementwise mathematics of one chunk of logits: plain torch on [rows, columns], written to fuse into one kernel.
+
+H width; a chunk is `rows` tokens by `columns` of the vocabulary. `source` is a chunk of hidden states [rows, H] with its
+`weight` [columns, H], or logits [..., columns] with None. Then come, in every body and in this order, `labels` [rows]
+(relative to the chunk's first column) and the `Head`. A body writes nothing that it was given; its GEMM is inside it,
+so that the compiler overwrites the logits with their gradient.
+
+NOTE [Columns are compared, never indexed]
+`where(column == label, z, 0).sum(-1)` instead of a gather: it fuses into the statistics' pass, it cannot leave the row
+whatever the label is, and on torch 2.11 a gather from a buffer that the graph later reuses read the later values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss.engine.statistics import Coefficients, State, finish, statistics_dtype
+
+Output = tuple[Tensor | None, ...]
+
+
+class Head(NamedTuple):
+    """What turns h @ w.T into z = softcap * tanh((h @ w.T + bias) / softcap) * inverse_temperature.
+
+    bias and class_weights are [V]; softcap and inverse_temperature are scalar tensors, not floats, so that a changed
+    value neither recompiles nor becomes a symbol, which a nested region does not take.
+    """
+
+    bias: Tensor | None
+    class_weights: Tensor | None
+    softcap: Tensor | None
+    inverse_temperature: Tensor | None
+
+    def columns(self, start: int, length: int) -> Head:
+        """The head of a range of the vocabulary."""
+        narrow = [None if v is None else v.narrow(0, start, length) for v in (self.bias, self.class_weights)]
+        return Head(narrow[0], narrow[1], self.softcap, self.inverse_temperature)
+
+
+class Upstream(NamedTuple):
+    """Gradients of the rows' statistics; `row` multiplies the softmax: that of lse plus that of nll."""
+
+    row: Tensor
+    nll: Tensor
+    total: Tensor | None
+    entropy: Tensor | None
+
+    @staticmethod
+    def of(like: Tensor, nll: Tensor | None, lse: Tensor | None, total: Tensor | None, entropy: Tensor | None) -> Upstream:
+        """From autograd's gradients of [N] statistics shaped like `like`, each of which may be missing.
+
+        New tensors all: Dynamo traces a backward with example gradients that alias each other, which no region takes.
+        """
+        nll = torch.zeros_like(like) if nll is None else nll.to(like.dtype, copy=True)
+        row = nll.clone() if lse is None else nll + lse
+        rest = [None if g is None else g.to(like.dtype, copy=True) for g in (total, entropy)]
+        return Upstream(row, nll, *rest)
+
+
+def _transform(source: Tensor, weight: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
+    """z, and dz/d(raw logits) or None for 1."""
+    raw = source if weight is None else source @ weight.t()
+    z = raw.to(statistics_dtype(raw.dtype))
+    slope = None
+    if head.bias is not None:
+        z = z + head.bias.to(z.dtype)
+    if head.softcap is not None:
+        capped = torch.tanh(z / head.softcap)
+        z = head.softcap * capped
+        slope = 1 - capped * capped
+    if head.inverse_temperature is not None:
+        z = z * head.inverse_temperature
+        slope = head.inverse_temperature if slope is None else slope * head.inverse_temperature
+    return z, slope
+
+
+def _hit(z: Tensor, labels: Tensor) -> Tensor:
+    return torch.arange(z.shape[-1], device=z.device) == labels.unsqueeze(-1)
+
+
+def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
+    # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
+    maximum = torch.maximum(state.maximum, z.detach().amax(-1))
+    shifted = z - maximum.unsqueeze(-1)
+    exp = shifted.exp()
+    rescale = (state.maximum - maximum).exp()
+    total, moment = state.total, state.moment
+    if total is not None:
+        total = total + (z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1)
+    if moment is not None:  # exp is 0 long before the clamp; it only keeps 0 * -inf from becoming NaN
+        past = (moment + state.sum_exp * (state.maximum - maximum).clamp(min=-1e4)) * rescale
+        moment = past + (exp * shifted.clamp(min=-1e4)).sum(-1)
+    return State(
+        maximum=maximum,
+        sum_exp=state.sum_exp * rescale + exp.sum(-1),
+        picked=state.picked + torch.where(_hit(z, labels), z, 0.0).sum(-1),
+        total=total,
+        moment=moment,
+    )
+
+
+def _gradient(
+    z: Tensor,
+    slope: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    maximum: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    upstream: Upstream,
+) -> Tensor:
+    """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
+    log_p = (z - maximum.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+    row = upstream.row.unsqueeze(-1)
+    if upstream.entropy is not None:
+        assert entropy is not None
+        row = row - upstream.entropy.unsqueeze(-1) * (log_p.clamp(min=-1e4) + entropy.unsqueeze(-1))
+    d = log_p.exp() * row - torch.where(_hit(z, labels), upstream.nll.unsqueeze(-1), 0.0)
+    if upstream.total is not None:
+        total = upstream.total.unsqueeze(-1)
+        d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
+    return d if slope is None else d * slope
+
+
+def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+    """Fold a chunk into the rows' state: (labels, *Head, *State) -> (*State)."""
+    labels, head, state = operands[0], Head(*operands[1:5]), State(*operands[5:])  # type: ignore[arg-type]
+    assert labels is not None
+    z, _ = _transform(source, weight, head)
+    return tuple(_fold(z, labels, head, state))
+
+
+def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+    """Gradient of a chunk's logits: (labels, *Head, maximum, log_sum, entropy, *Upstream) -> (d,), in source's dtype."""
+    labels, head, upstream = operands[0], Head(*operands[1:5]), Upstream(*operands[8:])  # type: ignore[arg-type]
+    maximum, log_sum, entropy = operands[5:8]
+    assert labels is not None and maximum is not None and log_sum is not None
+    z, slope = _transform(source, weight, head)
+    return (_gradient(z, slope, labels, head, maximum, log_sum, entropy, upstream).to(source.dtype),)
+
+
+def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+    """Both, for rows that are whole: (labels, *Head, *State, *Coefficients) -> (d, *State).
+
+    d is the gradient of `combine` summed. The upstream gradient is known from the coefficients, but for lse's.
+    """
+    labels, head = operands[0], Head(*operands[1:5])
+    state, coefficients = State(*operands[5:10]), Coefficients(*operands[10:])  # type: ignore[arg-type]
+    assert labels is not None
+    z, slope = _transform(source, weight, head)
+    state = _fold(z, labels, head, state)
+    row = coefficients.nll
+    if coefficients.lse is not None:
+        row = row + coefficients.lse
+    if coefficients.square is not None:
+        row = row + 2 * coefficients.square * finish(state).lse
+    upstream = Upstream(row, coefficients.nll, coefficients.total, None)
+    d = _gradient(z, slope, labels, head, state.maximum, state.sum_exp.log(), None, upstream)
+    return (d.to(source.dtype), *state)

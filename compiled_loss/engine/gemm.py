@@ -1,0 +1,74 @@
+"""GEMMs that write where they are told, and the two operators around them that keep the compiler honest.
+
+Inductor functionalises `acc.addmm_(a, b)` into a new [V, H] per chunk plus a copy; an operator that declares what it
+writes keeps one accumulator for the whole loop. What an operator here writes is read by nothing but operators here until
+the loop is over: Inductor 2.15 was seen to move an ordinary read of such a buffer behind the next write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
+
+
+@torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"})
+def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.zero_()
+        _add_product(out, a, b)
+
+
+@torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"})
+def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """accumulator += a @ b, in the accumulator's dtype."""
+    _add_product(accumulator, a, b)
+
+
+def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    if accumulator.dtype == a.dtype:
+        accumulator.addmm_(a, b)
+    elif accumulator.is_cuda and accumulator.dtype == torch.float32:
+        torch.ops.aten.addmm.dtype_out(accumulator, a, b, torch.float32, out=accumulator)
+    else:
+        rows = max(1, _BLOCK // max(1, b.shape[1]))
+        for block, part in zip(accumulator.split(rows), a.split(rows), strict=True):
+            block.add_(part @ b)
+
+
+@torch.library.custom_op("compiled_loss::add_column_sums_", mutates_args={"accumulator"})
+def add_column_sums_(accumulator: Tensor, x: Tensor) -> None:
+    """accumulator += x.sum(0): the gradient of a bias."""
+    accumulator.add_(x.sum(0, dtype=accumulator.dtype))
+
+
+@torch.library.custom_op("compiled_loss::seal", mutates_args=())
+def seal(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """A copy of loss that the compiler must believe to depend on the finished gradients.
+
+    Without it the partitioner moves dW GEMMs of the token walk into backward and keeps their [C, V] inputs: the last
+    chunk's when N >= H, all of them when N < H.
+    """
+    return loss.clone()
+
+
+@seal.register_fake
+def _(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, with one rounding; eager torch would first round the factor to gradient's dtype."""
+    if torch.compiler.is_compiling():
+        return (gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32)).expand_as(gradient)).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    rows = max(1, _BLOCK // max(1, gradient[:1].numel()))
+    for block, part in zip(out.split(rows), gradient.split(rows), strict=True):
+        block.copy_(part.to(factor.dtype) * factor)
+    return out

@@ -1,0 +1,109 @@
+"""How a body of `bodies.py` is run: as a nested region, as a compiled operator, or plainly.
+
+NOTE [Hosts]
+Traced into the user's graph as ordinary code, a chunk loop is undone: the compiler merges the logits GEMM of forward
+with its recomputation in backward, saves every chunk's logits and fuses all chunks into one kernel that needs them all.
+So a body is always behind a wall:
+
+- region:   `nested_compile_region`, under torch.compile on torch >= 2.13. Compiled once, called once a chunk, and the
+            whole loss stays visible in Inductor's graph. (On 2.11 a region inside an autograd Function returns every
+            intermediate: right numbers, several times the memory.)
+- operator: an opaque operator whose implementation is itself compiled: eager calls that want generated kernels, and
+            torch.compile on torch 2.11 and 2.12.
+- plain:    eager torch, a block of rows at a time so that fp32 temporaries stay small.
+
+Regions only return new tensors. One that writes its input was seen to be dropped by Inductor, its write with it, in
+backward on 2.13 and wherever its result went unused: the loss right, the gradients silently wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from compiled_loss.engine import bodies
+
+Body = Callable[..., bodies.Output]
+Host = Callable[..., bodies.Output]  # (body, source, weight, *operands) -> the body's outputs
+
+_BODIES: dict[str, Body] = {b.__name__: b for b in (bodies.fold, bodies.gradient, bodies.fold_and_gradient)}
+_REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
+_REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+_BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
+_STATE = 1 + len(bodies.Head._fields)  # operands before it: labels, which have rows, and the head, which has none
+
+
+def choose(device: torch.device, compile: bool | str) -> Host:
+    """The host for a call on `device`; `compile` is that of `Chunking` and speaks of eager calls only."""
+    if torch.compiler.is_compiling():
+        return region if _REGIONS_WORK else operator
+    wanted = device.type not in ("cpu", "meta") if compile == "auto" else compile
+    return operator if wanted else plain
+
+
+def region(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+    """The body as a subgraph of the graph being traced."""
+    return _REGIONS[body.__name__](source, weight, *operands)
+
+
+def operator(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+    """The body as an opaque operator."""
+    wanted = [value is not None for value in operands[_STATE : _STATE + 5]]
+    names = {"fold": wanted, "gradient": [True], "fold_and_gradient": [True, *wanted]}[body.__name__]
+    present = iter(run_body(body.__name__, source, weight, list(operands)))
+    return tuple([next(present) if name else None for name in names])
+
+
+@torch.library.custom_op("compiled_loss::run_body", mutates_args=())
+def run_body(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
+    """The outputs of a compiled body that are not None; they never alias an input."""
+    key = (body, source.dtype, weight is None, *(value is not None for value in operands))
+    with torch.no_grad():
+        return [value for value in _compiled(key)(source, weight, *operands) if value is not None]
+
+
+@run_body.register_fake
+def _(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
+    return [value for value in _BODIES[body](source, weight, *operands) if value is not None]
+
+
+@functools.cache
+def _compiled(key: tuple[object, ...]) -> Body:
+    """A compiled body for one combination of options: Dynamo counts recompiles by code object, so each gets its own."""
+    body = _BODIES[str(key[0])]
+    assert isinstance(body, types.FunctionType)
+    return torch.compile(types.FunctionType(body.__code__.replace(), body.__globals__, body.__name__), fullgraph=True)
+
+
+def plain(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+    """The body in eager torch. A gradient overwrites the logits where they are those of our own GEMM."""
+    logits = source if weight is None else source @ weight.t()
+    if body is bodies.fold:
+        return _by_rows(body, logits, None, operands)
+    out = torch.empty_like(logits) if weight is None else logits
+    return (out, *_by_rows(body, logits, out, operands))
+
+
+def _by_rows(body: Body, logits: Tensor, out: Tensor | None, operands: Sequence[Tensor | None]) -> bodies.Output:
+    """Row outputs of the body, run on blocks of rows; its gradient goes to `out`."""
+
+    def part(rows: int | slice) -> bodies.Output:
+        mine = [v if v is None or 0 < i < _STATE else v[rows] for i, v in enumerate(operands)]
+        if logits.dim() > 2:
+            return _by_rows(body, logits[rows], None if out is None else out[rows], mine)
+        outputs = body(logits[rows], None, *mine)
+        if out is None:
+            return outputs
+        out[rows] = outputs[0]
+        return outputs[1:]
+
+    if logits.dim() > 2:  # not flattened: any strides, and no copy
+        parts, join = [part(i) for i in range(logits.shape[0])], torch.stack
+    else:
+        step = max(1, _BLOCK // logits.shape[1])
+        parts, join = [part(slice(i, i + step)) for i in range(0, max(1, logits.shape[0]), step)], torch.cat
+    return tuple([None if values[0] is None else join(values) for values in zip(*parts, strict=True)])

@@ -1,0 +1,64 @@
+"""Row statistics of logits that exist already: one pass forward, one back, nothing of [N, V] kept beyond the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from compiled_loss.engine import bodies, hosts
+from compiled_loss.engine.bodies import Head, Upstream
+from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
+
+
+def statistics(
+    logits: Tensor,  # [..., V], two dimensions or more, any strides
+    labels: Tensor,  # [...]
+    head: Head,
+    compile: bool | str,
+    *,
+    total: bool,
+    entropy: bool,
+) -> RowStatistics:
+    """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
+    return RowStatistics(*_Logits.apply(logits, *head, labels, compile, total, entropy))
+
+
+def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool, entropy: bool) -> RowStatistics:
+    """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
+    state = initial_state(logits, labels.shape, total=total, entropy=entropy)
+    return finish(State(*bodies.fold(logits, None, labels, *head, *state)))
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        logits: Tensor,
+        bias: Tensor | None,
+        class_weights: Tensor | None,
+        softcap: Tensor | None,
+        inverse_temperature: Tensor | None,
+        labels: Tensor,
+        compile: bool | str,
+        total: bool,
+        entropy: bool,
+    ) -> tuple[Tensor | None, ...]:
+        head = Head(bias, class_weights, softcap, inverse_temperature)
+        state = initial_state(logits, labels.shape, total=total, entropy=entropy)
+        state = State(*hosts.choose(logits.device, compile)(bodies.fold, logits, None, labels, *head, *state))
+        result = finish(state)
+        ctx.save_for_backward(logits, *head, labels, state.maximum, state.sum_exp.log(), result.entropy)
+        ctx.mark_non_differentiable(result.correct)
+        ctx.set_materialize_grads(False)
+        ctx.compile = compile
+        return tuple(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
+        logits, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
+        upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
+        operands = (labels, *rest, maximum, log_sum, None if g_entropy is None else entropy, *upstream)
+        (d,) = hosts.choose(logits.device, ctx.compile)(bodies.gradient, logits, None, *operands)
+        return d, None, None, None, None, None, None, None, None

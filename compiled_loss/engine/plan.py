@@ -1,0 +1,160 @@
+"""How long the chunks are: integers in, a frozen `Plan` out. Pure; asks no device, allocates nothing.
+
+N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
+
+NOTE [Cost model]
+Bytes a call holds beyond its inputs, e bytes an element, a bytes an accumulated element:
+
+    token walk        e N H + a V H + e C V      dH, dW, one chunk of logits; dH and dW stay until backward
+    vocabulary walk   e N H + e V H + e N C      dH, dW, one chunk of logits, in backward; O(N) until then
+
+Time, in bytes that a device could have moved meanwhile, is the sum over the GEMMs of
+max(operations / BALANCE, bytes moved), BALANCE operations a byte. The token walk runs 3 GEMMs of C rows and moves W
+twice and dW twice a chunk; the vocabulary walk runs 4 of C columns and moves H four times and dH twice a chunk. So the
+token walk is cheaper as long as its chunk has rows enough to feed the GEMMs, and the vocabulary walk where a memory
+budget leaves it fewer.
+
+NOTE [Default chunk]
+Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
+least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
+1024 rows of 131072 columns for sm_90, about ten at 256). Where H < MIN_ROWS the two collide, and the kernels win.
+Columns: the same bytes as those rows, in multiples of COLUMN_MULTIPLE and at least MIN_COLUMNS.
+
+NOTE [Buckets]
+The defaults see N only rounded up to a power of two, and split N into a number of chunks that depends on that alone, so
+that a compiled caller sees at most one graph a bucket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal
+
+import torch
+
+from compiled_loss import checks
+
+BALANCE = 300.0  # operations a byte: 990 TFLOP/s and 3.35 TB/s, H100 SXM data sheet, bf16 dense
+MIN_ROWS = 512
+MIN_COLUMNS = 2048
+COLUMN_MULTIPLE = 256
+MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32
+
+Strategy = Literal["tokens", "vocab"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunking:
+    """How a linear loss is computed; never what. The defaults suit training.
+
+    `strategy`: "tokens" forms gradients in forward, a chunk of tokens at a time (three GEMMs, scalar losses);
+    "vocab" streams the vocabulary and recomputes the logits in backward (four GEMMs, any upstream gradient);
+    "auto" takes "tokens" wherever it can.
+
+    `chunk_size`: tokens (or, with "vocab", columns of the vocabulary) a chunk; None lets the planner choose.
+
+    `memory_budget`: most bytes the chunk of logits may take, instead of `chunk_size`; with "auto" also chooses the
+    strategy that is faster within it.
+
+    `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
+    states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
+
+    `compile`: whether eager calls run a chunk's elementwise work as a compiled kernel; "auto" does on accelerators.
+    Under torch.compile it is compiled in any case.
+
+    >>> Chunking(chunk_size=1024)
+    Chunking(strategy='auto', chunk_size=1024, memory_budget=None, accumulate_dtype=None, compile='auto')
+    """
+
+    strategy: Literal["auto", "tokens", "vocab"] = "auto"
+    chunk_size: int | None = None
+    memory_budget: int | None = None
+    accumulate_dtype: torch.dtype | None = None
+    compile: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        checks.chunking(self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A walk: `count` chunks of `chunk` tokens or columns, the last one perhaps shorter."""
+
+    strategy: Strategy
+    chunk: int
+    count: int
+    accumulate_dtype: torch.dtype
+    compile: bool | str
+
+
+def plan(
+    tokens: int,
+    width: int,
+    vocab: int,
+    dtype: torch.dtype,
+    chunking: Chunking,
+    *,
+    strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
+) -> Plan:
+    """The walk for [tokens, width] @ [vocab, width].T, among `strategies`, those that can do what is asked, best first."""
+    if chunking.strategy != "auto":
+        strategies = (chunking.strategy,)
+    bucket = 1
+    while bucket < tokens:
+        bucket *= 2
+    strategy = strategies[0]
+    if chunking.memory_budget is not None and len(strategies) > 1:
+        strategy = min(strategies, key=lambda s: _cost(s, bucket, width, vocab, dtype, chunking))
+    fixed = chunking.chunk_size is not None or chunking.memory_budget is not None
+    if strategy == "vocab":
+        chunk = _columns(bucket, width, vocab, dtype, chunking)
+        count = -(-vocab // chunk)
+    elif fixed:
+        chunk = _rows(bucket, width, vocab, dtype, chunking)
+        count = max(1, -(-tokens // chunk))
+    else:  # an even split, whose last chunk has a row as long as N > (count - 1) * count
+        count = min(-(-bucket // _rows(bucket, width, vocab, dtype, chunking)), max(1, isqrt(bucket // 2)))
+        chunk = -(-tokens // count)
+    accumulate = chunking.accumulate_dtype or _accumulate_dtype(dtype, count)
+    return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate, compile=chunking.compile)
+
+
+def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:
+    """Most tokens a chunk: NOTE [Default chunk]."""
+    if chunking.chunk_size is not None:
+        return chunking.chunk_size
+    if chunking.memory_budget is not None:
+        return max(1, chunking.memory_budget // (vocab * dtype.itemsize))
+    return min(bucket, max(MIN_ROWS, min(width, max(1024, width // 4))))
+
+
+def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:
+    """Most columns a chunk, spread evenly: NOTE [Default chunk]."""
+    if chunking.chunk_size is not None:
+        return min(vocab, chunking.chunk_size)
+    if chunking.memory_budget is not None:
+        return max(1, min(vocab, chunking.memory_budget // (bucket * dtype.itemsize)))
+    most = max(MIN_COLUMNS, _rows(bucket, width, vocab, dtype, chunking) * vocab // bucket)
+    even = -(-vocab // -(-vocab // most))
+    return min(vocab, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+
+
+def _cost(strategy: Strategy, tokens: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> float:
+    """Bytes a device could move in the time of the walk's GEMMs: NOTE [Cost model]."""
+    if strategy == "tokens":
+        size, whole, fixed, gemms = _rows(tokens, width, vocab, dtype, chunking), tokens, vocab, 3
+    else:
+        size, whole, fixed, gemms = _columns(tokens, width, vocab, dtype, chunking), vocab, tokens, 4
+    operations = 2 * size * width * fixed
+    moved = dtype.itemsize * (size * width + size * fixed + width * fixed)
+    accumulated = moved + dtype.itemsize * width * fixed
+    one = (gemms - 1) * max(operations / BALANCE, moved) + max(operations / BALANCE, accumulated)
+    return one * whole / size
+
+
+def _accumulate_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
+    """The input's dtype while its rounding does not show: never for fp16, whose unscaled sums could overflow."""
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and count > MAX_ROUNDINGS):
+        return torch.float32
+    return dtype

@@ -1,0 +1,168 @@
+"""The token walk: rows streamed, their gradient formed while their logits are alive.
+
+N tokens, H width, V vocabulary, C rows a chunk. Three GEMMs where both gradients are wanted, 6 N H V operations, all in
+forward; scalar losses only, since the upstream gradient of each row is needed before it exists: it comes as
+`Coefficients`. Keeps dH, dW and O(N) between forward and backward; creates no [N, V] tensor, one [C, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from compiled_loss.engine import bodies, gemm, hosts
+from compiled_loss.engine.bodies import Head
+from compiled_loss.engine.plan import Plan
+from compiled_loss.engine.statistics import (
+    Coefficients,
+    RowStatistics,
+    State,
+    combine,
+    finish,
+    initial_state,
+    masked,
+    statistics_dtype,
+    unit_scale,
+)
+
+
+class Wanted(NamedTuple):
+    """Whose gradients to form."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def statistics(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    head: Head,
+    plan: Plan,
+    *,
+    total: bool,
+    entropy: bool,
+) -> RowStatistics:
+    """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
+    run = hosts.choose(hidden.device, plan.compile)
+    state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
+    states = [
+        run(bodies.fold, rows(hidden), weight, rows(labels), *head, *map(rows, state))
+        for rows in _chunks(hidden.shape[0], plan)
+    ]
+    return finish(_join(states))
+
+
+def weighted_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    head: Head,
+    plan: Plan,
+    coefficients: Coefficients,
+    active: Tensor,  # [N] bool
+    wanted: Wanted,
+    *,
+    entropy: bool,
+) -> tuple[Tensor, RowStatistics]:
+    """sum(combine(statistics, coefficients)), differentiable, and the masked statistics themselves, detached."""
+    loss, *rest = _TokenChunks.apply(hidden, weight, *head, labels, *coefficients, active, plan, wanted, entropy)
+    return loss, RowStatistics(*rest)
+
+
+class _Rows(NamedTuple):
+    start: int
+    size: int
+
+    def __call__(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.narrow(0, self.start, self.size)
+
+
+def _chunks(tokens: int, plan: Plan) -> Iterator[_Rows]:
+    """`plan.count` chunks, equal but for the last. The count is what a compiled graph is specialised to, not N."""
+    for i in range(plan.count - 1):
+        yield _Rows(i * plan.chunk, plan.chunk)
+    done = (plan.count - 1) * plan.chunk
+    yield _Rows(done, tokens - done)
+
+
+def _join(states: list[bodies.Output]) -> State:
+    joined = [None if values[0] is None else torch.cat(values) for values in zip(*states, strict=True)]
+    return State(*joined)  # type: ignore[arg-type]
+
+
+class _TokenChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        class_weights: Tensor | None,
+        softcap: Tensor | None,
+        inverse_temperature: Tensor | None,
+        labels: Tensor,
+        nll: Tensor,
+        lse: Tensor | None,
+        total: Tensor | None,
+        square: Tensor | None,
+        active: Tensor,
+        plan: Plan,
+        wanted: Wanted,
+        entropy: bool,
+    ) -> tuple[Tensor | None, ...]:
+        head = Head(bias, class_weights, softcap, inverse_temperature)
+        coefficients = scaled = Coefficients(nll, lse, total, square)
+        scale = unit_scale(hidden.dtype, *coefficients)
+        if scale is not None:
+            scaled = Coefficients(*(None if c is None else c / scale for c in coefficients))
+
+        run = hosts.choose(hidden.device, plan.compile)
+        d_hidden = torch.empty_like(hidden) if wanted.hidden else None
+        d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
+        d_bias = torch.zeros_like(bias, dtype=statistics_dtype(hidden.dtype)) if wanted.bias else None
+        state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
+        states = []
+        for i, rows in enumerate(_chunks(hidden.shape[0], plan)):
+            h = rows(hidden)
+            operands = (rows(labels), *head, *map(rows, state), *map(rows, scaled))
+            d, *rest = run(bodies.fold_and_gradient, h, weight, *operands)
+            states.append(tuple(rest))
+            if d_hidden is not None:
+                gemm.mm_out(rows(d_hidden), d, weight)
+            if d_weight is not None:
+                (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), h)
+            if d_bias is not None:
+                gemm.add_column_sums_(d_bias, d)
+        result = masked(finish(_join(states)), active)
+
+        gradients = [d_hidden, d_weight, d_bias]
+        loss = gemm.seal(combine(result, coefficients).sum(), [d for d in gradients if d is not None])
+        ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
+        per_row = result[:3] if any(ctx.needs_input_grad[7:11]) else (None, None, None)
+        ctx.save_for_backward(*gradients, scale, *per_row)
+        ctx.mark_non_differentiable(*(v for v in result if v is not None))
+        ctx.set_materialize_grads(False)
+        return loss, *result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, *_statistics):  # type: ignore[no-untyped-def, override]
+        *gradients, scale, nll, lse, total = ctx.saved_tensors
+        factor = g if scale is None else g * scale
+        dense = [
+            None if d is None else gemm.scaled(d, factor, dtype)
+            for d, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        rows = [
+            g * value() if wanted else None
+            for value, wanted in zip(
+                (lambda: nll, lambda: lse, lambda: total, lambda: lse.square()), ctx.needs_input_grad[7:11], strict=True
+            )
+        ]
+        return *dense, None, None, None, None, *rows, None, None, None, None

@@ -1,0 +1,103 @@
+"""The vocabulary walk: row statistics streamed over columns, logits recomputed in backward.
+
+N tokens, H width, V vocabulary, C columns a chunk. Four GEMMs where both gradients are wanted, 8 N H V operations; any
+upstream gradient; one graph for every N. Keeps O(N) between forward and backward; creates no [N, V] tensor, one [N, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from compiled_loss.engine import bodies, gemm, hosts
+from compiled_loss.engine.bodies import Head, Upstream
+from compiled_loss.engine.plan import Plan
+from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, statistics_dtype, unit_scale
+
+
+def statistics(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    head: Head,
+    plan: Plan,
+    *,
+    total: bool,
+    entropy: bool,
+) -> RowStatistics:
+    """The statistics of NOTE [Relative statistics], all but `correct` differentiable."""
+    return RowStatistics(*_VocabChunks.apply(hidden, weight, *head, labels, plan, total, entropy))
+
+
+def _chunks(vocab: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, vocab, size):
+        yield start, min(size, vocab - start)
+
+
+class _VocabChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        class_weights: Tensor | None,
+        softcap: Tensor | None,
+        inverse_temperature: Tensor | None,
+        labels: Tensor,
+        plan: Plan,
+        total: bool,
+        entropy: bool,
+    ) -> tuple[Tensor | None, ...]:
+        head = Head(bias, class_weights, softcap, inverse_temperature)
+        run = hosts.choose(hidden.device, plan.compile)
+        state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
+        for start, size in _chunks(weight.shape[0], plan.chunk):
+            chunk, columns = weight.narrow(0, start, size), head.columns(start, size)
+            state = State(*run(bodies.fold, hidden, chunk, labels - start, *columns, *state))
+        result = finish(state)
+        ctx.save_for_backward(hidden, weight, *head, labels, state.maximum, state.sum_exp.log(), result.entropy)
+        ctx.mark_non_differentiable(result.correct)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        return tuple(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
+        hidden, weight, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
+        head = Head(*rest)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
+        scale = unit_scale(hidden.dtype, *upstream)
+        if scale is not None:
+            upstream = Upstream(*(None if g is None else g / scale for g in upstream))
+        if g_entropy is None:
+            entropy = None
+
+        run = hosts.choose(hidden.device, ctx.plan.compile)
+        d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
+        d_weight = torch.empty_like(weight) if wants_weight else None
+        d_bias = torch.zeros_like(head.bias, dtype=statistics_dtype(hidden.dtype)) if wants_bias else None
+        for start, size in _chunks(weight.shape[0], ctx.plan.chunk):
+            chunk, columns = weight.narrow(0, start, size), head.columns(start, size)
+            operands = (labels - start, *columns, maximum, log_sum, entropy, *upstream)
+            (d,) = run(bodies.gradient, hidden, chunk, *operands)
+            if d_hidden is not None:
+                (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
+            if d_weight is not None:
+                gemm.mm_out(d_weight.narrow(0, start, size), d.t(), hidden)
+            if d_bias is not None:
+                gemm.add_column_sums_(d_bias.narrow(0, start, size), d)
+
+        if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
+            one = torch.ones((), dtype=maximum.dtype, device=hidden.device)
+            d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
+        if d_weight is not None and scale is not None:
+            d_weight = d_weight.mul_(scale)
+        if d_bias is not None:
+            d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None

@@ -1,0 +1,1 @@
+"""The stateless losses, one family a file."""

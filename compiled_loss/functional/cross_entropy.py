@@ -1,0 +1,266 @@
+"""Cross-entropy on logits and on a linear head.
+
+N tokens (any leading shape), H width, V vocabulary, C tokens or columns a chunk. Losses are in nats.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss import reduction as reductions
+from compiled_loss.engine import logits as logits_walk
+from compiled_loss.engine.plan import Chunking
+from compiled_loss.engine.statistics import combine, masked
+from compiled_loss.functional.head import linear_head, transform
+from compiled_loss.functional.statistics import TokenStatistics, token_statistics
+
+
+class LossAndStatistics(NamedTuple):
+    """A loss, and what the same pass saw of each token, detached."""
+
+    loss: Tensor
+    statistics: TokenStatistics
+
+
+def cross_entropy(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    r"""Cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
+
+    With z = softcap tanh(logits / softcap) / temperature, lse = logsumexp(z), e = label_smoothing, c = class_weights,
+    and w the token's weight, valid * mask * token_weights, each token's loss is
+
+        w (c_y (1 - e) (lse - z_y) + e / V sum_v c_v (lse - z_v)  +  z_loss lse^2)
+
+    Args:
+        logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
+        labels: [...], int64, from 0 to V - 1 or `ignore_index`.
+        mask: broadcasts to `labels`; bool, int or float. 0 ignores a token, fractions weigh it.
+        token_weights: broadcasts to `labels`; differentiable.
+        class_weights: [V], any floating dtype, without gradient.
+        ignore_index: label of tokens to ignore.
+        label_smoothing: from 0 to 1.
+        z_loss: weight of lse squared (PaLM, section 5), >= 0.
+        softcap: bound of the logits (Gemma 2, section 2), > 0; None for none.
+        temperature: divides the logits, > 0.
+        shift: logits[..., t] predict labels[..., t + shift]; the mask and weights are the label's; the last `shift`
+            positions are ignored. 1 for a causal model's unshifted labels.
+        reduction: "mean" divides the cross-entropy by the sum of w c_y and the z-loss by the sum of w; "sum"; "none".
+        num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+
+    Returns:
+        A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). Where the
+        divisor is 0 the loss is 0, attached to the graph, with zero gradients.
+
+    Memory:
+        Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
+
+    Raises:
+        ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
+            that token's loss and gradient are NaN.
+        TypeError: a dtype is off.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import cross_entropy
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> cross_entropy(logits, torch.tensor([0, 2, -100]))
+        tensor(0.8955)
+        >>> cross_entropy(logits, torch.tensor([0, 2, -100]), reduction="none")
+        tensor([0.2395, 1.5514, 0.0000])
+    """
+    checks.logits(logits)
+    checks.tokens(labels, mask, token_weights, "logits", logits)
+    vocab = logits.shape[-1]
+    checks.class_weights(class_weights, vocab, logits.device)
+    checks.transform(softcap, temperature)
+    tokens = reductions.tokens(
+        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocab, dtype=logits.dtype
+    )
+    coefficients = reductions.coefficients(
+        tokens,
+        vocab=vocab,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
+    )
+    head = transform(logits, None, class_weights, softcap, temperature)
+    total = coefficients.total is not None
+    if reductions.traced():
+        rows = logits_walk.plain_statistics(logits, tokens.labels, head, total=total, entropy=False)
+    else:
+        # Flat where that is free; other strides stay as they are, for a reshape would copy.
+        flat = logits.dim() < 2 or logits.numel() == 0 or logits.is_contiguous()
+        source, target = (logits.reshape(-1, vocab), tokens.labels.reshape(-1)) if flat else (logits, tokens.labels)
+        with torch.autocast(logits.device.type, enabled=False):
+            rows = logits_walk.statistics(source, target, head, "auto", total=total, entropy=False)
+    rows = masked(rows.reshape(labels.shape), tokens.active)
+    return reductions.reduced(combine(rows, coefficients), reduction)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+    chunking: Chunking = Chunking(),
+) -> Tensor:
+    r"""`cross_entropy(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
+
+    Every keyword means what it means in :func:`cross_entropy`; the bias comes before the softcap.
+
+    Args:
+        hidden: hidden states [..., H]; fp32, bf16, fp16 or fp64.
+        weight: the head's weight [V, H], in the dtype of `hidden`; under autocast both are cast, once.
+        labels: [...], int64, from 0 to V - 1 or `ignore_index`.
+        bias: [V], any floating dtype.
+        mask, token_weights, class_weights, ignore_index, label_smoothing, z_loss, softcap, temperature, shift,
+            reduction, num_label_tokens: see :func:`cross_entropy`.
+        chunking: how to walk the [N, V] problem; see :class:`Chunking`. Never changes what is computed.
+
+    Returns:
+        A scalar, or for "none" the shape of `labels`; fp32 (fp64 for fp64 inputs).
+
+    Memory:
+        Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of logits, [C, V] or [N, C].
+        The token walk holds dH and dW from forward on, the vocabulary walk O(N) until backward. Without gradients,
+        one chunk. Eager code without `Chunking(compile=True)` adds a few blocks of 4 MiB, and eager backward of the
+        token walk a second dH and dW. Under non-reentrant checkpointing the token walk runs twice.
+        Under functorch transforms the logits are materialised: 1088 MiB at N = 4096, V = 65536, H = 256 in fp32, where
+        the token walk peaks at 132 MiB.
+
+    Raises:
+        ValueError: a shape, device, number or name is off, `strategy="tokens"` with `reduction="none"` where a gradient
+            is wanted, or, in eager CPU code, a label is out of range; elsewhere its token's loss and gradients are NaN.
+        TypeError: a dtype is off.
+        RuntimeError: a second derivative is asked for, outside functorch transforms.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import linear_cross_entropy
+        >>> hidden = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> loss.detach(), hidden.grad
+        (tensor(0.8955), tensor([[-0.1065,  0.0533],
+                [ 0.1060,  0.2881]]))
+    """
+    linear = linear_head(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        mask=mask,
+        token_weights=token_weights,
+        class_weights=class_weights,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        shift=shift,
+    )
+    coefficients = reductions.coefficients(
+        linear.tokens,
+        vocab=linear.vocab,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
+    )
+    loss, _ = linear.loss(coefficients, reduction, chunking)
+    return loss
+
+
+def linear_cross_entropy_with_statistics(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+    chunking: Chunking = Chunking(),
+) -> LossAndStatistics:
+    r"""`linear_cross_entropy`, and the statistics of each token from the same pass: no further GEMM, O(N) memory.
+
+    Args, Memory, Raises: see :func:`linear_cross_entropy`.
+
+    Returns:
+        :class:`LossAndStatistics`: the loss, and detached :class:`TokenStatistics` shaped like `labels`, on the loss's
+        own set of tokens.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import linear_cross_entropy_with_statistics
+        >>> hidden = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> loss, statistics = linear_cross_entropy_with_statistics(hidden, weight, torch.tensor([0, 2]))
+        >>> loss, statistics.correct
+        (tensor(0.8955), tensor([ True, False]))
+    """
+    linear = linear_head(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        mask=mask,
+        token_weights=token_weights,
+        class_weights=class_weights,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        shift=shift,
+    )
+    coefficients = reductions.coefficients(
+        linear.tokens,
+        vocab=linear.vocab,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
+    )
+    loss, rows = linear.loss(coefficients, reduction, chunking, entropy=True)
+    statistics = token_statistics(rows, linear.tokens)
+    return LossAndStatistics(loss, TokenStatistics(*(value.detach() for value in statistics)))

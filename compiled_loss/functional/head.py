@@ -1,0 +1,143 @@
+"""From a linear head's arguments to row statistics and losses: what every loss on `hidden` and `weight` shares.
+
+N tokens, H width, V vocabulary. Checks come first, then autocast, then the plan; the engine sees [N, H] and [N].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks, reduction
+from compiled_loss.engine import logits as logits_walk
+from compiled_loss.engine import token_chunks, vocab_chunks
+from compiled_loss.engine.bodies import Head
+from compiled_loss.engine.plan import Chunking, Plan, Strategy, plan
+from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
+from compiled_loss.engine.token_chunks import Wanted
+
+
+class LinearHead(NamedTuple):
+    """Checked arguments, after autocast: `hidden` [N, H], `weight` [V, H], the rest of the head, the tokens [...]."""
+
+    hidden: Tensor
+    weight: Tensor
+    head: Head
+    tokens: reduction.Tokens
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
+        """Masked statistics [...], differentiable; `what` names what a token walk with gradients could not give."""
+        hidden, weight, head, tokens = self
+        labels = tokens.labels.reshape(-1)
+        if reduction.traced():
+            rows = logits_walk.plain_statistics(hidden @ weight.t(), labels, head, total=total, entropy=entropy)
+        else:
+            differentiable = any(self._wanted())
+            if differentiable and chunking.strategy == "tokens":
+                checks.tokens_strategy(what)
+            chosen = self._plan(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
+            walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
+            with torch.autocast(hidden.device.type, enabled=False):
+                rows = walk.statistics(hidden, weight, labels, head, chosen, total=total, entropy=entropy)
+        return masked(rows.reshape(tokens.labels.shape), tokens.active)
+
+    def loss(
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
+    ) -> tuple[Tensor, RowStatistics]:
+        """The loss of coefficients [...], on the walk that suits it, and masked statistics [...]."""
+        wanted = self._wanted()
+        if reduction_ != "none" and any(wanted) and not reduction.traced():
+            chosen = self._plan(chunking, ("tokens", "vocab"))
+            if chosen.strategy == "tokens":
+                hidden, weight, head, tokens = self
+                with torch.autocast(hidden.device.type, enabled=False):
+                    loss, rows = token_chunks.weighted_sum(
+                        hidden,
+                        weight,
+                        tokens.labels.reshape(-1),
+                        head,
+                        chosen,
+                        coefficients.reshape(-1),
+                        tokens.active.reshape(-1),
+                        wanted,
+                        entropy=entropy,
+                    )
+                return loss, rows.reshape(tokens.labels.shape)
+        total = coefficients.total is not None
+        rows = self.statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
+        return reduction.reduced(combine(rows, coefficients), reduction_), rows
+
+    def _wanted(self) -> Wanted:
+        """Whose gradients autograd may ask for."""
+        enabled = torch.is_grad_enabled()
+        bias = self.head.bias
+        return Wanted(
+            hidden=enabled and self.hidden.requires_grad,
+            weight=enabled and self.weight.requires_grad,
+            bias=enabled and bias is not None and bias.requires_grad,
+        )
+
+    def _plan(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> Plan:
+        """The walk, and the errors that only the sizes can tell."""
+        (tokens, width), dtype = self.hidden.shape, self.hidden.dtype
+        if chunking.accumulate_dtype is not None:
+            checks.accumulator(chunking.accumulate_dtype, dtype)
+        chosen = plan(tokens, width, self.vocab, dtype, chunking, strategies=strategies)
+        if chunking.memory_budget is not None:
+            unit, size = ("token", self.vocab) if chosen.strategy == "tokens" else ("column", tokens)
+            checks.memory_budget(chunking.memory_budget, unit, size * dtype.itemsize)
+        return chosen
+
+
+def linear_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    shift: int,
+) -> LinearHead:
+    """Check, honour autocast (casting once, outside the chunk loop) and flatten."""
+    checks.head(hidden, weight, bias)
+    checks.tokens(labels, mask, token_weights, "hidden", hidden)
+    checks.class_weights(class_weights, weight.shape[0], hidden.device)
+    checks.transform(softcap, temperature)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = (v if v.dtype == torch.float64 else v.to(dtype) for v in (hidden, weight))
+    checks.same_dtype(hidden, weight)
+    tokens = reduction.tokens(
+        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=weight.shape[0], dtype=hidden.dtype
+    )
+    head = transform(hidden, bias, class_weights, softcap, temperature)
+    return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens)
+
+
+def transform(
+    source: Tensor, bias: Tensor | None, class_weights: Tensor | None, softcap: float | None, temperature: float
+) -> Head:
+    """The engine's `Head`, its scalars as tensors of the statistics' dtype."""
+
+    def scalar(value: float) -> Tensor:
+        return torch.full((), value, dtype=statistics_dtype(source.dtype), device=source.device)
+
+    return Head(
+        bias,
+        class_weights,
+        None if softcap is None else scalar(softcap),
+        None if temperature == 1 else scalar(1 / temperature),
+    )

@@ -1,0 +1,105 @@
+"""What a linear head says of given tokens: log-probability, log-sum-exp, entropy, and whether it would have been right.
+
+N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in nats.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from compiled_loss import reduction
+from compiled_loss.engine.plan import Chunking
+from compiled_loss.engine.statistics import RowStatistics
+from compiled_loss.functional.head import linear_head
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of each token, shaped like the labels; 0 and False where ignored.
+
+    `logprob`: log softmax(z)[label], fp32 (fp64 for fp64 inputs), at most 0.
+    `logsumexp`: log sum exp(z).
+    `entropy`: of softmax(z), from 0 to log V.
+    `correct`: bool, whether the label's logit equals the largest one. Ties count, so it depends on no order of columns.
+    """
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+def token_statistics(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
+    """Rows' statistics as a user sees them: NaN and False where the label is no class."""
+    assert rows.entropy is not None
+    poison = tokens.poison
+    correct = rows.correct & ~poison.isnan()
+    return TokenStatistics(-rows.nll * poison, rows.lse * poison, rows.entropy * poison, correct)
+
+
+def linear_token_statistics(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+    chunking: Chunking = Chunking(),
+) -> TokenStatistics:
+    r"""Statistics of each token under softmax(z), z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature.
+
+    Args:
+        hidden: hidden states [..., H]; fp32, bf16, fp16 or fp64.
+        weight: the head's weight [V, H], in the dtype of `hidden` (under autocast in any).
+        labels: the tokens asked about [...], int64, from 0 to V - 1 or `ignore_index`.
+        bias: added to the logits [V], any floating dtype.
+        mask: tokens to ask about; broadcasts to `labels`; bool, int or float, 0 ignores.
+        ignore_index: label of tokens to ignore.
+        softcap: bound of the logits, > 0; None for none.
+        temperature: divides the logits, > 0.
+        shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
+        chunking: see :class:`Chunking`. Gradients need the vocabulary walk.
+
+    Returns:
+        :class:`TokenStatistics`, of which the first three are differentiable.
+
+    Memory:
+        Creates no [N, V] tensor: a chunk of logits, and O(N) kept for backward, which runs in chunks as well.
+        Under functorch transforms the logits are materialised.
+
+    Raises:
+        ValueError: a shape, device or number is off, `strategy="tokens"` where a gradient is wanted, or, in eager CPU
+            code, a label is out of range; elsewhere that token's numbers are NaN and its `correct` False.
+        TypeError: a dtype is off.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import linear_token_statistics
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> statistics = linear_token_statistics(hidden, weight, torch.tensor([0, 2]))
+        >>> statistics.logprob
+        tensor([-0.5514, -2.2395])
+        >>> statistics.entropy
+        tensor([0.9753, 0.6656])
+        >>> statistics.correct
+        tensor([ True, False])
+    """
+    linear = linear_head(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        mask=mask,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        shift=shift,
+    )
+    rows = linear.statistics(chunking, total=False, entropy=True, what="differentiable statistics")
+    return token_statistics(rows, linear.tokens)

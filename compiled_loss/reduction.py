@@ -1,0 +1,119 @@
+"""Masks, weights and normalisation: from a loss's keywords to each token's coefficients. The one owner of `reduction`.
+
+N tokens (or any leading shape), V vocabulary. Everything here is [N] and cheap; nothing looks at a logit. Because the
+normalisation is in the coefficients, every path that reaches the engine is normalised alike, and an empty batch is a
+batch of zero coefficients: its loss is 0, attached to the graph, with zero gradients.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.engine.statistics import Coefficients, statistics_dtype
+
+
+class Tokens(NamedTuple):
+    """The tokens of a loss, each [...]: what they predict, how much they weigh, which of them count at all."""
+
+    labels: Tensor
+    weight: Tensor  # fp32; 0 where ignored
+    active: Tensor  # False where ignored: by the label or by a mask of 0
+    poison: Tensor  # 1, or NaN where an active token's label is no class
+
+
+def tokens(
+    labels: Tensor,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    *,
+    ignore_index: int,
+    shift: int,
+    vocab: int,
+    dtype: torch.dtype,
+) -> Tokens:
+    """Weight and validity of each token. A label out of range poisons its token; eager CPU code raises instead."""
+    checks.alignment(shift, ignore_index)
+    active = labels != ignore_index
+    weight = torch.ones(labels.shape, dtype=statistics_dtype(dtype), device=labels.device)
+    if mask is not None:
+        active = active & (mask != 0)
+        weight = weight * mask.to(weight.dtype)
+    if token_weights is not None:
+        weight = weight * token_weights.to(weight.dtype)
+    if shift:
+        labels, weight, active = (_shifted(v, shift, f) for v, f in ((labels, ignore_index), (weight, 0), (active, False)))
+    weight = torch.where(active, weight, 0.0)
+    bad = active & ((labels < 0) | (labels >= vocab))
+    if labels.device.type == "cpu" and type(labels) is Tensor and not (traced() or torch.compiler.is_compiling()):
+        checks.labels_in_range(bad, labels, vocab, ignore_index)
+    return Tokens(labels, weight, active, torch.where(bad, float("nan"), 1.0).to(weight.dtype))
+
+
+def traced() -> bool:
+    """Whether a functorch transform (grad, vmap, jvp, ...) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def coefficients(
+    tokens: Tokens,
+    *,
+    vocab: int,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Coefficients:
+    """Each token's loss as a combination of its statistics, normalised, [...] each.
+
+    cross-entropy = c_y (1 - e) nll + e / V (sum(c) lse - total), with c the class weights and e the smoothing.
+    """
+    checks.terms(label_smoothing, z_loss)
+    checks.reduction(reduction, num_label_tokens, tokens.labels.device)
+    weight = tokens.weight
+    if class_weights is None:
+        label_weight, class_total = torch.ones_like(weight), vocab
+    else:
+        class_weights = class_weights.to(weight.dtype)
+        label_weight = class_weights[tokens.labels.clamp(0, vocab - 1)]
+        class_total = class_weights.sum()
+
+    cross_entropy = square = weight
+    if reduction == "mean":
+        cross_entropy = weight * _reciprocal((weight * label_weight).sum())
+        square = weight * _reciprocal(weight.sum())
+    elif num_label_tokens is not None:
+        if isinstance(num_label_tokens, Tensor):
+            count = num_label_tokens.reshape(()).to(weight.dtype)
+        else:
+            count = torch.full((), num_label_tokens, dtype=weight.dtype, device=weight.device)
+        cross_entropy = square = weight * _reciprocal(count)
+
+    smooth = None if label_smoothing == 0 else label_smoothing / vocab * cross_entropy
+    return Coefficients(
+        nll=(1 - label_smoothing) * label_weight * cross_entropy * tokens.poison,
+        lse=None if smooth is None else smooth * class_total,
+        total=None if smooth is None else -smooth,
+        square=None if z_loss == 0 else z_loss * square,
+    )
+
+
+def reduced(rows: Tensor, reduction: str) -> Tensor:
+    """Rows [...], or their sum: "mean" is in the coefficients."""
+    return rows if reduction == "none" else rows.sum()
+
+
+def _shifted(values: Tensor, shift: int, fill: float) -> Tensor:
+    """values[..., t + shift] at t, `fill` at the last `shift` positions."""
+    shift = min(shift, values.shape[-1])
+    return torch.nn.functional.pad(values[..., shift:], (0, shift), value=fill)
+
+
+def _reciprocal(value: Tensor) -> Tensor:
+    """1 / value, or 0 where it is 0; without a NaN gradient there."""
+    empty = value == 0
+    return torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, value))
