@@ -2,7 +2,7 @@
 
 H width; a chunk is `rows` tokens by `columns` of the vocabulary. `source` is a chunk of hidden states [rows, H] with its
 `weight` [columns, H], or logits [..., columns] with None. Then come, in every body and in this order, `labels` [rows]
-(relative to the chunk's first column) and the `Head`. A body writes nothing that it was given; its GEMM is inside it,
+and the `Head`. A body writes nothing that it was given; its GEMM is inside it,
 so that the compiler overwrites the logits with their gradient.
 
 NOTE [Columns are compared, never indexed]
@@ -19,25 +19,22 @@ from torch import Tensor
 
 from compiled_loss.engine.statistics import Coefficients, State, finish, statistics_dtype
 
-Output = tuple[Tensor | None, ...]
+Output = tuple[Tensor, ...]
 
 
 class Head(NamedTuple):
     """What turns h @ w.T into z = softcap * tanh((h @ w.T + bias) / softcap) * inverse_temperature.
 
-    bias and class_weights are [V]; softcap and inverse_temperature are scalar tensors, not floats, so that a changed
-    value neither recompiles nor becomes a symbol, which a nested region does not take.
+    bias and class_weights are [V]. The others are scalar tensors, not numbers: a region is compiled once for all its
+    calls only if no number differs between them, and a number that changes from step to step would become a symbol,
+    which a region does not take. `start` is the chunk's first column.
     """
 
     bias: Tensor | None
     class_weights: Tensor | None
     softcap: Tensor | None
     inverse_temperature: Tensor | None
-
-    def columns(self, start: int, length: int) -> Head:
-        """The head of a range of the vocabulary."""
-        narrow = [None if v is None else v.narrow(0, start, length) for v in (self.bias, self.class_weights)]
-        return Head(narrow[0], narrow[1], self.softcap, self.inverse_temperature)
+    start: Tensor | None = None
 
 
 class Upstream(NamedTuple):
@@ -77,8 +74,20 @@ def _transform(source: Tensor, weight: Tensor | None, head: Head) -> tuple[Tenso
     return z, slope
 
 
-def _hit(z: Tensor, labels: Tensor) -> Tensor:
-    return torch.arange(z.shape[-1], device=z.device) == labels.unsqueeze(-1)
+def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
+    columns = torch.arange(z.shape[-1], device=z.device)
+    return (columns if head.start is None else columns + head.start) == labels.unsqueeze(-1)
+
+
+def _after(value: Tensor, *reductions: Tensor | None) -> Tensor:
+    """value, NaN where a reduction is NaN: what makes every reduction of the logits come before what uses `value`.
+
+    The compiler writes a gradient over its logits only if all their other readers are known to be done.
+    """
+    for reduction in reductions:
+        if reduction is not None:
+            value = torch.where(reduction.isnan(), reduction, value)
+    return value
 
 
 def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
@@ -96,7 +105,7 @@ def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
     return State(
         maximum=maximum,
         sum_exp=state.sum_exp * rescale + exp.sum(-1),
-        picked=state.picked + torch.where(_hit(z, labels), z, 0.0).sum(-1),
+        picked=state.picked + torch.where(_hit(z, labels, head), z, 0.0).sum(-1),
         total=total,
         moment=moment,
     )
@@ -118,7 +127,7 @@ def _gradient(
     if upstream.entropy is not None:
         assert entropy is not None
         row = row - upstream.entropy.unsqueeze(-1) * (log_p.clamp(min=-1e4) + entropy.unsqueeze(-1))
-    d = log_p.exp() * row - torch.where(_hit(z, labels), upstream.nll.unsqueeze(-1), 0.0)
+    d = log_p.exp() * row - torch.where(_hit(z, labels, head), upstream.nll.unsqueeze(-1), 0.0)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
@@ -126,37 +135,38 @@ def _gradient(
 
 
 def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Fold a chunk into the rows' state: (labels, *Head, *State) -> (*State)."""
-    labels, head, state = operands[0], Head(*operands[1:5]), State(*operands[5:])  # type: ignore[arg-type]
+    """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
+    labels, head, state = operands[0], Head(*operands[1:6]), State(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
     z, _ = _transform(source, weight, head)
-    return tuple(_fold(z, labels, head, state))
+    return _fold(z, labels, head, state).present()
 
 
 def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
     """Gradient of a chunk's logits: (labels, *Head, maximum, log_sum, entropy, *Upstream) -> (d,), in source's dtype."""
-    labels, head, upstream = operands[0], Head(*operands[1:5]), Upstream(*operands[8:])  # type: ignore[arg-type]
-    maximum, log_sum, entropy = operands[5:8]
+    labels, head, upstream = operands[0], Head(*operands[1:6]), Upstream(*operands[9:])  # type: ignore[arg-type]
+    maximum, log_sum, entropy = operands[6:9]
     assert labels is not None and maximum is not None and log_sum is not None
     z, slope = _transform(source, weight, head)
     return (_gradient(z, slope, labels, head, maximum, log_sum, entropy, upstream).to(source.dtype),)
 
 
 def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Both, for rows that are whole: (labels, *Head, *State, *Coefficients) -> (d, *State).
+    """Both, for rows that are whole: (labels, *Head, *State, *Coefficients) -> (d, *parts).
 
     d is the gradient of `combine` summed. The upstream gradient is known from the coefficients, but for lse's.
     """
-    labels, head = operands[0], Head(*operands[1:5])
-    state, coefficients = State(*operands[5:10]), Coefficients(*operands[10:])  # type: ignore[arg-type]
+    labels, head = operands[0], Head(*operands[1:6])
+    state, coefficients = State(*operands[6:11]), Coefficients(*operands[11:])  # type: ignore[arg-type]
     assert labels is not None
     z, slope = _transform(source, weight, head)
     state = _fold(z, labels, head, state)
-    row = coefficients.nll
+    nll = _after(coefficients.nll, state.picked, state.total, state.moment)
+    row = nll
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * finish(state).lse
-    upstream = Upstream(row, coefficients.nll, coefficients.total, None)
+    upstream = Upstream(row, nll, coefficients.total, None)
     d = _gradient(z, slope, labels, head, state.maximum, state.sum_exp.log(), None, upstream)
-    return (d.to(source.dtype), *state)
+    return (d.to(source.dtype), *state.present())

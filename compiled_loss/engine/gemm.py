@@ -48,19 +48,16 @@ def add_column_sums_(accumulator: Tensor, x: Tensor) -> None:
     accumulator.add_(x.sum(0, dtype=accumulator.dtype))
 
 
-@torch.library.custom_op("compiled_loss::seal", mutates_args=())
-def seal(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """A copy of loss that the compiler must believe to depend on the finished gradients.
+@torch.library.custom_op("compiled_loss::fence_", mutates_args={"x"})
+def fence_(x: Tensor, after: Sequence[Tensor]) -> None:
+    """Do nothing, opaquely: what reads x from here on comes after what wrote `after`.
 
-    Without it the partitioner moves dW GEMMs of the token walk into backward and keeps their [C, V] inputs: the last
-    chunk's when N >= H, all of them when N < H.
+    NOTE [Order]
+    Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
+    regions of a backward before its GEMMs and held every chunk's gradient, and the partitioner moves the token walk's
+    dW GEMMs into backward with their [C, V] inputs, the last one when N >= H and all of them when N < H. So each chunk
+    is fenced after the GEMMs of the one before, and the token walk's loss after all of them.
     """
-    return loss.clone()
-
-
-@seal.register_fake
-def _(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    return torch.empty_like(loss)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,23 +52,20 @@ def region(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor 
 
 def operator(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
     """The body as an opaque operator."""
-    wanted = [value is not None for value in operands[_STATE : _STATE + 5]]
-    names = {"fold": wanted, "gradient": [True], "fold_and_gradient": [True, *wanted]}[body.__name__]
-    present = iter(run_body(body.__name__, source, weight, list(operands)))
-    return tuple([next(present) if name else None for name in names])
+    return tuple(run_body(body.__name__, source, weight, list(operands)))
 
 
 @torch.library.custom_op("compiled_loss::run_body", mutates_args=())
 def run_body(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    """The outputs of a compiled body that are not None; they never alias an input."""
+    """The outputs of a compiled body; they never alias an input."""
     key = (body, source.dtype, weight is None, *(value is not None for value in operands))
     with torch.no_grad():
-        return [value for value in _compiled(key)(source, weight, *operands) if value is not None]
+        return list(_compiled(key)(source, weight, *operands))
 
 
 @run_body.register_fake
 def _(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    return [value for value in _BODIES[body](source, weight, *operands) if value is not None]
+    return list(_BODIES[body](source, weight, *operands))
 
 
 @functools.cache
@@ -106,4 +103,4 @@ def _by_rows(body: Body, logits: Tensor, out: Tensor | None, operands: Sequence[
     else:
         step = max(1, _BLOCK // logits.shape[1])
         parts, join = [part(slice(i, i + step)) for i in range(0, max(1, logits.shape[0]), step)], torch.cat
-    return tuple([None if values[0] is None else join(values) for values in zip(*parts, strict=True)])
+    return tuple([join(values) for values in zip(*parts, strict=True)])

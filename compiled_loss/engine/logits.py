@@ -21,13 +21,13 @@ def statistics(
     entropy: bool,
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
-    return RowStatistics(*_Logits.apply(logits, *head, labels, compile, total, entropy))
+    return RowStatistics(*_Logits.apply(logits, *head[:4], labels, compile, total, entropy))
 
 
 def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool, entropy: bool) -> RowStatistics:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
     state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-    return finish(State(*bodies.fold(logits, None, labels, *head, *state)))
+    return finish(state.replaced(bodies.fold(logits, None, labels, *head, *state)))
 
 
 class _Logits(torch.autograd.Function):
@@ -46,9 +46,9 @@ class _Logits(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head = Head(bias, class_weights, softcap, inverse_temperature)
         state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-        state = State(*hosts.choose(logits.device, compile)(bodies.fold, logits, None, labels, *head, *state))
+        state = state.replaced(hosts.choose(logits.device, compile)(bodies.fold, logits, None, labels, *head, *state))
         result = finish(state)
-        ctx.save_for_backward(logits, *head, labels, state.maximum, state.sum_exp.log(), result.entropy)
+        ctx.save_for_backward(logits, *head[:4], labels, state.maximum, state.sum_exp.log(), result.entropy)
         ctx.mark_non_differentiable(result.correct)
         ctx.set_materialize_grads(False)
         ctx.compile = compile
@@ -59,6 +59,6 @@ class _Logits(torch.autograd.Function):
     def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
         logits, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
         upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
-        operands = (labels, *rest, maximum, log_sum, None if g_entropy is None else entropy, *upstream)
+        operands = (labels, *Head(*rest), maximum, log_sum, None if g_entropy is None else entropy, *upstream)
         (d,) = hosts.choose(logits.device, ctx.compile)(bodies.gradient, logits, None, *operands)
         return d, None, None, None, None, None, None, None, None

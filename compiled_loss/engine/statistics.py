@@ -17,6 +17,7 @@ whose gradients with respect to z are onehot-free but for nll's: p - onehot, -p 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,16 @@ class State(NamedTuple):
     picked: Tensor
     total: Tensor | None
     moment: Tensor | None
+
+    def present(self) -> tuple[Tensor, ...]:
+        """The parts that somebody asked for: what a body returns, for Dynamo reuses no region that returns None."""
+        return tuple([v for v in self if v is not None])
+
+    def replaced(self, present: Sequence[Tensor]) -> State:
+        """The same parts with other values."""
+        values = list(present)
+        total = None if self.total is None else values[3]
+        return State(values[0], values[1], values[2], total, None if self.moment is None else values[-1])
 
 
 class RowStatistics(NamedTuple):

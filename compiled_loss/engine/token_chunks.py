@@ -7,7 +7,7 @@ forward; scalar losses only, since the upstream gradient of each row is needed b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def statistics(
         run(bodies.fold, rows(hidden), weight, rows(labels), *head, *map(rows, state))
         for rows in _chunks(hidden.shape[0], plan)
     ]
-    return finish(_join(states))
+    return finish(_join(state, states))
 
 
 def weighted_sum(
@@ -71,7 +71,7 @@ def weighted_sum(
     entropy: bool,
 ) -> tuple[Tensor, RowStatistics]:
     """sum(combine(statistics, coefficients)), differentiable, and the masked statistics themselves, detached."""
-    loss, *rest = _TokenChunks.apply(hidden, weight, *head, labels, *coefficients, active, plan, wanted, entropy)
+    loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, plan, wanted, entropy)
     return loss, RowStatistics(*rest)
 
 
@@ -91,9 +91,9 @@ def _chunks(tokens: int, plan: Plan) -> Iterator[_Rows]:
     yield _Rows(done, tokens - done)
 
 
-def _join(states: list[bodies.Output]) -> State:
-    joined = [None if values[0] is None else torch.cat(values) for values in zip(*states, strict=True)]
-    return State(*joined)  # type: ignore[arg-type]
+def _join(state: State, chunks: list[Sequence[Tensor]]) -> State:
+    """The state of all rows from that of each chunk's; the same parts as in `state`."""
+    return state.replaced([torch.cat(values) for values in zip(*chunks, strict=True)])
 
 
 class _TokenChunks(torch.autograd.Function):
@@ -127,22 +127,28 @@ class _TokenChunks(torch.autograd.Function):
         d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
         d_bias = torch.zeros_like(bias, dtype=statistics_dtype(hidden.dtype)) if wanted.bias else None
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
+        start = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        head = head._replace(start=start)
+        gradients = [d_hidden, d_weight, d_bias]
+        formed = [d for d in gradients if d is not None]
         states = []
         for i, rows in enumerate(_chunks(hidden.shape[0], plan)):
             h = rows(hidden)
             operands = (rows(labels), *head, *map(rows, state), *map(rows, scaled))
             d, *rest = run(bodies.fold_and_gradient, h, weight, *operands)
-            states.append(tuple(rest))
+            states.append(rest)
             if d_hidden is not None:
                 gemm.mm_out(rows(d_hidden), d, weight)
             if d_weight is not None:
                 (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), h)
             if d_bias is not None:
                 gemm.add_column_sums_(d_bias, d)
-        result = masked(finish(_join(states)), active)
+            del d  # or eager code holds two chunks
+            gemm.fence_(start, formed)
+        result = masked(finish(_join(state, states)), active)
 
-        gradients = [d_hidden, d_weight, d_bias]
-        loss = gemm.seal(combine(result, coefficients).sum(), [d for d in gradients if d is not None])
+        loss = combine(result, coefficients).sum()
+        gemm.fence_(loss, formed)
         ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
         per_row = result[:3] if any(ctx.needs_input_grad[7:11]) else (None, None, None)
         ctx.save_for_backward(*gradients, scale, *per_row)

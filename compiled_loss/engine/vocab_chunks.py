@@ -29,12 +29,20 @@ def statistics(
     entropy: bool,
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], all but `correct` differentiable."""
-    return RowStatistics(*_VocabChunks.apply(hidden, weight, *head, labels, plan, total, entropy))
+    return RowStatistics(*_VocabChunks.apply(hidden, weight, *head[:4], labels, plan, total, entropy))
 
 
-def _chunks(vocab: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, vocab, size):
-        yield start, min(size, vocab - start)
+def _starts(hidden: Tensor, plan: Plan) -> Tensor:
+    """Each chunk's first column, as data."""
+    return torch.arange(plan.count, device=hidden.device) * plan.chunk
+
+
+def _chunks(head: Head, vocab: int, plan: Plan, starts: Tensor) -> Iterator[tuple[int, int, Head]]:
+    """Start, size and head of each chunk; equal but for the last."""
+    for i in range(plan.count):
+        start, size = i * plan.chunk, min(plan.chunk, vocab - i * plan.chunk)
+        bias, class_weights = (None if v is None else v.narrow(0, start, size) for v in (head.bias, head.class_weights))
+        yield start, size, head._replace(bias=bias, class_weights=class_weights, start=starts[i])
 
 
 class _VocabChunks(torch.autograd.Function):
@@ -55,11 +63,11 @@ class _VocabChunks(torch.autograd.Function):
         head = Head(bias, class_weights, softcap, inverse_temperature)
         run = hosts.choose(hidden.device, plan.compile)
         state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
-        for start, size in _chunks(weight.shape[0], plan.chunk):
-            chunk, columns = weight.narrow(0, start, size), head.columns(start, size)
-            state = State(*run(bodies.fold, hidden, chunk, labels - start, *columns, *state))
+        for start, size, columns in _chunks(head, weight.shape[0], plan, _starts(hidden, plan)):
+            chunk = weight.narrow(0, start, size)
+            state = state.replaced(run(bodies.fold, hidden, chunk, labels, *columns, *state))
         result = finish(state)
-        ctx.save_for_backward(hidden, weight, *head, labels, state.maximum, state.sum_exp.log(), result.entropy)
+        ctx.save_for_backward(hidden, weight, *head[:4], labels, state.maximum, state.sum_exp.log(), result.entropy)
         ctx.mark_non_differentiable(result.correct)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
@@ -82,9 +90,11 @@ class _VocabChunks(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
         d_weight = torch.empty_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(head.bias, dtype=statistics_dtype(hidden.dtype)) if wants_bias else None
-        for start, size in _chunks(weight.shape[0], ctx.plan.chunk):
-            chunk, columns = weight.narrow(0, start, size), head.columns(start, size)
-            operands = (labels - start, *columns, maximum, log_sum, entropy, *upstream)
+        formed = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
+        starts = _starts(hidden, ctx.plan)
+        for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
+            chunk = weight.narrow(0, start, size)
+            operands = (labels, *columns, maximum, log_sum, entropy, *upstream)
             (d,) = run(bodies.gradient, hidden, chunk, *operands)
             if d_hidden is not None:
                 (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
@@ -92,6 +102,8 @@ class _VocabChunks(torch.autograd.Function):
                 gemm.mm_out(d_weight.narrow(0, start, size), d.t(), hidden)
             if d_bias is not None:
                 gemm.add_column_sums_(d_bias.narrow(0, start, size), d)
+            del d  # or eager code holds two chunks
+            gemm.fence_(starts, formed)
 
         if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
             one = torch.ones((), dtype=maximum.dtype, device=hidden.device)
