@@ -1,0 +1,138 @@
+"""Module shells: they keep keywords and call the function of the same name. No mathematics, no weights.
+
+Each field is a keyword of its function, with the same default; the tensors stay arguments of the call. A test walks
+both signatures and fails where they differ.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from compiled_loss.engine.plan import Chunking
+from compiled_loss.functional.cross_entropy import cross_entropy, linear_cross_entropy
+
+
+class CrossEntropy(nn.Module):
+    """:func:`compiled_loss.cross_entropy` with its keywords kept.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import nn
+        >>> nn.CrossEntropy(reduction="sum")(torch.zeros(2, 4), torch.tensor([1, -100]))
+        tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        *,
+        class_weights: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        shift: int = 0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", class_weights)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.temperature = temperature
+        self.shift = shift
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Tensor,  # [..., V]
+        labels: Tensor,  # [...]
+        *,
+        mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        num_label_tokens: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; see the function."""
+        return cross_entropy(
+            logits,
+            labels,
+            mask=mask,
+            token_weights=token_weights,
+            num_label_tokens=num_label_tokens,
+            class_weights=self.class_weights,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            temperature=self.temperature,
+            shift=self.shift,
+            reduction=self.reduction,
+        )
+
+
+class LinearCrossEntropy(nn.Module):
+    """:func:`compiled_loss.linear_cross_entropy` with its keywords kept; the head's weight and bias come with each call.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import nn
+        >>> loss = nn.LinearCrossEntropy(softcap=30.0)
+        >>> loss(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, -100]))
+        tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        *,
+        class_weights: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        shift: int = 0,
+        reduction: str = "mean",
+        chunking: Chunking = Chunking(),
+    ) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", class_weights)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.temperature = temperature
+        self.shift = shift
+        self.reduction = reduction
+        self.chunking = chunking
+
+    def forward(
+        self,
+        hidden: Tensor,  # [..., H]
+        weight: Tensor,  # [V, H]
+        labels: Tensor,  # [...]
+        *,
+        bias: Tensor | None = None,  # [V]
+        mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        num_label_tokens: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; see the function."""
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            mask=mask,
+            token_weights=token_weights,
+            num_label_tokens=num_label_tokens,
+            class_weights=self.class_weights,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            temperature=self.temperature,
+            shift=self.shift,
+            reduction=self.reduction,
+            chunking=self.chunking,
+        )

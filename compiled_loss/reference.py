@@ -1,0 +1,137 @@
+"""The full-logits definition of every loss: the specification. Imports torch only, shares no code with the fast paths.
+
+Written for the reader, in the order of the formulas; ordinary autograd, every [N, V] tensor held. Statistics and losses
+in fp32, or fp64 for fp64 inputs. Arguments are those of the functions of the same names in `compiled_loss`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    """z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
+    return transformed(hidden @ weight.transpose(0, 1), bias, softcap, temperature)
+
+
+def transformed(logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Tensor:
+    """z of raw logits."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def aligned(values: Tensor, shift: int, fill: float) -> Tensor:
+    """values[..., t + shift] at position t."""
+    if shift == 0:
+        return values
+    length = values.shape[-1]
+    tail = torch.full_like(values[..., : min(shift, length)], fill)
+    return torch.cat([values[..., min(shift, length) :], tail], dim=-1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """Masked, weighted cross-entropy plus z-loss."""
+    z = transformed(logits, None, softcap, temperature)
+    vocab = z.shape[-1]
+    valid = labels != ignore_index
+    weight = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
+    for factor in (mask, token_weights):
+        if factor is not None:
+            weight = weight * factor.to(z.dtype).expand(labels.shape)
+    if mask is not None:
+        valid = valid & (mask != 0).expand(labels.shape)
+    labels, weight = aligned(labels, shift, ignore_index), aligned(weight, shift, 0.0)
+    valid = aligned(valid, shift, False)
+    weight = torch.where(valid, weight, 0.0)
+    target = torch.where(valid, labels, 0)
+    out_of_range = (target < 0) | (target >= vocab)
+    target = target.clamp(0, vocab - 1)
+
+    classes = torch.ones(vocab, dtype=z.dtype, device=z.device) if class_weights is None else class_weights.to(z.dtype)
+    log_p = torch.log_softmax(z, dim=-1)
+    picked = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    label_weight = classes[target]
+    hard = -label_weight * picked
+    smooth = -(log_p * classes).sum(-1) / vocab
+    ce = (1 - label_smoothing) * hard + label_smoothing * smooth
+    ce = torch.where(out_of_range, float("nan"), ce)
+    square = z_loss * torch.logsumexp(z, dim=-1) ** 2
+
+    if reduction == "none":
+        return torch.where(valid, weight * (ce + square), 0.0)
+    ce_sum = torch.where(valid, weight * ce, 0.0).sum()
+    square_sum = torch.where(valid, weight * square, 0.0).sum()
+    if reduction == "sum":
+        if num_label_tokens is None:
+            return ce_sum + square_sum
+        return _ratio(ce_sum + square_sum, torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
+    return _ratio(ce_sum, (weight * label_weight).sum()) + _ratio(square_sum, weight.sum())
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    **keywords: object,
+) -> Tensor:
+    """`cross_entropy` of the head's logits."""
+    z = token_logits(hidden, weight, bias, softcap, temperature)
+    return cross_entropy(z, labels, **keywords)  # type: ignore[arg-type]
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability, log-sum-exp, entropy and correctness of each token."""
+    z = token_logits(hidden, weight, bias, softcap, temperature)
+    valid = labels != ignore_index
+    if mask is not None:
+        valid = valid & (mask != 0).expand(labels.shape)
+    labels, valid = aligned(labels, shift, ignore_index), aligned(valid, shift, False)
+    target = torch.where(valid, labels, 0)
+    log_p = torch.log_softmax(z, dim=-1)
+    logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    correct = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) == z.amax(-1)
+    values = (torch.where(valid, v, 0.0) for v in (logprob, torch.logsumexp(z, dim=-1), entropy))
+    return (*values, correct & valid)  # type: ignore[return-value]
+
+
+def _ratio(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, 0 where the count is 0."""
+    return torch.where(count == 0, 0.0 * total, total / torch.where(count == 0, 1.0, count))

@@ -1,0 +1,240 @@
+"""Numbers: every keyword on every walk in eager code, against the reference in fp64 and torch's own cross_entropy."""
+
+import cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import compiled_loss
+from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, reference
+from compiled_loss.testing import head_inputs, inputs_unchanged
+
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # fp64, a few hundred roundings
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+@pytest.mark.parametrize("name", cases.KEYWORDS)
+@pytest.mark.parametrize(("tokens", "width", "vocab"), [(23, 7, 29), (1, 3, 2), (4, 2, 1)])
+def test_linear(walk, name, tokens, width, vocab):
+    keywords = cases.KEYWORDS[name](tokens, vocab)
+    ignore_index = keywords.get("ignore_index", -100)
+    inputs = head_inputs(tokens, width, vocab, dtype=torch.float64, ignored=0.2, ignore_index=ignore_index)
+    expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords)
+    upstream = torch.rand_like(expected)
+    with inputs_unchanged(*inputs):
+        actual = cases.linear(cases.walk_of(walk, keywords), **keywords)(*inputs)
+        torch.testing.assert_close(actual, expected, **TIGHT)
+        for mine, theirs in zip(
+            cases.gradients(actual, inputs, upstream), cases.gradients(expected, inputs, upstream), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, **TIGHT)
+    with torch.no_grad():
+        torch.testing.assert_close(cases.linear(cases.WALKS[walk], **keywords)(*inputs), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("name", cases.KEYWORDS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
+def test_logits(name, layout):
+    keywords = cases.KEYWORDS[name](5, 29)
+    logits = {
+        "contiguous": lambda: torch.randn(3, 5, 29, dtype=torch.float64),
+        "transposed": lambda: torch.randn(5, 3, 29, dtype=torch.float64).transpose(0, 1),
+        "sliced": lambda: torch.randn(3, 6, 31, dtype=torch.float64)[:, :-1, 1:-1],
+        "expanded": lambda: torch.randn(1, 5, 29, dtype=torch.float64).expand(3, 5, 29),
+    }[layout]().requires_grad_()
+    labels = torch.randint(0, 29, (5, 3)).t()
+    labels = torch.where(torch.rand(3, 5) < 0.2, keywords.get("ignore_index", -100), labels)
+    expected = reference.cross_entropy(logits, labels, **keywords)
+    upstream = torch.rand_like(expected)
+    with inputs_unchanged(logits, labels):
+        actual = cross_entropy(logits, labels, **keywords)
+        torch.testing.assert_close(actual, expected, **TIGHT)
+        mine, theirs = (torch.autograd.grad(v, logits, upstream)[0] for v in (actual, expected))
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reference_is_torch_cross_entropy(reduction, smoothing, weighted):
+    logits, labels = torch.randn(31, 17, dtype=torch.float64), torch.randint(0, 17, (31,))
+    labels[::4] = -100
+    weight = torch.rand(17, dtype=torch.float64) if weighted else None
+    expected = F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing, reduction=reduction)
+    actual = reference.cross_entropy(logits, labels, class_weights=weight, label_smoothing=smoothing, reduction=reduction)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+
+
+def test_hand_computed():
+    """softmax of (0, log 3) is (1/4, 3/4)."""
+    logits = torch.tensor([[0.0, 3.0]]).log().clamp(min=0.0)
+    logits[0, 1] = torch.tensor(3.0).log()
+    assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(1.3862943611198906)  # log 4
+    smoothed = cross_entropy(logits, torch.tensor([0]), label_smoothing=0.5).item()
+    assert smoothed == pytest.approx(0.5 * 1.3862943611198906 + 0.25 * (1.3862943611198906 + 0.28768207245178085))
+    squared = cross_entropy(logits, torch.tensor([0]), z_loss=0.1).item()
+    assert squared == pytest.approx(1.3862943611198906 + 0.1 * 1.3862943611198906**2)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_leading_shapes(shape, walk):
+    hidden = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, shape)
+    loss = linear_cross_entropy(hidden, weight, labels, chunking=cases.WALKS[walk])
+    torch.testing.assert_close(loss, reference.linear_cross_entropy(hidden, weight, labels), **TIGHT)
+    loss.backward()
+    assert hidden.grad.shape == hidden.shape
+    assert torch.isfinite(weight.grad).all()
+    none = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    assert none.shape == shape
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    torch.testing.assert_close(cross_entropy(logits, labels), loss, **TIGHT)
+    assert cross_entropy(logits, labels, reduction="none").shape == shape
+
+
+def test_any_strides():
+    hidden = torch.randn(4, 5, 6, dtype=torch.float64).permute(1, 2, 0).requires_grad_()  # [5, 6, 4], width strided
+    weight = torch.randn(4, 11, dtype=torch.float64).t().requires_grad_()
+    labels = torch.randint(0, 11, (6, 5)).t()
+    for chunking in cases.WALKS.values():
+        loss = linear_cross_entropy(hidden, weight, labels, chunking=chunking)
+        expected = reference.linear_cross_entropy(hidden, weight, labels)
+        for mine, theirs in zip(*(torch.autograd.grad(v, (hidden, weight)) for v in (loss, expected)), strict=True):
+            torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_empty_batch_is_zero_and_attached(walk):
+    inputs = head_inputs(9, 4, 7, ignored=1.0)
+    for keywords in ({}, {"z_loss": 0.1}, {"class_weights": torch.zeros(7)}, {"reduction": "sum", "num_label_tokens": 0}):
+        loss = cases.linear(cases.WALKS[walk], **keywords)(*inputs)
+        assert loss.item() == 0
+        for gradient in cases.gradients(loss, inputs, None):
+            assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_garbage_in_ignored_tokens_stays_out_of_the_loss(walk):
+    inputs = head_inputs(9, 4, 7)
+    labels = inputs.labels.clone()
+    labels[2] = -100
+    broken = inputs.hidden.detach().clone()
+    broken[2] = float("nan")
+    expected = linear_cross_entropy(inputs.hidden, inputs.weight, labels)
+    torch.testing.assert_close(linear_cross_entropy(broken, inputs.weight, labels, chunking=cases.WALKS[walk]), expected)
+    logits = broken @ inputs.weight.t()
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_forbidden_columns(walk):
+    """A bias of -inf takes a column out of the vocabulary, as constrained decoding does."""
+    inputs = head_inputs(9, 4, 30, dtype=torch.float64)
+    bias = torch.zeros(30, dtype=torch.float64)
+    bias[10:] = float("-inf")
+    labels = inputs.labels % 10
+    loss = linear_cross_entropy(inputs.hidden, inputs.weight, labels, bias=bias, chunking=cases.WALKS[walk])
+    expected = reference.linear_cross_entropy(inputs.hidden, inputs.weight[:10], labels)
+    for mine, theirs in zip(*(torch.autograd.grad(v, inputs[:2]) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_token_weights_are_differentiable(walk):
+    inputs = head_inputs(11, 4, 23, dtype=torch.float64, ignored=0.2)
+    weights = torch.rand(11, dtype=torch.float64).requires_grad_()
+    keywords = {"token_weights": weights, "z_loss": 0.1, "label_smoothing": 0.1}
+    mine = torch.autograd.grad(cases.linear(cases.WALKS[walk], **keywords)(*inputs), weights)
+    theirs = torch.autograd.grad(
+        reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords), weights
+    )
+    torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    vocab=st.integers(1, 40),
+    rows=st.integers(1, 45),
+    columns=st.integers(1, 45),
+    seed=st.integers(0, 1000),
+)
+def test_chunks_change_nothing(tokens, vocab, rows, columns, seed):
+    inputs = head_inputs(tokens, 3, vocab, dtype=torch.float64, ignored=0.1, ignore_index=1, seed=seed)
+    keywords = cases.everything(tokens, vocab, seed=seed)
+    expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords)
+    wanted = cases.gradients(expected, inputs, None)
+    for chunking in (Chunking(strategy="tokens", chunk_size=rows), Chunking(strategy="vocab", chunk_size=columns)):
+        loss = cases.linear(chunking, **keywords)(*inputs)
+        torch.testing.assert_close(loss, expected, **TIGHT)
+        for mine, theirs in zip(cases.gradients(loss, inputs, None), wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tokens=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_properties_of_tokens(tokens, seed):
+    """Order does not matter; twice the tokens is twice the sum; a mask is the same as tokens left out."""
+    hidden, weight, labels, _ = head_inputs(tokens, 3, 13, dtype=torch.float64, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(tokens, generator=random)
+    keep = torch.rand(tokens, generator=random) < 0.6
+    for chunking in cases.WALKS.values():
+        total = linear_cross_entropy(hidden, weight, labels, reduction="sum", chunking=chunking)
+        shuffled = linear_cross_entropy(hidden[order], weight, labels[order], reduction="sum", chunking=chunking)
+        torch.testing.assert_close(shuffled, total, **TIGHT)
+        doubled = linear_cross_entropy(
+            torch.cat([hidden, hidden]), weight, torch.cat([labels, labels]), reduction="sum", chunking=chunking
+        )
+        torch.testing.assert_close(doubled, 2 * total, **TIGHT)
+        masked = linear_cross_entropy(hidden, weight, labels, mask=keep, chunking=chunking)
+        removed = linear_cross_entropy(hidden[keep], weight, labels[keep], chunking=chunking)
+        torch.testing.assert_close(masked, removed, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", ["vocab", "default"])
+def test_statistics(walk):
+    inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2, confident=0.3)
+    keywords = {"mask": torch.arange(23) % 5 != 0, "softcap": 9.0, "temperature": 0.8, "shift": 1}
+    expected = reference.linear_token_statistics(*inputs[:3], bias=inputs.bias, **keywords)
+    actual = compiled_loss.linear_token_statistics(
+        *inputs[:3], bias=inputs.bias, chunking=cases.WALKS[walk], **keywords
+    )
+    for name, mine, theirs in zip(actual._fields, actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+    for mine, theirs in zip(actual[:3], expected[:3], strict=True):
+        upstream = torch.rand_like(mine)
+        for a, b in zip(
+            torch.autograd.grad(mine, (inputs.hidden, inputs.weight, inputs.bias), upstream, retain_graph=True),
+            torch.autograd.grad(theirs, (inputs.hidden, inputs.weight, inputs.bias), upstream, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():
+        for chunking in cases.WALKS.values():
+            again = compiled_loss.linear_token_statistics(*inputs[:3], bias=inputs.bias, chunking=chunking, **keywords)
+            for mine, theirs in zip(again, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_loss_with_statistics(walk):
+    inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2)
+    loss, statistics = compiled_loss.linear_cross_entropy_with_statistics(
+        *inputs[:3], bias=inputs.bias, z_loss=0.1, chunking=cases.WALKS[walk]
+    )
+    torch.testing.assert_close(loss, cases.linear(cases.WALKS[walk], z_loss=0.1)(*inputs))
+    for mine, theirs in zip(statistics, reference.linear_token_statistics(*inputs[:3], bias=inputs.bias), strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+        assert not mine.requires_grad
+    assert all(g is not None for g in cases.gradients(loss, inputs, None))
+
+
+def test_correct_counts_ties():
+    hidden, weight = torch.ones(2, 1), torch.tensor([[1.0], [1.0], [0.0]])
+    statistics = compiled_loss.linear_token_statistics(hidden, weight, torch.tensor([1, 2]))
+    assert statistics.correct.tolist() == [True, False]
