@@ -224,5 +224,14 @@ def labels_in_range(bad: Tensor, values: Tensor, vocab: int, ignore_index: int) 
         raise ValueError(f"labels: expected 0 <= label < V = {vocab}, or ignore_index = {ignore_index}, got {first}")
 
 
+def first_derivative() -> None:
+    """Raise in a backward that is to be differentiated again; a compiled one is refused by AOTAutograd itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph: expected False, got True: this loss has no second derivative outside torch.func transforms; "
+            "take it with torch.func, or from the functions of compiled_loss.reference"
+        )
+
+
 def _shape(shape: torch.Size) -> str:
     return "[" + ", ".join([str(int(size)) for size in shape]) + "]"

@@ -88,6 +88,7 @@ def assert_within_error_budget(actual: Tensor, baseline: Tensor, truth: Tensor, 
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if not truth.numel():
         return
+    actual, baseline, truth = actual.detach(), baseline.detach(), truth.detach()
     mine, theirs = (float((v.double() - truth).square().mean().sqrt()) for v in (actual, baseline))
     rounding = torch.finfo(actual.dtype).eps / 2 * float(truth.square().mean().sqrt())
     smallest = float(torch.finfo(actual.dtype).smallest_normal) * torch.finfo(actual.dtype).eps  # a subnormal's spacing

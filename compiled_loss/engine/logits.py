@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from compiled_loss import checks
 from compiled_loss.engine import bodies, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
@@ -55,8 +56,8 @@ class _Logits(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
+        checks.first_derivative()
         logits, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
         upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
         operands = (labels, *Head(*rest), maximum, log_sum, None if g_entropy is None else entropy, *upstream)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.plan import Plan
@@ -74,8 +75,8 @@ class _VocabChunks(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
+        checks.first_derivative()
         hidden, weight, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
         head = Head(*rest)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]

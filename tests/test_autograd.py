@@ -1,0 +1,211 @@
+"""Contracts 1 and 2: ordinary autograd, whatever a trainer does with the loss."""
+
+import cases
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, nn, reference
+from compiled_loss.testing import head_inputs
+
+WALKS = {
+    "tokens": Chunking(strategy="tokens", chunk_size=5),
+    "vocab": Chunking(strategy="vocab", chunk_size=9),
+    "tokens, compiled": Chunking(strategy="tokens", chunk_size=5, compile=True),
+    "vocab, compiled": Chunking(strategy="vocab", chunk_size=9, compile=True),
+}
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def inputs_of(tokens=11):
+    return head_inputs(tokens, 4, 23, dtype=torch.float64, ignored=0.2)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_gradcheck(walk):
+    inputs = inputs_of()
+    keywords = cases.everything(11, 23)
+    loss = cases.linear(WALKS[walk], **keywords)
+    assert torch.autograd.gradcheck(lambda h, w, b: loss(h, w, inputs.labels % 23, b), (inputs.hidden, inputs.weight, inputs.bias))
+
+
+def test_gradcheck_of_statistics_and_logits():
+    from compiled_loss import linear_token_statistics
+
+    inputs = inputs_of()
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_token_statistics(h, w, inputs.labels, bias=b, softcap=3.0, chunking=WALKS["vocab"])[:3],
+        (inputs.hidden, inputs.weight, inputs.bias),
+    )
+    keywords = cases.everything(11, 23)
+    logits = torch.randn(11, 23, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, inputs.labels % 23, **keywords), logits)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_backward_twice_and_any_upstream(walk):
+    inputs = inputs_of()
+    loss = cases.linear(WALKS[walk])(*inputs)
+    first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+    second = torch.autograd.grad(loss, inputs[:2], torch.tensor(-2.5, dtype=torch.float64), retain_graph=True)
+    third = torch.autograd.grad(loss, inputs[:2])
+    for a, b, c in zip(first, second, third, strict=True):
+        torch.testing.assert_close(b, -2.5 * a, **TIGHT)
+        assert c.equal(a)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_two_losses_on_one_hidden(walk):
+    hidden, weight, labels, _ = inputs_of()
+    other = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
+
+    def total(loss):
+        return loss(hidden, weight, labels) + 3 * loss(hidden, other, labels) + hidden.square().sum()
+
+    mine = torch.autograd.grad(total(lambda h, w, y: linear_cross_entropy(h, w, y, chunking=WALKS[walk])), (hidden, weight, other))
+    for a, b in zip(mine, torch.autograd.grad(total(reference.linear_cross_entropy), (hidden, weight, other)), strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_tied_embedding(walk):
+    weight = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 23, (11,))
+
+    def loss(fn, **keywords):
+        return fn(torch.nn.functional.embedding(tokens, weight).tanh(), weight, tokens, shift=1, **keywords)
+
+    (mine,) = torch.autograd.grad(loss(linear_cross_entropy, chunking=WALKS[walk]), weight)
+    torch.testing.assert_close(mine, torch.autograd.grad(loss(reference.linear_cross_entropy), weight)[0], **TIGHT)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_checkpointing(walk):
+    inputs = inputs_of()
+    loss = cases.linear(WALKS[walk])
+    plain = cases.gradients(loss(*inputs), inputs, None)
+    recomputed = cases.gradients(checkpoint(loss, *inputs, use_reentrant=False), inputs, None)
+    for a, b in zip(plain, recomputed, strict=True):
+        assert a.equal(b)
+
+
+class Gemms(TorchDispatchMode):
+    """Counts 2-D products; our own operators run theirs below this mode, so they are counted by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "mm_out", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "frozen", "forward", "backward"),
+    [
+        ("tokens", (), 3, 0),
+        ("tokens", ("hidden",), 2, 0),
+        ("tokens", ("weight",), 2, 0),
+        ("tokens", ("hidden", "weight"), 1, 0),
+        ("vocab", (), 1, 3),
+        ("vocab", ("hidden",), 1, 2),
+        ("vocab", ("weight",), 1, 2),
+        ("vocab", ("hidden", "weight"), 1, 0),
+    ],
+)
+def test_only_the_gemms_needed_run(strategy, frozen, forward, backward):
+    inputs = inputs_of(12)
+    for name in frozen:
+        getattr(inputs, name).requires_grad_(False)
+    chunking = Chunking(strategy=strategy, chunk_size=3 if strategy == "tokens" else 8)
+    chunks = 4 if strategy == "tokens" else 3
+    with Gemms() as first:
+        loss = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, chunking=chunking)
+    assert first.count == forward * chunks
+    if len(frozen) < 2:
+        with Gemms() as second:
+            loss.backward()
+        assert second.count == backward * chunks
+    else:
+        assert not loss.requires_grad
+    with Gemms() as third, torch.no_grad():
+        linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, chunking=chunking)
+    assert third.count == chunks
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_functorch(walk):
+    hidden, weight, labels, bias = (v.detach() for v in inputs_of())
+    keywords = {"bias": bias, **cases.everything(11, 23), "ignore_index": -100}
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, chunking=WALKS[walk], **keywords)
+
+    def truth(hidden, weight):
+        return reference.linear_cross_entropy(hidden, weight, labels, **keywords)
+
+    for transform in (
+        lambda f: torch.func.grad(f, argnums=(0, 1))(hidden, weight),
+        lambda f: torch.func.vjp(f, hidden, weight)[1](torch.tensor(2.0, dtype=torch.float64)),
+        lambda f: torch.func.jvp(f, (hidden, weight), (hidden, weight)),
+        lambda f: torch.func.hessian(f)(hidden, weight),
+    ):
+        torch.testing.assert_close(transform(loss), transform(truth), **TIGHT)
+
+
+def test_per_sample_gradients():
+    hidden = torch.randn(6, 5, 4, dtype=torch.float64)
+    weight = torch.randn(23, 4, dtype=torch.float64)
+    labels = torch.randint(0, 23, (6, 5))
+    per_sample = torch.func.vmap(torch.func.grad(linear_cross_entropy, argnums=(0, 1)), in_dims=(0, None, 0))
+    torch.testing.assert_close(
+        per_sample(hidden, weight, labels),
+        tuple(torch.stack(g) for g in zip(*(torch.func.grad(reference.linear_cross_entropy, argnums=(0, 1))(h, weight, y) for h, y in zip(hidden, labels, strict=True)), strict=True)),
+        **TIGHT,
+    )
+    logits = torch.randn(6, 5, 23, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(cross_entropy))(logits, labels),
+        torch.func.vmap(torch.func.grad(reference.cross_entropy))(logits, labels),
+        **TIGHT,
+    )
+
+
+def test_functional_call():
+    module = torch.nn.Linear(4, 23, dtype=torch.float64)
+    loss = nn.LinearCrossEntropy()
+    hidden, labels = torch.randn(11, 4, dtype=torch.float64), torch.randint(0, 23, (11,))
+
+    def objective(parameters):
+        weight, bias = parameters["weight"], parameters["bias"]
+        return torch.func.functional_call(loss, {}, (hidden, weight, labels), {"bias": bias})
+
+    gradients = torch.func.grad(objective)(dict(module.named_parameters()))
+    torch.nn.functional.cross_entropy(module(hidden), labels).backward()
+    torch.testing.assert_close(gradients["weight"], module.weight.grad, **TIGHT)
+    torch.testing.assert_close(gradients["bias"], module.bias.grad, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_second_derivative_is_an_error(walk):
+    inputs = inputs_of()
+    with pytest.raises(RuntimeError, match=r"create_graph: .*torch\.func"):
+        torch.autograd.grad(cases.linear(WALKS[walk])(*inputs), inputs.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("walk", WALKS)
+def test_autocast(dtype, walk):
+    inputs = head_inputs(64, 16, 50, ignored=0.1)
+    exact = inputs.to(torch.float64)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = cases.linear(WALKS[walk])(*inputs)
+    assert loss.dtype == torch.float32
+    truth = cases.linear()(*exact)
+    for mine, theirs in zip(cases.gradients(loss, inputs, None), cases.gradients(truth, exact, None), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
+    with torch.autocast("cpu", dtype=dtype):  # different dtypes are what autocast is for
+        cases.linear(WALKS[walk])(inputs.hidden.bfloat16(), *inputs[1:])
