@@ -42,7 +42,8 @@ def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) ->
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
     if value.shape != shape:
         raise ValueError(
-            f"labels: expected the shape of {rows} without its last dimension, {_shape(shape)}, got {_shape(value.shape)}"
+            f"labels: expected the shape of {rows} without its last dimension, {_shape(shape)}, "
+            f"got {_shape(value.shape)}"
         )
     same_device("labels", value, device)
 
@@ -115,17 +116,14 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
     fits = value.dim() <= len(shape) and all(
-        mine == 1 or mine == theirs
-        for mine, theirs in zip(reversed(value.shape), reversed(shape), strict=False)
+        mine in (1, theirs) for mine, theirs in zip(reversed(value.shape), reversed(shape), strict=False)
     )
     if not fits:
         raise ValueError(f"{name}: expected to broadcast to the labels' {_shape(shape)}, got {_shape(value.shape)}")
     same_device(name, value, device)
 
 
-def tokens(
-    labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, name: str, source: Tensor
-) -> None:
+def tokens(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, name: str, source: Tensor) -> None:
     """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`."""
     labels(labels_, name, source.shape[:-1], source.device)
     per_token("mask", mask, labels_.shape, source.device)
@@ -213,8 +211,10 @@ def accumulator(accumulate_dtype: torch.dtype, dtype: torch.dtype) -> None:
 
 def tokens_strategy(reason: str) -> None:
     """Raise: the token walk cannot do what is asked."""
-    raise ValueError(f"strategy: expected 'vocab' or 'auto', got 'tokens', which cannot give {reason}: "
-                     "it forms gradients before it knows each token's upstream gradient")
+    raise ValueError(
+        f"strategy: expected 'vocab' or 'auto', got 'tokens', which cannot give {reason}: "
+        "it forms gradients before it knows each token's upstream gradient"
+    )
 
 
 def labels_in_range(bad: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:

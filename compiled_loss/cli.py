@@ -62,7 +62,7 @@ def _demo(given: argparse.Namespace) -> int:
 
 
 def _integer(least: int = 1, step: int = 1) -> Callable[[str], int]:
-    """An argument's type: an integer from `least` on, a multiple of `step`."""
+    """Make an argument's type: an integer from `least` on, a multiple of `step`."""
 
     def parse(text: str) -> int:
         multiple = f"a multiple of {step}, " if step > 1 else ""
@@ -74,7 +74,7 @@ def _integer(least: int = 1, step: int = 1) -> Callable[[str], int]:
 
 
 def _png(text: str) -> Path:
-    """An argument's type: a file that can be written, which is better known before minutes of training."""
+    """Check that a picture can be written there, which is better known before minutes of training."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png: {text}")

@@ -29,6 +29,7 @@ class PeakMemory:
         ...     held = torch.ones(1 << 24)
         >>> memory.peak >= held.nbytes * 0.9
         True
+
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,7 +78,9 @@ def run_in_child(function: str, *, environment: dict[str, str] | None = None, **
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{function} failed in a child process with exit status {done.returncode}: see its output above")
+        raise RuntimeError(
+            f"{function} failed in a child process with exit status {done.returncode}: see its output above"
+        )
     return json.loads(done.stdout)
 
 

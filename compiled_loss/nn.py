@@ -20,7 +20,10 @@ class CrossEntropy(nn.Module):
         >>> from compiled_loss import nn
         >>> nn.CrossEntropy(reduction="sum")(torch.zeros(2, 4), torch.tensor([1, -100]))
         tensor(1.3863)
+
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class CrossEntropy(nn.Module):
 
 
 class LinearCrossEntropy(nn.Module):
-    """:func:`compiled_loss.linear_cross_entropy` with its keywords kept; the head's weight and bias come with each call.
+    """:func:`compiled_loss.linear_cross_entropy` with its keywords kept; weight and bias come with each call.
 
     Example:
         >>> import torch
@@ -80,7 +83,10 @@ class LinearCrossEntropy(nn.Module):
         >>> loss = nn.LinearCrossEntropy(softcap=30.0)
         >>> loss(torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([1, -100]))
         tensor(1.3863)
+
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,

@@ -45,7 +45,9 @@ def tokens(
     if token_weights is not None:
         weight = weight * token_weights.to(weight.dtype)
     if shift:
-        labels, weight, active = (_shifted(v, shift, f) for v, f in ((labels, ignore_index), (weight, 0), (active, False)))
+        labels, weight, active = (
+            _shifted(v, shift, f) for v, f in ((labels, ignore_index), (weight, 0), (active, False))
+        )
     weight = torch.where(active, weight, 0.0)
     bad = active & ((labels < 0) | (labels >= vocab))
     if labels.device.type == "cpu" and type(labels) is Tensor and not (traced() or torch.compiler.is_compiling()):
@@ -75,6 +77,7 @@ def coefficients(
     checks.terms(label_smoothing, z_loss)
     checks.reduction(reduction, num_label_tokens, tokens.labels.device)
     weight = tokens.weight
+    class_total: int | Tensor
     if class_weights is None:
         label_weight, class_total = torch.ones_like(weight), vocab
     else:

@@ -13,12 +13,12 @@ from torch import Tensor
 def token_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
+    """Z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
     return transformed(hidden @ weight.transpose(0, 1), bias, softcap, temperature)
 
 
 def transformed(logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Tensor:
-    """z of raw logits."""
+    """Z of raw logits."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -133,5 +133,5 @@ def linear_token_statistics(
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
-    """total / count, 0 where the count is 0."""
+    """Total / count, 0 where the count is 0."""
     return torch.where(count == 0, 0.0 * total, total / torch.where(count == 0, 1.0, count))

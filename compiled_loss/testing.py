@@ -18,7 +18,7 @@ _GEMMS = ("mm", "addmm", "bmm", "baddbmm", "mm_out", "addmm_", "linear")
 
 
 class HeadInputs(NamedTuple):
-    """Inputs of a linear head: hidden [N, H], weight [V, H], labels [N], bias [V]; all but the labels want gradients."""
+    """Inputs of a linear head: hidden [N, H], weight [V, H], labels [N], bias [V]; gradients wanted but for the labels."""
 
     hidden: Tensor
     weight: Tensor
@@ -27,7 +27,9 @@ class HeadInputs(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> HeadInputs:
         """Fresh leaves with the same values in another dtype."""
-        hidden, weight, bias = (v.detach().to(dtype, copy=True).requires_grad_() for v in (self.hidden, self.weight, self.bias))
+        hidden, weight, bias = (
+            v.detach().to(dtype, copy=True).requires_grad_() for v in (self.hidden, self.weight, self.bias)
+        )
         return HeadInputs(hidden, weight, self.labels, bias)
 
 
@@ -53,6 +55,7 @@ def head_inputs(
         >>> from compiled_loss.testing import head_inputs
         >>> head_inputs(3, 4, 7).hidden.shape
         torch.Size([3, 4])
+
     """
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=random, dtype=torch.float64)
@@ -69,7 +72,9 @@ def head_inputs(
     return HeadInputs(hidden, weight, labels.to(device), bias)
 
 
-def assert_within_error_budget(actual: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, name: str = "") -> None:
+def assert_within_error_budget(
+    actual: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, name: str = ""
+) -> None:
     """Fail unless `actual` is as close to the fp64 `truth` as `factor` times `baseline` plus one rounding of its dtype.
 
     `baseline` is the ordinary computation in the same dtypes; errors are root mean squares over all elements, so the
@@ -83,6 +88,7 @@ def assert_within_error_budget(actual: Tensor, baseline: Tensor, truth: Tensor, 
         >>> from compiled_loss.testing import assert_within_error_budget
         >>> truth = torch.tensor([1 / 3], dtype=torch.float64)
         >>> assert_within_error_budget(truth.float(), truth.float(), truth)
+
     """
     assert truth.dtype == torch.float64, "the truth of an error budget is computed in float64"
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
@@ -106,12 +112,15 @@ def inputs_unchanged(*inputs: Tensor) -> Iterator[None]:
         >>> x = torch.ones(3)
         >>> with inputs_unchanged(x):
         ...     y = x + 1
+
     """
     before = [v.detach().clone() for v in inputs]
     yield
     for i, (old, new) in enumerate(zip(before, inputs, strict=True)):
-        assert old.view(torch.uint8).equal(new.detach().contiguous().view(torch.uint8)) if old.dim() else old.equal(
-            new.detach()
+        assert (
+            old.view(torch.uint8).equal(new.detach().contiguous().view(torch.uint8))
+            if old.dim()
+            else old.equal(new.detach())
         ), f"input {i}, {tuple(new.shape)} {new.dtype}, was written"
 
 
@@ -127,8 +136,9 @@ def count_graphs(
         >>> from compiled_loss.testing import count_graphs
         >>> count_graphs(lambda x: x + 1, [[torch.ones(2)], [torch.zeros(2)]])
         1
+
     """
-    from torch._dynamo.testing import CompileCounterWithBackend  # noqa: PLC2701
+    from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend(backend)
@@ -187,6 +197,7 @@ def inductor_graphs(fn: Callable[..., Tensor], *inputs: Any) -> Graphs:
         >>> graphs = inductor_graphs(lambda x: x.exp().sum(), torch.ones(8, requires_grad=True))
         >>> graphs.kept_bytes
         32
+
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -218,8 +229,24 @@ def inductor_graphs(fn: Callable[..., Tensor], *inputs: Any) -> Graphs:
 
 def _base(node: Any) -> Any:
     """What a chain of views is a view of."""
-    views = ("slice", "view", "t", "permute", "transpose", "select", "reshape", "unsqueeze", "squeeze", "expand", "as_strided")
-    while isinstance(node, torch.fx.Node) and node.op == "call_function" and str(node.target).split(".")[1:2] in [[v] for v in views]:
+    views = (
+        "slice",
+        "view",
+        "t",
+        "permute",
+        "transpose",
+        "select",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "as_strided",
+    )
+    while (
+        isinstance(node, torch.fx.Node)
+        and node.op == "call_function"
+        and str(node.target).split(".")[1:2] in [[v] for v in views]
+    ):
         node = node.args[0]
     return node
 
@@ -231,6 +258,7 @@ def assert_keeps_at_most(size: int, fn: Callable[..., Tensor], *inputs: Any) -> 
         >>> import torch
         >>> from compiled_loss.testing import assert_keeps_at_most
         >>> assert_keeps_at_most(32, lambda x: x.exp().sum(), torch.ones(8, requires_grad=True))
+
     """
     kept = inductor_graphs(fn, *inputs).kept_bytes
     assert kept <= size, f"keeps {kept:,} bytes between forward and backward, expected at most {size:,}"

@@ -13,7 +13,7 @@ WALKS = {
 
 
 def everything(tokens, vocab, dtype=torch.float64, seed=0):
-    """Every keyword that changes the mathematics, at once; fractional weights, masks with zeros, some labels ignored."""
+    """Every keyword that changes the mathematics, at once; fractional weights, masks with zeros."""
     random = torch.Generator().manual_seed(seed)
     return {
         "mask": torch.randint(0, 3, (tokens,), generator=random),

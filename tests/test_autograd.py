@@ -27,7 +27,9 @@ def test_gradcheck(walk):
     inputs = inputs_of()
     keywords = cases.everything(11, 23)
     loss = cases.linear(WALKS[walk], **keywords)
-    assert torch.autograd.gradcheck(lambda h, w, b: loss(h, w, inputs.labels % 23, b), (inputs.hidden, inputs.weight, inputs.bias))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: loss(h, w, inputs.labels % 23, b), (inputs.hidden, inputs.weight, inputs.bias)
+    )
 
 
 def test_gradcheck_of_statistics_and_logits():
@@ -63,8 +65,12 @@ def test_two_losses_on_one_hidden(walk):
     def total(loss):
         return loss(hidden, weight, labels) + 3 * loss(hidden, other, labels) + hidden.square().sum()
 
-    mine = torch.autograd.grad(total(lambda h, w, y: linear_cross_entropy(h, w, y, chunking=WALKS[walk])), (hidden, weight, other))
-    for a, b in zip(mine, torch.autograd.grad(total(reference.linear_cross_entropy), (hidden, weight, other)), strict=True):
+    mine = torch.autograd.grad(
+        total(lambda h, w, y: linear_cross_entropy(h, w, y, chunking=WALKS[walk])), (hidden, weight, other)
+    )
+    for a, b in zip(
+        mine, torch.autograd.grad(total(reference.linear_cross_entropy), (hidden, weight, other)), strict=True
+    ):
         torch.testing.assert_close(a, b, **TIGHT)
 
 
@@ -162,7 +168,16 @@ def test_per_sample_gradients():
     per_sample = torch.func.vmap(torch.func.grad(linear_cross_entropy, argnums=(0, 1)), in_dims=(0, None, 0))
     torch.testing.assert_close(
         per_sample(hidden, weight, labels),
-        tuple(torch.stack(g) for g in zip(*(torch.func.grad(reference.linear_cross_entropy, argnums=(0, 1))(h, weight, y) for h, y in zip(hidden, labels, strict=True)), strict=True)),
+        tuple(
+            torch.stack(g)
+            for g in zip(
+                *(
+                    torch.func.grad(reference.linear_cross_entropy, argnums=(0, 1))(h, weight, y)
+                    for h, y in zip(hidden, labels, strict=True)
+                ),
+                strict=True,
+            )
+        ),
         **TIGHT,
     )
     logits = torch.randn(6, 5, 23, dtype=torch.float64)

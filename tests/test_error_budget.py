@@ -61,7 +61,9 @@ def test_fp16_at_65536_tokens(strategy):
     mine = cases.gradients(linear_cross_entropy(*inputs[:3], **keywords), inputs[:2], scale)
     truth = cases.gradients(reference.linear_cross_entropy(*exact[:3], reduction="sum"), exact[:2], None)
     unscaled = inputs.to(torch.float16)
-    baseline = cases.gradients(F.cross_entropy((unscaled[0] @ unscaled[1].t()).float(), unscaled[2], reduction="sum"), unscaled[:2], None)
+    baseline = cases.gradients(
+        F.cross_entropy((unscaled[0] @ unscaled[1].t()).float(), unscaled[2], reduction="sum"), unscaled[:2], None
+    )
     for name, a, b, c in zip(("dH", "dW"), mine, baseline, truth, strict=True):
         assert_within_error_budget(a, b, c, name=name)
 
@@ -72,7 +74,9 @@ def test_fp16_token_weights_of_any_size(strategy):
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=torch.float16)
     exact = inputs.to(torch.float64)
     weights = torch.full((TOKENS,), 1 / 65536)
-    loss = linear_cross_entropy(*inputs[:3], token_weights=weights, reduction="sum", chunking=Chunking(strategy=strategy))
+    loss = linear_cross_entropy(
+        *inputs[:3], token_weights=weights, reduction="sum", chunking=Chunking(strategy=strategy)
+    )
     mine = cases.gradients(loss, inputs[:2], torch.tensor(65536.0))
     truth = cases.gradients(reference.linear_cross_entropy(*exact[:3], reduction="sum"), exact[:2], None)
     for name, a, c in zip(("dH", "dW"), mine, truth, strict=True):

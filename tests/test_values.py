@@ -63,7 +63,9 @@ def test_reference_is_torch_cross_entropy(reduction, smoothing, weighted):
     labels[::4] = -100
     weight = torch.rand(17, dtype=torch.float64) if weighted else None
     expected = F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing, reduction=reduction)
-    actual = reference.cross_entropy(logits, labels, class_weights=weight, label_smoothing=smoothing, reduction=reduction)
+    actual = reference.cross_entropy(
+        logits, labels, class_weights=weight, label_smoothing=smoothing, reduction=reduction
+    )
     torch.testing.assert_close(actual, expected, **TIGHT)
 
 
@@ -110,7 +112,12 @@ def test_any_strides():
 @pytest.mark.parametrize("walk", cases.WALKS)
 def test_empty_batch_is_zero_and_attached(walk):
     inputs = head_inputs(9, 4, 7, ignored=1.0)
-    for keywords in ({}, {"z_loss": 0.1}, {"class_weights": torch.zeros(7)}, {"reduction": "sum", "num_label_tokens": 0}):
+    for keywords in (
+        {},
+        {"z_loss": 0.1},
+        {"class_weights": torch.zeros(7)},
+        {"reduction": "sum", "num_label_tokens": 0},
+    ):
         loss = cases.linear(cases.WALKS[walk], **keywords)(*inputs)
         assert loss.item() == 0
         for gradient in cases.gradients(loss, inputs, None):
@@ -125,7 +132,9 @@ def test_garbage_in_ignored_tokens_stays_out_of_the_loss(walk):
     broken = inputs.hidden.detach().clone()
     broken[2] = float("nan")
     expected = linear_cross_entropy(inputs.hidden, inputs.weight, labels)
-    torch.testing.assert_close(linear_cross_entropy(broken, inputs.weight, labels, chunking=cases.WALKS[walk]), expected)
+    torch.testing.assert_close(
+        linear_cross_entropy(broken, inputs.weight, labels, chunking=cases.WALKS[walk]), expected
+    )
     logits = broken @ inputs.weight.t()
     torch.testing.assert_close(cross_entropy(logits, labels), expected)
 
@@ -149,9 +158,7 @@ def test_token_weights_are_differentiable(walk):
     weights = torch.rand(11, dtype=torch.float64).requires_grad_()
     keywords = {"token_weights": weights, "z_loss": 0.1, "label_smoothing": 0.1}
     mine = torch.autograd.grad(cases.linear(cases.WALKS[walk], **keywords)(*inputs), weights)
-    theirs = torch.autograd.grad(
-        reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords), weights
-    )
+    theirs = torch.autograd.grad(reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords), weights)
     torch.testing.assert_close(mine, theirs, **TIGHT)
 
 

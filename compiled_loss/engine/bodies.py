@@ -1,9 +1,8 @@
 """The elementwise mathematics of one chunk of logits: plain torch on [rows, columns], written to fuse into one kernel.
 
-H width; a chunk is `rows` tokens by `columns` of the vocabulary. `source` is a chunk of hidden states [rows, H] with its
-`weight` [columns, H], or logits [..., columns] with None. Then come, in every body and in this order, `labels` [rows]
-and the `Head`. A body writes nothing that it was given; its GEMM is inside it,
-so that the compiler overwrites the logits with their gradient.
+H width; a chunk is `rows` tokens by `columns` of the vocabulary. `source` is a chunk of hidden states [rows, H] with
+its `weight` [columns, H], or logits [..., columns] with None. Then come, in every body and in this order, `labels`
+[rows] and the `Head`. A body writes nothing that it was given; its GEMM is inside it, so that the compiler overwrites the logits with their gradient.
 
 NOTE [Columns are compared, never indexed]
 `where(column == label, z, 0).sum(-1)` instead of a gather: it fuses into the statistics' pass, it cannot leave the row
@@ -46,7 +45,9 @@ class Upstream(NamedTuple):
     entropy: Tensor | None
 
     @staticmethod
-    def of(like: Tensor, nll: Tensor | None, lse: Tensor | None, total: Tensor | None, entropy: Tensor | None) -> Upstream:
+    def of(
+        like: Tensor, nll: Tensor | None, lse: Tensor | None, total: Tensor | None, entropy: Tensor | None
+    ) -> Upstream:
         """From autograd's gradients of [N] statistics shaped like `like`, each of which may be missing.
 
         New tensors all: Dynamo traces a backward with example gradients that alias each other, which no region takes.
@@ -55,6 +56,11 @@ class Upstream(NamedTuple):
         row = nll.clone() if lse is None else nll + lse
         rest = [None if g is None else g.to(like.dtype, copy=True) for g in (total, entropy)]
         return Upstream(row, nll, *rest)
+
+    def divided(self, scale: Tensor) -> Upstream:
+        """Each gradient over `scale`."""
+        rest = [None if g is None else g / scale for g in (self.total, self.entropy)]
+        return Upstream(self.row / scale, self.nll / scale, *rest)
 
 
 def _transform(source: Tensor, weight: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +149,7 @@ def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Out
 
 
 def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Gradient of a chunk's logits: (labels, *Head, maximum, log_sum, entropy, *Upstream) -> (d,), in source's dtype."""
+    """Gradient of a chunk's logits: (labels, *Head, maximum, log_sum, entropy, *Upstream) -> (d,), like source."""
     labels, head, upstream = operands[0], Head(*operands[1:6]), Upstream(*operands[9:])  # type: ignore[arg-type]
     maximum, log_sum, entropy = operands[6:9]
     assert labels is not None and maximum is not None and log_sum is not None

@@ -1,8 +1,8 @@
 """GEMMs that write where they are told, and the two operators around them that keep the compiler honest.
 
-Inductor functionalises `acc.addmm_(a, b)` into a new [V, H] per chunk plus a copy; an operator that declares what it
-writes keeps one accumulator for the whole loop. What an operator here writes is read by nothing but operators here until
-the loop is over: Inductor 2.15 was seen to move an ordinary read of such a buffer behind the next write.
+Inductor functionalises `acc.addmm_(a, b)` into a new [V, H] per chunk plus a copy; an operator that declares what
+it writes keeps one accumulator for the whole loop. What an operator here writes is read by nothing but operators here
+until the loop is over: Inductor 2.15 was seen to move an ordinary read of such a buffer behind the next write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM
 
 @torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"})
 def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b."""
+    """Out = a @ b."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -27,7 +27,7 @@ def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"})
 def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a @ b, in the accumulator's dtype."""
+    """Accumulator += a @ b, in the accumulator's dtype."""
     _add_product(accumulator, a, b)
 
 
@@ -44,7 +44,7 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 @torch.library.custom_op("compiled_loss::add_column_sums_", mutates_args={"accumulator"})
 def add_column_sums_(accumulator: Tensor, x: Tensor) -> None:
-    """accumulator += x.sum(0): the gradient of a bias."""
+    """Accumulator += x.sum(0): the gradient of a bias."""
     accumulator.add_(x.sum(0, dtype=accumulator.dtype))
 
 
@@ -61,7 +61,7 @@ def fence_(x: Tensor, after: Sequence[Tensor]) -> None:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in `dtype`, with one rounding; eager torch would first round the factor to gradient's dtype."""
+    """Gradient * factor in `dtype`, with one rounding; eager torch would first round the factor to gradient's dtype."""
     if torch.compiler.is_compiling():
         return (gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32)).expand_as(gradient)).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype)

@@ -47,7 +47,8 @@ def choose(device: torch.device, compile: bool | str) -> Host:
 
 def region(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
     """The body as a subgraph of the graph being traced."""
-    return _REGIONS[body.__name__](source, weight, *operands)
+    outputs: bodies.Output = _REGIONS[body.__name__](source, weight, *operands)
+    return outputs
 
 
 def operator(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from compiled_loss import checks
 from compiled_loss.engine import bodies, hosts
 from compiled_loss.engine.bodies import Head, Upstream
-from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
+from compiled_loss.engine.statistics import RowStatistics, finish, initial_state
 
 
 def statistics(
@@ -33,8 +34,8 @@ def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool,
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+    def forward(
+        ctx: Any,
         logits: Tensor,
         bias: Tensor | None,
         class_weights: Tensor | None,
@@ -56,7 +57,14 @@ class _Logits(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
+    def backward(
+        ctx: Any,
+        g_nll: Tensor | None,
+        g_lse: Tensor | None,
+        g_total: Tensor | None,
+        g_entropy: Tensor | None,
+        _correct: None,
+    ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         logits, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
         upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)

@@ -21,8 +21,9 @@ least MIN_ROWS, because with fewer Inductor splits the reductions of a body over
 Columns: the same bytes as those rows, in multiples of COLUMN_MULTIPLE and at least MIN_COLUMNS.
 
 NOTE [Buckets]
-The defaults see N only rounded up to a power of two, and split N into a number of chunks that depends on that alone, so
-that a compiled caller sees at most one graph a bucket.
+The defaults see N only rounded up to a power of two, MIN_ROWS at least, and split N into a number of chunks that
+depends on that alone, so that a compiled caller sees at most one graph a bucket: six for N from 2 to 10000, within Dynamo's
+default limit of eight. With `chunk_size` not even that is looked at.
 """
 
 from __future__ import annotations
@@ -97,12 +98,10 @@ def plan(
     *,
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
 ) -> Plan:
-    """The walk for [tokens, width] @ [vocab, width].T, among `strategies`, those that can do what is asked, best first."""
+    """The walk for [tokens, width] @ [vocab, width].T, among `strategies`: those that can do it, best first."""
     if chunking.strategy != "auto":
         strategies = (chunking.strategy,)
-    bucket = 1
-    while bucket < tokens:
-        bucket *= 2
+    bucket = _bucket(tokens) if chunking.chunk_size is None else 0
     strategy = strategies[0]
     if chunking.memory_budget is not None and len(strategies) > 1:
         strategy = min(strategies, key=lambda s: _cost(s, bucket, width, vocab, dtype, chunking))
@@ -118,6 +117,14 @@ def plan(
         chunk = -(-tokens // count)
     accumulate = chunking.accumulate_dtype or _accumulate_dtype(dtype, count)
     return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate, compile=chunking.compile)
+
+
+def _bucket(tokens: int) -> int:
+    """N rounded up: NOTE [Buckets]."""
+    bucket = MIN_ROWS
+    while bucket < tokens:
+        bucket *= 2
+    return bucket
 
 
 def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:

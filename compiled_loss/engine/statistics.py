@@ -4,8 +4,8 @@ N tokens, V vocabulary. Every tensor here is [N] (or the leading shape of the lo
 
 NOTE [Relative statistics]
 For logits z with row maximum m and s = sum(exp(z - m)), a token with p > 0.99 has a loss far smaller than the rounding
-error of its log-sum-exp. So the engine never subtracts two numbers of the size of z at the end: it keeps the picked logit
-and the first moment relative to m, and returns
+error of its log-sum-exp. So the engine never subtracts two numbers of the size of z at the end: it keeps the picked
+logit and the first moment relative to m, and returns
 
     nll     = log s - (z[label] - m)                       -log softmax(z)[label]
     entropy = log s - sum(exp(z - m) * (z - m)) / s        of softmax(z)
@@ -17,7 +17,7 @@ whose gradients with respect to z are onehot-free but for nll's: p - onehot, -p 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,9 +53,10 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None
     correct: Tensor
 
-    def reshape(self, shape: tuple[int, ...]) -> RowStatistics:
-        """The same rows in another shape."""
-        return RowStatistics(*(None if v is None else v.reshape(shape) for v in self))
+    def map(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
+        """Each statistic changed; what is None stays None."""
+        total, entropy = (None if v is None else change(v) for v in (self.total, self.entropy))
+        return RowStatistics(change(self.nll), change(self.lse), total, entropy, change(self.correct))
 
 
 class Coefficients(NamedTuple):
@@ -66,9 +67,10 @@ class Coefficients(NamedTuple):
     total: Tensor | None
     square: Tensor | None
 
-    def reshape(self, *shape: int) -> Coefficients:
-        """The same rows in another shape."""
-        return Coefficients(*(None if v is None else v.reshape(*shape) for v in self))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
+        """Each coefficient changed; what is None stays None."""
+        rest = [None if v is None else change(v) for v in self[1:]]
+        return Coefficients(change(self.nll), *rest)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -100,9 +102,7 @@ def finish(state: State) -> RowStatistics:
 
 def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
     """0 and False for inactive rows, whatever their logits hold: 0 * NaN would be NaN."""
-    return RowStatistics(
-        *(None if v is None else v & active if v.dtype == torch.bool else torch.where(active, v, 0.0) for v in statistics)
-    )
+    return statistics.map(lambda v: v & active if v.dtype == torch.bool else torch.where(active, v, 0.0))
 
 
 def combine(statistics: RowStatistics, coefficients: Coefficients) -> Tensor:

@@ -7,12 +7,11 @@ forward; scalar losses only, since the upstream gradient of each row is needed b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
@@ -53,7 +52,7 @@ def statistics(
     run = hosts.choose(hidden.device, plan.compile)
     state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
     states = [
-        run(bodies.fold, rows(hidden), weight, rows(labels), *head, *map(rows, state))
+        run(bodies.fold, rows.of(hidden), weight, rows.of(labels), *head, *rows.of_each(state))
         for rows in _chunks(hidden.shape[0], plan)
     ]
     return finish(_join(state, states))
@@ -80,8 +79,11 @@ class _Rows(NamedTuple):
     start: int
     size: int
 
-    def __call__(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.narrow(0, self.start, self.size)
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(0, self.start, self.size)
+
+    def of_each(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+        return [None if tensor is None else self.of(tensor) for tensor in tensors]
 
 
 def _chunks(tokens: int, plan: Plan) -> Iterator[_Rows]:
@@ -92,15 +94,15 @@ def _chunks(tokens: int, plan: Plan) -> Iterator[_Rows]:
     yield _Rows(done, tokens - done)
 
 
-def _join(state: State, chunks: list[Sequence[Tensor]]) -> State:
+def _join(state: State, chunks: Sequence[Sequence[Tensor]]) -> State:
     """The state of all rows from that of each chunk's; the same parts as in `state`."""
     return state.replaced([torch.cat(values) for values in zip(*chunks, strict=True)])
 
 
 class _TokenChunks(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+    def forward(
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -121,12 +123,14 @@ class _TokenChunks(torch.autograd.Function):
         coefficients = scaled = Coefficients(nll, lse, total, square)
         scale = unit_scale(hidden.dtype, *coefficients)
         if scale is not None:
-            scaled = Coefficients(*(None if c is None else c / scale for c in coefficients))
+            scaled = coefficients.map(lambda c: c / scale)
 
         run = hosts.choose(hidden.device, plan.compile)
         d_hidden = torch.empty_like(hidden) if wanted.hidden else None
         d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
-        d_bias = torch.zeros_like(bias, dtype=statistics_dtype(hidden.dtype)) if wanted.bias else None
+        d_bias = None
+        if wanted.bias:
+            d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
         start = torch.zeros((), dtype=torch.int64, device=hidden.device)
         head = head._replace(start=start)
@@ -134,12 +138,12 @@ class _TokenChunks(torch.autograd.Function):
         formed = [d for d in gradients if d is not None]
         states = []
         for i, rows in enumerate(_chunks(hidden.shape[0], plan)):
-            h = rows(hidden)
-            operands = (rows(labels), *head, *map(rows, state), *map(rows, scaled))
+            h = rows.of(hidden)
+            operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
             d, *rest = run(bodies.fold_and_gradient, h, weight, *operands)
             states.append(rest)
             if d_hidden is not None:
-                gemm.mm_out(rows(d_hidden), d, weight)
+                gemm.mm_out(rows.of(d_hidden), d, weight)
             if d_weight is not None:
                 (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), h)
             if d_bias is not None:
@@ -158,20 +162,15 @@ class _TokenChunks(torch.autograd.Function):
         return loss, *result
 
     @staticmethod
-    def backward(ctx, g, *_statistics):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         if g is None:
             return (None,) * 15
         *gradients, scale, nll, lse, total = ctx.saved_tensors
         factor = g if scale is None else g * scale
         dense = [
-            None if d is None else gemm.scaled(d, factor, dtype)
-            for d, dtype in zip(gradients, ctx.dtypes, strict=True)
+            None if d is None else gemm.scaled(d, factor, dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        rows = [
-            g * value() if wanted else None
-            for value, wanted in zip(
-                (lambda: nll, lambda: lse, lambda: total, lambda: lse.square()), ctx.needs_input_grad[7:11], strict=True
-            )
-        ]
+        statistics = (nll, lse, total, None if lse is None else lse.square())
+        rows = [g * v if wants else None for v, wants in zip(statistics, ctx.needs_input_grad[7:11], strict=True)]
         return *dense, None, None, None, None, *rows, None, None, None, None

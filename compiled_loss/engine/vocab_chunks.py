@@ -7,16 +7,16 @@ upstream gradient; one graph for every N. Keeps O(N) between forward and backwar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.plan import Plan
-from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, statistics_dtype, unit_scale
+from compiled_loss.engine.statistics import RowStatistics, finish, initial_state, statistics_dtype, unit_scale
 
 
 def statistics(
@@ -48,8 +48,8 @@ def _chunks(head: Head, vocab: int, plan: Plan, starts: Tensor) -> Iterator[tupl
 
 class _VocabChunks(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+    def forward(
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -75,7 +75,14 @@ class _VocabChunks(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def backward(ctx, g_nll, g_lse, g_total, g_entropy, _correct):  # type: ignore[no-untyped-def, override]
+    def backward(
+        ctx: Any,
+        g_nll: Tensor | None,
+        g_lse: Tensor | None,
+        g_total: Tensor | None,
+        g_entropy: Tensor | None,
+        _correct: None,
+    ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         hidden, weight, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
         head = Head(*rest)
@@ -83,14 +90,16 @@ class _VocabChunks(torch.autograd.Function):
         upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
         scale = unit_scale(hidden.dtype, *upstream)
         if scale is not None:
-            upstream = Upstream(*(None if g is None else g / scale for g in upstream))
+            upstream = upstream.divided(scale)
         if g_entropy is None:
             entropy = None
 
         run = hosts.choose(hidden.device, ctx.plan.compile)
         d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
         d_weight = torch.empty_like(weight) if wants_weight else None
-        d_bias = torch.zeros_like(head.bias, dtype=statistics_dtype(hidden.dtype)) if wants_bias else None
+        d_bias = None
+        if wants_bias:
+            d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
         formed = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
         starts = _starts(hidden, ctx.plan)
         for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
@@ -111,6 +120,6 @@ class _VocabChunks(torch.autograd.Function):
             d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
         if d_weight is not None and scale is not None:
             d_weight = d_weight.mul_(scale)
-        if d_bias is not None:
+        if head.bias is not None and d_bias is not None:
             d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None

@@ -85,6 +85,7 @@ def cross_entropy(
         tensor(0.8955)
         >>> cross_entropy(logits, torch.tensor([0, 2, -100]), reduction="none")
         tensor([0.2395, 1.5514, 0.0000])
+
     """
     checks.logits(logits)
     checks.tokens(labels, mask, token_weights, "logits", logits)
@@ -113,7 +114,7 @@ def cross_entropy(
         source, target = (logits.reshape(-1, vocab), tokens.labels.reshape(-1)) if flat else (logits, tokens.labels)
         with torch.autocast(logits.device.type, enabled=False):
             rows = logits_walk.statistics(source, target, head, "auto", total=total, entropy=False)
-    rows = masked(rows.reshape(labels.shape), tokens.active)
+    rows = masked(rows.map(lambda v: v.reshape(labels.shape)), tokens.active)
     return reductions.reduced(combine(rows, coefficients), reduction)
 
 
@@ -176,6 +177,7 @@ def linear_cross_entropy(
         >>> loss.detach(), hidden.grad
         (tensor(0.8955), tensor([[-0.1065,  0.0533],
                 [ 0.1060,  0.2881]]))
+
     """
     linear = linear_head(
         hidden,
@@ -238,6 +240,7 @@ def linear_cross_entropy_with_statistics(
         >>> loss, statistics = linear_cross_entropy_with_statistics(hidden, weight, torch.tensor([0, 2]))
         >>> loss, statistics.correct
         (tensor(0.8955), tensor([ True, False]))
+
     """
     linear = linear_head(
         hidden,

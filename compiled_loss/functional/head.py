@@ -46,7 +46,7 @@ class LinearHead(NamedTuple):
             walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
             with torch.autocast(hidden.device.type, enabled=False):
                 rows = walk.statistics(hidden, weight, labels, head, chosen, total=total, entropy=entropy)
-        return masked(rows.reshape(tokens.labels.shape), tokens.active)
+        return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
 
     def loss(
         self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
@@ -64,12 +64,12 @@ class LinearHead(NamedTuple):
                         tokens.labels.reshape(-1),
                         head,
                         chosen,
-                        coefficients.reshape(-1),
+                        coefficients.map(lambda c: c.reshape(-1)),
                         tokens.active.reshape(-1),
                         wanted,
                         entropy=entropy,
                     )
-                return loss, rows.reshape(tokens.labels.shape)
+                return loss, rows.map(lambda v: v.reshape(tokens.labels.shape))
         total = coefficients.total is not None
         rows = self.statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
         return reduction.reduced(combine(rows, coefficients), reduction_), rows
@@ -131,13 +131,12 @@ def transform(
     source: Tensor, bias: Tensor | None, class_weights: Tensor | None, softcap: float | None, temperature: float
 ) -> Head:
     """The engine's `Head`, its scalars as tensors of the statistics' dtype."""
-
-    def scalar(value: float) -> Tensor:
-        return torch.full((), value, dtype=statistics_dtype(source.dtype), device=source.device)
-
+    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
+    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
+    one = torch.ones((), dtype=statistics_dtype(source.dtype), device=source.device)
     return Head(
         bias,
         class_weights,
-        None if softcap is None else scalar(softcap),
-        None if temperature == 1 else scalar(1 / temperature),
+        None if softcap is None else one * softcap,
+        None if temperature == 1 else one / temperature,
     )

@@ -89,6 +89,7 @@ def linear_token_statistics(
         tensor([0.9753, 0.6656])
         >>> statistics.correct
         tensor([ True, False])
+
     """
     linear = linear_head(
         hidden,

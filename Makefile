@@ -1,0 +1,48 @@
+# make demo, make test: all set-up on a machine that has Python >= 3.10, make and a C++ compiler.
+# make test TORCH=2.15.0 for another torch; each has an environment of its own.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv$(if $(filter 2.13.0,$(TORCH)),,-$(TORCH))
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: demo test test-all lint format bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/compiled-loss demo $(ARGS)
+
+test: $(VENV)/.ready
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# The slow tests as well, on every torch that is supported.
+test-all:
+	$(MAKE) TORCH=2.13.0 test-whole
+	$(MAKE) TORCH=2.11.0 test-whole
+	$(MAKE) TORCH=2.15.0 test-whole
+
+.PHONY: test-whole
+test-whole: $(VENV)/.ready
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benches.linear_cross_entropy $(ARGS)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,41 @@
+"""Run in a child process by test_memory.py: one loss's real peak, and what it keeps, in bytes."""
+
+import naive
+import torch
+
+from compiled_loss import Chunking, linear_cross_entropy
+from compiled_loss.measure import PeakMemory
+
+
+def measure(strategy, chunk, tokens, width, vocab, mode, dtype="float32"):
+    torch.set_num_threads(2)
+    dtype = getattr(torch, dtype)
+    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width) * 0.05).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,))
+    if strategy == "naive":
+
+        def loss(h, w, y):
+            return naive.linear_cross_entropy(h, w, y, chunks=vocab // chunk)
+    else:
+
+        def loss(h, w, y):
+            compile_ = True if mode == "eager, compiled bodies" else "auto"
+            chunking = Chunking(strategy=strategy, chunk_size=chunk, compile=compile_)
+            return linear_cross_entropy(h, w, y, chunking=chunking)
+
+    if mode == "compiled":
+        loss = torch.compile(loss, fullgraph=True)
+
+    def step(memory):
+        start = memory.now()
+        value = loss(hidden, weight, labels)
+        kept = memory.now() - start
+        torch.autograd.grad(value, (hidden, weight))
+        return kept
+
+    memory = PeakMemory(torch.device("cpu"))
+    step(memory)  # compiles, and warms the GEMM library's own buffers
+    with memory:
+        kept = step(memory)
+    return {"peak": memory.peak, "kept": kept}

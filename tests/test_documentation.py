@@ -1,0 +1,244 @@
+"""Documentation is run, complete, and points at things that exist."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import compiled_loss
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["compiled_loss", *(m.name for m in pkgutil.walk_packages(compiled_loss.__path__, "compiled_loss."))]
+WITH_EXTRAS = ("compiled_loss.demo", "compiled_loss.cli")
+FUNCTIONS = {name: f for name in compiled_loss.__all__ if inspect.isfunction(f := getattr(compiled_loss, name))}
+
+
+def module_of(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        if name.startswith(WITH_EXTRAS):
+            pytest.skip("its extras are not installed")
+        raise
+
+
+def public(module):
+    """(name, object) of each public function, class and method that the module itself defines."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value):
+            yield name, value
+            for method, member in vars(value).items():
+                member = getattr(member, "__func__", getattr(member, "fget", member))
+                if inspect.isfunction(member) and not method.startswith("_") and hasattr(member, "__code__"):
+                    yield f"{name}.{method}", member
+
+
+# Examples -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    module = module_of(name)
+    before = dict(vars(torch._tensor_str.PRINT_OPTS))
+    result = doctest.testmod(module)
+    assert result.failed == 0, f"{result.failed} examples of {name} fail: python -m doctest shows them"
+    assert vars(torch._tensor_str.PRINT_OPTS) == before
+
+
+def test_examples_are_found():
+    """None is skipped, and a wrong one fails."""
+
+    def wrong():
+        """
+        >>> 1 + 1
+        3
+        """
+
+    (test,) = doctest.DocTestFinder().find(wrong, "wrong")
+    assert doctest.DocTestRunner(verbose=False).run(test, out=lambda text: None).failed == 1
+    for name in MODULES:
+        if not name.startswith(WITH_EXTRAS):
+            assert "+SKIP" not in inspect.getsource(importlib.import_module(name))
+
+
+# Docstrings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name):
+    module = module_of(name)
+    assert module.__doc__
+    bare = [which for which, value in public(module) if not (value.__doc__ or "").strip()]
+    assert not bare
+
+
+@pytest.mark.parametrize("name", compiled_loss.__all__)
+def test_each_exported_name_is_documented_by_itself(name):
+    """A dataclass or a NamedTuple without a docstring is given one that says nothing: its signature."""
+    value = getattr(compiled_loss, name)
+    text = value.__doc__.strip()
+    assert not text.startswith((f"{name}(", "Alias for"))
+    if inspect.isclass(value):
+        fields = getattr(value, "__dataclass_fields__", None) or getattr(value, "_fields", ())
+        if name != "LossAndStatistics":  # its docstring names them in other words
+            assert [f for f in fields if f"`{f}`" not in text] == []
+
+
+SECTION = re.compile(r"^(\w[\w, ]*): *(.*)$")
+
+
+def sections(function):
+    """{"Args": text, ...}: a heading is a line that is not indented and ends in a colon, or points elsewhere."""
+    found, current = {}, []
+    for line in inspect.cleandoc(function.__doc__).splitlines():
+        if match := SECTION.match(line):
+            heading, rest = match.groups()
+            if rest and not rest.startswith("see :func:"):
+                continue
+            current = heading.split(", ")
+            found.update(dict.fromkeys(current, rest))
+        else:
+            found.update({name: f"{found[name]}\n{line}" for name in current})
+    return found
+
+
+def resolved(function, section):
+    """The section's text, from the function that it points to where it does."""
+    text = sections(function).get(section, "")
+    pointer = re.match(r"see :func:`(\w+)`\.?\s*$", text)
+    return resolved(FUNCTIONS[pointer.group(1)], section) if pointer else text
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("section", ["Args", "Returns", "Memory", "Raises", "Example"])
+def test_sections(name, section):
+    if (name, section) == ("cross_entropy", "Memory"):
+        assert "[N, V]" in resolved(FUNCTIONS[name], section)
+    text = resolved(FUNCTIONS[name], section).strip()
+    assert text
+    if section == "Example":
+        assert ">>>" in text
+        assert name in text
+        assert resolved(FUNCTIONS[name], section) == sections(FUNCTIONS[name])[section]  # its own, not another's
+    if section == "Raises":
+        assert {"ValueError", "TypeError"} <= set(re.findall(r"^ +(\w+):", text, re.MULTILINE)) | set(
+            re.findall(r"^(\w+):", text)
+        )
+
+
+def documented(function):
+    """Parameters that Args names at the start of an entry: "name: ...", "name, name: ...", over lines."""
+    entries = re.split(r"\n {4}(?=\w)", "\n" + resolved(function, "Args").strip("\n"))
+    return [n.strip() for entry in entries if ":" in entry for n in entry.split(":")[0].split(",")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_parameter_is_documented(name):
+    assert sorted(documented(FUNCTIONS[name])) == sorted(inspect.signature(FUNCTIONS[name]).parameters)
+
+
+def test_the_reader_of_docstrings_reads():
+    def function(some, other, third, fourth):
+        """Do it: this is no section.
+
+        Args:
+            some: a thing, in two
+                lines: with a colon.
+            other, third,
+                fourth: the rest.
+
+        Returns:
+            nothing
+        """
+
+    assert documented(function) == ["some", "other", "third", "fourth"]
+    assert list(sections(function)) == ["Args", "Returns"]
+    assert resolved(function, "Memory") == ""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_tensor_has_its_shape_beside_it(name):
+    """In the signature, as a comment: what a reader of the code sees first."""
+    source = inspect.getsource(FUNCTIONS[name])
+    source = source[: source.index(") ->")]
+    for parameter in ("logits", "hidden", "weight", "labels", "bias", "class_weights"):
+        if parameter in inspect.signature(FUNCTIONS[name]).parameters:
+            assert re.search(rf"^ +{parameter}: Tensor[^#\n]*# \[.*\]$", source, re.MULTILINE), parameter
+
+
+# The repository -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    """{path: text} of the repository's own source and prose."""
+    try:
+        run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    paths = (ROOT / name for name in run.stdout.split("\0") if name)
+    wanted = [p for p in paths if p.is_file() and (p.suffix in (".py", ".md", ".toml") or p.name == "Makefile")]
+    if not wanted:
+        pytest.skip("no tracked files")
+    return {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in wanted}
+
+
+MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|Users)/")
+
+
+def test_no_path_of_a_machine(tracked):
+    assert MACHINE.search("see /" + "work/x")
+    assert not MACHINE.search("https://example.org/home/x and docs/work/x")
+    found = [
+        f"{path}:{i}" for path, text in tracked.items() for i, line in enumerate(text.splitlines(), 1) if MACHINE.search(line)
+    ]
+    assert not found
+
+
+NOTE = r"NOTE \[([^\]\n]+)\]"
+DEFINITION = re.compile(rf'^[ \t]*(?:#+ *|r?""")?{NOTE}[ \t]*$', re.MULTILINE)
+
+
+def test_each_note_is_defined_once(tracked):
+    defined = Counter(name for text in tracked.values() for name in DEFINITION.findall(text))
+    mentioned = {name for text in tracked.values() for name in re.findall(NOTE, text)}
+    assert len(mentioned) >= 5
+    assert mentioned == defined.keys()
+    assert set(defined.values()) == {1}, defined
+
+
+SUFFIXES = (".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".svg")
+
+
+def repository_paths(text):
+    """Words in backticks, and targets of links, that say where in the repository something is."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    words = re.findall(r"`([\w./-]+)`", text) + re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
+    for word in words:
+        inside = (ROOT / word.split("/")[0]).is_dir() and "/" in word
+        if inside or word.endswith((*SUFFIXES, "/")):
+            yield word
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_paths_in_prose_exist(name):
+    if not (ROOT / name).is_file():
+        pytest.skip(f"no {name} yet")
+    missing = [p for p in repository_paths((ROOT / name).read_text(encoding="utf-8")) if not (ROOT / p).exists()]
+    assert not missing
+
+
+def test_the_reader_of_prose_reads():
+    text = "`tests/nowhere` `a.py` `[N, V]` `tokens/s` `torch.compile` [x](docs/y.md#z) [u](https://u/v.md)\n```\n`b.py`\n```\n"
+    assert list(repository_paths(text)) == ["tests/nowhere", "a.py", "docs/y.md"]

@@ -1,0 +1,470 @@
+"""Contract: a bad input is refused before any work, in words that begin with its name and say what came instead."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import float16, float32, float64, int32, int64
+
+import compiled_loss
+from compiled_loss import Chunking, checks, reference
+from compiled_loss.testing import head_inputs
+
+N, H, V = 3, 4, 5
+FUNCTIONS = {
+    name: getattr(compiled_loss, name)
+    for name in compiled_loss.__all__
+    if inspect.isfunction(getattr(compiled_loss, name))
+}
+LINEAR = {
+    "linear_cross_entropy": compiled_loss.linear_cross_entropy,
+    "linear_cross_entropy_with_statistics": compiled_loss.linear_cross_entropy_with_statistics,
+}
+
+
+def zeros(*shape, dtype=float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def arguments(function):
+    """Valid tensors for every one of its positional parameters."""
+    valid = {"logits": zeros(N, V), "hidden": zeros(N, H), "weight": zeros(V, H), "labels": zeros(N, dtype=int64)}
+    return {name: value for name, value in valid.items() if name in inspect.signature(function).parameters}
+
+
+def label(value):
+    return torch.tensor([1, value, 2])
+
+
+# What is passed instead, the error, the whole text. Each is tried on every function that has these parameters.
+CASES = [
+    ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
+    (
+        {"logits": zeros(N, V, dtype=int64)},
+        TypeError,
+        "logits: expected float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    ({"logits": zeros()}, ValueError, "logits: expected [..., V] with V >= 1, got []"),
+    ({"logits": zeros(N, 0)}, ValueError, "logits: expected [..., V] with V >= 1, got [3, 0]"),
+    ({"hidden": None}, TypeError, "hidden: expected a Tensor, got NoneType"),
+    (
+        {"hidden": zeros(N, H, dtype=int32)},
+        TypeError,
+        "hidden: expected float32, bfloat16, float16 or float64, got torch.int32",
+    ),
+    (
+        {"hidden": zeros(N, H + 1)},
+        ValueError,
+        "hidden: expected [..., H] with H = 4, the width of weight, got [3, 5]",
+    ),
+    ({"hidden": zeros()}, ValueError, "hidden: expected [..., H] with H = 4, the width of weight, got []"),
+    ({"weight": "lm_head"}, TypeError, "weight: expected a Tensor, got str"),
+    (
+        {"weight": zeros(V, H, dtype=torch.complex64)},
+        TypeError,
+        "weight: expected float32, bfloat16, float16 or float64, got torch.complex64",
+    ),
+    ({"weight": zeros(H)}, ValueError, "weight: expected [V, H] with V >= 1, got [4]"),
+    ({"weight": zeros(0, H)}, ValueError, "weight: expected [V, H] with V >= 1, got [0, 4]"),
+    (
+        {"weight": zeros(V, H, device="meta")},
+        ValueError,
+        "weight: expected on cpu like the first argument, got meta",
+    ),
+    (
+        {"weight": zeros(V, H, dtype=float16)},
+        TypeError,
+        "weight: expected the dtype of hidden, torch.float32, got torch.float16: "
+        "cast one of them, or call under torch.autocast",
+    ),
+    ({"labels": 0}, TypeError, "labels: expected a Tensor, got int"),
+    (
+        {"labels": zeros(N, dtype=int32)},
+        TypeError,
+        "labels: expected int64, got torch.int32: use labels.long()",
+    ),
+    (
+        {"labels": zeros(N, device="meta", dtype=int64)},
+        ValueError,
+        "labels: expected on cpu like the first argument, got meta",
+    ),
+    ({"labels": label(V)}, ValueError, "labels: expected 0 <= label < V = 5, or ignore_index = -100, got 5"),
+    ({"labels": label(-1)}, ValueError, "labels: expected 0 <= label < V = 5, or ignore_index = -100, got -1"),
+    (
+        {"labels": label(-100), "ignore_index": 0},
+        ValueError,
+        "labels: expected 0 <= label < V = 5, or ignore_index = 0, got -100",
+    ),
+    ({"bias": 1.0}, TypeError, "bias: expected a Tensor, got float"),
+    (
+        {"bias": zeros(V, dtype=int64)},
+        TypeError,
+        "bias: expected float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    ({"bias": zeros(V, 1)}, ValueError, "bias: expected [V] = [5], got [5, 1]"),
+    ({"bias": zeros(V, device="meta")}, ValueError, "bias: expected on cpu like the first argument, got meta"),
+    ({"mask": [True]}, TypeError, "mask: expected a Tensor, got list"),
+    ({"mask": zeros(2)}, ValueError, "mask: expected to broadcast to the labels' [3], got [2]"),
+    ({"mask": zeros(1, N)}, ValueError, "mask: expected to broadcast to the labels' [3], got [1, 3]"),
+    ({"mask": zeros(N, device="meta")}, ValueError, "mask: expected on cpu like the first argument, got meta"),
+    ({"token_weights": 0.5}, TypeError, "token_weights: expected a Tensor, got float"),
+    (
+        {"token_weights": zeros(N, dtype=torch.complex64)},
+        TypeError,
+        "token_weights: expected bool, integer or floating, got torch.complex64",
+    ),
+    ({"token_weights": zeros(4)}, ValueError, "token_weights: expected to broadcast to the labels' [3], got [4]"),
+    (
+        {"token_weights": zeros(N, device="meta")},
+        ValueError,
+        "token_weights: expected on cpu like the first argument, got meta",
+    ),
+    ({"class_weights": [1.0] * V}, TypeError, "class_weights: expected a Tensor, got list"),
+    ({"class_weights": zeros(V - 1)}, ValueError, "class_weights: expected [V] = [5], got [4]"),
+    (
+        {"class_weights": zeros(V, dtype=int64)},
+        TypeError,
+        "class_weights: expected float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    (
+        {"class_weights": zeros(V, device="meta")},
+        ValueError,
+        "class_weights: expected on cpu like the first argument, got meta",
+    ),
+    (
+        {"class_weights": zeros(V).requires_grad_()},
+        ValueError,
+        "class_weights: expected a tensor without gradient, got requires_grad=True: use class_weights.detach()",
+    ),
+    ({"ignore_index": None}, TypeError, "ignore_index: expected an int, got NoneType"),
+    ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an int, got float"),
+    ({"shift": -1}, ValueError, "shift: expected an int >= 0, got -1"),
+    ({"shift": 1.0}, TypeError, "shift: expected an int, got float"),
+    ({"shift": True}, TypeError, "shift: expected an int, got bool"),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0 or None, got 0.0"),
+    ({"softcap": -30}, ValueError, "softcap: expected a number > 0 or None, got -30"),
+    ({"softcap": float("nan")}, ValueError, "softcap: expected a number > 0 or None, got nan"),
+    ({"temperature": 0}, ValueError, "temperature: expected a number > 0, got 0"),
+    ({"temperature": -1.0}, ValueError, "temperature: expected a number > 0, got -1.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature: expected a number > 0, got nan"),
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got -0.1"),
+    ({"label_smoothing": 1.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got 1.1"),
+    ({"z_loss": -1e-4}, ValueError, "z_loss: expected a number >= 0, got -0.0001"),
+    ({"z_loss": float("nan")}, ValueError, "z_loss: expected a number >= 0, got nan"),
+    ({"reduction": "average"}, ValueError, "reduction: expected one of 'none', 'sum', 'mean', got 'average'"),
+    ({"reduction": None}, ValueError, "reduction: expected one of 'none', 'sum', 'mean', got None"),
+    (
+        {"num_label_tokens": 3},
+        ValueError,
+        "num_label_tokens: expected None unless reduction='sum', which it divides, got reduction='mean'",
+    ),
+    (
+        {"num_label_tokens": torch.tensor(3), "reduction": "none"},
+        ValueError,
+        "num_label_tokens: expected None unless reduction='sum', which it divides, got reduction='none'",
+    ),
+    ({"num_label_tokens": -1, "reduction": "sum"}, ValueError, "num_label_tokens: expected >= 0, got -1"),
+    (
+        {"num_label_tokens": torch.ones(2), "reduction": "sum"},
+        ValueError,
+        "num_label_tokens: expected one element, got [2]",
+    ),
+    (
+        {"num_label_tokens": torch.ones(1, device="meta"), "reduction": "sum"},
+        ValueError,
+        "num_label_tokens: expected on cpu, got meta",
+    ),
+    (
+        {"num_label_tokens": 3.0, "reduction": "sum"},
+        TypeError,
+        "num_label_tokens: expected an int, a tensor or None, got float",
+    ),
+    (
+        {"num_label_tokens": True, "reduction": "sum"},
+        TypeError,
+        "num_label_tokens: expected an int, a tensor or None, got bool",
+    ),
+    (
+        {"chunking": Chunking(strategy="tokens", memory_budget=19)},
+        ValueError,
+        "memory_budget: expected at least 20 bytes, one token of logits, got 19",
+    ),
+    (
+        {"chunking": Chunking(strategy="vocab", memory_budget=11)},
+        ValueError,
+        "memory_budget: expected at least 12 bytes, one column of logits, got 11",
+    ),
+    (
+        {"chunking": Chunking(accumulate_dtype=torch.bfloat16)},
+        ValueError,
+        "accumulate_dtype: expected torch.float32 like the inputs or wider, got torch.bfloat16",
+    ),
+    (
+        {
+            "chunking": Chunking(accumulate_dtype=float16),  # as many bits, but not as far a range
+            "hidden": zeros(N, H, dtype=torch.bfloat16),
+            "weight": zeros(V, H, dtype=torch.bfloat16),
+        },
+        ValueError,
+        "accumulate_dtype: expected torch.bfloat16 like the inputs or wider, got torch.float16",
+    ),
+    # Which argument the shape was expected of depends on the function.
+    (
+        {"logits": zeros(N, V), "labels": zeros(4, dtype=int64)},
+        ValueError,
+        "labels: expected the shape of logits without its last dimension, [3], got [4]",
+    ),
+    (
+        {"hidden": zeros(2, N, H), "labels": zeros(6, dtype=int64)},
+        ValueError,
+        "labels: expected the shape of hidden without its last dimension, [2, 3], got [6]",
+    ),
+]
+ALL = [
+    pytest.param(function, *case, id=f"{name}-{case[2][:60]}")
+    for case in CASES
+    for name, function in FUNCTIONS.items()
+    if case[0].keys() <= inspect.signature(function).parameters.keys()
+]
+
+
+@pytest.mark.parametrize(("function", "changed", "error", "text"), ALL)
+def test_bad_input(function, changed, error, text):
+    with pytest.raises(error) as raised:
+        function(**{**arguments(function), **changed})
+    assert str(raised.value) == text
+    assert re.match(r"\w+: expected .*, got ", text)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_parameter_is_without_a_case(name):
+    tried = {next(iter(case.values[1])) for case in ALL if case.values[0] is FUNCTIONS[name]}
+    assert tried >= inspect.signature(FUNCTIONS[name]).parameters.keys()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_good_input_that_looks_bad(name):
+    """The other side of every bound."""
+    function, parameters = FUNCTIONS[name], inspect.signature(FUNCTIONS[name]).parameters
+    for changed in (
+        {"labels": torch.tensor([0, -100, V - 1])},
+        {"mask": zeros()},
+        {"mask": zeros(1, dtype=torch.bool)},
+        {"token_weights": zeros(N, dtype=int64)},
+        {"class_weights": zeros(V, dtype=float64)},
+        {"bias": zeros(V, dtype=float16)},
+        {"shift": 0},
+        {"shift": 100},
+        {"ignore_index": -1},
+        {"label_smoothing": 0},
+        {"label_smoothing": 1},
+        {"z_loss": 0},
+        {"temperature": 1},
+        {"softcap": 1},
+        {"num_label_tokens": 0, "reduction": "sum"},
+        {"num_label_tokens": torch.ones(1, 1), "reduction": "sum"},
+        {"chunking": Chunking(strategy="tokens", memory_budget=20)},
+        {"chunking": Chunking(strategy="vocab", memory_budget=12)},
+        {"chunking": Chunking(accumulate_dtype=float64)},
+    ):
+        if changed.keys() <= parameters.keys():
+            function(**{**arguments(function), **changed})
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"strategy": "rows"}, ValueError, "strategy: expected one of 'auto', 'tokens', 'vocab', got 'rows'"),
+        ({"strategy": None}, ValueError, "strategy: expected one of 'auto', 'tokens', 'vocab', got None"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected an int >= 1 or None, got 0"),
+        ({"chunk_size": -4}, ValueError, "chunk_size: expected an int >= 1 or None, got -4"),
+        ({"chunk_size": True}, TypeError, "chunk_size: expected an int >= 1 or None, got bool"),
+        ({"chunk_size": 8.0}, TypeError, "chunk_size: expected an int >= 1 or None, got float"),
+        ({"memory_budget": 0}, ValueError, "memory_budget: expected an int >= 1 or None, got 0"),
+        ({"memory_budget": 1e9}, TypeError, "memory_budget: expected an int >= 1 or None, got float"),
+        (
+            {"memory_budget": 1 << 20, "chunk_size": 8},
+            ValueError,
+            "memory_budget: expected None where chunk_size is given, got both: they say the same thing",
+        ),
+        (
+            {"accumulate_dtype": int64},
+            TypeError,
+            "accumulate_dtype: expected a floating torch.dtype or None, got torch.int64",
+        ),
+        (
+            {"accumulate_dtype": "float32"},
+            TypeError,
+            "accumulate_dtype: expected a floating torch.dtype or None, got 'float32'",
+        ),
+        ({"compile": "always"}, ValueError, "compile: expected True, False or 'auto', got 'always'"),
+        ({"compile": None}, ValueError, "compile: expected True, False or 'auto', got None"),
+    ],
+)
+def test_chunking(fields, error, text):
+    with pytest.raises(error) as raised:
+        Chunking(**fields)
+    assert str(raised.value) == text
+
+
+TOKENS = Chunking(strategy="tokens")
+
+
+@pytest.mark.parametrize("wants", ["hidden", "weight", "bias"])
+def test_a_token_walk_cannot_give_gradients_per_token(wants):
+    hidden, weight, labels, bias = (v.detach() for v in head_inputs(N, H, V))
+    {"hidden": hidden, "weight": weight, "bias": bias}[wants].requires_grad_()
+    for function, what in ((f, "reduction='none' with a gradient") for f in LINEAR.values()):
+        call = lambda f=function: f(hidden, weight, labels, bias=bias, reduction="none", chunking=TOKENS)  # noqa: E731
+        with pytest.raises(ValueError, match=rf"^strategy: expected 'vocab' or 'auto', got 'tokens', .*{what}"):
+            call()
+        with torch.no_grad():
+            call()
+    with pytest.raises(ValueError, match=r"^strategy: expected 'vocab' or 'auto', got 'tokens', .*statistics"):
+        compiled_loss.linear_token_statistics(hidden, weight, labels, bias=bias, chunking=TOKENS)
+    with torch.no_grad():
+        compiled_loss.linear_token_statistics(hidden, weight, labels, bias=bias, chunking=TOKENS)
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.0", "2.10.1", "2.10.0a0+git123"])
+def test_torch_is_too_old(version):
+    with pytest.raises(checks.UnsupportedTorchError) as raised:
+        checks.torch_version(version)
+    assert str(raised.value) == f"compiled_loss: expected torch >= 2.11, got {version}: pip install 'torch>=2.11'"
+    assert isinstance(raised.value, ImportError)
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.100.0", "3.0.0a0", torch.__version__])
+def test_torch_is_new_enough(version):
+    checks.torch_version(version)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "text"),
+    [
+        ("cross_entropy", {"labels": zeros(N, dtype=int32)}, "labels: expected int64, got torch.int32"),
+        ("cross_entropy", {"labels": zeros(2, dtype=int64)}, "labels: expected the shape of logits without its last"),
+        ("cross_entropy", {"reduction": "average"}, "reduction: expected one of 'none', 'sum', 'mean', got 'average'"),
+        ("cross_entropy", {"softcap": 0.0}, "softcap: expected a number > 0 or None, got 0.0"),
+        ("cross_entropy", {"num_label_tokens": 3}, "num_label_tokens: expected None unless reduction='sum'"),
+        ("linear_cross_entropy", {"hidden": zeros(N, 9)}, "hidden: expected [..., H] with H = 4"),
+        ("linear_cross_entropy", {"weight": zeros(V, H, dtype=float64)}, "call under torch.autocast"),
+        ("linear_cross_entropy", {"class_weights": zeros(V).requires_grad_()}, "use class_weights.detach()"),
+        (
+            "linear_cross_entropy",
+            {"hidden": zeros(N, H).requires_grad_(), "reduction": "none", "chunking": TOKENS},
+            "strategy: expected 'vocab' or 'auto', got 'tokens'",
+        ),
+        (
+            "linear_cross_entropy_with_statistics",
+            {"chunking": Chunking(strategy="tokens", memory_budget=4)},
+            "memory_budget: expected at least 20 bytes, one token of logits, got 4",
+        ),
+        ("linear_token_statistics", {"shift": -1}, "shift: expected an int >= 0, got -1"),
+    ],
+)
+def test_the_text_survives_compilation(name, changed, text):
+    """Inside an exception of Dynamo's own type."""
+    function = FUNCTIONS[name]
+    compiled = torch.compile(lambda given: function(**given), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=re.escape(text)):
+        compiled({**arguments(function), **changed})
+
+
+# A label that is no class -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_ignored_token_may_have_any_label(name):
+    function = FUNCTIONS[name]
+    given = arguments(function)
+    given["labels"] = torch.tensor([V, 1, -7])
+    mask = torch.tensor([0.0, 1.0, 0.0])
+    valid = {**given, "labels": torch.tensor([0, 1, 0]), "mask": mask}
+    torch.testing.assert_close(function(**given, mask=mask), function(**valid), rtol=0, atol=0)
+    # Position 0's label is nobody's target when position t predicts label t + 1.
+    function(**{**given, "labels": torch.tensor([V, 1, 2])}, shift=1)
+
+
+BAD = 4
+WALKS = {
+    "tokens, sum": {"reduction": "sum", "chunking": Chunking(strategy="tokens", chunk_size=3)},
+    "vocab, mean": {"reduction": "mean", "chunking": Chunking(strategy="vocab", chunk_size=7)},
+    "vocab, none": {"reduction": "none", "chunking": Chunking(strategy="vocab", chunk_size=7)},
+}
+
+
+def bad_inputs(value):
+    inputs = head_inputs(8, H, 13, dtype=float64)
+    labels = inputs.labels.clone()
+    labels[BAD] = value
+    return inputs._replace(labels=labels)
+
+
+def only_bad_is_nan(rows):
+    """[8] or [8, H]: every number of the bad row is NaN, every other one is finite."""
+    expected = (torch.arange(8) == BAD).reshape(-1, *[1] * (rows.dim() - 1)).expand(rows.shape)
+    assert torch.equal(rows.isnan(), expected)
+    assert rows[~expected].isfinite().all()
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_label_that_nobody_looked_at_poisons_its_own_token(walk):
+    """Compiled code cannot look at labels without synchronising: no error, and NaN exactly there."""
+    keywords = {"z_loss": 0.1, "label_smoothing": 0.1, **WALKS[walk]}
+
+    def call(hidden, weight, labels, bias):
+        return compiled_loss.linear_cross_entropy_with_statistics(hidden, weight, labels, bias=bias, **keywords)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for value in (13, -1, 2**40):
+        inputs = bad_inputs(value)
+        loss, statistics = compiled(*inputs)
+        assert not statistics.correct[BAD]
+        for rows in statistics[:3]:
+            only_bad_is_nan(rows)
+        if keywords["reduction"] == "none":
+            only_bad_is_nan(loss)
+            plain = {name: v for name, v in keywords.items() if name != "chunking"}
+            expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **plain)
+            torch.testing.assert_close(loss, expected, equal_nan=True)
+        else:
+            assert loss.isnan()
+        only_bad_is_nan(torch.autograd.grad(loss.sum(), inputs.hidden)[0])
+
+
+def test_a_label_that_nobody_looked_at_poisons_its_own_logits():
+    logits = torch.randn(8, 13, dtype=float64, requires_grad=True)
+    labels = bad_inputs(13).labels
+    compiled = torch.compile(compiled_loss.cross_entropy, backend="eager", fullgraph=True)
+    loss = compiled(logits, labels, reduction="none")
+    only_bad_is_nan(loss)
+    torch.testing.assert_close(loss, reference.cross_entropy(logits, labels, reduction="none"), equal_nan=True)
+    only_bad_is_nan(torch.autograd.grad(loss.sum(), logits)[0])
+    assert compiled(logits, labels).isnan()
+
+
+@pytest.mark.parametrize("chunking", [Chunking(), Chunking(strategy="vocab", chunk_size=7)])
+def test_a_label_that_nobody_looked_at_has_no_log_probability(chunking):
+    hidden, weight, labels, bias = bad_inputs(13)
+    compiled = torch.compile(compiled_loss.linear_token_statistics, backend="eager", fullgraph=True)
+    statistics = compiled(hidden, weight, labels, bias=bias, chunking=chunking)
+    for rows in statistics[:3]:
+        only_bad_is_nan(rows)
+    good = torch.arange(8) != BAD
+    expected = reference.linear_token_statistics(hidden[good], weight, labels[good], bias=bias)
+    for mine, theirs in zip(statistics, expected, strict=True):
+        torch.testing.assert_close(mine[good], theirs)
+    assert not statistics.correct[BAD]
+    only_bad_is_nan(torch.autograd.grad(statistics.logprob.sum(), hidden)[0])
+
+
+def test_a_masked_label_is_no_error_under_compilation():
+    hidden, weight, labels, bias = bad_inputs(13)
+    mask = torch.arange(8) != BAD
+    compiled = torch.compile(compiled_loss.linear_cross_entropy, backend="eager", fullgraph=True)
+    loss = compiled(hidden, weight, labels, bias=bias, mask=mask)
+    torch.testing.assert_close(loss, reference.linear_cross_entropy(hidden[mask], weight, labels[mask], bias=bias))
+    assert torch.autograd.grad(loss, weight)[0].isfinite().all()

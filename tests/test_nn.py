@@ -1,0 +1,189 @@
+"""Contract of the shells: a shell's constructor and call together are its function, keyword by keyword."""
+
+import inspect
+
+import cases
+import pytest
+import torch
+
+import compiled_loss
+from compiled_loss import Chunking, nn
+from compiled_loss.testing import head_inputs
+
+SHELLS = {
+    nn.CrossEntropy: compiled_loss.cross_entropy,
+    nn.LinearCrossEntropy: compiled_loss.linear_cross_entropy,
+}
+N, H, V = 13, 6, 17
+
+
+def described(parameters):
+    return {p.name: (p.kind, p.default, p.annotation) for p in parameters}
+
+
+def assert_same_keywords(shell, function):
+    kept = described(list(inspect.signature(shell.__init__).parameters.values())[1:])
+    called = described(list(inspect.signature(shell.forward).parameters.values())[1:])
+    expected = described(inspect.signature(function).parameters.values())
+    assert not kept.keys() & called.keys(), "a keyword is both kept and passed"
+    assert {**called, **kept} == expected
+    assert inspect.signature(shell.forward).return_annotation == inspect.signature(function).return_annotation
+    tensors = [name for name, (kind, *_) in expected.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert [name for name, (kind, *_) in called.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == tensors
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_same_keywords(shell):
+    assert_same_keywords(shell, SHELLS[shell])
+
+
+def drifted(change):
+    """A function like `linear_cross_entropy`, with its parameters changed."""
+    signature = inspect.signature(compiled_loss.linear_cross_entropy)
+    parameters = change(dict(signature.parameters))
+
+    def function():
+        """Only its signature matters."""
+
+    function.__signature__ = signature.replace(parameters=list(parameters.values()))
+    return function
+
+
+def without(name):
+    return lambda parameters: {k: p for k, p in parameters.items() if k != name}
+
+
+def replaced(which, **changes):
+    return lambda parameters: {**parameters, which: parameters[which].replace(**changes)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("z_loss"),
+        without("mask"),
+        replaced("softcap", name="soft_cap"),
+        replaced("ignore_index", default=-1),
+        replaced("mask", default=1),
+        replaced("temperature", annotation="int"),
+        replaced("labels", kind=inspect.Parameter.KEYWORD_ONLY),
+        lambda ps: {**ps, "new": inspect.Parameter("new", inspect.Parameter.KEYWORD_ONLY, default=0)},
+        lambda ps: dict([list(ps.items())[1], list(ps.items())[0], *list(ps.items())[2:]]),
+    ],
+)
+def test_a_difference_is_seen(change):
+    assert_same_keywords(nn.LinearCrossEntropy, drifted(dict))  # an unchanged signature passes
+    with pytest.raises(AssertionError):
+        assert_same_keywords(nn.LinearCrossEntropy, drifted(change))
+
+
+def test_a_drifted_shell_is_seen():
+    class Drifted(nn.CrossEntropy):
+        def __init__(self, *, ignore_index: int = -1, **keywords):
+            super().__init__(ignore_index=ignore_index, **keywords)
+
+    with pytest.raises(AssertionError):
+        assert_same_keywords(Drifted, compiled_loss.cross_entropy)
+
+
+# A value other than the default for every keyword, alone: one that is dropped or crossed with another changes the loss.
+KEPT = {
+    "class_weights": torch.linspace(0.1, 1, V),
+    "ignore_index": 1,
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 2.0,
+    "temperature": 0.7,
+    "shift": 2,
+    "reduction": "none",
+    "chunking": Chunking(strategy="vocab", chunk_size=3),
+}
+PASSED = {
+    "bias": torch.linspace(-1, 1, V),
+    "mask": torch.arange(N) % 3 != 0,
+    "token_weights": torch.linspace(0, 1, N),
+    "num_label_tokens": 7,
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("name", [*KEPT, *PASSED])
+def test_each_keyword_arrives(shell, name):
+    function = SHELLS[shell]
+    if name not in inspect.signature(function).parameters:
+        pytest.skip("not one of its keywords")
+    hidden, weight, labels, _ = (v.detach() for v in head_inputs(N, H, V, ignored=0.2))
+    labels[:2] = 1
+    tensors = (hidden, weight, labels) if shell is nn.LinearCrossEntropy else (hidden @ weight.t(), labels)
+    kept = {"reduction": "sum"} if name == "num_label_tokens" else {}
+    plain = function(*tensors, **kept)
+    kept.update({name: KEPT[name]} if name in KEPT else {})
+    passed = {name: PASSED[name]} if name in PASSED else {}
+    if name == "ignore_index":
+        tensors = (*tensors[:-1], labels.clamp(min=0))
+    made = shell(**kept)
+    actual = made(*tensors, **passed)
+    torch.testing.assert_close(actual, function(*tensors, **kept, **passed), rtol=0, atol=0)
+    if name == "chunking":
+        assert made.chunking is KEPT[name]
+    else:
+        assert actual.shape != plain.shape or not torch.allclose(actual, plain)
+
+
+def test_every_keyword_has_a_value_here():
+    names = {name for function in SHELLS.values() for name in inspect.signature(function).parameters}
+    assert names == {"logits", "hidden", "weight", "labels", *KEPT, *PASSED}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_everything_and_its_gradients(shell):
+    inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.2, ignore_index=1)
+    keywords = cases.everything(N, V)
+    passed = {name: keywords.pop(name) for name in ("mask", "token_weights")}
+    if shell is nn.LinearCrossEntropy:
+        tensors, passed["bias"] = inputs[:3], inputs.bias
+    else:
+        tensors = (inputs.hidden @ inputs.weight.t(), inputs.labels)
+    losses = [shell(**keywords)(*tensors, **passed), SHELLS[shell](*tensors, **keywords, **passed)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(loss, inputs[:2]) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_no_parameters_and_class_weights_are_a_buffer(shell):
+    weights = torch.linspace(0.1, 1, V)
+    bare, made = shell(), shell(class_weights=weights)
+    assert not [*bare.parameters(), *made.parameters()]
+    assert list(bare.state_dict()) == []
+    assert list(made.state_dict()) == ["class_weights"]
+    assert made.to(torch.float64).class_weights.dtype == torch.float64
+    assert made.to("meta").class_weights.device.type == "meta"
+    assert weights.device.type == "cpu"
+    assert bare.to(torch.float64).class_weights is None
+    other = shell(class_weights=torch.zeros(V))
+    other.load_state_dict(shell(class_weights=weights).state_dict())
+    assert torch.equal(other.class_weights, weights)
+    with pytest.raises(RuntimeError, match="class_weights"):
+        bare.load_state_dict(other.state_dict())  # silently weighing nothing would be worse
+
+
+def test_class_weights_that_moved_are_used():
+    hidden, weight, labels, _ = head_inputs(N, H, V, dtype=torch.float64)
+    classes = torch.linspace(0.1, 1, V)
+    made = nn.LinearCrossEntropy(class_weights=classes).to(torch.float64)
+    expected = compiled_loss.linear_cross_entropy(hidden, weight, labels, class_weights=classes.double())
+    torch.testing.assert_close(made(hidden, weight, labels), expected, rtol=0, atol=0)
+
+
+def test_shells_under_compile():
+    inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.2)
+    keywords = {"class_weights": torch.rand(V), "softcap": 4.0, "z_loss": 0.1}
+    for shell, tensors in (
+        (nn.LinearCrossEntropy, inputs[:3]),
+        (nn.CrossEntropy, ((inputs.hidden @ inputs.weight.t()).detach().requires_grad_(), inputs.labels)),
+    ):
+        made = shell(**keywords)
+        losses = [f(*tensors) for f in (made, torch.compile(made, backend="eager", fullgraph=True))]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, tensors[0]) for loss in losses))
