@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -130,25 +132,44 @@ def tokens(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, n
     per_token("token_weights", token_weights, labels_.shape, source.device)
 
 
+def number(name: str, value: object, alternative: str = "") -> None:
+    """Raise unless `value` is one that arithmetic takes."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+        raise TypeError(f"{name}: expected a number{alternative}, got {type(value).__name__}")
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    """Raise unless `value` is one of ours."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+
+
 def transform(softcap: float | None, temperature: float) -> None:
     """Raise unless z is defined."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
+    if softcap is not None:
+        number("softcap", softcap, " or None")
+        if not 0 < softcap < math.inf:  # inf * tanh(z / inf) is NaN
+            raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
+    number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
 
 
-def alignment(shift: int, ignore_index: int) -> None:
+def alignment(shift: int, ignore_index: int, dimensions: int) -> None:
     """Raise unless tokens can be told apart and moved."""
     for name, value in (("shift", shift), ("ignore_index", ignore_index)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if shift < 0:
         raise ValueError(f"shift: expected an int >= 0, got {shift}")
+    if shift and not dimensions:
+        raise ValueError(f"shift: expected 0 where labels have no dimension, got {shift}")
 
 
 def terms(label_smoothing: float, z_loss: float) -> None:
     """Raise unless each term of the loss is in its range."""
+    number("label_smoothing", label_smoothing)
+    number("z_loss", z_loss)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     if not z_loss >= 0:
@@ -193,7 +214,7 @@ def chunking(
         raise ValueError("memory_budget: expected None where chunk_size is given, got both: they say the same thing")
     if accumulate_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"accumulate_dtype: expected a floating torch.dtype or None, got {accumulate_dtype!r}")
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, bool) and compile != "auto":
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
 
 

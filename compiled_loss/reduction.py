@@ -36,7 +36,7 @@ def tokens(
     dtype: torch.dtype,
 ) -> Tokens:
     """Weight and validity of each token. A label out of range poisons its token; eager CPU code raises instead."""
-    checks.alignment(shift, ignore_index)
+    checks.alignment(shift, ignore_index, labels.dim())
     active = labels != ignore_index
     weight = torch.ones(labels.shape, dtype=statistics_dtype(dtype), device=labels.device)
     if mask is not None:

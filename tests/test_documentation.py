@@ -30,29 +30,43 @@ def module_of(name):
 
 
 def public(module):
-    """(name, object) of each public function, class and method that the module itself defines."""
+    """(name, object) of each public function, class, and method or property that the module itself defines."""
     for name, value in vars(module).items():
         if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
             continue
-        if inspect.isfunction(value):
+        if inspect.isfunction(value) or inspect.isclass(value):
             yield name, value
-        elif inspect.isclass(value):
-            yield name, value
+        if inspect.isclass(value):
             for method, member in vars(value).items():
-                member = getattr(member, "__func__", getattr(member, "fget", member))
-                if inspect.isfunction(member) and not method.startswith("_") and hasattr(member, "__code__"):
+                if not method.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
                     yield f"{name}.{method}", member
 
 
 # Examples -----------------------------------------------------------------------------------------------------------
 
 
+def failures(test):
+    """What doctest says of the examples of one docstring that fail. Dynamo tidies up in their globals later."""
+    said = []
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
+    return "".join(said)
+
+
+@pytest.fixture
+def _no_code_generation(monkeypatch):
+    """Inductor stops after the partition, which is all that examples look at: g++ would take ten seconds."""
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda module, inputs, **keywords: make_boxed_func(module))
+
+
+@pytest.mark.usefixtures("_no_code_generation")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    module = module_of(name)
     before = dict(vars(torch._tensor_str.PRINT_OPTS))
-    result = doctest.testmod(module)
-    assert result.failed == 0, f"{result.failed} examples of {name} fail: python -m doctest shows them"
+    said = [failures(test) for test in doctest.DocTestFinder().find(module_of(name)) if test.examples]
+    assert not any(said), "".join(said)
     assert vars(torch._tensor_str.PRINT_OPTS) == before
 
 
@@ -66,7 +80,7 @@ def test_examples_are_found():
         """
 
     (test,) = doctest.DocTestFinder().find(wrong, "wrong")
-    assert doctest.DocTestRunner(verbose=False).run(test, out=lambda text: None).failed == 1
+    assert "Expected:\n    3\nGot:\n    2" in failures(test)
     for name in MODULES:
         if not name.startswith(WITH_EXTRAS):
             assert "+SKIP" not in inspect.getsource(importlib.import_module(name))
@@ -79,8 +93,8 @@ def test_examples_are_found():
 def test_everything_public_has_a_docstring(name):
     module = module_of(name)
     assert module.__doc__
-    bare = [which for which, value in public(module) if not (value.__doc__ or "").strip()]
-    assert not bare
+    demo = name.startswith("compiled_loss.demo")  # an application: its classes explain their methods
+    assert not [which for which, value in public(module) if not inspect.getdoc(value) and not (demo and "." in which)]
 
 
 @pytest.mark.parametrize("name", compiled_loss.__all__)
@@ -201,7 +215,10 @@ def test_no_path_of_a_machine(tracked):
     assert MACHINE.search("see /" + "work/x")
     assert not MACHINE.search("https://example.org/home/x and docs/work/x")
     found = [
-        f"{path}:{i}" for path, text in tracked.items() for i, line in enumerate(text.splitlines(), 1) if MACHINE.search(line)
+        f"{path}:{i}"
+        for path, text in tracked.items()
+        for i, line in enumerate(text.splitlines(), 1)
+        if MACHINE.search(line)
     ]
     assert not found
 
@@ -235,8 +252,9 @@ def repository_paths(text):
 def test_paths_in_prose_exist(name):
     if not (ROOT / name).is_file():
         pytest.skip(f"no {name} yet")
-    missing = [p for p in repository_paths((ROOT / name).read_text(encoding="utf-8")) if not (ROOT / p).exists()]
-    assert not missing
+    folders = (ROOT, ROOT / "compiled_loss")  # prose about the package leaves its name out
+    mentioned = repository_paths((ROOT / name).read_text(encoding="utf-8"))
+    assert not [path for path in mentioned if not any((folder / path).exists() for folder in folders)]
 
 
 def test_the_reader_of_prose_reads():

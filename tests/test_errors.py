@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +17,6 @@ FUNCTIONS = {
     name: getattr(compiled_loss, name)
     for name in compiled_loss.__all__
     if inspect.isfunction(getattr(compiled_loss, name))
-}
-LINEAR = {
-    "linear_cross_entropy": compiled_loss.linear_cross_entropy,
-    "linear_cross_entropy_with_statistics": compiled_loss.linear_cross_entropy_with_statistics,
 }
 
 
@@ -237,6 +234,38 @@ def test_bad_input(function, changed, error, text):
     assert re.match(r"\w+: expected .*, got ", text)
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        ({"chunking": "tokens"}, TypeError, "chunking: expected a Chunking, got str"),
+        ({"chunking": None}, TypeError, "chunking: expected a Chunking, got NoneType"),
+        ({"softcap": "30"}, TypeError, "softcap: expected a number or None, got str"),
+        ({"softcap": float("inf")}, ValueError, "softcap: expected a number > 0 or None, got inf"),  # the loss is NaN
+        ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing: expected a number, got NoneType"),
+        ({"z_loss": None}, TypeError, "z_loss: expected a number, got NoneType"),
+        (
+            {"hidden": zeros(H), "labels": zeros(dtype=int64), "shift": 1},
+            ValueError,
+            "shift: expected 0 where labels have no dimension, got 1",
+        ),
+    ],
+)
+def test_more_bad_input(changed, error, text):
+    function = compiled_loss.linear_cross_entropy
+    with pytest.raises(error) as raised:
+        function(**{**arguments(function), **changed})
+    assert str(raised.value) == text
+
+
+def test_a_budget_that_one_walk_can_keep_is_kept():
+    """Three columns of [64, 1000] fit where no row does."""
+    hidden, weight, labels, _ = head_inputs(64, H, 1000)
+    chunking = Chunking(memory_budget=3 * 64 * 4)
+    expected = reference.linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=chunking), expected)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_parameter_is_without_a_case(name):
     tried = {next(iter(case.values[1])) for case in ALL if case.values[0] is FUNCTIONS[name]}
@@ -315,8 +344,9 @@ TOKENS = Chunking(strategy="tokens")
 def test_a_token_walk_cannot_give_gradients_per_token(wants):
     hidden, weight, labels, bias = (v.detach() for v in head_inputs(N, H, V))
     {"hidden": hidden, "weight": weight, "bias": bias}[wants].requires_grad_()
-    for function, what in ((f, "reduction='none' with a gradient") for f in LINEAR.values()):
-        call = lambda f=function: f(hidden, weight, labels, bias=bias, reduction="none", chunking=TOKENS)  # noqa: E731
+    what = "reduction='none' with a gradient"
+    for function in (compiled_loss.linear_cross_entropy, compiled_loss.linear_cross_entropy_with_statistics):
+        call = partial(function, hidden, weight, labels, bias=bias, reduction="none", chunking=TOKENS)
         with pytest.raises(ValueError, match=rf"^strategy: expected 'vocab' or 'auto', got 'tokens', .*{what}"):
             call()
         with torch.no_grad():

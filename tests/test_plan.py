@@ -1,4 +1,4 @@
-"""Contract of the planner: every token or column is in exactly one chunk, budgets hold, and the sizes are those of the NOTEs."""
+"""Contract of the planner: every token or column in exactly one chunk, budgets obeyed, sizes as the NOTEs say."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ EVEN = MIN_ROWS**2 // 2  # tokens up to which the default split need not be coar
 
 
 def covers(made, tokens, vocab):
-    """Every chunk but perhaps the last has `chunk` rows or columns, the last has one at least: none twice, none missing."""
+    """Every chunk but the last has `chunk` rows or columns, the last has one at least: none twice, none missing."""
     whole = tokens if made.strategy == "tokens" else vocab
     assert made.count >= 1
     assert made.count * made.chunk >= whole

@@ -1,5 +1,7 @@
 """The helpers that the other tests rely on fail when they should. Those on Inductor's graphs: see test_compiled.py."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,9 +17,11 @@ def off(error):
     return (TRUTH * (1 + error)).float()
 
 
-@pytest.mark.parametrize(("times", "passes"), [(0, True), (1, True), (1.9, True), (2.1, False), (3, False), (-3, False)])
+@pytest.mark.parametrize(
+    ("times", "passes"), [(0, True), (1, True), (1.9, True), (2.1, False), (3, False), (-3, False)]
+)
 def test_twice_the_error_is_the_budget(times, passes):
-    call = lambda **keywords: assert_within_error_budget(off(times * 1e-4), off(1e-4), TRUTH, **keywords)  # noqa: E731
+    call = partial(assert_within_error_budget, off(times * 1e-4), off(1e-4), TRUTH)
     if passes:
         call()
     else:
@@ -146,9 +150,10 @@ def label_probability(inputs, bias):
     return z.softmax(-1).gather(-1, inputs.labels[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("width", "vocab"), [(16, 50), (64, 1000), (256, 5000)])
+@pytest.mark.parametrize(("width", "vocab"), [(64, 50), (64, 1000), (256, 5000)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_confident_tokens_are(width, vocab, bias):
+    """From a width of 64: on narrower heads another class may lie in nearly the same direction."""
     sure = label_probability(head_inputs(300, width, vocab, dtype=torch.float64, confident=1.0), bias)
     assert (sure > 0.99).all()
     half = label_probability(head_inputs(300, width, vocab, dtype=torch.float64, confident=0.5), bias)

@@ -2,7 +2,8 @@
 
 H width; a chunk is `rows` tokens by `columns` of the vocabulary. `source` is a chunk of hidden states [rows, H] with
 its `weight` [columns, H], or logits [..., columns] with None. Then come, in every body and in this order, `labels`
-[rows] and the `Head`. A body writes nothing that it was given; its GEMM is inside it, so that the compiler overwrites the logits with their gradient.
+[rows] and the `Head`. A body writes nothing that it was given; its GEMM is inside it, so that the compiler overwrites
+the logits with their gradient.
 
 NOTE [Columns are compared, never indexed]
 `where(column == label, z, 0).sum(-1)` instead of a gather: it fuses into the statistics' pass, it cannot leave the row
@@ -37,29 +38,45 @@ class Head(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients of the rows' statistics; `row` multiplies the softmax: that of lse plus that of nll."""
+    """What the gradient of a row's logits is made of: exp(z - m) (row - moment (z - m)) - onehot nll + c total.
+
+    NOTE [Few reads]
+    Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors, and then no
+    longer writes the result over the logits: a second chunk. So what can be combined per row is combined before; and
+    what is combined inside a body must itself read more than four tensors, or Inductor does not write it out but reads
+    its parts again for each logit.
+    """
 
     row: Tensor
     nll: Tensor
     total: Tensor | None
-    entropy: Tensor | None
+    moment: Tensor | None
 
     @staticmethod
     def of(
-        like: Tensor, nll: Tensor | None, lse: Tensor | None, total: Tensor | None, entropy: Tensor | None
+        state: State,
+        nll: Tensor | None,
+        lse: Tensor | None,
+        total: Tensor | None,
+        entropy: Tensor | None,
     ) -> Upstream:
-        """From autograd's gradients of [N] statistics shaped like `like`, each of which may be missing.
+        """From autograd's gradients of the rows' statistics, each of which may be missing.
 
         New tensors all: Dynamo traces a backward with example gradients that alias each other, which no region takes.
         """
-        nll = torch.zeros_like(like) if nll is None else nll.to(like.dtype, copy=True)
-        row = nll.clone() if lse is None else nll + lse
-        rest = [None if g is None else g.to(like.dtype, copy=True) for g in (total, entropy)]
-        return Upstream(row, nll, *rest)
+        dtype = state.sum_exp.dtype
+        nll = torch.zeros_like(state.sum_exp) if nll is None else nll.to(dtype, copy=True)
+        row = nll if lse is None else nll + lse
+        moment = None
+        if entropy is not None:
+            assert state.moment is not None
+            row = row + entropy * state.moment / state.sum_exp
+            moment = entropy / state.sum_exp
+        return Upstream(row / state.sum_exp, nll, None if total is None else total.to(dtype, copy=True), moment)
 
     def divided(self, scale: Tensor) -> Upstream:
         """Each gradient over `scale`."""
-        rest = [None if g is None else g / scale for g in (self.total, self.entropy)]
+        rest = [None if g is None else g / scale for g in (self.total, self.moment)]
         return Upstream(self.row / scale, self.nll / scale, *rest)
 
 
@@ -118,22 +135,14 @@ def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
 
 
 def _gradient(
-    z: Tensor,
-    slope: Tensor | None,
-    labels: Tensor,
-    head: Head,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor | None,
-    upstream: Upstream,
+    z: Tensor, slope: Tensor | None, labels: Tensor, head: Head, maximum: Tensor, upstream: Upstream
 ) -> Tensor:
     """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
-    log_p = (z - maximum.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+    shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
-    if upstream.entropy is not None:
-        assert entropy is not None
-        row = row - upstream.entropy.unsqueeze(-1) * (log_p.clamp(min=-1e4) + entropy.unsqueeze(-1))
-    d = log_p.exp() * row - torch.where(_hit(z, labels, head), upstream.nll.unsqueeze(-1), 0.0)
+    if upstream.moment is not None:
+        row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
+    d = shifted.exp() * row - torch.where(_hit(z, labels, head), upstream.nll.unsqueeze(-1), 0.0)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
@@ -149,12 +158,12 @@ def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Out
 
 
 def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Gradient of a chunk's logits: (labels, *Head, maximum, log_sum, entropy, *Upstream) -> (d,), like source."""
-    labels, head, upstream = operands[0], Head(*operands[1:6]), Upstream(*operands[9:])  # type: ignore[arg-type]
-    maximum, log_sum, entropy = operands[6:9]
-    assert labels is not None and maximum is not None and log_sum is not None
+    """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like source."""
+    labels, head, maximum = operands[0], Head(*operands[1:6]), operands[6]
+    upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
+    assert labels is not None and maximum is not None
     z, slope = _transform(source, weight, head)
-    return (_gradient(z, slope, labels, head, maximum, log_sum, entropy, upstream).to(source.dtype),)
+    return (_gradient(z, slope, labels, head, maximum, upstream).to(source.dtype),)
 
 
 def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
@@ -166,13 +175,12 @@ def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor |
     state, coefficients = State(*operands[6:11]), Coefficients(*operands[11:])  # type: ignore[arg-type]
     assert labels is not None
     z, slope = _transform(source, weight, head)
-    state = _fold(z, labels, head, state)
-    nll = _after(coefficients.nll, state.picked, state.total, state.moment)
+    before, state = state, _fold(z, labels, head, state)
+    nll = _after(coefficients.nll, *state, *before)
     row = nll
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * finish(state).lse
-    upstream = Upstream(row, nll, coefficients.total, None)
-    d = _gradient(z, slope, labels, head, state.maximum, state.sum_exp.log(), None, upstream)
-    return (d.to(source.dtype), *state.present())
+    upstream = Upstream(row / state.sum_exp, nll, coefficients.total, None)
+    return (_gradient(z, slope, labels, head, state.maximum, upstream).to(source.dtype), *state.present())

@@ -10,7 +10,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import bodies, hosts
 from compiled_loss.engine.bodies import Head, Upstream
-from compiled_loss.engine.statistics import RowStatistics, finish, initial_state
+from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
 
 
 def statistics(
@@ -50,7 +50,7 @@ class _Logits(torch.autograd.Function):
         state = initial_state(logits, labels.shape, total=total, entropy=entropy)
         state = state.replaced(hosts.choose(logits.device, compile)(bodies.fold, logits, None, labels, *head, *state))
         result = finish(state)
-        ctx.save_for_backward(logits, *head[:4], labels, state.maximum, state.sum_exp.log(), result.entropy)
+        ctx.save_for_backward(logits, *head[:4], labels, *state)
         ctx.mark_non_differentiable(result.correct)
         ctx.set_materialize_grads(False)
         ctx.compile = compile
@@ -66,8 +66,9 @@ class _Logits(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        logits, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
-        upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
-        operands = (labels, *Head(*rest), maximum, log_sum, None if g_entropy is None else entropy, *upstream)
+        logits, *saved = ctx.saved_tensors
+        head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
+        upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
+        operands = (labels, *head, state.maximum, *upstream)
         (d,) = hosts.choose(logits.device, ctx.compile)(bodies.gradient, logits, None, *operands)
         return d, None, None, None, None, None, None, None, None

@@ -18,12 +18,14 @@ NOTE [Default chunk]
 Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
 least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
 1024 rows of 131072 columns for sm_90, about ten at 256). Where H < MIN_ROWS the two collide, and the kernels win.
-Columns: the same bytes as those rows, in multiples of COLUMN_MULTIPLE and at least MIN_COLUMNS.
+N is then spread evenly over the chunks that takes, which halves them at worst, just above a power of two; and past
+N = 2**17 there are no more chunks than rows in each, so that the last one is never empty.
+Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in multiples of COLUMN_MULTIPLE.
 
 NOTE [Buckets]
 The defaults see N only rounded up to a power of two, MIN_ROWS at least, and split N into a number of chunks that
-depends on that alone, so that a compiled caller sees at most one graph a bucket: six for N from 2 to 10000, within Dynamo's
-default limit of eight. With `chunk_size` not even that is looked at.
+depends on that alone, so that a compiled caller sees at most one graph a bucket: six for N from 2 to 10000, within
+Dynamo's default limit of eight. With `chunk_size` not even that is looked at.
 """
 
 from __future__ import annotations
@@ -104,7 +106,9 @@ def plan(
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
     strategy = strategies[0]
     if chunking.memory_budget is not None and len(strategies) > 1:
-        strategy = min(strategies, key=lambda s: _cost(s, bucket, width, vocab, dtype, chunking))
+        least = {"tokens": vocab * dtype.itemsize, "vocab": tokens * dtype.itemsize}
+        fitting = [s for s in strategies if least[s] <= chunking.memory_budget]
+        strategy = min(fitting or strategies, key=lambda s: _cost(s, bucket, width, vocab, dtype, chunking))
     fixed = chunking.chunk_size is not None or chunking.memory_budget is not None
     if strategy == "vocab":
         chunk = _columns(bucket, width, vocab, dtype, chunking)

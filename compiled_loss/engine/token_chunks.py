@@ -132,8 +132,7 @@ class _TokenChunks(torch.autograd.Function):
         if wanted.bias:
             d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
-        start = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        head = head._replace(start=start)
+        labels = labels.clone()  # to be fenced: NOTE [Order]
         gradients = [d_hidden, d_weight, d_bias]
         formed = [d for d in gradients if d is not None]
         states = []
@@ -149,7 +148,7 @@ class _TokenChunks(torch.autograd.Function):
             if d_bias is not None:
                 gemm.add_column_sums_(d_bias, d)
             del d  # or eager code holds two chunks
-            gemm.fence_(start, formed)
+            gemm.fence_(labels, formed)
         result = masked(finish(_join(state, states)), active)
 
         loss = combine(result, coefficients).sum()

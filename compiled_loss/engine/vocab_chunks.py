@@ -16,7 +16,7 @@ from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.plan import Plan
-from compiled_loss.engine.statistics import RowStatistics, finish, initial_state, statistics_dtype, unit_scale
+from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, statistics_dtype, unit_scale
 
 
 def statistics(
@@ -68,7 +68,7 @@ class _VocabChunks(torch.autograd.Function):
             chunk = weight.narrow(0, start, size)
             state = state.replaced(run(bodies.fold, hidden, chunk, labels, *columns, *state))
         result = finish(state)
-        ctx.save_for_backward(hidden, weight, *head[:4], labels, state.maximum, state.sum_exp.log(), result.entropy)
+        ctx.save_for_backward(hidden, weight, *head[:4], labels, *state)
         ctx.mark_non_differentiable(result.correct)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
@@ -84,15 +84,13 @@ class _VocabChunks(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        hidden, weight, *rest, labels, maximum, log_sum, entropy = ctx.saved_tensors
-        head = Head(*rest)
+        hidden, weight, *saved = ctx.saved_tensors
+        head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        upstream = Upstream.of(maximum, g_nll, g_lse, g_total, g_entropy)
+        upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
         scale = unit_scale(hidden.dtype, *upstream)
         if scale is not None:
             upstream = upstream.divided(scale)
-        if g_entropy is None:
-            entropy = None
 
         run = hosts.choose(hidden.device, ctx.plan.compile)
         d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
@@ -104,7 +102,7 @@ class _VocabChunks(torch.autograd.Function):
         starts = _starts(hidden, ctx.plan)
         for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
             chunk = weight.narrow(0, start, size)
-            operands = (labels, *columns, maximum, log_sum, entropy, *upstream)
+            operands = (labels, *columns, state.maximum, *upstream)
             (d,) = run(bodies.gradient, hidden, chunk, *operands)
             if d_hidden is not None:
                 (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
@@ -116,7 +114,7 @@ class _VocabChunks(torch.autograd.Function):
             gemm.fence_(starts, formed)
 
         if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
-            one = torch.ones((), dtype=maximum.dtype, device=hidden.device)
+            one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
             d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
         if d_weight is not None and scale is not None:
             d_weight = d_weight.mul_(scale)

@@ -34,6 +34,7 @@ class LinearHead(NamedTuple):
 
     def statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
         """Masked statistics [...], differentiable; `what` names what a token walk with gradients could not give."""
+        checks.instance("chunking", chunking, Chunking)
         hidden, weight, head, tokens = self
         labels = tokens.labels.reshape(-1)
         if reduction.traced():
@@ -52,6 +53,7 @@ class LinearHead(NamedTuple):
         self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
     ) -> tuple[Tensor, RowStatistics]:
         """The loss of coefficients [...], on the walk that suits it, and masked statistics [...]."""
+        checks.instance("chunking", chunking, Chunking)
         wanted = self._wanted()
         if reduction_ != "none" and any(wanted) and not reduction.traced():
             chosen = self._plan(chunking, ("tokens", "vocab"))
