@@ -70,8 +70,8 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     tensor("weight", weight)
     floating("hidden", hidden)
     floating("weight", weight)
-    if weight.dim() != 2 or weight.shape[0] < 1:
-        raise ValueError(f"weight: expected [V, H] with V >= 1, got {_shape(weight.shape)}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: expected [V, H] with V >= 1 and H >= 1, got {_shape(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden: expected [..., H] with H = {weight.shape[1]}, the width of weight, got {_shape(hidden.shape)}"
@@ -134,7 +134,7 @@ def tokens(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, n
 
 def number(name: str, value: object, alternative: str = "") -> None:
     """Raise unless `value` is one that arithmetic takes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number{alternative}, got {type(value).__name__}")
 
 
@@ -187,6 +187,8 @@ def reduction(value: str, num_label_tokens: int | Tensor | None, device: torch.d
             f"num_label_tokens: expected None unless reduction='sum', which it divides, got reduction={value!r}"
         )
     if isinstance(num_label_tokens, Tensor):
+        if num_label_tokens.dtype.is_complex or num_label_tokens.dtype == torch.bool:
+            raise TypeError(f"num_label_tokens: expected integer or floating, got {num_label_tokens.dtype}")
         if num_label_tokens.numel() != 1:
             raise ValueError(f"num_label_tokens: expected one element, got {_shape(num_label_tokens.shape)}")
         if num_label_tokens.device != device and (num_label_tokens.device.type != "cpu" or num_label_tokens.dim()):
@@ -216,6 +218,14 @@ def chunking(
         raise TypeError(f"accumulate_dtype: expected a floating torch.dtype or None, got {accumulate_dtype!r}")
     if not isinstance(compile, bool) and compile != "auto":
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+
+
+def chunk_size_counts_tokens(chunk_size: int) -> None:
+    """Raise: under "auto" a chunk size is one of tokens, and only the vocabulary walk can do what is asked."""
+    raise ValueError(
+        f"chunk_size: expected strategy='vocab' beside it, got 'auto': what is asked needs the vocabulary walk, "
+        f"whose chunks are columns of the vocabulary, not {chunk_size} tokens"
+    )
 
 
 def memory_budget(value: int, chunk: str, needed: int) -> None:

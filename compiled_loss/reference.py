@@ -73,9 +73,9 @@ def cross_entropy(
     log_p = torch.log_softmax(z, dim=-1)
     picked = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     label_weight = classes[target]
-    hard = -label_weight * picked
-    smooth = -(log_p * classes).sum(-1) / vocab
-    ce = (1 - label_smoothing) * hard + label_smoothing * smooth
+    ce = -(1 - label_smoothing) * label_weight * picked
+    if label_smoothing:  # or 0 * inf where a column is forbidden by -inf
+        ce = ce - label_smoothing * (log_p * classes).sum(-1) / vocab
     ce = torch.where(out_of_range, float("nan"), ce)
     square = z_loss * torch.logsumexp(z, dim=-1) ** 2
 

@@ -31,15 +31,35 @@ def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     _add_product(accumulator, a, b)
 
 
+@torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"})
+def scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+    """out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
+    rows = max(1, _BLOCK // max(1, b.shape[1]))
+    for block, part in zip(out.split(rows), a.split(rows), strict=True):
+        block.copy_(_wide_product(part, b) * scale)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32."""
+    if _adds_wide(a):
+        return torch.ops.aten.mm.dtype(a, b, torch.float32)
+    return a.float() @ b.float()
+
+
+def _adds_wide(a: Tensor) -> bool:
+    """Whether the device has GEMMs of 16-bit inputs and fp32 results."""
+    return a.is_cuda and torch.version.hip is None
+
+
 def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     if accumulator.dtype == a.dtype:
         accumulator.addmm_(a, b)
-    elif accumulator.is_cuda and accumulator.dtype == torch.float32:
+    elif _adds_wide(a) and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, a, b, torch.float32, out=accumulator)
     else:
         rows = max(1, _BLOCK // max(1, b.shape[1]))
         for block, part in zip(accumulator.split(rows), a.split(rows), strict=True):
-            block.add_(part @ b)
+            block.add_(_wide_product(part, b) if a.dtype == torch.float16 else part @ b)
 
 
 @torch.library.custom_op("compiled_loss::add_column_sums_", mutates_args={"accumulator"})

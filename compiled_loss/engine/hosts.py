@@ -59,7 +59,9 @@ def operator(body: Body, source: Tensor, weight: Tensor | None, *operands: Tenso
 @torch.library.custom_op("compiled_loss::run_body", mutates_args=())
 def run_body(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
     """The outputs of a compiled body; they never alias an input."""
-    key = (body, source.dtype, weight is None, *(value is not None for value in operands))
+    key = (body, source.device.type, source.dtype, source.dim(), *(v is not None for v in (weight, *operands)))
+    # Detached: Dynamo would compile again for each pattern of requires_grad.
+    source, weight, *operands = (None if v is None else v.detach() for v in (source, weight, *operands))
     with torch.no_grad():
         return list(_compiled(key)(source, weight, *operands))
 

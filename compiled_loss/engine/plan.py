@@ -55,7 +55,7 @@ class Chunking:
     "vocab" streams the vocabulary and recomputes the logits in backward (four GEMMs, any upstream gradient);
     "auto" takes "tokens" wherever it can.
 
-    `chunk_size`: tokens (or, with "vocab", columns of the vocabulary) a chunk; None lets the planner choose.
+    `chunk_size`: tokens a chunk, with "vocab" columns of the vocabulary; None lets the planner choose.
 
     `memory_budget`: most bytes the chunk of logits may take, instead of `chunk_size`; with "auto" also chooses the
     strategy that is faster within it.

@@ -107,7 +107,11 @@ class _VocabChunks(torch.autograd.Function):
             if d_hidden is not None:
                 (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
             if d_weight is not None:
-                gemm.mm_out(d_weight.narrow(0, start, size), d.t(), hidden)
+                part = d_weight.narrow(0, start, size)
+                if scale is None:
+                    gemm.mm_out(part, d.t(), hidden)
+                else:
+                    gemm.scaled_mm_out(part, d.t(), hidden, scale)
             if d_bias is not None:
                 gemm.add_column_sums_(d_bias.narrow(0, start, size), d)
             del d  # or eager code holds two chunks
@@ -116,8 +120,6 @@ class _VocabChunks(torch.autograd.Function):
         if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
             one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
             d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
-        if d_weight is not None and scale is not None:
-            d_weight = d_weight.mul_(scale)
         if head.bias is not None and d_bias is not None:
             d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None

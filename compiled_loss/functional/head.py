@@ -43,6 +43,8 @@ class LinearHead(NamedTuple):
             differentiable = any(self._wanted())
             if differentiable and chunking.strategy == "tokens":
                 checks.tokens_strategy(what)
+            if differentiable and chunking.strategy == "auto" and chunking.chunk_size is not None:
+                checks.chunk_size_counts_tokens(chunking.chunk_size)
             chosen = self._plan(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
             walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
             with torch.autocast(hidden.device.type, enabled=False):
