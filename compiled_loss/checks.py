@@ -176,10 +176,14 @@ def terms(label_smoothing: float, z_loss: float) -> None:
         raise ValueError(f"z_loss: expected a number >= 0, got {z_loss}")
 
 
-def reduction(value: str, num_label_tokens: int | Tensor | None, device: torch.device) -> None:
-    """Raise unless the reduction exists and `num_label_tokens` goes with it."""
+def reduction(value: str) -> None:
+    """Raise unless the reduction exists."""
     if value not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {value!r}")
+
+
+def count(num_label_tokens: int | Tensor | None, value: str, device: torch.device) -> None:
+    """Raise unless `num_label_tokens` is a count, and goes with the reduction called `value`."""
     if num_label_tokens is None:
         return
     if value != "sum":

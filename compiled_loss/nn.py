@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -38,6 +39,9 @@ class CrossEntropy(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        checks.transform(softcap, temperature)
+        checks.terms(label_smoothing, z_loss)
+        checks.reduction(reduction)
         self.register_buffer("class_weights", class_weights)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -102,6 +106,9 @@ class LinearCrossEntropy(nn.Module):
         chunking: Chunking = Chunking(),
     ) -> None:
         super().__init__()
+        checks.transform(softcap, temperature)
+        checks.terms(label_smoothing, z_loss)
+        checks.reduction(reduction)
         self.register_buffer("class_weights", class_weights)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

@@ -75,7 +75,8 @@ def coefficients(
     cross-entropy = c_y (1 - e) nll + e / V (sum(c) lse - total), with c the class weights and e the smoothing.
     """
     checks.terms(label_smoothing, z_loss)
-    checks.reduction(reduction, num_label_tokens, tokens.labels.device)
+    checks.reduction(reduction)
+    checks.count(num_label_tokens, reduction, tokens.labels.device)
     weight = tokens.weight
     class_total: int | Tensor
     if class_weights is None:

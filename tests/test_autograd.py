@@ -210,6 +210,16 @@ def test_second_derivative_is_an_error(walk):
         torch.autograd.grad(cases.linear(WALKS[walk])(*inputs), inputs.hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("walk", WALKS)
+def test_autocast_around_backward_alone_changes_nothing(walk):
+    inputs = head_inputs(64, 16, 50)
+    loss = cases.linear(WALKS[walk])(*inputs)
+    expected = torch.autograd.grad(loss, inputs.weight, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(loss, inputs.weight)
+    assert actual[0].equal(expected[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("walk", WALKS)
 def test_autocast(dtype, walk):

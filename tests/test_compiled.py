@@ -152,6 +152,16 @@ def test_autocast_inside_and_outside(walk):
         assert all(g.dtype == torch.float32 for g in cases.gradients(loss, inputs, None))
 
 
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_backward_twice(walk):
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    loss = torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True)(*inputs)
+    first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+    second = torch.autograd.grad(loss, inputs[:2], torch.tensor(3.0, dtype=torch.float64))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(b, 3 * a, **TIGHT)
+
+
 def test_functorch_inside_compile():
     hidden, weight, labels, _ = (v.detach() for v in head_inputs(13, 7, 29, dtype=torch.float64))
     mine = torch.compile(torch.func.grad(linear_cross_entropy, argnums=(0, 1)), fullgraph=True)(hidden, weight, labels)

@@ -41,7 +41,7 @@ def test_confident_tokens_one_by_one(dtype):
     assert (truth < 0.01).double().mean() > 0.9
     sure = truth < 0.01
     baseline = unchunked(*inputs, reduction="none")
-    fast = linear_cross_entropy(*inputs[:3], bias=inputs.bias, reduction="none", chunking=Chunking(chunk_size=100))
+    fast = linear_cross_entropy(*inputs[:3], bias=inputs.bias, reduction="none", chunking=Chunking(strategy="vocab"))
     logits = (inputs.hidden @ inputs.weight.t()).float() + inputs.bias.float()
     for mine in (fast, cross_entropy(logits, inputs.labels, reduction="none")):
         assert_within_error_budget(mine[sure], baseline[sure], truth[sure], name="loss of confident tokens")
@@ -66,6 +66,36 @@ def test_fp16_at_65536_tokens(strategy):
     )
     for name, a, b, c in zip(("dH", "dW"), mine, baseline, truth, strict=True):
         assert_within_error_budget(a, b, c, name=name)
+
+
+@pytest.mark.parametrize(("upstream", "count"), [(1.0, 65536), (65536.0, 1)])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_fp16_at_any_scale(strategy, upstream, count):
+    """Small gradients lose nothing but what their own dtype cannot hold; a GradScaler's do not overflow on the way."""
+    inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=torch.float16)
+    hidden = (inputs.hidden.detach() / (1024 if upstream > 1 else 1)).requires_grad_()
+    exact = [hidden.detach().double().requires_grad_(), inputs.weight.detach().double().requires_grad_()]
+    keywords = {"reduction": "sum", "num_label_tokens": count}
+    loss = linear_cross_entropy(hidden, *inputs[1:3], chunking=Chunking(strategy=strategy, chunk_size=64), **keywords)
+    mine = cases.gradients(loss, (hidden, inputs.weight), torch.tensor(upstream))
+    truth = cases.gradients(
+        reference.linear_cross_entropy(*exact, inputs.labels, **keywords),
+        exact,
+        upstream * torch.ones((), dtype=torch.float64),
+    )
+    for name, a, c in zip(("dH", "dW"), mine, truth, strict=True):
+        if c.abs().max() < torch.finfo(torch.float16).max:
+            assert (a.double() - c).abs().max() < 2e-3 * c.abs().max() + 2**-24, name  # and a subnormal's spacing
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_fp16_sums_past_its_range(strategy):
+    """8192 times the same label with h = 10 sums to 81920 before the mean divides it."""
+    hidden = torch.full((8192, 4), 10.0, dtype=torch.float16)
+    weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(8192, dtype=torch.int64)
+    linear_cross_entropy(hidden, weight, labels, chunking=Chunking(strategy=strategy)).backward()
+    torch.testing.assert_close(weight.grad[:, 0], torch.tensor([-8.75] + [1.25] * 7, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])

@@ -62,8 +62,8 @@ CASES = [
         TypeError,
         "weight: expected float32, bfloat16, float16 or float64, got torch.complex64",
     ),
-    ({"weight": zeros(H)}, ValueError, "weight: expected [V, H] with V >= 1, got [4]"),
-    ({"weight": zeros(0, H)}, ValueError, "weight: expected [V, H] with V >= 1, got [0, 4]"),
+    ({"weight": zeros(H)}, ValueError, "weight: expected [V, H] with V >= 1 and H >= 1, got [4]"),
+    ({"weight": zeros(0, H)}, ValueError, "weight: expected [V, H] with V >= 1 and H >= 1, got [0, 4]"),
     (
         {"weight": zeros(V, H, device="meta")},
         ValueError,

@@ -148,8 +148,22 @@ def test_forbidden_columns(walk):
     labels = inputs.labels % 10
     loss = linear_cross_entropy(inputs.hidden, inputs.weight, labels, bias=bias, chunking=cases.WALKS[walk])
     expected = reference.linear_cross_entropy(inputs.hidden, inputs.weight[:10], labels)
+    torch.testing.assert_close(reference.linear_cross_entropy(*inputs[:2], labels, bias=bias), expected, **TIGHT)
     for mine, theirs in zip(*(torch.autograd.grad(v, inputs[:2]) for v in (loss, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("walk", cases.WALKS)
+def test_rows_of_the_least_number(walk):
+    """The usual fill of a mask: a row of nothing else is a uniform distribution."""
+    least = torch.finfo(torch.float32).min
+    hidden, weight, labels = torch.ones(3, 1), torch.full((11, 1), least), torch.tensor([0, 5, 10])
+    loss = linear_cross_entropy(hidden, weight, labels, chunking=cases.WALKS[walk])
+    torch.testing.assert_close(loss, torch.tensor(11.0).log())
+    torch.testing.assert_close(cross_entropy(hidden @ weight.t(), labels), torch.tensor(11.0).log())
+    statistics = compiled_loss.linear_token_statistics(hidden, weight, labels, chunking=cases.WALKS[walk])
+    torch.testing.assert_close(statistics.entropy, torch.full((3,), 11.0).log())
+    assert statistics.correct.all()
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)

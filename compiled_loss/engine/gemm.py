@@ -33,16 +33,16 @@ def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 @torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"})
 def scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
-    """out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
+    """Out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
     rows = max(1, _BLOCK // max(1, b.shape[1]))
     for block, part in zip(out.split(rows), a.split(rows), strict=True):
         block.copy_(_wide_product(part, b) * scale)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32."""
+    """A @ b in fp32."""
     if _adds_wide(a):
-        return torch.ops.aten.mm.dtype(a, b, torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 

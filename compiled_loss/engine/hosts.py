@@ -61,9 +61,9 @@ def run_body(body: str, source: Tensor, weight: Tensor | None, operands: Sequenc
     """The outputs of a compiled body; they never alias an input."""
     key = (body, source.device.type, source.dtype, source.dim(), *(v is not None for v in (weight, *operands)))
     # Detached: Dynamo would compile again for each pattern of requires_grad.
-    source, weight, *operands = (None if v is None else v.detach() for v in (source, weight, *operands))
+    rest = [None if v is None else v.detach() for v in (weight, *operands)]
     with torch.no_grad():
-        return list(_compiled(key)(source, weight, *operands))
+        return list(_compiled(key)(source.detach(), *rest))
 
 
 @run_body.register_fake

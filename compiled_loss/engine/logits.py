@@ -66,9 +66,10 @@ class _Logits(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        logits, *saved = ctx.saved_tensors
-        head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
-        upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
-        operands = (labels, *head, state.maximum, *upstream)
-        (d,) = hosts.choose(logits.device, ctx.compile)(bodies.gradient, logits, None, *operands)
-        return d, None, None, None, None, None, None, None, None
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # whatever backward's caller is in
+            logits, *saved = ctx.saved_tensors
+            head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
+            upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
+            operands = (labels, *head, state.maximum, *upstream)
+            (d,) = hosts.choose(logits.device, ctx.compile)(bodies.gradient, logits, None, *operands)
+            return d, None, None, None, None, None, None, None, None

@@ -85,7 +85,9 @@ def initial_state(like: Tensor, shape: tuple[int, ...], *, total: bool, entropy:
     def full(value: float) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=like.device)
 
-    return State(full(torch.finfo(dtype).min), full(0.0), full(0.0), full(0.0) if total else None, full(0.0) if entropy else None)
+    return State(
+        full(torch.finfo(dtype).min), full(0.0), full(0.0), full(0.0) if total else None, full(0.0) if entropy else None
+    )
 
 
 def finish(state: State) -> RowStatistics:

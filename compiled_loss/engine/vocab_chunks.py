@@ -84,42 +84,43 @@ class _VocabChunks(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        hidden, weight, *saved = ctx.saved_tensors
-        head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
-        scale = unit_scale(hidden.dtype, *upstream)
-        if scale is not None:
-            upstream = upstream.divided(scale)
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # whatever backward's caller is in
+            hidden, weight, *saved = ctx.saved_tensors
+            head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
+            wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+            upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
+            scale = unit_scale(hidden.dtype, *upstream)
+            if scale is not None:
+                upstream = upstream.divided(scale)
 
-        run = hosts.choose(hidden.device, ctx.plan.compile)
-        d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
-        d_weight = torch.empty_like(weight) if wants_weight else None
-        d_bias = None
-        if wants_bias:
-            d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
-        formed = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
-        starts = _starts(hidden, ctx.plan)
-        for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
-            chunk = weight.narrow(0, start, size)
-            operands = (labels, *columns, state.maximum, *upstream)
-            (d,) = run(bodies.gradient, hidden, chunk, *operands)
-            if d_hidden is not None:
-                (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
-            if d_weight is not None:
-                part = d_weight.narrow(0, start, size)
-                if scale is None:
-                    gemm.mm_out(part, d.t(), hidden)
-                else:
-                    gemm.scaled_mm_out(part, d.t(), hidden, scale)
-            if d_bias is not None:
-                gemm.add_column_sums_(d_bias.narrow(0, start, size), d)
-            del d  # or eager code holds two chunks
-            gemm.fence_(starts, formed)
+            run = hosts.choose(hidden.device, ctx.plan.compile)
+            d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
+            d_weight = torch.empty_like(weight) if wants_weight else None
+            d_bias = None
+            if wants_bias:
+                d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
+            formed = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
+            starts = _starts(hidden, ctx.plan)
+            for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
+                chunk = weight.narrow(0, start, size)
+                operands = (labels, *columns, state.maximum, *upstream)
+                (d,) = run(bodies.gradient, hidden, chunk, *operands)
+                if d_hidden is not None:
+                    (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
+                if d_weight is not None:
+                    part = d_weight.narrow(0, start, size)
+                    if scale is None:
+                        gemm.mm_out(part, d.t(), hidden)
+                    else:
+                        gemm.scaled_mm_out(part, d.t(), hidden, scale)
+                if d_bias is not None:
+                    gemm.add_column_sums_(d_bias.narrow(0, start, size), d)
+                del d  # or eager code holds two chunks
+                gemm.fence_(starts, formed)
 
-        if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
-            one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
-            d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
-        if head.bias is not None and d_bias is not None:
-            d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None
+            if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
+                one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
+                d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
+            if head.bias is not None and d_bias is not None:
+                d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
+            return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None

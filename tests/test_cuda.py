@@ -1,0 +1,32 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import cases
+import pytest
+import torch
+
+from compiled_loss import Chunking, reference
+from compiled_loss.testing import head_inputs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_values_without_a_synchronisation(strategy, dtype, compiled):
+    inputs = head_inputs(528, 64, 1056, dtype=dtype, device="cuda", ignored=0.1)
+    exact = inputs.to(torch.float64)
+    loss = cases.linear(Chunking(strategy=strategy, chunk_size=48))  # more than 8 chunks: fp32 accumulators
+    loss = torch.compile(loss, fullgraph=True) if compiled else loss
+    cases.gradients(loss(*inputs), inputs, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = loss(*inputs)
+        gradients = cases.gradients(value, inputs, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    truth = reference.linear_cross_entropy(*exact[:3], bias=exact.bias)
+    eps = 4 * max(torch.finfo(dtype).eps, 2**-10)  # TF32 and reduced-precision reductions are the user's to choose
+    assert abs(value.item() - truth.item()) < eps
+    for mine, theirs in zip(gradients, cases.gradients(truth, exact, None), strict=True):
+        assert (mine - theirs).norm() < eps * theirs.norm()
