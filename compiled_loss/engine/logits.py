@@ -66,8 +66,8 @@ class _Logits(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # whatever backward's caller is in
-            logits, *saved = ctx.saved_tensors
+        logits, *saved = ctx.saved_tensors
+        with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             operands = (labels, *head, state.maximum, *upstream)

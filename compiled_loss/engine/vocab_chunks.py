@@ -84,8 +84,8 @@ class _VocabChunks(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):  # whatever backward's caller is in
-            hidden, weight, *saved = ctx.saved_tensors
+        hidden, weight, *saved = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):  # whatever backward's caller is in
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
