@@ -30,6 +30,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/figures.py --check
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
@@ -37,6 +38,7 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benches.linear_cross_entropy $(ARGS)
+	$(BIN)/python tools/figures.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
