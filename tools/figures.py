@@ -26,8 +26,8 @@ def figures() -> str:
     rounds = len(next(iter(times.values()))["seconds"])
     about = rows[-1]
     lines = [
-        f"{about['device']} ({about['processor']}), torch {about['torch'].split('+')[0]}, {about['date']}; raw results in",
-        f"`{RESULTS.relative_to(ROOT)}`, written by `make bench`.",
+        f"{about['device']} ({about['processor']}), torch {about['torch'].split('+')[0]}, {about['date']};",
+        f"raw results in `{RESULTS.relative_to(ROOT)}`, written by `make bench`.",
         "",
         "Peak over the inputs of forward and backward, N=4096 H=256 V=65536 fp32:",
         "",
