@@ -51,7 +51,6 @@ class _Logits(torch.autograd.Function):
         state = state.replaced(hosts.choose(logits.device, compile)(bodies.fold, logits, None, labels, *head, *state))
         result = finish(state)
         ctx.save_for_backward(logits, *head[:4], labels, *state)
-        ctx.mark_non_differentiable(result.correct)
         ctx.set_materialize_grads(False)
         ctx.compile = compile
         return tuple(result)

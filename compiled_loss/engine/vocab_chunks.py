@@ -69,7 +69,6 @@ class _VocabChunks(torch.autograd.Function):
             state = state.replaced(run(bodies.fold, hidden, chunk, labels, *columns, *state))
         result = finish(state)
         ctx.save_for_backward(hidden, weight, *head[:4], labels, *state)
-        ctx.mark_non_differentiable(result.correct)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         return tuple(result)
