@@ -158,8 +158,8 @@ def linear_cross_entropy(
         The token walk holds dH and dW from forward on, the vocabulary walk O(N) until backward. Without gradients,
         one chunk. Eager code without `Chunking(compile=True)` adds a few blocks of 4 MiB, and eager backward of the
         token walk a second dH and dW. Under non-reentrant checkpointing the token walk runs twice.
-        Under functorch transforms the logits are materialised: 1088 MiB at N = 4096, V = 65536, H = 256 in fp32, where
-        the token walk peaks at 132 MiB.
+        Under functorch transforms the logits are held: at N = 4096, V = 65536, H = 256 in fp32 a peak of 1092 MiB was
+        measured for torch.compile(torch.func.grad(...)), 4352 MiB for eager grad, 132 MiB for the token walk.
 
     Raises:
         ValueError: a shape, device, number or name is off, `strategy="tokens"` with `reduction="none"` where a gradient
