@@ -270,3 +270,90 @@ def first_derivative() -> None:
 
 def _shape(shape: torch.Size) -> str:
     return "[" + ", ".join([str(int(size)) for size in shape]) + "]"
+
+
+class InspectionError(RuntimeError):
+    """An inspection that cannot be made; the text says what to change."""
+
+
+def inspection_platform(platform: str) -> None:
+    """Raise: no fake device here."""
+    raise InspectionError(
+        f"device: expected 'cpu' on {platform}, got a GPU's: code for GPUs that are absent is generated on Linux only"
+    )
+
+
+def inspection_compiler(given: str | None) -> None:
+    """Raise: the fake device cannot be built."""
+    tried = f"CXX={given}, g++ or clang++" if given else "g++ or clang++"
+    raise InspectionError(f"a C++ compiler: expected {tried} on PATH, found none: install g++, or set CXX")
+
+
+def inspection_shim(compiler: str, output: str) -> None:
+    """Raise: the fake device does not compile."""
+    raise InspectionError(
+        f"the fake device does not compile with {compiler} against torch {torch.__version__}:\n{output[-2000:]}"
+    )
+
+
+def inspection_extra(name: str) -> None:
+    """Raise: a package is missing."""
+    raise InspectionError(f"inspection needs {name}: pip install 'compiled-loss[inspect]'")
+
+
+def inspection_device(device: str, known: list[str]) -> None:
+    """Raise: no such target."""
+    raise InspectionError(f"device: expected one of {', '.join(['cpu', 'cuda', *known])}, got {device!r}")
+
+
+def inspection_gpu(detail: str) -> None:
+    """Raise: the real GPU was asked for and is not there."""
+    raise InspectionError(f"device: expected a GPU that torch can use behind 'cuda', got none ({detail}): "
+                          "name a target such as 'cuda:sm_90' to inspect without one")
+
+
+def inspection_spec(text: str, expected: str) -> None:
+    """Raise: an input is not described."""
+    raise ValueError(f"inputs: expected {expected}, got {text!r}")
+
+
+def inspection_function(name: str, reason: str) -> None:
+    """Raise: there is no such function."""
+    raise InspectionError(f"function: expected package.module:name or a public name of compiled_loss, "
+                          f"got {name!r}: {reason}")
+
+
+def inspection_tensor(kind: str) -> None:
+    """Raise: a tensor that is more than its shape."""
+    raise InspectionError(f"inputs: expected plain tensors and parameters, got a {kind}: pass its local tensor")
+
+
+def inspection_pickle(name: str, reason: str) -> None:
+    """Raise: the function cannot travel."""
+    raise InspectionError(f"{name}: expected a function that can be sent to another process, got {reason}: "
+                          "define it at the top of a module")
+
+
+def inspection_raised(name: str, trace: str) -> None:
+    """Raise: the user's function, or the compiler, did."""
+    raise InspectionError(f"{name} raised while it was inspected:\n{trace}")
+
+
+def inspection_died(status: object, output: str) -> None:
+    """Raise: the child process is gone."""
+    raise InspectionError(
+        f"the process that inspects ended with status {status} and no answer; its last output:\n{output[-2000:]}"
+    )
+
+
+def inspection_gradient(name: str) -> None:
+    """Raise: nothing to differentiate."""
+    raise InspectionError(f"{name}: expected a result that requires grad, got none: "
+                          "mark inputs with :grad, or use backward=False")
+
+
+def inspection_targets(names: list[str], device: str) -> None:
+    """Raise: kernels are generated for one vendor at a time."""
+    raise InspectionError(
+        f"assemble: expected targets of the vendor of device={device!r}, whose sources these are, got {names}"
+    )

@@ -1,0 +1,180 @@
+"""A function and its inputs, described so that another process can call it: tensors travel as shapes, without data."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+
+_DTYPES = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "fp32": torch.float32,
+    "f16": torch.float16,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+}
+_SPEC = re.compile(r"(\w+)\[([\d,\s]*)\]((?::[^:\s]+)*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor without its data. Integers are drawn from `low` to `high`, floats from a normal distribution.
+
+    `parse` reads "bf16[8192,4096]:grad" and "int64[8192]:0..131071".
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None = None
+    grad: bool = False
+    low: int = 0
+    high: int = 1
+
+    @staticmethod
+    def parse(text: str) -> TensorSpec:
+        """From text; raises ValueError that says what was expected."""
+        found = _SPEC.fullmatch(text)
+        if found is None:
+            checks.inspection_spec(text, "dtype[size,size] with :grad or :low..high after it")
+        assert found is not None
+        dtype = _DTYPES.get(found[1]) or getattr(torch, found[1], None)
+        if not isinstance(dtype, torch.dtype):
+            checks.inspection_spec(text, f"a torch dtype or one of {', '.join(_DTYPES)}")
+        assert isinstance(dtype, torch.dtype)
+        sizes = found[2].strip().rstrip(",")
+        shape = tuple(int(size) for size in sizes.split(",")) if sizes else ()
+        grad, low, high = False, 0, 1
+        for option in filter(None, found[3].split(":")):
+            limits = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", option)
+            if option == "grad" and dtype.is_floating_point:
+                grad = True
+            elif limits is not None and not dtype.is_floating_point:
+                low, high = int(limits[1]), int(limits[2])
+            else:
+                checks.inspection_spec(text, "grad after a floating dtype, or low..high after an integer one")
+        return TensorSpec(shape=shape, dtype=dtype, grad=grad, low=low, high=high)
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorSpec:
+        """Of a tensor; integers keep their range."""
+        low, high = 0, 1
+        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() and tensor.device.type != "meta":
+            low, high = int(tensor.min()), int(tensor.max())
+        return TensorSpec(
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            stride=None if tensor.is_contiguous() else tuple(tensor.stride()),
+            grad=tensor.requires_grad,
+            low=low,
+            high=high,
+        )
+
+    def make(self, device: torch.device, *, data: bool) -> Tensor:
+        """A tensor as described; with `data` its elements are drawn."""
+        if self.stride is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+        else:
+            tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        if data and self.dtype.is_floating_point:
+            tensor.normal_()
+        elif data and self.dtype == torch.bool:
+            tensor.random_(0, 2)
+        elif data:
+            tensor.random_(self.low, self.high + 1)
+        return tensor.requires_grad_(self.grad)
+
+    def __str__(self) -> str:
+        name = next((k for k, v in _DTYPES.items() if v == self.dtype and k[0] != "i"), None)
+        text = f"{name or str(self.dtype).removeprefix('torch.')}[{','.join(map(str, self.shape))}]"
+        if self.grad:
+            return text + ":grad"
+        return text if self.dtype.is_floating_point or self.dtype == torch.bool else f"{text}:{self.low}..{self.high}"
+
+
+def parse_inputs(text: str) -> tuple[Any, ...]:
+    """Inputs of the command line: specs of tensors and Python literals, separated by spaces."""
+    inputs: list[Any] = []
+    for word in re.findall(r"\w+\[[^\]]*\]\S*|\S+", text):
+        if "[" in word and not word.startswith("["):
+            inputs.append(TensorSpec.parse(word))
+        else:
+            try:
+                inputs.append(ast.literal_eval(word))
+            except (ValueError, SyntaxError):
+                checks.inspection_spec(word, "a tensor such as bf16[8,4]:grad, or a Python literal")
+    return tuple(inputs)
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """What `package.module:name` names, or a public function of this library by its name alone."""
+    module, _, attribute = name.rpartition(":")
+    try:
+        found: Any = importlib.import_module(module or "compiled_loss")
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        checks.inspection_function(name, str(error))
+    if not callable(found):
+        checks.inspection_function(name, f"{type(found).__name__} is not callable")
+    result: Callable[..., Any] = found
+    return result
+
+
+def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
+    """The call as bytes. Functions that can be imported go by name, others by value; tensors go as specs."""
+    try:
+        import cloudpickle
+    except ImportError:
+        checks.inspection_extra("cloudpickle")
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if type(value) not in (Tensor, torch.nn.Parameter):
+                    checks.inspection_tensor(type(value).__name__)
+                return _rebuild, (vars(TensorSpec.of(value)), isinstance(value, torch.nn.Parameter))
+            if isinstance(value, TensorSpec):
+                return _rebuild, (vars(value), False)
+            return super().reducer_override(value)
+
+    buffer = io.BytesIO()
+    try:
+        Pickler(buffer).dump((fn, tuple(TensorSpec.parse(v) if isinstance(v, str) else v for v in inputs)))
+    except (checks.InspectionError, ValueError):
+        raise
+    except Exception as error:
+        checks.inspection_pickle(getattr(fn, "__name__", type(fn).__name__), f"{type(error).__name__}: {error}")
+    return buffer.getvalue()
+
+
+_where: tuple[torch.device, bool] = (torch.device("meta"), False)
+
+
+@contextmanager
+def tensors_on(device: torch.device, *, data: bool) -> Iterator[None]:
+    """Where the tensors of a call that is unpacked in the block are made, and whether they have data."""
+    global _where
+    before, _where = _where, (device, data)
+    try:
+        yield
+    finally:
+        _where = before
+
+
+def _rebuild(fields: dict[str, Any], parameter: bool) -> Tensor:
+    spec = TensorSpec(**fields)
+    tensor = spec.make(_where[0], data=_where[1])
+    return torch.nn.Parameter(tensor, requires_grad=spec.grad) if parameter else tensor

@@ -1,0 +1,55 @@
+"""The child process: answers one request after another until its input ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from compiled_loss.inspection import fake_device
+from compiled_loss.inspection.examine import Request, examine
+from compiled_loss.inspection.measuring import measure, properties
+from compiled_loss.inspection.targets import Target
+
+
+def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int, answers: int) -> None:
+    """Answer on file descriptors: ("progress", text)..., then ("done", value) or ("error", text)."""
+    reading, writing = Connection(requests, writable=False), Connection(answers, readable=False)
+    if shim is not None and target is not None:
+        fake_device.install(shim, Target(**target))
+    writing.send(("done", None))
+    while True:
+        try:
+            job, request = pickle.loads(reading.recv_bytes())
+        except EOFError:
+            return
+        try:
+            writing.send(("done", _do(job, request, fake=target is not None, writing=writing)))
+        except Exception as error:
+            writing.send(("error", _readable(error)))
+        sys.stdout.flush()
+
+
+def _do(job: str, request: Request, *, fake: bool, writing: Connection) -> Any:
+    def progress(text: str) -> None:
+        writing.send(("progress", text))
+
+    if job == "measure":
+        return measure(request)
+    if job == "properties":
+        return properties()
+    return examine(request, torch.device("cuda", 0) if fake else torch.device("cpu"), progress).to_json()
+
+
+def _readable(error: Exception) -> str:
+    """The traceback without the frames of the compiler, which are dozens."""
+    libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
+    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
+    return "".join(lines)

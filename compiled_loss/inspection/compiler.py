@@ -1,0 +1,261 @@
+"""Stands between Inductor and the device: keeps what it generates, and runs its host code on a `Recorder`.
+
+Patches torch for the life of the process, which is a child's (`child.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from compiled_loss.inspection.record import Break, Graph, Guard, Kind
+from compiled_loss.inspection.recorder import Recorder
+
+_TRITON_KINDS: dict[str, Kind] = {"poi": "pointwise", "for": "pointwise", "red": "reduction", "per": "reduction", "tem": "gemm"}
+
+
+def _stop(lowering: Any) -> None:
+    generated = lowering.codegen()
+    wrapper = generated[0] if isinstance(generated, tuple) else generated
+    raise _Generated(getattr(wrapper, "value", wrapper))
+
+
+class _Generated(Exception):  # noqa: N818
+    """Raised in the place where Inductor would load its code."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__("host code")
+        self.source = source
+
+
+@dataclass
+class GeneratedKernel:
+    """A kernel's source; `arguments` are the names of its parameters, by which reads and writes are told apart."""
+
+    name: str
+    kind: Kind
+    source: str
+    arguments: tuple[str, ...]
+    is_triton: bool
+
+    def run(self, recorder: Recorder, values: Sequence[Any]) -> None:
+        tensors = [(n, v) for n, v in zip(self.arguments, values, strict=False) if isinstance(v, Tensor)]
+        reads = [v for n, v in tensors if not n.startswith("out_")]
+        writes = [v for n, v in tensors if not n.startswith("in_ptr")]
+        recorder.launch(self.name, self.kind, reads, writes)
+
+
+_VALUE_GUARDS = ("EQUALS_MATCH", "CONSTANT_MATCH", "BOOL_MATCH", "NONE_MATCH", "SEQUENCE_LENGTH", "DICT_KEYS", "GRAD_MODE")
+
+
+class Compiler:
+    """Inductor, with its code kept and its launches recorded."""
+
+    def __init__(self, recorder: Recorder, progress: Callable[[str], None]) -> None:
+        self.recorder = recorder
+        self.graphs: list[Graph] = []
+        self.breaks: list[Break] = []
+        self.guards: list[Guard] = []
+        self.kernels: dict[str, GeneratedKernel] = {}
+        self._progress = progress
+        self._modules: dict[str, types.ModuleType] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace Inductor's last step, wherever torch.compile is called from, and listen to Dynamo's guards."""
+        from torch._dynamo.guards import CheckFunctionManager
+        from torch._functorch import config as functorch_config
+        from torch._inductor import compile_fx as inductor
+        from torch._inductor import config
+        from torch._inductor.graph import GraphLowering
+
+        build_guards = CheckFunctionManager.__init__
+        compile_fx = inductor.compile_fx
+
+        def listen(manager: Any, code: Any, output: Any, *positional: Any, **keywords: Any) -> None:
+            build_guards(manager, code, output, *positional, **keywords)
+            self._keep_guards(output)
+
+        def compile_and_keep(gm: Any, example_inputs: Sequence[Any], *positional: Any, **keywords: Any) -> Any:
+            self._keep_break(gm)
+            self._progress(f"graph {len(self.graphs) + 1} traced")
+            return compile_fx(gm, example_inputs, *positional, **{**keywords, "inner_compile": self._compile_inner})
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(CheckFunctionManager, "__init__", listen))
+            stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module", _stop))
+            stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
+            stack.enter_context(config.patch(joint_graph_constant_folding=False))  # it computes on the device
+            stack.enter_context(config.patch(fx_graph_cache=False))
+            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+            yield
+
+    def _compile_inner(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Any:
+        """Inductor's `compile_fx_inner`, up to the host code; returns that code on the recorder."""
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        nodes = gm.print_readable(print_output=False)
+        outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+        origins = [_origin(n) for n in outputs] if isinstance(outputs, (list, tuple)) else []
+        try:
+            compile_fx_inner(gm, example_inputs, **keywords)
+        except Exception as error:
+            generated = getattr(error, "inner_exception", error)
+            if not isinstance(generated, _Generated):
+                raise
+            source = generated.source
+        else:
+            return gm.forward  # a graph with nothing to compute
+        direction: Literal["forward", "backward"] = "backward" if keywords.get("is_backward") else "forward"
+        operator = self.recorder.inside[-1] if self.recorder.inside else ""
+        self.graphs.append(Graph(direction=direction, operator=operator, nodes=nodes, wrapper=source))
+        self._progress(f"{direction} graph {sum(g.direction == direction for g in self.graphs)} generated")
+
+        def run(arguments: list[Any]) -> Any:
+            results = self._module(source).call(arguments)
+            for value, origin in zip(results, origins, strict=False):
+                if isinstance(value, Tensor) and origin is not None:
+                    self.recorder.memory.name(value, *origin)
+            return results
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def _keep_break(self, gm: Any) -> None:
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break:
+            stack = reason.user_stack
+            location = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+            self.breaks.append(Break(reason=reason.reason, location=location))
+
+    def _keep_guards(self, output: Any) -> None:
+        """What a caller may change from call to call: tensors, numbers, sizes. Modules and globals stay."""
+        for guard in sorted(output.guards):
+            kind = guard.create_fn_name()
+            codes = [c for c in guard.code_list or () if not c.startswith("hasattr")]
+            if kind == "TENSOR_MATCH":
+                codes = [_tensor_guard(guard, output)]
+            elif kind != "SHAPE_ENV" and (kind not in _VALUE_GUARDS or "__import_" in guard.name):
+                continue
+            stack = guard.user_stack
+            location = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+            for code in codes:
+                found = Guard(kind=kind, code=code, location=location)
+                if found not in self.guards:
+                    self.guards.append(found)
+
+    def _module(self, source: str) -> Any:
+        """The host code as a module whose kernels are written down instead of launched."""
+        key = hashlib.sha256(source.encode()).hexdigest()
+        if key not in self._modules:
+            module = types.ModuleType(f"compiled_loss_wrapper_{key[:8]}")
+            sys.modules[module.__name__] = module
+            code = re.sub(r"^async_compile = AsyncCompile\(\)$", "", source, flags=re.M)
+            module.__dict__["async_compile"] = _Kernels(self)
+            exec(compile(code, module.__name__, "exec"), module.__dict__)
+            module.__dict__.update(self._overrides())
+            self._modules[key] = module
+        return self._modules[key]
+
+    def _overrides(self) -> dict[str, Any]:
+        def empty(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.empty_strided(shape, stride, dtype=dtype, device=self.recorder.device)
+
+        def empty_cpu(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.empty_strided(shape, stride, dtype=dtype)
+
+        def view(base: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> Tensor:
+            return torch.as_strided(base, shape, stride, base.storage_offset() + offset)
+
+        def nothing(*arguments: Any) -> None: ...
+
+        def same(value: Any) -> Any:
+            return value
+
+        return dict(
+            empty_strided_cuda=empty,
+            empty_strided_cpu=empty_cpu,
+            empty_strided_cpu_pinned=empty_cpu,
+            reinterpret_tensor=view,
+            assert_size_stride=nothing,
+            assert_alignment=nothing,
+            copy_if_misaligned=same,
+            get_raw_stream=lambda device: 0,
+        )
+
+    def name(self, name: str, kernel: GeneratedKernel) -> None:
+        """Keep a kernel under a name of its own: each graph numbers its kernels from 0."""
+        unique, i = name, 1
+        while unique in self.kernels and self.kernels[unique].source != kernel.source:
+            i += 1
+            unique = f"{name}#{i}"
+        kernel.name = unique
+        self.kernels[unique] = kernel
+
+
+class _Kernels:
+    """Takes the place of Inductor's AsyncCompile in the host code."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+
+    def triton(self, name: str, source: str, device_str: str = "cuda") -> _Runner:
+        short = re.match(r"triton_([a-z]+)_", name)
+        kind = _TRITON_KINDS.get(short[1], "other") if short else "other"
+        parameters = re.search(rf"^def {re.escape(name)}\((.*?)\):", source, re.M | re.S)
+        arguments = tuple(p.split(":")[0].strip() for p in parameters[1].split(",")) if parameters else ()
+        return _Runner(self._compiler.recorder, GeneratedKernel(name, kind, source, arguments, is_triton=True))
+
+    def cpp_pybinding(self, argument_types: list[str], source: str) -> _Runner:
+        kind: Kind = "reduction" if "_acc" in source else "pointwise"
+        parameters = re.search(r'extern "C"\s+(?:\w+\s+)?void\s+\w+\((.*?)\)', source, re.S)
+        arguments = tuple(re.findall(r"(\w+)\s*(?:,|$)", parameters[1])) if parameters else ()
+        return _Runner(self._compiler.recorder, GeneratedKernel("", kind, source, arguments, is_triton=False))
+
+    def wait(self, scope: dict[str, Any]) -> None:
+        """Called at the end of the definitions: only now is it known what each kernel is called."""
+        for name, value in scope.items():
+            if isinstance(value, _Runner):
+                self._compiler.name(name, value.kernel)
+
+
+class _Runner:
+    """A kernel, where the host code expects one."""
+
+    def __init__(self, recorder: Recorder, kernel: GeneratedKernel) -> None:
+        self.kernel = kernel
+        self._recorder = recorder
+
+    def __call__(self, *values: Any, **keywords: Any) -> None:
+        self.kernel.run(self._recorder, values)
+
+    run = __call__
+
+
+def _tensor_guard(guard: Any, output: Any) -> str:
+    """What is compared of a tensor; a size that may change is a symbol."""
+    tensor = guard.obj_weakref() if guard.obj_weakref is not None else None
+    if not isinstance(tensor, Tensor):
+        return f"{guard.name} is a tensor"
+    sizes = output.input_source_to_sizes_strides.get(guard.originating_source, {"size": tensor.shape})["size"]
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{guard.name} is {dtype}[{', '.join(map(str, sizes))}], requires_grad={tensor.requires_grad}"
+
+
+def _origin(node: Any) -> tuple[str, str] | None:
+    """What made a graph's output, and the line of the program that asked for it."""
+    if not isinstance(node, torch.fx.Node) or node.op == "placeholder":
+        return None
+    made = node.meta.get("original_aten", node.target)
+    places = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{node.name} = {made}", ":".join(places[-1]) if places else ""

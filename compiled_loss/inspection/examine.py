@@ -1,0 +1,135 @@
+"""One inspection, in the child: compile the call, run it on fake tensors, put together what was seen."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from compiled_loss import checks
+from compiled_loss.inspection import call
+from compiled_loss.inspection.compiler import Compiler
+from compiled_loss.inspection.record import Inspection, Kernel, Pass, Saved
+from compiled_loss.inspection.recorder import Recorder
+from compiled_loss.inspection.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the parent asks for. `call` is from `call.pack`; `assemble` are targets, all of the child's backend."""
+
+    call: bytes
+    name: str
+    device: str
+    backward: bool = True
+    dynamic: bool | None = None
+    options: dict[str, Any] | None = None
+    assemble: tuple[Target, ...] = ()
+    first_only: bool = False
+    dump: str | None = None
+    inputs: tuple[str, ...] = field(default=())
+
+
+def examine(request: Request, device: torch.device, progress: Callable[[str], None]) -> Inspection:
+    """Inspect one call on `device`, which this process takes for real or fakes."""
+    start = time.monotonic()
+    torch.compiler.reset()
+    recorder = Recorder(device)
+    compiler = Compiler(recorder, progress)
+    with recorder, compiler.installed():
+        with call.tensors_on(device, data=False):
+            fn, inputs = pickle.loads(request.call)
+        wanted = differentiated(fn, inputs) if request.backward else []
+        compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
+        _run(request, recorder, compiled, inputs, wanted)  # compiles
+        progress("running on fake tensors")
+        forward, backward, saved = _run(request, recorder, compiled, inputs, wanted)
+    del compiled, inputs, wanted, fn
+    kernels = _assembled(request, compiler, (forward, backward), progress)
+    return Inspection(
+        name=request.name,
+        device=request.device,
+        torch=torch.__version__,
+        triton=_triton_version(),
+        inputs=request.inputs,
+        forward=forward,
+        backward=backward,
+        saved=saved,
+        kernels=kernels,
+        graphs=tuple(compiler.graphs),
+        breaks=tuple(compiler.breaks),
+        guards=tuple(compiler.guards),
+        seconds=time.monotonic() - start,
+    )
+
+
+def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
+    """The inputs and parameters that want a gradient."""
+    given = [*tree_leaves(inputs), *(fn.parameters() if isinstance(fn, torch.nn.Module) else ())]
+    return [v for v in given if isinstance(v, Tensor) and v.requires_grad]
+
+
+def _run(
+    request: Request, recorder: Recorder, compiled: Callable[..., Any], inputs: Sequence[Any], wanted: list[Tensor]
+) -> tuple[Pass, Pass | None, tuple[Saved, ...]]:
+    memory = recorder.memory
+    before, base = memory.keys(), memory.live
+    with recorder.record(base) as passes:
+        result = compiled(*inputs)
+    results = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
+    own = {v.untyped_storage()._cdata for v in results}
+    saved = tuple(memory.saved(key) for key in sorted(memory.keys() - before - own))
+    backward = None
+    if request.backward:
+        outputs = [v for v in results if v.requires_grad]
+        if not outputs or not wanted:
+            checks.inspection_gradient(request.name)
+        upstream = [torch.ones_like(v) for v in outputs]
+        base += sum(v.untyped_storage().nbytes() for v in upstream)
+        with recorder.record(base) as more:
+            gradients = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+        backward = more[0]
+        del gradients, upstream, outputs
+    return passes[0], backward, saved
+
+
+def _assembled(
+    request: Request, compiler: Compiler, passes: Sequence[Pass | None], progress: Callable[[str], None]
+) -> tuple[Kernel, ...]:
+    """Every kernel that was launched, with its machine code's needs."""
+    from compiled_loss.inspection.assembler import assemble
+
+    launched = {launch.kernel: launch.kind for p in passes if p is not None for launch in p.launches}
+    kernels = []
+    for i, (name, kind) in enumerate(launched.items()):
+        made = compiler.kernels.get(name)
+        kernel = Kernel(name=name, kind=kind, source="" if made is None else made.source)
+        if made is not None and made.is_triton and request.assemble:
+            progress(f"assembling kernel {i + 1} of {len(launched)}")
+            keep = None if request.dump is None else Path(request.dump)
+            found = [
+                configuration
+                for target in request.assemble
+                for configuration in assemble(
+                    re.sub(r"#\d+$", "", name), made.source, target, first_only=request.first_only, keep=keep
+                )
+            ]
+            kernel = replace(kernel, configurations=tuple(found))
+        kernels.append(kernel)
+    return tuple(kernels)
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)

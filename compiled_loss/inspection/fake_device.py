@@ -1,0 +1,145 @@
+"""A GPU that is not there: torch, Inductor and Triton are told of a device they then generate code for.
+
+NOTE [Fake device]
+`fake_device.cpp` registers a device guard and CUDA hooks that do nothing, which is what C++ asks for; this file answers
+what Python asks. Nothing can be allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. The
+process is spoiled for a real GPU from then on, so all of this runs in a child (`child.py`), one for each target.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compiled_loss import checks
+from compiled_loss.inspection.targets import Target
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def build() -> Path:
+    """The shared library of `fake_device.cpp` for this torch, compiled once and kept in the compiler's cache."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if not sys.platform.startswith("linux"):
+        checks.inspection_platform(sys.platform)
+    root = Path(torch.__file__).parent
+    key = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {root}".encode()).hexdigest()[:16]
+    library = Path(cache_dir()) / "compiled_loss" / f"fake_device_{key}.so"
+    if library.exists():
+        return library
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        checks.inspection_compiler(os.environ.get("CXX"))
+    assert compiler is not None
+    library.parent.mkdir(parents=True, exist_ok=True)
+    scratch = library.with_suffix(f".{os.getpid()}")
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
+    command += ["-o", str(scratch), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        checks.inspection_shim(compiler, done.stderr)
+    scratch.replace(library)  # whole or not at all, however many build it at once
+    return library
+
+
+def install(shim: ctypes.CDLL, target: Target) -> None:
+    """Make `target` the process's one GPU. `shim` was loaded before torch."""
+    shim.install_fake_device_guard()
+    if target.backend == "hip":
+        torch.version.hip = "6.4"
+    import triton
+    from torch._dynamo import device_interface
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+
+    properties = _properties(target)
+    capability = (target.major, target.minor)
+    device = torch.device("cuda", 0)
+    triton_target = GPUTarget(target.backend, target.arch, target.warp_size)
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return triton_target
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: object) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return device
+
+        def get_device_properties(self, device: object) -> dict[str, int]:
+            return {"max_shared_mem": target.shared_memory_per_block_optin}
+
+    def nothing(*arguments: Any, **keywords: Any) -> None: ...
+
+    def zero(*arguments: Any, **keywords: Any) -> int:
+        return 0
+
+    def yes(*arguments: Any, **keywords: Any) -> bool:
+        return True
+
+    def get_properties(*arguments: Any, **keywords: Any) -> Any:
+        return properties
+
+    class Interface(device_interface.CudaInterface):
+        class Worker:
+            set_device = staticmethod(nothing)
+            current_device = staticmethod(zero)
+            get_device_properties = staticmethod(get_properties)
+
+        current_device = staticmethod(zero)
+        set_device = synchronize = raise_if_triton_unavailable = staticmethod(nothing)
+        device_count = staticmethod(lambda: 1)
+        is_available = is_bf16_supported = is_triton_capable = is_gpu_initialized = staticmethod(yes)
+        get_device_properties = staticmethod(get_properties)
+        get_compute_capability = staticmethod(
+            lambda *a, **k: target.gcnArchName.split(":")[0] or 10 * target.major + target.minor
+        )
+        exchange_device = maybe_exchange_device = staticmethod(zero)
+        get_raw_stream = staticmethod(zero)
+
+    triton.runtime.driver.set_active(Driver())
+    triton_helpers.set_driver_to_gpu = nothing
+    device_interface.init_device_reg()
+    for name in ("cuda", "cuda:0"):
+        device_interface.register_interface_for_device(name, Interface)
+    cuda: Any = torch.cuda
+    cuda.get_device_properties = get_properties
+    cuda.get_device_name = lambda *a: target.device_name
+    cuda.get_device_capability = lambda *a: capability
+    # One function each: Dynamo registers handlers by identity.
+    cuda.current_device = lambda: 0
+    cuda._exchange_device = lambda device: 0
+    cuda._maybe_exchange_device = lambda device: 0
+    cuda.set_device = lambda device: None
+    cuda.device_count = lambda: 1
+    cuda.is_available = lambda: False  # where it is True the pattern matcher allocates real tensors
+    cuda.is_bf16_supported = lambda including_emulation=True: True
+    cuda.get_rng_state = lambda *a, **k: torch.zeros(16, dtype=torch.uint8)
+    cuda.set_rng_state = lambda *a, **k: None
+    cuda.synchronize = lambda *a, **k: None
+    cuda._lazy_init = lambda: None
+    native: Any = torch._C
+    native._cuda_getCurrentRawStream = lambda device: 0
+
+
+def _properties(target: Target) -> Any:
+    """What torch.cuda.get_device_properties returns."""
+    from dataclasses import asdict
+    from types import SimpleNamespace
+
+    values = asdict(target)
+    values["name"] = values.pop("device_name")
+    return SimpleNamespace(**values)

@@ -1,0 +1,121 @@
+"""The parent's side of a child process.
+
+NOTE [Children]
+A fresh interpreter, not a fork: a fork of a process that has used torch inherits its locks, its OpenMP threads and, with
+a GPU, a context that does not work. The caller's own process is never changed. One child serves every inspection for
+one target until the caller ends; a real run for measuring gets a child of its own, so that it starts with no memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from compiled_loss import checks
+from compiled_loss.inspection import fake_device
+from compiled_loss.inspection.targets import Target
+
+Progress = Callable[[str], None]
+_BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
+
+
+class Child:
+    """A process that answers requests; `target` is the GPU it pretends to have."""
+
+    def __init__(self, target: Target | None) -> None:
+        shim = None if target is None else str(fake_device.build())
+        reading, answers = os.pipe()
+        requests, writing = os.pipe()
+        settings = {
+            "path": sys.path,
+            "shim": shim,
+            "target": None if target is None else asdict(target),
+            "input": requests,
+            "output": answers,
+        }
+        self._output = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_BOOTSTRAP), json.dumps(settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(requests, answers),
+            )
+        except OSError as error:
+            checks.inspection_died(error, "")
+        finally:
+            os.close(requests)
+            os.close(answers)
+        self._reading = Connection(reading, writable=False)
+        self._writing = Connection(writing, readable=False)
+        self._lock = threading.Lock()
+        self._receive(None)  # ready
+
+    def ask(self, job: str, request: Any, name: str, progress: Progress | None = None) -> Any:
+        """The answer to one request."""
+        with self._lock:
+            try:
+                self._writing.send_bytes(pickle.dumps((job, request)))
+                kind, value = self._receive(progress)
+            except BaseException:  # an answer may still be on its way
+                self.close()
+                raise
+        if kind == "error":
+            checks.inspection_raised(name, value)
+        return value
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None and not self._writing.closed
+
+    def close(self) -> None:
+        """End the process."""
+        self._writing.close()
+        self._reading.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _receive(self, progress: Progress | None) -> tuple[str, Any]:
+        while True:
+            try:
+                kind, value = self._reading.recv()
+            except (EOFError, OSError):
+                status = self._process.wait()
+                self._output.seek(0)
+                checks.inspection_died(status, self._output.read().decode(errors="replace"))
+            if kind != "progress":
+                return kind, value
+            if progress is not None:
+                progress(value)
+
+
+_children: dict[tuple[int, Target | None], Child] = {}
+
+
+def child_for(target: Target | None) -> Child:
+    """The child for a target, started where there is none; a fork of this process gets children of its own."""
+    key = (os.getpid(), target)
+    child = _children.get(key)
+    if child is None or not child.alive:
+        child = _children[key] = Child(target)
+    return child
+
+
+@atexit.register
+def _close_all() -> None:
+    for (pid, _), child in _children.items():
+        if pid == os.getpid() and child.alive:
+            child.close()

@@ -1,0 +1,227 @@
+"""What an inspection found: plain frozen data, with a JSON round trip and no torch.
+
+Bytes are those of tensors, operations are floating-point operations of GEMMs, convolutions and attention (a
+multiplication and an addition are two), seconds are seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from compiled_loss.inspection.targets import GPUS, Gpu
+
+Kind = Literal["pointwise", "reduction", "gemm", "collective", "copy", "transfer", "sync", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One way to run a kernel, assembled. Inductor tries them all on a GPU and keeps the fastest; the first is its guess.
+
+    `registers`, `spills` and `shared` are per thread, bytes per thread and bytes per block.
+    """
+
+    target: str
+    options: str
+    registers: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A generated kernel, or an operator of a library. `source` is empty where the source is not the compiler's."""
+
+    name: str
+    kind: Kind
+    source: str
+    configurations: tuple[Configuration, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch, in order. `live_bytes` is the most that was alive over the inputs since the launch before.
+
+    Each operand counts once and whole, whatever a cache or a second pass makes of it.
+    """
+
+    kernel: str
+    kind: Kind
+    read_bytes: int
+    written_bytes: int
+    live_bytes: int
+    operations: int = 0
+    dtype: str = ""
+    shapes: str = ""
+
+    def seconds(self, gpu: Gpu) -> float:
+        """At least what this takes: by its operations or by its bytes, whichever is more."""
+        moving = (self.read_bytes + self.written_bytes) / gpu.bytes_per_second
+        return max(self.operations / gpu.rate(self.dtype), moving) if self.operations else moving
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Forward or backward. `peak_bytes` is over the inputs, what forward keeps included."""
+
+    launches: tuple[Launch, ...]
+    peak_bytes: int
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How often each generated kernel or operator runs."""
+        return dict(Counter(launch.kernel for launch in self.launches))
+
+    @property
+    def gemms(self) -> tuple[Launch, ...]:
+        """Launches that are GEMMs."""
+        return tuple(launch for launch in self.launches if launch.kind == "gemm")
+
+    @property
+    def operations(self) -> int:
+        """Operations of all launches."""
+        return sum(launch.operations for launch in self.launches)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written by all launches."""
+        return sum(launch.read_bytes + launch.written_bytes for launch in self.launches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One graph that Inductor compiled: its nodes, and the host code that it became.
+
+    `operator` is the one that compiled it inside its own implementation, or empty for the function's own graphs.
+    """
+
+    direction: Literal["forward", "backward"]
+    operator: str
+    nodes: str
+    wrapper: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Break:
+    """Where Dynamo stopped tracing and went on in Python."""
+
+    reason: str
+    location: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What must stay as it is, or the function is compiled again."""
+
+    kind: str
+    code: str
+    location: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A tensor that stays alive between forward and backward and is neither input nor result."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+    origin: str
+    location: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A real run on the device itself. `seconds` is the median of several, forward and backward."""
+
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What the compiler made of a function."""
+
+    name: str
+    device: str
+    torch: str
+    triton: str
+    inputs: tuple[str, ...]
+    forward: Pass
+    backward: Pass | None
+    saved: tuple[Saved, ...]
+    kernels: tuple[Kernel, ...]
+    graphs: tuple[Graph, ...]
+    breaks: tuple[Break, ...]
+    guards: tuple[Guard, ...]
+    seconds: float
+    measured: Measured | None = None
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Forward, and backward where there is one."""
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was alive over the inputs."""
+        return max(p.peak_bytes for p in self.passes)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept between forward and backward."""
+        return sum(tensor.size for tensor in self.saved)
+
+    @property
+    def operations(self) -> int:
+        """Operations of both passes."""
+        return sum(p.operations for p in self.passes)
+
+    @property
+    def launches(self) -> int:
+        """Launches of both passes."""
+        return sum(len(p.launches) for p in self.passes)
+
+    def roofline_seconds(self, gpu: str | None = None) -> float | None:
+        """The sum of what each launch takes at least, on `gpu` of `targets.GPUS` or the first of the device's.
+
+        None where no such GPU is known: a CPU's rates are not in a table.
+        """
+        if gpu is None:
+            named = [g for g in GPUS.values() if g.target == self.device]
+            if not named:
+                return None
+            chosen = named[0]
+        else:
+            chosen = GPUS[gpu]
+        return sum(launch.seconds(chosen) for p in self.passes for launch in p.launches)
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel of that name."""
+        return next(k for k in self.kernels if k.name == name)
+
+    def to_json(self) -> str:
+        """As JSON; `from_json` gives an equal object."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Inspection:
+        """From what `to_json` gave."""
+        return _read(Inspection, json.loads(text))
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """`value`, of JSON, as the annotated type."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _read(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return tuple(_read(parts[0], part) for part in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _read(parts[0], value)
+    return value

@@ -1,0 +1,230 @@
+"""A fake device's memory and its stream of launches.
+
+NOTE [Recording]
+The generated host code is run for real, on tensors without data. Every tensor's storage is counted when it first
+appears and again when Python and autograd let it go, so buffer reuse, in-place writes, saved tensors and donated
+buffers need no model: they are what the runtime does. What a kernel or an operator does is written down instead of
+done. Operators that are written in Python are run as well, on the same tensors, so that what they launch is seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
+
+_NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
+_COPIES = ("copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "slice_scatter", "constant_pad_nd", "index_put_")
+_POINTWISE = ("add", "sub", "mul", "div", "exp", "log", "where", "fill_", "zero_", "zeros", "ones", "full", "neg", "eq")
+_REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "softmax", "norm", "all", "any", "mv", "dot")
+
+
+class Memory:
+    """Bytes alive on a device."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._origins: dict[int, Saved] = {}
+
+    def add(self, tensor: Tensor, origin: str) -> bool:
+        """Count a tensor's storage until it is freed, once; whether it was new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return False
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+        self.name(tensor, origin, "")
+        return True
+
+    def name(self, tensor: Tensor, origin: str, location: str) -> None:
+        """Remember what made a tensor's storage."""
+        storage = tensor.untyped_storage()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._origins[storage._cdata] = Saved(
+            shape=tuple(tensor.shape), dtype=dtype, size=storage.nbytes(), origin=origin, location=location
+        )
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+        del self._origins[key]
+
+    def keys(self) -> set[int]:
+        """The storages alive."""
+        return set(self._sizes)
+
+    def saved(self, key: int) -> Saved:
+        """What is known of a storage."""
+        return self._origins[key]
+
+
+class Recorder(FakeTensorMode):
+    """Where fake tensors live, and where everything that runs on them is written down."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.memory = Memory()
+        self.device = device
+        self.recording = False
+        self.inside: list[str] = []  # operators written in Python that are running
+        self._launches: list[Launch] = []
+        self._base = 0
+
+    @contextmanager
+    def record(self, base: int) -> Iterator[list[Pass]]:
+        """Write down what runs in the block: the list it yields has one pass when the block ends."""
+        self._launches, self._base = [], base
+        self.memory.peak = self.memory.live
+        self._peak = self.memory.live
+        result: list[Pass] = []
+        self.recording = True
+        try:
+            yield result
+        finally:
+            self.recording = False
+        self._see_peak()
+        result.append(Pass(launches=tuple(self._launches), peak_bytes=self._peak - base))
+
+    def _see_peak(self) -> int:
+        """The most alive since the last launch."""
+        peak, self.memory.peak = self.memory.peak, self.memory.live
+        self._peak = max(self._peak, peak)
+        return peak
+
+    def launch(
+        self,
+        kernel: str,
+        kind: Kind,
+        reads: Iterable[Tensor],
+        writes: Iterable[Tensor],
+        *,
+        operations: int = 0,
+        shapes: str = "",
+        dtype: str = "",
+    ) -> None:
+        if not self.recording:
+            return
+        self._launches.append(
+            Launch(
+                kernel=kernel,
+                kind=kind,
+                read_bytes=sum(map(extent, reads)),
+                written_bytes=sum(map(extent, writes)),
+                live_bytes=self._see_peak() - self._base,
+                operations=operations,
+                dtype=dtype,
+                shapes=shapes,
+            )
+        )
+
+    def dispatch(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if TracingContext.try_get() is not None:  # the compiler at work, not the program
+            return super().dispatch(func, types, args, kwargs)
+        inside = _written_in_python(func, self.device)
+        if inside is not None:
+            self.inside.append(func._schema.name)
+            try:
+                with self:
+                    return inside(*args, **kwargs)
+            finally:
+                self.inside.pop()
+        name = func._schema.name.split("::")[-1]
+        if name in ("_local_scalar_dense", "nonzero"):
+            return self._value(name, args[0])
+        result = super().dispatch(func, types, args, kwargs)
+        self._note(func, name, args, kwargs, result)
+        return result
+
+    def _value(self, name: str, source: Tensor) -> Any:
+        """Stand in for what only the data knows: one for a number, all of them for a choice of elements."""
+        self.launch(name, "sync", [source], [])
+        if name == "nonzero":
+            with self:
+                return torch.empty(source.numel(), source.dim(), dtype=torch.int64, device=source.device)
+        return torch.ones((), dtype=source.dtype).item()
+
+    def _note(
+        self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+    ) -> None:
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        fresh = [t for t in outputs if t.device.type == self.device.type and self.memory.add(t, name)]
+        if name.startswith(_NO_LAUNCH) or (not fresh and not func._schema.is_mutable):
+            return
+        given = [(a, v) for a, v in zip(func._schema.arguments, args, strict=False)]
+        given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
+        reads: list[Tensor] = []
+        writes = list(fresh)
+        for argument, value in given:
+            tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written:
+                writes += tensors
+            if not (written and (argument.is_out or argument.kwarg_only or name in ("copy_", "zero_", "fill_"))):
+                reads += tensors
+        if not any(t.device.type == self.device.type for t in (*reads, *writes)):
+            return
+        operations, shapes, dtype = 0, "", ""
+        count = flop_registry.get(func._overloadpacket) or flop_registry.get(getattr(torch.ops.aten, name.strip("_"), None))
+        if count is not None:
+            operations = int(count(*args, **kwargs, out_val=result))
+            matrices = [t for t in reads if t.dim() >= 2][-2:]
+            shapes = " @ ".join(str(list(t.shape)) for t in matrices)
+            dtype = str(matrices[0].dtype).removeprefix("torch.") if matrices else ""
+        across = any(t.device.type != self.device.type for t in (*reads, *writes) if t.dim())
+        kind = "transfer" if across else _kind(func, name, operations)
+        self.launch(_operator_name(func), kind, reads, writes, operations=operations, shapes=shapes, dtype=dtype)
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first to its last element."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(last + 1) * tensor.element_size()
+
+
+def _operator_name(func: Any) -> str:
+    return str(func._overloadpacket).replace("aten.", "")
+
+
+def _kind(func: Any, name: str, operations: int) -> Kind:
+    if "c10d" in func._schema.name:
+        return "collective"
+    if operations:
+        return "gemm"
+    if name.startswith(_COPIES):
+        return "copy"
+    stem = name.strip("_")
+    if stem.startswith(_POINTWISE):
+        return "pointwise"
+    return "reduction" if stem.startswith(_REDUCTIONS) else "other"
+
+
+def _written_in_python(func: Any, device: torch.device) -> Callable[..., Any] | None:
+    """The implementation of an operator made with torch.library.custom_op."""
+    definition = OPDEFS.get(func._schema.name)
+    if definition is None:
+        return None
+    return definition._backend_fns.get(device.type) or definition._backend_fns.get(None)

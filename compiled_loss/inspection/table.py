@@ -1,0 +1,203 @@
+"""The report of an inspection, as tables for a terminal. `dump` puts the same tables into a page."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
+
+from compiled_loss.inspection.picture import Skyline, scaled, size
+from compiled_loss.inspection.record import Configuration, Inspection, Kernel, Launch, Saved
+from compiled_loss.inspection.targets import GPUS
+
+ALARM, WARNING = "bold red", "yellow"
+HOST = {"sync": "the host waits for the device", "transfer": "between host and device"}
+FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text that loses its middle where it does not fit: names and paths differ at their ends."""
+
+    plain: str
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        plain, gap = self.plain, "..." if options.ascii_only else "…"
+        if len(plain) > options.max_width:
+            tail = max(options.max_width - len(gap), 0) // 2
+            plain = plain[: max(options.max_width - len(gap) - tail, 0)] + gap + plain[len(plain) - tail :]
+        yield Text(plain, self.style, no_wrap=True, overflow="crop")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(len(self.plain), 12), len(self.plain)).with_maximum(options.max_width)
+
+
+def report(*inspections: Inspection) -> Group:
+    """Lay out all of one inspection, or the summaries of several side by side."""
+    parts: list[RenderableType] = [part for i in inspections for part in (header(i), *warnings(i), "")]
+    alone = len(inspections) == 1
+    for table in tables(*inspections) if alone else [_summary(*inspections)]:
+        parts += [table, ""]
+    top = max((launch.live_bytes for i in inspections for launch in _launches(i)), default=0)
+    if top > 0:
+        parts.append(Text(f"Live memory over the launches, forward | backward, up to {size(top)}", "bold"))
+        for inspection in inspections:
+            parts += [Skyline(inspection, top)] if alone else [Cell(inspection.name), Skyline(inspection, top)]
+    return Group(*parts)
+
+
+def header(inspection: Inspection) -> Text:
+    """Say what was inspected, and with what."""
+    triton = f"triton {inspection.triton}, " if inspection.triton else ""
+    made = f"torch {inspection.torch}, {triton}inspected in {inspection.seconds:.1f} s"
+    name = Text.assemble((inspection.name, "bold"), f" on {inspection.device}")
+    return Text("\n  ").join([name, Text(made), *map(Text, inspection.inputs)])
+
+
+def warnings(inspection: Inspection) -> list[Text]:
+    """Say what a reader must not miss."""
+    found = [(f"graph break at {b.location or '?'}: {' '.join(b.reason.split())}", ALARM) for b in inspection.breaks]
+    waits = Counter((launch.kind, launch.kernel) for launch in _launches(inspection) if launch.kind in HOST)
+    found += [(f"{n} x {kernel} ({kind}): {HOST[kind]}", ALARM) for (kind, kernel), n in waits.items()]
+    for kernel in inspection.kernels:
+        for target, ways in _by_target(kernel):
+            spills = [way.spills for way in ways]
+            if any(spills):
+                some = f"up to {max(spills)} bytes a thread in {sum(map(bool, spills))} of {len(spills)} configurations"
+                found.append((f"{kernel.name} spills {some} for {target}", ALARM if spills[0] else WARNING))
+    large = _large(inspection)
+    found += [(f"keeps {size(s.size)}, more than any input: {s.origin} {s.location}", WARNING) for s in large]
+    return [Text(f"! {text}", style) for text, style in found]
+
+
+def tables(inspection: Inspection) -> list[Table]:
+    """Lay out what there is of summary, kernels, GEMMs, saved tensors and guards."""
+    large = _large(inspection)
+    saved = [
+        (f"{s.dtype}{list(s.shape)}", Cell(size(s.size), WARNING if s in large else ""), s.origin, s.location)
+        for s in sorted(inspection.saved, key=lambda s: -s.size)
+    ]
+    equal = Counter((guard.code, guard.location) for guard in inspection.guards)
+    guards = [(f"{n} x {code}" if n > 1 else code, line) for (code, line), n in equal.items()]
+    made = (
+        _summary(inspection),
+        _kernels(inspection),
+        _gemms(inspection),
+        _table("Kept for backward, beside inputs and results", ("tensor", ">bytes", "origin", "line"), saved),
+        _table("Guards: what changes them compiles again", ("condition", "line"), guards, most=12),
+    )
+    return [table for table in made if table.row_count]
+
+
+def _summary(*inspections: Inspection) -> Table:
+    """Give each a column, and two of them their ratio."""
+    columns = [_figures(inspection) for inspection in inspections]
+    rows = []
+    for label in dict.fromkeys(label for column in columns for label in column):
+        found = [column.get(label, (0, "-")) for column in columns]
+        ratio = [f"{found[1][0] / found[0][0]:.2f}"] if len(found) == 2 and all(n for n, _ in found) else []
+        loud = ALARM if label == "graph breaks" else ""
+        rows.append((label, *(Cell(text, loud if number else "") for number, text in found), *ratio))
+    names = [f">{inspection.name}" for inspection in inspections] if len(inspections) > 1 else [">"]
+    return _table("Summary", ("", *names, *[">2nd / 1st"] * (len(names) == 2)), rows)
+
+
+def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
+    """{label: (number, text)}; counts are of forward + backward."""
+    passes, measured, peak = inspection.passes, inspection.measured, inspection.peak_bytes
+    breaks, moved = len(inspection.breaks), sum(p.moved_bytes for p in passes)
+    own = sum(not graph.operator for graph in inspection.graphs)
+    found: dict[str, tuple[float, str]] = {
+        "graphs": (own, f"{own:,}"),
+        "graphs inside operators": (len(inspection.graphs) - own, f"{len(inspection.graphs) - own:,}"),
+        "graph breaks": (breaks, f"{breaks:,}"),
+        "launches": (inspection.launches, " + ".join(f"{len(p.launches):,}" for p in passes)),
+        "kernels": (sum(len(p.kernels) for p in passes), " + ".join(f"{len(p.kernels):,}" for p in passes)),
+        "peak over inputs": (peak, size(peak)),
+    }
+    peaks = zip(("  forward", "  backward"), (p.peak_bytes for p in passes), strict=False)
+    found |= {label: (number, size(number)) for label, number in peaks}
+    if measured:
+        found["  measured"] = measured.peak_bytes, size(measured.peak_bytes)
+        found["  prediction is off by"] = 0, f"{peak / measured.peak_bytes - 1:+.1%}" if measured.peak_bytes else "-"
+    found["kept for backward"] = inspection.saved_bytes, size(inspection.saved_bytes)
+    found["operations"] = inspection.operations, scaled(inspection.operations, 1000, FLOP)
+    found["bytes moved"] = moved, size(moved)
+    names = [name for name, gpu in GPUS.items() if gpu.target == inspection.device]
+    times = {f"roofline on {name}": inspection.roofline_seconds(name) or 0.0 for name in names}
+    times |= {"measured time": measured.seconds} if measured else {}
+    return found | {label: (seconds, f"{seconds * 1e3:,.3f} ms") for label, seconds in times.items()}
+
+
+def _kernels(inspection: Inspection) -> Table:
+    """Count launches and bytes; where assembled, add what the first configuration needs."""
+    kernels = {kernel.name: kernel for kernel in inspection.kernels}
+    kinds, moved = {name: str(kernel.kind) for name, kernel in kernels.items()}, Counter(dict.fromkeys(kernels, 0))
+    for launch in _launches(inspection):
+        moved[launch.kernel] += launch.read_bytes + launch.written_bytes
+        kinds[launch.kernel] = launch.kind
+    targets = list(dict.fromkeys(way.target for kernel in inspection.kernels for way in kernel.configurations))
+    rows: list[Sequence[str | Cell]] = []
+    for name, total in moved.most_common():
+        kind = Cell(kinds[name], ALARM if kinds[name] in HOST else "")
+        counts = [str(p.kernels.get(name, "-")) for p in inspection.passes]
+        rows.append((name, kind, *counts, *["-"] * (2 - len(counts)), size(total)))
+        for target, ways in _by_target(kernels[name]) if name in kernels else ():
+            spills = Cell(str(ways[0].spills), ALARM if ways[0].spills else "")
+            needs = (str(ways[0].registers), spills, size(ways[0].shared), str(len(ways)))
+            if len(targets) == 1:
+                rows[-1] = (*rows[-1], *needs)
+            else:
+                rows.append((f"  {target}", *[""] * 4, *needs))
+    title = "Kernels, most bytes first" + (f"; first configuration for {targets[0]}" if len(targets) == 1 else "")
+    machine = (">regs", ">spills", ">shared", ">configs") if targets else ()
+    return _table(title, ("name", "kind", ">fwd", ">bwd", ">bytes", *machine), rows)
+
+
+def _gemms(inspection: Inspection) -> Table:
+    """Count those of equal operator, shapes and dtype."""
+    counts: defaultdict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for i, one in enumerate(inspection.passes):
+        for gemm in one.gemms:
+            count = counts[gemm.kernel, gemm.shapes, gemm.dtype]
+            count[i] += 1
+            count[2] += gemm.operations
+    rows = [(*key, *(str(n or "-") for n in count[:2]), scaled(count[2], 1000, FLOP)) for key, count in counts.items()]
+    return _table("GEMMs", ("operator", "shapes", "dtype", ">fwd", ">bwd", ">together"), rows)
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], most: int = 48) -> Table:
+    """Numbers, to the right, are under a head that begins with ">"."""
+    columns = [Column(Text(h.removeprefix(">")), justify="right" if h.startswith(">") else "left") for h in heads]
+    table = Table(*columns, box=None, pad_edge=False, collapse_padding=True, header_style="dim")
+    table.title, table.title_justify, table.show_header = Text(title, "bold"), "left", any(h.strip(">") for h in heads)
+    for row in rows[:most]:
+        table.add_row(*(Cell(cell) if isinstance(cell, str) else cell for cell in row))
+    if len(rows) > most:
+        table.add_row(Cell(f"and {len(rows) - most} more, see --json", "dim"))
+    return table
+
+
+def _launches(inspection: Inspection) -> list[Launch]:
+    """Those of both passes, in order."""
+    return [launch for p in inspection.passes for launch in p.launches]
+
+
+def _by_target(kernel: Kernel) -> list[tuple[str, list[Configuration]]]:
+    targets = dict.fromkeys(way.target for way in kernel.configurations)
+    return [(target, [way for way in kernel.configurations if way.target == target]) for target in targets]
+
+
+def _large(inspection: Inspection) -> list[Saved]:
+    """Saved tensors larger than every input, which `bf16[8192,4096]:grad` describes: the number is of bits."""
+    found = (re.match(r"[a-z]+(\d*)\w*\[([\d, ]*)\]", given) for given in inspection.inputs)
+    sizes = [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
+    return [saved for saved in inspection.saved if sizes and saved.size > max(sizes)]
