@@ -95,7 +95,8 @@ class Compiler:
             stack.enter_context(mock.patch.object(CheckFunctionManager, "__init__", listen))
             stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module", _stop))
             stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
-            stack.enter_context(config.patch(joint_graph_constant_folding=False))  # it computes on the device
+            # What would compute on the device: constants, and timing of padded GEMMs.
+            stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
             stack.enter_context(config.patch(fx_graph_cache=False))
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
             yield

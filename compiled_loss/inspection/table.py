@@ -42,7 +42,7 @@ class Cell:
 
 def report(*inspections: Inspection) -> Group:
     """Lay out all of one inspection, or the summaries of several side by side."""
-    parts: list[RenderableType] = [part for i in inspections for part in (header(i), *warnings(i), "")]
+    parts: list[RenderableType] = [text for i in inspections for text in (header(i), *warnings(i), Text())]
     alone = len(inspections) == 1
     for table in tables(*inspections) if alone else [_summary(*inspections)]:
         parts += [table, ""]
@@ -80,27 +80,31 @@ def warnings(inspection: Inspection) -> list[Text]:
 
 def tables(inspection: Inspection) -> list[Table]:
     """Lay out what there is of summary, kernels, GEMMs, saved tensors and guards."""
-    large = _large(inspection)
     saved = [
-        (f"{s.dtype}{list(s.shape)}", Cell(size(s.size), WARNING if s in large else ""), s.origin, s.location)
+        (
+            f"{s.dtype}{list(s.shape)}",
+            Cell(size(s.size), WARNING if s in _large(inspection) else ""),
+            s.origin,
+            s.location,
+        )
         for s in sorted(inspection.saved, key=lambda s: -s.size)
     ]
     equal = Counter((guard.code, guard.location) for guard in inspection.guards)
     guards = [(f"{n} x {code}" if n > 1 else code, line) for (code, line), n in equal.items()]
-    made = (
+    found = (
         _summary(inspection),
         _kernels(inspection),
         _gemms(inspection),
         _table("Kept for backward, beside inputs and results", ("tensor", ">bytes", "origin", "line"), saved),
         _table("Guards: what changes them compiles again", ("condition", "line"), guards, most=12),
     )
-    return [table for table in made if table.row_count]
+    return [table for table in found if table.row_count]
 
 
 def _summary(*inspections: Inspection) -> Table:
     """Give each a column, and two of them their ratio."""
     columns = [_figures(inspection) for inspection in inspections]
-    rows = []
+    rows: list[Sequence[str | Cell]] = []
     for label in dict.fromkeys(label for column in columns for label in column):
         found = [column.get(label, (0, "-")) for column in columns]
         ratio = [f"{found[1][0] / found[0][0]:.2f}"] if len(found) == 2 and all(n for n, _ in found) else []
@@ -114,10 +118,9 @@ def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
     """{label: (number, text)}; counts are of forward + backward."""
     passes, measured, peak = inspection.passes, inspection.measured, inspection.peak_bytes
     breaks, moved = len(inspection.breaks), sum(p.moved_bytes for p in passes)
-    own = sum(not graph.operator for graph in inspection.graphs)
+    graphs, inner = len(inspection.graphs), sum(bool(graph.operator) for graph in inspection.graphs)
     found: dict[str, tuple[float, str]] = {
-        "graphs": (own, f"{own:,}"),
-        "graphs inside operators": (len(inspection.graphs) - own, f"{len(inspection.graphs) - own:,}"),
+        "graphs": (graphs, f"{graphs - inner:,}" + f" + {inner:,} inner" * bool(inner)),
         "graph breaks": (breaks, f"{breaks:,}"),
         "launches": (inspection.launches, " + ".join(f"{len(p.launches):,}" for p in passes)),
         "kernels": (sum(len(p.kernels) for p in passes), " + ".join(f"{len(p.kernels):,}" for p in passes)),
@@ -148,15 +151,12 @@ def _kernels(inspection: Inspection) -> Table:
     rows: list[Sequence[str | Cell]] = []
     for name, total in moved.most_common():
         kind = Cell(kinds[name], ALARM if kinds[name] in HOST else "")
-        counts = [str(p.kernels.get(name, "-")) for p in inspection.passes]
-        rows.append((name, kind, *counts, *["-"] * (2 - len(counts)), size(total)))
+        counts = (str(p.kernels.get(name, "-")) if p else "-" for p in (inspection.forward, inspection.backward))
+        rows.append((name, kind, *counts, size(total)))
         for target, ways in _by_target(kernels[name]) if name in kernels else ():
             spills = Cell(str(ways[0].spills), ALARM if ways[0].spills else "")
-            needs = (str(ways[0].registers), spills, size(ways[0].shared), str(len(ways)))
-            if len(targets) == 1:
-                rows[-1] = (*rows[-1], *needs)
-            else:
-                rows.append((f"  {target}", *[""] * 4, *needs))
+            first = rows.pop() if len(targets) == 1 else (f"  {target}", "", "", "", "")
+            rows.append((*first, str(ways[0].registers), spills, size(ways[0].shared), str(len(ways))))
     title = "Kernels, most bytes first" + (f"; first configuration for {targets[0]}" if len(targets) == 1 else "")
     machine = (">regs", ">spills", ">shared", ">configs") if targets else ()
     return _table(title, ("name", "kind", ">fwd", ">bwd", ">bytes", *machine), rows)
@@ -187,7 +187,6 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str | Cell]
 
 
 def _launches(inspection: Inspection) -> list[Launch]:
-    """Those of both passes, in order."""
     return [launch for p in inspection.passes for launch in p.launches]
 
 
