@@ -308,8 +308,10 @@ def inspection_device(device: str, known: list[str]) -> None:
 
 def inspection_gpu(detail: str) -> None:
     """Raise: the real GPU was asked for and is not there."""
-    raise InspectionError(f"device: expected a GPU that torch can use behind 'cuda', got none ({detail}): "
-                          "name a target such as 'cuda:sm_90' to inspect without one")
+    raise InspectionError(
+        f"device: expected a GPU that torch can use behind 'cuda', got none ({detail}): "
+        "name a target such as 'cuda:sm_90' to inspect without one"
+    )
 
 
 def inspection_spec(text: str, expected: str) -> None:
@@ -319,8 +321,9 @@ def inspection_spec(text: str, expected: str) -> None:
 
 def inspection_function(name: str, reason: str) -> None:
     """Raise: there is no such function."""
-    raise InspectionError(f"function: expected package.module:name or a public name of compiled_loss, "
-                          f"got {name!r}: {reason}")
+    raise InspectionError(
+        f"function: expected package.module:name or a public name of compiled_loss, got {name!r}: {reason}"
+    )
 
 
 def inspection_tensor(kind: str) -> None:
@@ -330,8 +333,10 @@ def inspection_tensor(kind: str) -> None:
 
 def inspection_pickle(name: str, reason: str) -> None:
     """Raise: the function cannot travel."""
-    raise InspectionError(f"{name}: expected a function that can be sent to another process, got {reason}: "
-                          "define it at the top of a module")
+    raise InspectionError(
+        f"{name}: expected a function that can be sent to another process, got {reason}: "
+        "define it at the top of a module"
+    )
 
 
 def inspection_raised(name: str, trace: str) -> None:
@@ -348,8 +353,9 @@ def inspection_died(status: object, output: str) -> None:
 
 def inspection_gradient(name: str) -> None:
     """Raise: nothing to differentiate."""
-    raise InspectionError(f"{name}: expected a result that requires grad, got none: "
-                          "mark inputs with :grad, or use backward=False")
+    raise InspectionError(
+        f"{name}: expected a result that requires grad, got none: mark inputs with :grad, or use backward=False"
+    )
 
 
 def inspection_targets(names: list[str], device: str) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_GEMMS = ("mm", "addmm", "bmm", "baddbmm", "mm_out", "addmm_", "linear")
+from compiled_loss.inspection import Inspection
 
 
 class HeadInputs(NamedTuple):
@@ -148,117 +147,98 @@ def count_graphs(
     return int(counter.frame_count)
 
 
-@dataclass(frozen=True)
-class Graph:
-    """One of the graphs Inductor was given, after the partition into forward and backward."""
+def assert_single_graph(inspection: Inspection) -> None:
+    """Fail unless the function became one graph forward, with no graph break.
 
-    module: torch.fx.GraphModule
-    outputs: tuple[Tensor, ...]
-
-    @property
-    def gemms(self) -> int:
-        """GEMMs it runs, those of nested regions once a call."""
-        return _gemms(self.module)
-
-
-def _gemms(module: torch.fx.GraphModule) -> int:
-    total = 0
-    for node in module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = str(node.target)
-        if name == "invoke_subgraph":
-            total += _gemms(getattr(module, node.args[0].target))
-        elif name.startswith("auto_functionalized"):
-            total += str(node.args[0]).split(".")[-2] in _GEMMS
-        elif "." in name:
-            total += name.split(".")[-2] in _GEMMS
-    return total
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """Forward and backward of one compiled call, and the bytes kept between them that are not inputs."""
-
-    forward: Graph
-    backward: Graph | None
-    kept_bytes: int
-
-
-def inductor_graphs(fn: Callable[..., Tensor], *inputs: Any) -> Graphs:
-    """What Inductor is given for `fn(*inputs)` and its backward, and what is kept in between.
-
-    The partition is Inductor's own, so a GEMM that it moves into backward is seen there. Compiles with Inductor, runs
-    forward and backward once.
+    Graphs that an operator compiles inside its own implementation are not the function's.
 
     Example:
         >>> import torch
-        >>> from compiled_loss.testing import inductor_graphs
-        >>> graphs = inductor_graphs(lambda x: x.exp().sum(), torch.ones(8, requires_grad=True))
-        >>> graphs.kept_bytes  # backward computes the exponentials again
-        0
+        >>> from compiled_loss.inspection import inspect
+        >>> from compiled_loss.testing import assert_single_graph
+        >>> found = inspect(torch.logsumexp, "f32[64,1000]:grad", 1, device="cpu", measure=False)
+        >>> assert_single_graph(found)
 
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    seen: list[Graph] = []
-
-    def inner(module: torch.fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Any:
-        outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
-        values = [n.meta["val"] if isinstance(n, torch.fx.Node) else n for n in outputs]
-        placeholders = {n for n in module.graph.nodes if n.op == "placeholder"}
-        own = tuple(
-            v for n, v in zip(outputs, values, strict=True) if isinstance(v, Tensor) and _base(n) not in placeholders
-        )
-        seen.append(Graph(module, own))
-        return compile_fx_inner(module, example_inputs, **keywords)
-
-    def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        return compile_fx(module, list(example_inputs), inner_compile=inner)
-
-    torch.compiler.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        result = torch.compile(fn, backend=backend, fullgraph=True)(*inputs)
-        kept = sum({id(v): v.numel() * v.element_size() for v in seen[0].outputs}.values())
-        kept -= result.numel() * result.element_size()
-        if result.requires_grad:
-            wanted = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
-            torch.autograd.grad(result, wanted, torch.ones_like(result))
-    return Graphs(seen[0], seen[1] if len(seen) > 1 else None, kept)
+    breaks = "".join(f"\n  {b.location}: {b.reason}" for b in inspection.breaks)
+    assert not inspection.breaks, f"{inspection.name}: graph breaks:{breaks}"
+    count = sum(g.direction == "forward" and not g.operator for g in inspection.graphs)
+    assert count == 1, f"{inspection.name}: {count} forward graphs, expected 1"
 
 
-def _base(node: Any) -> Any:
-    """What a chain of views is a view of."""
-    views = (
-        "slice",
-        "view",
-        "t",
-        "permute",
-        "transpose",
-        "select",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "as_strided",
+def assert_peak_below(inspection: Inspection, size: int) -> None:
+    """Fail unless the most bytes alive over the inputs, forward or backward, are fewer than `size`.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss.inspection import inspect
+        >>> from compiled_loss.testing import assert_peak_below
+        >>> found = inspect(torch.logsumexp, "f32[64,1000]:grad", 1, device="cpu", measure=False)
+        >>> assert_peak_below(found, 2 * 4 * 64 * 1000)
+
+    """
+    where, launch = max(
+        ((p, i) for p in inspection.passes for i in p.launches),
+        key=lambda pair: pair[1].live_bytes,
+        default=(None, None),
     )
-    while (
-        isinstance(node, torch.fx.Node)
-        and node.op == "call_function"
-        and str(node.target).split(".")[1:2] in [[v] for v in views]
-    ):
-        node = node.args[0]
-    return node
+    at = "" if where is None or launch is None else f", first reached at {launch.kernel}"
+    assert inspection.peak_bytes < size, (
+        f"{inspection.name}: peak of {inspection.peak_bytes} bytes over the inputs, expected below {size}{at}"
+    )
 
 
-def assert_keeps_at_most(size: int, fn: Callable[..., Tensor], *inputs: Any) -> None:
-    """Fail if compiled `fn` keeps more than `size` bytes beside its inputs between forward and backward.
+def assert_saves_nothing_larger_than(inspection: Inspection, size: int) -> None:
+    """Fail where a tensor kept between forward and backward, neither input nor result, is larger than `size` bytes.
 
     Example:
         >>> import torch
-        >>> from compiled_loss.testing import assert_keeps_at_most
-        >>> assert_keeps_at_most(32, lambda x: x.exp().sum(), torch.ones(8, requires_grad=True))
+        >>> from compiled_loss.inspection import inspect
+        >>> from compiled_loss.testing import assert_saves_nothing_larger_than
+        >>> found = inspect(torch.logsumexp, "f32[64,1000]:grad", 1, device="cpu", measure=False)
+        >>> assert_saves_nothing_larger_than(found, 4 * 64)  # one row statistic
 
     """
-    kept = inductor_graphs(fn, *inputs).kept_bytes
-    assert kept <= size, f"keeps {kept:,} bytes between forward and backward, expected at most {size:,}"
+    large = [t for t in inspection.saved if t.size > size]
+    listed = "".join(f"\n  {t.dtype}{list(t.shape)}, {t.size} bytes: {t.origin} ({t.location})" for t in large)
+    assert not large, f"{inspection.name}: saves for backward, of more than {size} bytes:{listed}"
+
+
+def assert_kernel_count(inspection: Inspection, count: int) -> None:
+    """Fail unless there are `count` distinct generated kernels, forward and backward together.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss.inspection import inspect
+        >>> from compiled_loss.testing import assert_kernel_count
+        >>> found = inspect(torch.logsumexp, "f32[64,1000]:grad", 1, device="cpu", measure=False)
+        >>> assert_kernel_count(found, 2)
+
+    """
+    generated = [k for k in inspection.kernels if k.source]
+    listed = "".join(f"\n  {k.kind}: {k.name}" for k in generated)
+    assert len(generated) == count, f"{inspection.name}: {len(generated)} generated kernels, expected {count}:{listed}"
+
+
+def assert_assembles(inspection: Inspection, targets: Sequence[str], *, spills: int = 0) -> None:
+    """Fail unless every generated kernel was assembled for each of `targets`, the first configuration within `spills`.
+
+    The inspection must have been asked to: `inspect(..., assemble=targets)`. `spills` are bytes a thread.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss.inspection import inspect
+        >>> from compiled_loss.testing import assert_assembles
+        >>> found = inspect(torch.logsumexp, "f32[64,1000]:grad", 1, device="cuda:sm_90")
+        >>> assert_assembles(found, ["cuda:sm_90"])
+
+    """
+    generated = [k for k in inspection.kernels if k.source]
+    assert generated, f"{inspection.name}: no generated kernel"
+    for kernel in generated:
+        for target in targets:
+            first = next((c for c in kernel.configurations if c.target == target), None)
+            assert first is not None, (
+                f"{kernel.name}: not assembled for {target}: use inspect(..., assemble={list(targets)})"
+            )
+            assert first.spills <= spills, f"{kernel.name}: spills {first.spills} bytes a thread on {target}"

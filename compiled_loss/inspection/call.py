@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import pickle
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from compiled_loss import checks
+from compiled_loss.inspection.targets import Target
 
 _DTYPES = {
     "f64": torch.float64,
@@ -71,7 +74,12 @@ class TensorSpec:
     def of(tensor: Tensor) -> TensorSpec:
         """Of a tensor; integers keep their range."""
         low, high = 0, 1
-        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() and tensor.device.type != "meta":
+        if (
+            not tensor.is_floating_point()
+            and not tensor.is_complex()
+            and tensor.numel()
+            and tensor.device.type != "meta"
+        ):
             low, high = int(tensor.min()), int(tensor.max())
         return TensorSpec(
             shape=tuple(tensor.shape),
@@ -89,7 +97,8 @@ class TensorSpec:
         else:
             tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
         if data and self.dtype.is_floating_point:
-            tensor.normal_()
+            # Small, as activations and weights are: the tails of a large softmax are subnormal, which a CPU is slow at.
+            tensor.normal_(std=max(1, *self.shape[-1:]) ** -0.5)
         elif data and self.dtype == torch.bool:
             tensor.random_(0, 2)
         elif data:
@@ -102,6 +111,22 @@ class TensorSpec:
         if self.grad:
             return text + ":grad"
         return text if self.dtype.is_floating_point or self.dtype == torch.bool else f"{text}:{self.low}..{self.high}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the parent asks for. `call` is from `call.pack`; `assemble` are targets, all of the child's backend."""
+
+    call: bytes
+    name: str
+    device: str
+    backward: bool = True
+    dynamic: bool | None = None
+    options: dict[str, Any] | None = None
+    assemble: tuple[Target, ...] = ()
+    first_only: bool = False
+    dump: str | None = None
+    inputs: tuple[str, ...] = field(default=())
 
 
 def parse_inputs(text: str) -> tuple[Any, ...]:
@@ -160,21 +185,27 @@ def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
     return buffer.getvalue()
 
 
-_where: tuple[torch.device, bool] = (torch.device("meta"), False)
-
-
-@contextmanager
-def tensors_on(device: torch.device, *, data: bool) -> Iterator[None]:
-    """Where the tensors of a call that is unpacked in the block are made, and whether they have data."""
-    global _where
-    before, _where = _where, (device, data)
+def unpack(call: bytes, device: torch.device, *, data: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function and its inputs, whose tensors are made on `device`."""
+    token = _where.set((device, data))
     try:
-        yield
+        fn, inputs = pickle.loads(call)
+        return fn, inputs
     finally:
-        _where = before
+        _where.reset(token)
+
+
+_where = ContextVar("_where", default=(torch.device("meta"), False))
 
 
 def _rebuild(fields: dict[str, Any], parameter: bool) -> Tensor:
     spec = TensorSpec(**fields)
-    tensor = spec.make(_where[0], data=_where[1])
+    device, data = _where.get()
+    tensor = spec.make(device, data=data)
     return torch.nn.Parameter(tensor, requires_grad=spec.grad) if parameter else tensor
+
+
+def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
+    """The inputs and parameters that want a gradient."""
+    given = [*tree_leaves(inputs), *(fn.parameters() if isinstance(fn, torch.nn.Module) else ())]
+    return [v for v in given if isinstance(v, Tensor) and v.requires_grad]

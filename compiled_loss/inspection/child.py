@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from compiled_loss.inspection import fake_device
-from compiled_loss.inspection.examine import Request, examine
+from compiled_loss.inspection.call import Request
+from compiled_loss.inspection.examine import examine
 from compiled_loss.inspection.measuring import measure, properties
 from compiled_loss.inspection.targets import Target
 

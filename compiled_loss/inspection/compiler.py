@@ -6,10 +6,13 @@ Patches torch for the life of the process, which is a child's (`child.py`).
 from __future__ import annotations
 
 import hashlib
+import operator
+import os
 import re
 import sys
+import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,13 +24,21 @@ from torch import Tensor
 from compiled_loss.inspection.record import Break, Graph, Guard, Kind
 from compiled_loss.inspection.recorder import Recorder
 
-_TRITON_KINDS: dict[str, Kind] = {"poi": "pointwise", "for": "pointwise", "red": "reduction", "per": "reduction", "tem": "gemm"}
+_TRITON_KINDS: dict[str, Kind] = {
+    "poi": "pointwise",
+    "for": "pointwise",
+    "red": "reduction",
+    "per": "reduction",
+    "tem": "gemm",
+}
+
+_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
 
 def _stop(lowering: Any) -> None:
     generated = lowering.codegen()
     wrapper = generated[0] if isinstance(generated, tuple) else generated
-    raise _Generated(getattr(wrapper, "value", wrapper))
+    raise _Generated(str(getattr(wrapper, "value", wrapper)))
 
 
 class _Generated(Exception):  # noqa: N818
@@ -55,7 +66,15 @@ class GeneratedKernel:
         recorder.launch(self.name, self.kind, reads, writes)
 
 
-_VALUE_GUARDS = ("EQUALS_MATCH", "CONSTANT_MATCH", "BOOL_MATCH", "NONE_MATCH", "SEQUENCE_LENGTH", "DICT_KEYS", "GRAD_MODE")
+_VALUE_GUARDS = (
+    "EQUALS_MATCH",
+    "CONSTANT_MATCH",
+    "BOOL_MATCH",
+    "NONE_MATCH",
+    "SEQUENCE_LENGTH",
+    "DICT_KEYS",
+    "GRAD_MODE",
+)
 
 
 class Compiler:
@@ -118,8 +137,8 @@ class Compiler:
         else:
             return gm.forward  # a graph with nothing to compute
         direction: Literal["forward", "backward"] = "backward" if keywords.get("is_backward") else "forward"
-        operator = self.recorder.inside[-1] if self.recorder.inside else ""
-        self.graphs.append(Graph(direction=direction, operator=operator, nodes=nodes, wrapper=source))
+        inside = self.recorder.inside[-1] if self.recorder.inside else ""
+        self.graphs.append(Graph(direction=direction, operator=inside, nodes=nodes, wrapper=source))
         self._progress(f"{direction} graph {sum(g.direction == direction for g in self.graphs)} generated")
 
         def run(arguments: list[Any]) -> Any:
@@ -135,23 +154,21 @@ class Compiler:
     def _keep_break(self, gm: Any) -> None:
         reason = getattr(gm, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
-            stack = reason.user_stack
-            location = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-            self.breaks.append(Break(reason=reason.reason, location=location))
+            self.breaks.append(Break(reason=reason.reason, location=_user_line(reason.user_stack)))
 
     def _keep_guards(self, output: Any) -> None:
         """What a caller may change from call to call: tensors, numbers, sizes. Modules and globals stay."""
+        if self.recorder.inside:
+            return
         for guard in sorted(output.guards):
             kind = guard.create_fn_name()
-            codes = [c for c in guard.code_list or () if not c.startswith("hasattr")]
+            codes = [c for c in guard.code_list or () if not c.startswith(("hasattr", "___check_type_id"))]
             if kind == "TENSOR_MATCH":
                 codes = [_tensor_guard(guard, output)]
-            elif kind != "SHAPE_ENV" and (kind not in _VALUE_GUARDS or "__import_" in guard.name):
+            elif kind != "SHAPE_ENV" and (kind not in _VALUE_GUARDS or not guard.name.startswith("L[")):
                 continue
-            stack = guard.user_stack
-            location = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
             for code in codes:
-                found = Guard(kind=kind, code=code, location=location)
+                found = Guard(kind=kind, code=code, location=_user_line(guard.user_stack or ()))
                 if found not in self.guards:
                     self.guards.append(found)
 
@@ -258,5 +275,21 @@ def _origin(node: Any) -> tuple[str, str] | None:
     if not isinstance(node, torch.fx.Node) or node.op == "placeholder":
         return None
     made = node.meta.get("original_aten", node.target)
-    places = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{node.name} = {made}", ":".join(places[-1]) if places else ""
+    if made is operator.getitem and isinstance(node.args[0], torch.fx.Node):  # one of several results
+        made = node.args[0].args[0] if node.args[0].args else node.args[0].target
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{node.name} = {made}", _innermost([(name, int(line)) for name, line in frames])
+
+
+def _user_line(stack: Iterable[traceback.FrameSummary]) -> str:
+    return _innermost([(frame.filename, frame.lineno or 0) for frame in stack])
+
+
+def _innermost(frames: Sequence[tuple[str, int]]) -> str:
+    """file:line of the innermost frame that is neither torch's nor this library's, or of the innermost of all."""
+    own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)]
+    if not frames:
+        return ""
+    name, line = (own or frames)[-1]
+    relative = os.path.relpath(name)
+    return f"{name if relative.startswith('..') else relative}:{line}"

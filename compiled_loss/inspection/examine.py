@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from compiled_loss import checks
-from compiled_loss.inspection import call
+from compiled_loss.inspection.call import Request, differentiated, unpack
 from compiled_loss.inspection.compiler import Compiler
 from compiled_loss.inspection.record import Inspection, Kernel, Pass, Saved
 from compiled_loss.inspection.recorder import Recorder
-from compiled_loss.inspection.targets import Target
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the parent asks for. `call` is from `call.pack`; `assemble` are targets, all of the child's backend."""
-
-    call: bytes
-    name: str
-    device: str
-    backward: bool = True
-    dynamic: bool | None = None
-    options: dict[str, Any] | None = None
-    assemble: tuple[Target, ...] = ()
-    first_only: bool = False
-    dump: str | None = None
-    inputs: tuple[str, ...] = field(default=())
 
 
 def examine(request: Request, device: torch.device, progress: Callable[[str], None]) -> Inspection:
@@ -45,8 +27,7 @@ def examine(request: Request, device: torch.device, progress: Callable[[str], No
     recorder = Recorder(device)
     compiler = Compiler(recorder, progress)
     with recorder, compiler.installed():
-        with call.tensors_on(device, data=False):
-            fn, inputs = pickle.loads(request.call)
+        fn, inputs = unpack(request.call, device, data=False)
         wanted = differentiated(fn, inputs) if request.backward else []
         compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
         _run(request, recorder, compiled, inputs, wanted)  # compiles
@@ -69,12 +50,6 @@ def examine(request: Request, device: torch.device, progress: Callable[[str], No
         guards=tuple(compiler.guards),
         seconds=time.monotonic() - start,
     )
-
-
-def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
-    """The inputs and parameters that want a gradient."""
-    given = [*tree_leaves(inputs), *(fn.parameters() if isinstance(fn, torch.nn.Module) else ())]
-    return [v for v in given if isinstance(v, Tensor) and v.requires_grad]
 
 
 def _run(

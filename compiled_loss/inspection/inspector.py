@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.inspection import call
-from compiled_loss.inspection.examine import Request
+from compiled_loss.inspection.call import Request
 from compiled_loss.inspection.process import Child, Progress, child_for
 from compiled_loss.inspection.record import Inspection, Measured
 from compiled_loss.inspection.targets import TARGETS, Target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import statistics
 import time
 from dataclasses import asdict
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss.inspection import call
-from compiled_loss.inspection.examine import Request, differentiated
+from compiled_loss.inspection.call import Request, differentiated, unpack
 from compiled_loss.inspection.record import Measured
 from compiled_loss.measure import PeakMemory
 
@@ -35,8 +33,7 @@ _PROPERTIES = (
 def measure(request: Request) -> dict[str, Any]:
     """Peak over the inputs and seconds of forward and backward, compiled and warm."""
     device = torch.device(request.device)
-    with call.tensors_on(device, data=True):
-        fn, inputs = pickle.loads(request.call)
+    fn, inputs = unpack(request.call, device, data=True)
     wanted = differentiated(fn, inputs) if request.backward else []
     compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
 

@@ -1,9 +1,9 @@
 """The parent's side of a child process.
 
 NOTE [Children]
-A fresh interpreter, not a fork: a fork of a process that has used torch inherits its locks, its OpenMP threads and, with
-a GPU, a context that does not work. The caller's own process is never changed. One child serves every inspection for
-one target until the caller ends; a real run for measuring gets a child of its own, so that it starts with no memory.
+A fresh interpreter, not a fork: a fork of a process that has used torch inherits its locks, its OpenMP threads and,
+with a GPU, a context that does not work. The caller's own process is never changed. One child serves every inspection
+for one target until the caller ends; a real run for measuring gets a child of its own, so that it starts afresh.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Child:
             "input": requests,
             "output": answers,
         }
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         try:
             self._process = subprocess.Popen(
                 [sys.executable, str(_BOOTSTRAP), json.dumps(settings)],

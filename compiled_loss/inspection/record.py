@@ -21,7 +21,7 @@ Kind = Literal["pointwise", "reduction", "gemm", "collective", "copy", "transfer
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to run a kernel, assembled. Inductor tries them all on a GPU and keeps the fastest; the first is its guess.
+    """One way to run a kernel, assembled. On a GPU Inductor tries them all and keeps the fastest.
 
     `registers`, `spills` and `shared` are per thread, bytes per thread and bytes per block.
     """
@@ -211,7 +211,8 @@ class Inspection:
     @staticmethod
     def from_json(text: str) -> Inspection:
         """From what `to_json` gave."""
-        return _read(Inspection, json.loads(text))
+        found: Inspection = _read(Inspection, json.loads(text))
+        return found
 
 
 def _read(kind: Any, value: Any) -> Any:

@@ -9,7 +9,6 @@ done. Operators that are written in Python are run as well, on the same tensors,
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +18,13 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
+_GEMMS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm")
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
 _COPIES = ("copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "slice_scatter", "constant_pad_nd", "index_put_")
 _POINTWISE = ("add", "sub", "mul", "div", "exp", "log", "where", "fill_", "zero_", "zeros", "ones", "full", "neg", "eq")
@@ -31,46 +32,49 @@ _REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "softma
 
 
 class Memory:
-    """Bytes alive on a device."""
+    """Bytes alive on a device. C++ may hold a storage that Python has let go of, so each is asked whether it lives."""
 
     def __init__(self) -> None:
-        self.live = 0
         self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._origins: dict[int, Saved] = {}
+        self._live = 0
+        self._storages: dict[int, tuple[StorageWeakRef, Saved]] = {}
+
+    @property
+    def live(self) -> int:
+        """Bytes alive now."""
+        for key in [k for k, (reference, _) in self._storages.items() if reference.expired()]:
+            self._live -= self._storages.pop(key)[1].size
+        return self._live
 
     def add(self, tensor: Tensor, origin: str) -> bool:
         """Count a tensor's storage until it is freed, once; whether it was new."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
+        if tensor.untyped_storage()._cdata in self.keys():
             return False
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key)
         self.name(tensor, origin, "")
+        self._live += tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, self._live)
         return True
 
     def name(self, tensor: Tensor, origin: str, location: str) -> None:
         """Remember what made a tensor's storage."""
         storage = tensor.untyped_storage()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self._origins[storage._cdata] = Saved(
-            shape=tuple(tensor.shape), dtype=dtype, size=storage.nbytes(), origin=origin, location=location
+        saved = Saved(
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            size=storage.nbytes(),
+            origin=origin,
+            location=location,
         )
-
-    def _free(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-        del self._origins[key]
+        self._storages[storage._cdata] = (StorageWeakRef(storage), saved)
 
     def keys(self) -> set[int]:
         """The storages alive."""
-        return set(self._sizes)
+        _ = self.live
+        return set(self._storages)
 
     def saved(self, key: int) -> Saved:
         """What is known of a storage."""
-        return self._origins[key]
+        return self._storages[key][1]
 
 
 class Recorder(FakeTensorMode):
@@ -153,7 +157,9 @@ class Recorder(FakeTensorMode):
         name = func._schema.name.split("::")[-1]
         if name in ("_local_scalar_dense", "nonzero"):
             return self._value(name, args[0])
-        result = super().dispatch(func, types, args, kwargs)
+        # An operator that is told where to write makes nothing new, and not each of them knows fake tensors.
+        out = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
+        result = out[0] if len(out) == 1 else super().dispatch(func, types, args, kwargs)
         self._note(func, name, args, kwargs, result)
         return result
 
@@ -165,9 +171,7 @@ class Recorder(FakeTensorMode):
                 return torch.empty(source.numel(), source.dim(), dtype=torch.int64, device=source.device)
         return torch.ones((), dtype=source.dtype).item()
 
-    def _note(
-        self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
-    ) -> None:
+    def _note(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         fresh = [t for t in outputs if t.device.type == self.device.type and self.memory.add(t, name)]
         if name.startswith(_NO_LAUNCH) or (not fresh and not func._schema.is_mutable):
@@ -185,13 +189,7 @@ class Recorder(FakeTensorMode):
                 reads += tensors
         if not any(t.device.type == self.device.type for t in (*reads, *writes)):
             return
-        operations, shapes, dtype = 0, "", ""
-        count = flop_registry.get(func._overloadpacket) or flop_registry.get(getattr(torch.ops.aten, name.strip("_"), None))
-        if count is not None:
-            operations = int(count(*args, **kwargs, out_val=result))
-            matrices = [t for t in reads if t.dim() >= 2][-2:]
-            shapes = " @ ".join(str(list(t.shape)) for t in matrices)
-            dtype = str(matrices[0].dtype).removeprefix("torch.") if matrices else ""
+        operations, shapes, dtype = _operations(func, name, args, kwargs, result)
         across = any(t.device.type != self.device.type for t in (*reads, *writes) if t.dim())
         kind = "transfer" if across else _kind(func, name, operations)
         self.launch(_operator_name(func), kind, reads, writes, operations=operations, shapes=shapes, dtype=dtype)
@@ -207,6 +205,22 @@ def extent(tensor: Tensor) -> int:
 
 def _operator_name(func: Any) -> str:
     return str(func._overloadpacket).replace("aten.", "")
+
+
+def _operations(
+    func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> tuple[int, str, str]:
+    """Floating-point operations, and the shapes and dtype of the factors."""
+    matrices = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() >= 2][-2:]
+    if name.strip("_") in _GEMMS and len(matrices) == 2:
+        a, b = matrices
+        count = 2 * a.numel() * b.shape[-1]
+    elif func._overloadpacket in flop_registry:
+        count = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
+    else:
+        return 0, "", ""
+    dtype = str(matrices[0].dtype).removeprefix("torch.") if matrices else ""
+    return count, " @ ".join(str(list(t.shape)) for t in matrices), dtype
 
 
 def _kind(func: Any, name: str, operations: int) -> Kind:
@@ -227,4 +241,5 @@ def _written_in_python(func: Any, device: torch.device) -> Callable[..., Any] | 
     definition = OPDEFS.get(func._schema.name)
     if definition is None:
         return None
-    return definition._backend_fns.get(device.type) or definition._backend_fns.get(None)
+    implementations: dict[str | None, Callable[..., Any]] = definition._backend_fns
+    return implementations.get(device.type) or implementations.get(None)

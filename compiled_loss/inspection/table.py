@@ -71,8 +71,9 @@ def warnings(inspection: Inspection) -> list[Text]:
         for target, ways in _by_target(kernel):
             spills = [way.spills for way in ways]
             if any(spills):
-                some = f"up to {max(spills)} bytes a thread in {sum(map(bool, spills))} of {len(spills)} configurations"
-                found.append((f"{kernel.name} spills {some} for {target}", ALARM if spills[0] else WARNING))
+                some = f"{sum(map(bool, spills))} of {len(spills)} configurations for {target}"
+                text = f"spills up to {max(spills)} bytes a thread in {some}: {kernel.name}"
+                found.append((text, ALARM if spills[0] else WARNING))
     large = _large(inspection)
     found += [(f"keeps {size(s.size)}, more than any input: {s.origin} {s.location}", WARNING) for s in large]
     return [Text(f"! {text}", style) for text, style in found]
@@ -80,13 +81,9 @@ def warnings(inspection: Inspection) -> list[Text]:
 
 def tables(inspection: Inspection) -> list[Table]:
     """Lay out what there is of summary, kernels, GEMMs, saved tensors and guards."""
+    large = _large(inspection)
     saved = [
-        (
-            f"{s.dtype}{list(s.shape)}",
-            Cell(size(s.size), WARNING if s in _large(inspection) else ""),
-            s.origin,
-            s.location,
-        )
+        (f"{s.dtype}{list(s.shape)}", Cell(size(s.size), WARNING if s in large else ""), s.origin, s.location)
         for s in sorted(inspection.saved, key=lambda s: -s.size)
     ]
     equal = Counter((guard.code, guard.location) for guard in inspection.guards)
@@ -96,7 +93,7 @@ def tables(inspection: Inspection) -> list[Table]:
         _kernels(inspection),
         _gemms(inspection),
         _table("Kept for backward, beside inputs and results", ("tensor", ">bytes", "origin", "line"), saved),
-        _table("Guards: what changes them compiles again", ("condition", "line"), guards, most=12),
+        _table("Guards: compiled again unless", ("condition", "line"), guards, most=12),
     )
     return [table for table in found if table.row_count]
 
@@ -105,7 +102,7 @@ def _summary(*inspections: Inspection) -> Table:
     """Give each a column, and two of them their ratio."""
     columns = [_figures(inspection) for inspection in inspections]
     rows: list[Sequence[str | Cell]] = []
-    for label in dict.fromkeys(label for column in columns for label in column):
+    for label in dict.fromkeys(label for column in sorted(columns, key=len, reverse=True) for label in column):
         found = [column.get(label, (0, "-")) for column in columns]
         ratio = [f"{found[1][0] / found[0][0]:.2f}"] if len(found) == 2 and all(n for n, _ in found) else []
         loud = ALARM if label == "graph breaks" else ""
@@ -176,7 +173,7 @@ def _gemms(inspection: Inspection) -> Table:
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], most: int = 48) -> Table:
     """Numbers, to the right, are under a head that begins with ">"."""
-    columns = [Column(Text(h.removeprefix(">")), justify="right" if h.startswith(">") else "left") for h in heads]
+    columns = [Column(Text(h.lstrip(">")), justify="right" if h[:1] == ">" else "left", overflow="fold") for h in heads]
     table = Table(*columns, box=None, pad_edge=False, collapse_padding=True, header_style="dim")
     table.title, table.title_justify, table.show_header = Text(title, "bold"), "left", any(h.strip(">") for h in heads)
     for row in rows[:most]:

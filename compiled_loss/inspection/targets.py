@@ -27,7 +27,7 @@ class Target:
     warp_size: int = 32
     max_threads_per_block: int = 1024
     shared_memory_per_block: int = 48 << 10
-    gcnArchName: str = ""
+    gcnArchName: str = ""  # noqa: N815 - torch's names
     is_integrated: int = 0
 
 
