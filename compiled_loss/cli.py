@@ -16,13 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compiled-loss", description="Losses for language-model training.")
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_demo(commands)
+    _add_inspect(commands)
     try:
         given = parser.parse_args(arguments)
         return int(given.run(given))
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        parser.exit(1, f"compiled-loss: {error}\n")
+        parser.exit(1, f"compiled-loss: {str(error).rstrip()}\n")
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,6 +60,12 @@ def _demo(given: argparse.Namespace) -> int:
 
     options = {name: value for name, value in vars(given).items() if name not in ("run", "output", "device")}
     return demo(settings_for(given.device, **options), given.output)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from compiled_loss.inspection import command
+
+    command.add(commands)
 
 
 def _integer(least: int = 1, step: int = 1) -> Callable[[str], int]:

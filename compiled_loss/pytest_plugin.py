@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compiled_loss.inspection import Inspection, inspect
+from compiled_loss.inspection import Inspection, call, inspect
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def inspected() -> Callable[..., Inspection]:
             pytest.skip(f"GPU CODE IS NOT TESTED: it is generated on Linux only, this is {sys.platform}")
         if device != "cpu" and importlib.util.find_spec("triton") is None and not _triton_exists():
             pytest.skip(f"GPU CODE IS NOT TESTED: no triton for {sys.implementation.name} {sys.version_info[:2]}")
-        key = repr((id(fn), inputs, device, sorted(options.items())))
+        key = repr((call.pack(fn, inputs), device, sorted(options.items())))
         if key not in known:
             known[key] = inspect(fn, *inputs, device=device, **{"measure": False, **options})
         return known[key]

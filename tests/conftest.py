@@ -3,6 +3,8 @@ import torch
 
 from compiled_loss.engine import hosts
 
+pytest_plugins = ["compiled_loss.pytest_plugin"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_fresh_caches():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.statistics import Coefficients, State, finish, statistics_dtype
+from compiled_loss.engine.statistics import Coefficients, State, combine, finish, statistics_dtype
 
 Output = tuple[Tensor, ...]
 
@@ -36,15 +36,41 @@ class Head(NamedTuple):
     inverse_temperature: Tensor | None
     start: Tensor | None = None
 
+    def packed(self) -> Head:
+        """The vectors in one tensor and the scalars in one, where there are two of a kind: NOTE [Few reads]."""
+        bias, class_weights, softcap, inverse_temperature, start = self
+        if bias is not None and class_weights is not None:
+            dtype = torch.promote_types(bias.dtype, class_weights.dtype)
+            bias, class_weights = torch.stack((bias.to(dtype), class_weights.to(dtype))), None
+        if softcap is not None and inverse_temperature is not None:
+            softcap, inverse_temperature = torch.stack((softcap, inverse_temperature)), None
+        return Head(bias, class_weights, softcap, inverse_temperature, start)
+
+    def unpacked(self) -> Head:
+        """What was packed, or was not."""
+        bias, class_weights, softcap, inverse_temperature, start = self
+        if bias is not None and bias.dim() == 2:
+            bias, class_weights = bias.unbind()
+        if softcap is not None and softcap.dim() == 1:
+            softcap, inverse_temperature = softcap.unbind()
+        return Head(bias, class_weights, softcap, inverse_temperature, start)
+
+    def columns(self, start: int, size: int) -> Head:
+        """Of a part of the vocabulary."""
+        bias, class_weights = (None if v is None else v.narrow(-1, start, size) for v in self[:2])
+        return self._replace(bias=bias, class_weights=class_weights)
+
 
 class Upstream(NamedTuple):
     """What the gradient of a row's logits is made of: exp(z - m) (row - moment (z - m)) - onehot nll + c total.
 
     NOTE [Few reads]
     Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors, and then no
-    longer writes the result over the logits: a second chunk. So what can be combined per row is combined before; and
-    what is combined inside a body must itself read more than four tensors, or Inductor does not write it out but reads
-    its parts again for each logit.
+    longer writes the result over the logits: a second chunk. So what can be combined per row is combined before, and
+    what can share a tensor does; and what is combined inside a body is also returned from it, or reads more than four
+    tensors and is used twice, or Inductor does not write it out but reads its parts again for each logit. The gradient
+    reads eight with everything on: logits, [bias, class weights], [softcap, temperature], labels, maximum, row, nll,
+    total.
     """
 
     row: Tensor
@@ -151,7 +177,7 @@ def _gradient(
 
 def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
     """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
-    labels, head, state = operands[0], Head(*operands[1:6]), State(*operands[6:])  # type: ignore[arg-type]
+    labels, head, state = operands[0], Head(*operands[1:6]).unpacked(), State(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
     z, _ = _transform(source, weight, head)
     return _fold(z, labels, head, state).present()
@@ -159,7 +185,7 @@ def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Out
 
 def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
     """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like source."""
-    labels, head, maximum = operands[0], Head(*operands[1:6]), operands[6]
+    labels, head, maximum = operands[0], Head(*operands[1:6]).unpacked(), operands[6]
     upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
     assert labels is not None and maximum is not None
     z, slope = _transform(source, weight, head)
@@ -167,20 +193,29 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
 
 
 def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Both, for rows that are whole: (labels, *Head, *State, *Coefficients) -> (d, *parts).
+    """Both, for rows that are whole: (labels, *Head, *State, *Coefficients) -> (d, row, loss, *RowStatistics).
 
-    d is the gradient of `combine` summed. The upstream gradient is known from the coefficients, but for lse's.
+    `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
+    lse's. `row` is returned for NOTE [Few reads] alone.
     """
-    labels, head = operands[0], Head(*operands[1:6])
+    labels, head = operands[0], Head(*operands[1:6]).unpacked()
     state, coefficients = State(*operands[6:11]), Coefficients(*operands[11:])  # type: ignore[arg-type]
     assert labels is not None
     z, slope = _transform(source, weight, head)
     before, state = state, _fold(z, labels, head, state)
+    statistics = finish(state)
     nll = _after(coefficients.nll, *state, *before)
     row = nll
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
-        row = row + 2 * coefficients.square * finish(state).lse
+        row = row + 2 * coefficients.square * statistics.lse
     upstream = Upstream(row / state.sum_exp, nll, coefficients.total, None)
-    return (_gradient(z, slope, labels, head, state.maximum, upstream).to(source.dtype), *state.present())
+    d = _gradient(z, slope, labels, head, state.maximum, upstream).to(source.dtype)
+    return (d, upstream.row, combine(statistics, coefficients), *statistics.present())
+
+
+def add_column_sums(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+    """The gradient of a bias: (sums or None,) -> (sums + source.sum(0),)."""
+    sums = source.sum(0, dtype=statistics_dtype(source.dtype))
+    return (sums if operands[0] is None else operands[0] + sums,)

@@ -1,4 +1,4 @@
-"""GEMMs that write where they are told, and the two operators around them that keep the compiler honest.
+"""GEMMs that write where they are told, and the operators around them that keep the compiler honest.
 
 Inductor functionalises `acc.addmm_(a, b)` into a new [V, H] per chunk plus a copy; an operator that declares what
 it writes keeps one accumulator for the whole loop. What an operator here writes is read by nothing but operators here
@@ -62,10 +62,19 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
             block.add_(_wide_product(part, b) if a.dtype == torch.float16 else part @ b)
 
 
-@torch.library.custom_op("compiled_loss::add_column_sums_", mutates_args={"accumulator"})
-def add_column_sums_(accumulator: Tensor, x: Tensor) -> None:
-    """Accumulator += x.sum(0): the gradient of a bias."""
-    accumulator.add_(x.sum(0, dtype=accumulator.dtype))
+@torch.library.custom_op("compiled_loss::join", mutates_args=())
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all chunks in one tensor.
+
+    Opaque: Inductor reads all parts of a concatenation in the kernel that uses it, whose registers then spill and
+    whose code depends on how many chunks there are.
+    """
+    return torch.cat(list(parts))
+
+
+@join.register_fake
+def _(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
 
 
 @torch.library.custom_op("compiled_loss::fence_", mutates_args={"x"})

@@ -30,7 +30,8 @@ from compiled_loss.engine import bodies
 Body = Callable[..., bodies.Output]
 Host = Callable[..., bodies.Output]  # (body, source, weight, *operands) -> the body's outputs
 
-_BODIES: dict[str, Body] = {b.__name__: b for b in (bodies.fold, bodies.gradient, bodies.fold_and_gradient)}
+_BODY_FUNCTIONS = (bodies.fold, bodies.gradient, bodies.fold_and_gradient, bodies.add_column_sums)
+_BODIES: dict[str, Body] = {b.__name__: b for b in _BODY_FUNCTIONS}
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
 _REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
@@ -81,6 +82,8 @@ def _compiled(key: tuple[object, ...]) -> Body:
 
 def plain(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
     """The body in eager torch. A gradient overwrites the logits where they are those of our own GEMM."""
+    if body is bodies.add_column_sums:
+        return body(source, None, *operands)
     logits = source if weight is None else source @ weight.t()
     if body is bodies.fold:
         return _by_rows(body, logits, None, operands)

@@ -53,6 +53,17 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None
     correct: Tensor
 
+    def present(self) -> tuple[Tensor, ...]:
+        """The statistics that somebody asked for."""
+        return tuple([v for v in self if v is not None])
+
+    @staticmethod
+    def of(present: Sequence[Tensor], state: State) -> RowStatistics:
+        """From `present()`, of a state with the same parts."""
+        nll, lse, *rest, correct = present
+        total = None if state.total is None else rest[0]
+        return RowStatistics(nll, lse, total, None if state.moment is None else rest[-1], correct)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Each statistic changed; what is None stays None."""
         total, entropy = (None if v is None else change(v) for v in (self.total, self.entropy))

@@ -7,7 +7,7 @@ forward; scalar losses only, since the upstream gradient of each row is needed b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +20,9 @@ from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import (
     Coefficients,
     RowStatistics,
-    State,
-    combine,
     finish,
     initial_state,
     masked,
-    statistics_dtype,
     unit_scale,
 )
 
@@ -50,12 +47,13 @@ def statistics(
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
     run = hosts.choose(hidden.device, plan.compile)
+    head = head.packed()
     state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
     states = [
         run(bodies.fold, rows.of(hidden), weight, rows.of(labels), *head, *rows.of_each(state))
         for rows in _chunks(hidden.shape[0], plan)
     ]
-    return finish(_join(state, states))
+    return finish(state.replaced([gemm.join(parts) for parts in zip(*states, strict=True)]))
 
 
 def weighted_sum(
@@ -94,11 +92,6 @@ def _chunks(tokens: int, plan: Plan) -> Iterator[_Rows]:
     yield _Rows(done, tokens - done)
 
 
-def _join(state: State, chunks: Sequence[Sequence[Tensor]]) -> State:
-    """The state of all rows from that of each chunk's; the same parts as in `state`."""
-    return state.replaced([torch.cat(values) for values in zip(*chunks, strict=True)])
-
-
 class _TokenChunks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -119,7 +112,7 @@ class _TokenChunks(torch.autograd.Function):
         wanted: Wanted,
         entropy: bool,
     ) -> tuple[Tensor | None, ...]:
-        head = Head(bias, class_weights, softcap, inverse_temperature)
+        head = Head(bias, class_weights, softcap, inverse_temperature).packed()
         coefficients = scaled = Coefficients(nll, lse, total, square)
         scale = unit_scale(hidden.dtype, *coefficients)
         if scale is not None:
@@ -129,30 +122,30 @@ class _TokenChunks(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wanted.hidden else None
         d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
         d_bias = None
-        if wanted.bias:
-            d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
         labels = labels.clone()  # to be fenced: NOTE [Order]
-        gradients = [d_hidden, d_weight, d_bias]
-        formed = [d for d in gradients if d is not None]
-        states = []
+        chunks = []
         for i, rows in enumerate(_chunks(hidden.shape[0], plan)):
             h = rows.of(hidden)
             operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
-            d, *rest = run(bodies.fold_and_gradient, h, weight, *operands)
-            states.append(rest)
+            d, _, *rest = run(bodies.fold_and_gradient, h, weight, *operands)
+            chunks.append(rest)
             if d_hidden is not None:
                 gemm.mm_out(rows.of(d_hidden), d, weight)
             if d_weight is not None:
                 (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), h)
-            if d_bias is not None:
-                gemm.add_column_sums_(d_bias, d)
+            if wanted.bias:
+                (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
             del d  # or eager code holds two chunks
-            gemm.fence_(labels, formed)
-        result = masked(finish(_join(state, states)), active)
+            gradients = [d_hidden, d_weight, d_bias]
+            gemm.fence_(labels, [v for v in gradients if v is not None])
 
-        loss = combine(result, coefficients).sum()
-        gemm.fence_(loss, formed)
+        losses, *statistics = [gemm.join(parts) for parts in zip(*chunks, strict=True)]
+        loss = torch.where(active, losses, 0.0).sum()
+        if scale is not None:
+            loss = loss * scale
+        gemm.fence_(loss, [v for v in gradients if v is not None])
+        result = masked(RowStatistics.of(statistics, state), active)
         ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
         per_row = result[:3] if any(ctx.needs_input_grad[7:11]) else (None, None, None)
         ctx.save_for_backward(*gradients, scale, *per_row)

@@ -16,7 +16,7 @@ from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.plan import Plan
-from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, statistics_dtype, unit_scale
+from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, unit_scale
 
 
 def statistics(
@@ -42,8 +42,7 @@ def _chunks(head: Head, vocab: int, plan: Plan, starts: Tensor) -> Iterator[tupl
     """Start, size and head of each chunk; equal but for the last."""
     for i in range(plan.count):
         start, size = i * plan.chunk, min(plan.chunk, vocab - i * plan.chunk)
-        bias, class_weights = (None if v is None else v.narrow(0, start, size) for v in (head.bias, head.class_weights))
-        yield start, size, head._replace(bias=bias, class_weights=class_weights, start=starts[i])
+        yield start, size, head.columns(start, size)._replace(start=starts[i])
 
 
 class _VocabChunks(torch.autograd.Function):
@@ -95,10 +94,7 @@ class _VocabChunks(torch.autograd.Function):
             run = hosts.choose(hidden.device, ctx.plan.compile)
             d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
             d_weight = torch.empty_like(weight) if wants_weight else None
-            d_bias = None
-            if wants_bias:
-                d_bias = weight.new_zeros(weight.shape[0], dtype=statistics_dtype(hidden.dtype))
-            formed = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
+            d_biases: list[Tensor] = []
             starts = _starts(hidden, ctx.plan)
             for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
                 chunk = weight.narrow(0, start, size)
@@ -112,14 +108,17 @@ class _VocabChunks(torch.autograd.Function):
                         gemm.mm_out(part, d.t(), hidden)
                     else:
                         gemm.scaled_mm_out(part, d.t(), hidden, scale)
-                if d_bias is not None:
-                    gemm.add_column_sums_(d_bias.narrow(0, start, size), d)
+                if wants_bias:
+                    d_biases += run(bodies.add_column_sums, d, None, None)
                 del d  # or eager code holds two chunks
-                gemm.fence_(starts, formed)
+                formed = [v for v in (d_hidden, d_weight) if v is not None]
+                gemm.fence_(starts, formed + d_biases)
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
                 one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
                 d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
-            if head.bias is not None and d_bias is not None:
+            d_bias = None
+            if head.bias is not None and wants_bias:
+                d_bias = gemm.join(d_biases)
                 d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
             return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None

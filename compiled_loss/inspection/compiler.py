@@ -60,6 +60,7 @@ class GeneratedKernel:
     is_triton: bool
 
     def run(self, recorder: Recorder, values: Sequence[Any]) -> None:
+        """Write down one launch."""
         tensors = [(n, v) for n, v in zip(self.arguments, values, strict=False) if isinstance(v, Tensor)]
         reads = [v for n, v in tensors if not n.startswith("out_")]
         writes = [v for n, v in tensors if not n.startswith("in_ptr")]

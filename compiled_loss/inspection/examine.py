@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ def examine(request: Request, device: torch.device, progress: Callable[[str], No
         wanted = differentiated(fn, inputs) if request.backward else []
         compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
         _run(request, recorder, compiled, inputs, wanted)  # compiles
+        gc.collect()  # what the compiler left in cycles
         progress("running on fake tensors")
         forward, backward, saved = _run(request, recorder, compiled, inputs, wanted)
     del compiled, inputs, wanted, fn

@@ -25,6 +25,7 @@ def inspect(
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
     assemble: bool | Sequence[str] = True,
+    first_only: bool = False,
     measure: bool = True,
     dump: str | Path | None = None,
     progress: Progress | None = None,
@@ -44,6 +45,7 @@ def inspect(
         options: Inductor's, as torch.compile takes them.
         assemble: make machine code of every kernel, for `device` or for the targets named; all of one vendor. A GPU's
             kernels only.
+        first_only: assemble the configuration that Inductor would try first, not all of them.
         measure: run it as well where `device` is "cpu" or "cuda", and set `measured`.
         dump: a folder to write graphs, host code, kernels, machine code and an index page to.
         progress: called with one line of text at each step.
@@ -63,8 +65,8 @@ def inspect(
         >>> from compiled_loss.inspection import inspect
         >>> import torch
         >>> found = inspect(torch.logsumexp, "f32[64,1000]:grad", 1, device="cpu", measure=False)
-        >>> found.saved_bytes, len(found.breaks)
-        (256, 0)
+        >>> found.saved_bytes, len(found.breaks)  # backward needs the input and the result, nothing else
+        (0, 0)
 
     """
     real = device in ("cpu", "cuda")
@@ -80,6 +82,7 @@ def inspect(
         dynamic=dynamic,
         options=options,
         assemble=_targets(assemble, target),
+        first_only=first_only,
         dump=None if dump is None else str(Path(dump).absolute()),
         inputs=tuple(_describe(v) for v in inputs),
     )

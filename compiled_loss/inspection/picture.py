@@ -64,7 +64,7 @@ def plot(inspections: Sequence[Inspection], path: Path) -> None:
     axes = figure.subplots()
     versions = dict.fromkeys(f"{i.device}, torch {i.torch}" for i in inspections)
     figure.suptitle("; ".join(versions), fontsize=10, color="0.35")
-    axes.set_title("Live memory over the inputs: a plateau is kept, a saw-tooth is freed chunk by chunk")
+    axes.set_title("Live memory over the inputs, launch by launch")
     top = max((live for i in inspections for live in (i.peak_bytes, *_live(i))), default=0)
     unit, name = (2**30, "GiB") if top >= 2**30 else (2**20, "MiB")
     height = max(top / unit, 1e-3)

@@ -121,6 +121,7 @@ class Recorder(FakeTensorMode):
         shapes: str = "",
         dtype: str = "",
     ) -> None:
+        """Write down one launch, where anything is written down."""
         if not self.recording:
             return
         self._launches.append(
@@ -143,6 +144,7 @@ class Recorder(FakeTensorMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        """Run an operator on fake tensors."""
         kwargs = kwargs or {}
         if TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)

@@ -64,7 +64,11 @@ def header(inspection: Inspection) -> Text:
 
 def warnings(inspection: Inspection) -> list[Text]:
     """Say what a reader must not miss."""
-    found = [(f"graph break at {b.location or '?'}: {' '.join(b.reason.split())}", ALARM) for b in inspection.breaks]
+    reasons = [" ".join(b.reason.partition("Explanation:")[0].split()) for b in inspection.breaks]  # all in --json
+    found = [
+        (f"graph break at {b.location or '?'}: {reason}", ALARM)
+        for b, reason in zip(inspection.breaks, reasons, strict=True)
+    ]
     waits = Counter((launch.kind, launch.kernel) for launch in _launches(inspection) if launch.kind in HOST)
     found += [(f"{n} x {kernel} ({kind}): {HOST[kind]}", ALARM) for (kind, kernel), n in waits.items()]
     for kernel in inspection.kernels:
@@ -76,6 +80,9 @@ def warnings(inspection: Inspection) -> list[Text]:
                 found.append((text, ALARM if spills[0] else WARNING))
     large = _large(inspection)
     found += [(f"keeps {size(s.size)}, more than any input: {s.origin} {s.location}", WARNING) for s in large]
+    if not large and inspection.saved_bytes > sum(_sizes(inspection)) > 0:
+        text = f"keeps {size(inspection.saved_bytes)} in {len(inspection.saved)} tensors, more than all inputs together"
+        found.append((text, WARNING))
     return [Text(f"! {text}", style) for text, style in found]
 
 
@@ -193,7 +200,12 @@ def _by_target(kernel: Kernel) -> list[tuple[str, list[Configuration]]]:
 
 
 def _large(inspection: Inspection) -> list[Saved]:
-    """Saved tensors larger than every input, which `bf16[8192,4096]:grad` describes: the number is of bits."""
+    """Saved tensors larger than every input."""
+    largest = max(_sizes(inspection), default=0)
+    return [saved for saved in inspection.saved if saved.size > largest > 0]
+
+
+def _sizes(inspection: Inspection) -> list[int]:
+    """Bytes of the inputs, which `bf16[8192,4096]:grad` describes: the number is of bits."""
     found = (re.match(r"[a-z]+(\d*)\w*\[([\d, ]*)\]", given) for given in inspection.inputs)
-    sizes = [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
-    return [saved for saved in inspection.saved if sizes and saved.size > max(sizes)]
+    return [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]

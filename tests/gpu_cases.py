@@ -1,0 +1,122 @@
+"""Calls whose GPU code is held to account: every public function, each strategy, the keywords that change kernels."""
+
+import functools
+from dataclasses import dataclass, field
+
+import naive
+import torch
+
+import compiled_loss
+from compiled_loss import Chunking
+
+SHAPES = {"8B": (8192, 4096, 131072), "Gemma": (8192, 2304, 256000), "N < H": (2048, 4096, 131072)}
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def keywords(tokens, vocab):
+    """name: keywords that change the kernels of a linear loss. "bias" is an input, with a gradient."""
+    return {
+        "plain": {},
+        "bias": {"bias": True},
+        "softcap": {"softcap": 30.0},
+        "smoothing": {"label_smoothing": 0.1},
+        "z-loss": {"z_loss": 1e-4},
+        "class weights": {"class_weights": meta(vocab), "label_smoothing": 0.1},
+        "mask": {"mask": meta(tokens, dtype=torch.bool), "token_weights": meta(tokens)},
+        "everything": {
+            "bias": True,
+            "softcap": 30.0,
+            "temperature": 0.7,
+            "label_smoothing": 0.1,
+            "z_loss": 1e-4,
+            "class_weights": meta(vocab),
+            "mask": meta(tokens, dtype=torch.bool),
+            "token_weights": meta(tokens),
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, and what must be true of its code. Sizes in bytes; operations in units of 2 N H V."""
+
+    call: functools.partial
+    inputs: tuple[str, ...]
+    outputs: int  # the gradients, in the dtypes they are summed in
+    chunk: int
+    forward: int = 0  # operations
+    backward: int = 0
+    keeps: int = 0  # between forward and backward, besides O(N)
+    options: dict = field(default_factory=dict)  # of inspect
+
+
+def linear(strategy, shape, chunks=8, *, function="linear_cross_entropy", grad="hw", size=None, **options):
+    """A linear loss in `chunks` even chunks, or of `size`; `grad` names whose gradients are wanted."""
+    tokens, width, vocab = shape
+    rows = size or (tokens if strategy == "tokens" else vocab) // chunks
+    bias = options.pop("bias", False)
+    inputs = [f"bf16[{tokens},{width}]", f"bf16[{vocab},{width}]", f"int64[{tokens}]:0..{vocab - 1}"]
+    inputs[0] += ":grad" if "h" in grad else ""
+    inputs[1] += ":grad" if "w" in grad else ""
+    chunking = Chunking(strategy=strategy, chunk_size=rows, accumulate_dtype=torch.bfloat16)
+    call = functools.partial(getattr(compiled_loss, function), chunking=chunking, **options)
+    if bias:
+        call = functools.partial(with_bias, getattr(compiled_loss, function), chunking=chunking, **options)
+        inputs.append(f"bf16[{vocab}]:grad")
+    outputs = 2 * (("h" in grad) * tokens * width + ("w" in grad) * vocab * width) + 4 * bias * vocab
+    return Case(
+        call,
+        tuple(inputs),
+        outputs=outputs,
+        chunk=2 * rows * (vocab if strategy == "tokens" else tokens),
+        forward=1 if strategy == "vocab" else 1 + len(grad),
+        backward=0 if strategy == "tokens" or not grad else 1 + len(grad),
+        keeps=outputs if strategy == "tokens" else 0,
+        options={} if grad else {"backward": False},
+    )
+
+
+def with_bias(function, hidden, weight, labels, bias, **options):
+    return function(hidden, weight, labels, bias=bias, **options)
+
+
+def on_logits(shape, *, grad=True, **options):
+    tokens, _, vocab = shape
+    inputs = (f"bf16[{tokens},{vocab}]" + (":grad" if grad else ""), f"int64[{tokens}]:0..{vocab - 1}")
+    call = functools.partial(compiled_loss.cross_entropy, **options)
+    outputs = 2 * tokens * vocab if grad else 0
+    return Case(call, inputs, outputs=outputs, chunk=0, options={} if grad else {"backward": False})
+
+
+def cases(shape):
+    """{name: Case} of every public function, each strategy and the keywords that change kernels."""
+    tokens, _, vocab = shape
+    found = {}
+    for strategy in ("tokens", "vocab"):
+        for name, options in keywords(tokens, vocab).items():
+            found[f"{strategy}, {name}"] = linear(strategy, shape, **options)
+        found[f"{strategy}, loss only"] = linear(strategy, shape, grad="")
+        found[f"{strategy}, frozen hidden"] = linear(strategy, shape, grad="w")
+        found[f"{strategy}, frozen weight"] = linear(strategy, shape, grad="h")
+        with_statistics = linear(strategy, shape, function="linear_cross_entropy_with_statistics")
+        found[f"{strategy}, with statistics"] = with_statistics
+    found["tokens, statistics"] = linear("tokens", shape, function="linear_token_statistics", grad="")
+    found["vocab, statistics"] = linear("vocab", shape, function="linear_token_statistics")
+    found["vocab, none"] = linear("vocab", shape, reduction="none")
+    everything = {k: v for k, v in keywords(tokens, vocab)["everything"].items() if k != "bias"}
+    found["logits, plain"] = on_logits(shape)
+    found["logits, none"] = on_logits(shape, reduction="none")
+    found["logits, everything"] = on_logits(shape, **everything)
+    found["logits, loss only"] = on_logits(shape, grad=False)
+    return found
+
+
+def unchunked(hidden, weight, labels):
+    return torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels)
+
+
+def naive_loop(hidden, weight, labels):
+    return naive.linear_cross_entropy(hidden, weight, labels, chunks=8)

@@ -1,0 +1,214 @@
+"""Contracts 5 and 8 of the compiled GPU code, on any machine: generated for GPUs that are not there, and assembled.
+
+Production shapes, bf16, inspected for sm_90. The bounds are sums of tensors and 5%; none is tuned. Expectations of
+names are of torch 2.13: EXPECTTEST_ACCEPT=1 make test ARGS=tests/test_gpu_code.py refreshes them, on purpose.
+"""
+
+import gpu_cases
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from gpu_cases import SHAPES, keywords, linear
+
+from compiled_loss.engine import hosts
+from compiled_loss.engine.plan import MIN_ROWS
+from compiled_loss.testing import (
+    assert_assembles,
+    assert_kernel_count,
+    assert_peak_below,
+    assert_saves_nothing_larger_than,
+    assert_single_graph,
+)
+
+pytestmark = pytest.mark.xdist_group("GPU code")  # one worker: most inspections serve several tests
+NVIDIA = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100")
+REGIONS = pytest.mark.skipif(not hosts._REGIONS_WORK, reason="bodies are opaque operators on this torch")
+NAMES = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="kernel names are pinned on torch 2.13")
+CASES = {("8B", name): case for name, case in gpu_cases.cases(SHAPES["8B"]).items()}
+for _model in ("Gemma", "N < H"):
+    for _strategy in ("tokens", "vocab"):
+        for _name in ("plain", "everything"):
+            _options = keywords(SHAPES[_model][0], SHAPES[_model][2])[_name]
+            CASES[_model, f"{_strategy}, {_name}"] = linear(_strategy, SHAPES[_model], **_options)
+
+# Eight bytes a thread, in the kernel that sums the tokens' losses once a call: ptxas' choice at 40 and 64 registers.
+SPILLS = {("vocab, mask", "cuda:sm_100"): 8, ("vocab, class weights", "cuda:sm_100"): 8}
+
+
+def inspection(inspected, case, **options):
+    return inspected(case.call, *case.inputs, **{"assemble": NVIDIA, "first_only": True, **case.options, **options})
+
+
+def per_chunk(inspection, chunks):
+    """How many generated kernels run in each chunk, forward and backward."""
+    generated = {k.name for k in inspection.kernels if k.source}
+    return [
+        sum(count for name, count in p.kernels.items() if name in generated and count >= chunks - 1) / chunks
+        for p in inspection.passes
+    ]
+
+
+@pytest.mark.parametrize(("model", "name"), CASES, ids=lambda v: v)
+def test_contract(inspected, model, name):
+    case = CASES[model, name]
+    tokens, width, vocab = SHAPES[model]
+    found = inspection(inspected, case)
+
+    assert_single_graph(found)
+    assert not [x for p in found.passes for x in p.launches if x.kind in ("sync", "transfer", "collective")]
+    for target in NVIDIA:
+        assert_assembles(found, [target], spills=SPILLS.get((name, target), 0))
+
+    assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * tokens + 16 * vocab)
+    assert found.forward.peak_bytes <= 1.05 * (case.keeps + case.chunk) + 64 * tokens + 16 * vocab
+    assert found.saved_bytes <= case.keeps + 64 * tokens
+    assert_saves_nothing_larger_than(found, max(2 * vocab * width if case.keeps else 0, 8 * tokens))
+
+    unit = 2 * tokens * width * vocab
+    operations = [p.operations / unit for p in found.passes]
+    assert operations == pytest.approx([case.forward, case.backward][: len(operations)], rel=0.01, abs=0.01)
+
+    if hosts._REGIONS_WORK and case.chunk:
+        forward, *backward = per_chunk(found, 8)
+        bias = "bias" in keywords(tokens, vocab).get(name.split(", ")[1], {})
+        if name.startswith("tokens"):
+            assert forward <= 1 + bias
+            assert backward in ([], [0])
+        else:
+            assert forward <= 1
+            assert backward in ([], [1 + bias])
+
+
+@pytest.mark.parametrize("name", [name for _, name in CASES if name.startswith("logits")])
+def test_one_pass_over_logits_each_way(inspected, name):
+    tokens, _, vocab = SHAPES["8B"]
+    found = inspection(inspected, CASES["8B", name])
+    for p in found.passes:
+        assert sum(x.read_bytes >= 2 * tokens * vocab for x in p.launches) == 1
+    assert sum(x.written_bytes >= 2 * tokens * vocab for x in found.forward.launches) == 0
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_half_of_the_memory_of_the_unchunked_loss_or_less(inspected, model):
+    """What it is all for; and the unchunked loss shows that the peak is not always low."""
+    tokens, width, vocab = SHAPES[model]
+    case = CASES[model, "tokens, plain"]
+    unchunked = inspected(gpu_cases.unchunked, *case.inputs, assemble=False)
+    assert unchunked.saved_bytes >= 2 * tokens * vocab
+    held = 2 * (tokens + vocab) * width
+    assert inspection(inspected, case).peak_bytes - held < (unchunked.peak_bytes - held) / 2
+
+
+def test_the_naive_loop_fails_these_tests(inspected):
+    """A test of the tests: one graph, no break, and all logits kept."""
+    tokens, width, vocab = shape = (2048, 1024, 32768)
+    case = linear("vocab", shape)
+    found = inspected(gpu_cases.naive_loop, *case.inputs, assemble=False)
+    assert_single_graph(found)
+    with pytest.raises(AssertionError, match="peak of"):
+        assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * tokens + 16 * vocab)
+    with pytest.raises(AssertionError, match="saves for backward"):
+        assert_saves_nothing_larger_than(found, 8 * tokens)
+
+
+# --- the same code for any number of chunks ---------------------------------------------------------------------------
+
+
+def counts(inspected, strategy, name, *, shape=SHAPES["8B"]):
+    """A line a kernel: its name without Inductor's number, and how often it runs as a + b times the chunks."""
+    options = keywords(shape[0], shape[2])[name]
+    runs = {n: inspection(inspected, linear(strategy, shape, n, **options), assemble=False) for n in (2, 8, 32)}
+    lines = []
+    for i, direction in enumerate(("forward", "backward")):
+        tables = {n: run.passes[i].kernels for n, run in runs.items()}
+        assert tables[2].keys() == tables[8].keys() == tables[32].keys()
+        for kernel in tables[8]:
+            two, eight, many = (tables[n][kernel] for n in (2, 8, 32))
+            each, rest = divmod(eight - two, 6)
+            assert rest == 0
+            assert many - eight == 24 * each
+            lines.append(f"{direction} {two - 2 * each:+d} {each:+d}C {kernel}")
+    return "\n".join(lines)
+
+
+@REGIONS
+@NAMES
+def test_kernels_of_the_token_walk(inspected):
+    assert_expected_inline(counts(inspected, "tokens", "plain"), """""")
+
+
+@REGIONS
+@NAMES
+def test_kernels_of_the_token_walk_with_everything(inspected):
+    assert_expected_inline(counts(inspected, "tokens", "everything"), """""")
+
+
+@REGIONS
+@NAMES
+def test_kernels_of_the_vocabulary_walk(inspected):
+    assert_expected_inline(counts(inspected, "vocab", "plain"), """""")
+
+
+@REGIONS
+@NAMES
+def test_kernels_of_the_vocabulary_walk_with_everything(inspected):
+    assert_expected_inline(counts(inspected, "vocab", "everything"), """""")
+
+
+@REGIONS
+@NAMES
+def test_kernels_on_logits(inspected):
+    found = {name: inspection(inspected, CASES["8B", name]) for _, name in CASES if name.startswith("logits")}
+    assert_expected_inline(
+        "\n".join(
+            f"{name}: {direction} {count} {kernel}"
+            for name, one in found.items()
+            for direction, p in zip(("forward", "backward"), one.passes, strict=False)
+            for kernel, count in p.kernels.items()
+        ),
+        """""",
+    )
+
+
+@REGIONS
+@NAMES
+def test_number_of_kernels(inspected):
+    """Launches and distinct kernels of every case, GEMMs and copies of the library included."""
+    found = {name: inspection(inspected, case) for (model, name), case in CASES.items() if model == "8B"}
+    assert_expected_inline(
+        "\n".join(
+            f"{name}: " + ", ".join(f"{len(p.launches)} launches of {len(p.kernels)}" for p in one.passes)
+            for name, one in found.items()
+        ),
+        """""",
+    )
+
+
+@REGIONS
+def test_few_rows_split_the_reductions(inspected):
+    """Why the planner takes MIN_ROWS at least: with half as many a chunk is several launches."""
+    enough = inspection(inspected, linear("tokens", SHAPES["8B"], size=MIN_ROWS), assemble=False)
+    few = inspection(inspected, linear("tokens", SHAPES["8B"], size=MIN_ROWS // 2), assemble=False)
+    assert per_chunk(enough, 16)[0] == 1
+    assert per_chunk(few, 32)[0] == 10
+
+
+# --- AMD ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens, everything", "vocab, everything", "vocab, statistics", "logits, everything"], ids=str
+)
+def test_amd(inspected, name):
+    """From sources of its own, for wavefronts of 64."""
+    case = CASES["8B", name]
+    found = inspection(inspected, case, device="hip:gfx942", assemble=("hip:gfx942",))
+    assert_assembles(found, ["hip:gfx942"])
+    assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * SHAPES["8B"][0] + 16 * SHAPES["8B"][2])
+    assert any("'warp_size': 64" in k.source or "warp_size=64" in k.source for k in found.kernels)
+
+
+def test_kernel_count_names_the_kernels(inspected):
+    found = inspection(inspected, CASES["8B", "logits, none"])
+    with pytest.raises(AssertionError, match="triton_"):
+        assert_kernel_count(found, 100)
