@@ -363,3 +363,11 @@ def inspection_targets(names: list[str], device: str) -> None:
     raise InspectionError(
         f"assemble: expected targets of the vendor of device={device!r}, whose sources these are, got {names}"
     )
+
+
+def inspection_timing(names: list[str]) -> None:
+    """Raise: what the compiler would decide by a stopwatch."""
+    raise InspectionError(
+        f"options: expected none by which the compiler times kernels on the GPU, got {', '.join(names)}: "
+        "code is generated here without running any"
+    )

@@ -8,6 +8,7 @@ import torch
 
 import compiled_loss
 from compiled_loss import Chunking
+from compiled_loss.engine.plan import MIN_ROWS
 
 SHAPES = {"8B": (8192, 4096, 131072), "Gemma": (8192, 2304, 256000), "N < H": (2048, 4096, 131072)}
 
@@ -47,15 +48,17 @@ class Case:
     inputs: tuple[str, ...]
     outputs: int  # the gradients, in the dtypes they are summed in
     chunk: int
+    chunks: int = 1
     forward: int = 0  # operations
     backward: int = 0
     keeps: int = 0  # between forward and backward, besides O(N)
     options: dict = field(default_factory=dict)  # of inspect
 
 
-def linear(strategy, shape, chunks=8, *, function="linear_cross_entropy", grad="hw", size=None, **options):
-    """A linear loss in `chunks` even chunks, or of `size`; `grad` names whose gradients are wanted."""
+def linear(strategy, shape, chunks=None, *, function="linear_cross_entropy", grad="hw", size=None, **options):
+    """A linear loss in `chunks` even chunks, 4 unless given, or of `size`; `grad`: whose gradients are wanted."""
     tokens, width, vocab = shape
+    chunks = chunks or min(4, tokens // MIN_ROWS)
     rows = size or (tokens if strategy == "tokens" else vocab) // chunks
     bias = options.pop("bias", False)
     inputs = [f"bf16[{tokens},{width}]", f"bf16[{vocab},{width}]", f"int64[{tokens}]:0..{vocab - 1}"]
@@ -72,6 +75,7 @@ def linear(strategy, shape, chunks=8, *, function="linear_cross_entropy", grad="
         tuple(inputs),
         outputs=outputs,
         chunk=2 * rows * (vocab if strategy == "tokens" else tokens),
+        chunks=chunks,
         forward=1 if strategy == "vocab" else 1 + len(grad),
         backward=0 if strategy == "tokens" or not grad else 1 + len(grad),
         keeps=outputs if strategy == "tokens" else 0,
@@ -119,4 +123,4 @@ def unchunked(hidden, weight, labels):
 
 
 def naive_loop(hidden, weight, labels):
-    return naive.linear_cross_entropy(hidden, weight, labels, chunks=8)
+    return naive.linear_cross_entropy(hidden, weight, labels, chunks=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import io
 import pickle
@@ -206,6 +207,12 @@ def _rebuild(fields: dict[str, Any], parameter: bool) -> Tensor:
 
 
 def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
-    """The inputs and parameters that want a gradient."""
-    given = [*tree_leaves(inputs), *(fn.parameters() if isinstance(fn, torch.nn.Module) else ())]
+    """The inputs and parameters that want a gradient; those of a Module, its method, or a partial of either."""
+    given = list(tree_leaves(inputs))
+    while isinstance(fn, functools.partial):
+        given += tree_leaves((fn.args, fn.keywords))
+        fn = fn.func
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, torch.nn.Module):
+        given += owner.parameters()
     return [v for v in given if isinstance(v, Tensor) and v.requires_grad]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compiled_loss import checks
 from compiled_loss.inspection import fake_device
 from compiled_loss.inspection.call import Request
 from compiled_loss.inspection.examine import examine
@@ -20,7 +21,7 @@ from compiled_loss.inspection.targets import Target
 
 
 def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int, answers: int) -> None:
-    """Answer on file descriptors: ("progress", text)..., then ("done", value) or ("error", text)."""
+    """Answer on file descriptors: ("progress", text)..., then ("done", value), ("refused", text) or ("error", text)."""
     reading, writing = Connection(requests, writable=False), Connection(answers, readable=False)
     if shim is not None and target is not None:
         fake_device.install(shim, Target(**target))
@@ -32,6 +33,8 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
             return
         try:
             writing.send(("done", _do(job, request, fake=target is not None, writing=writing)))
+        except checks.InspectionError as error:
+            writing.send(("refused", str(error)))
         except Exception as error:
             writing.send(("error", _readable(error)))
         sys.stdout.flush()

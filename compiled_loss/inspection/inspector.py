@@ -16,6 +16,8 @@ from compiled_loss.inspection.process import Child, Progress, child_for
 from compiled_loss.inspection.record import Inspection, Measured
 from compiled_loss.inspection.targets import TARGETS, Target
 
+_NEEDS_TIMING = ("max_autotune", "max_autotune_gemm", "force_shape_pad", "autotune_at_compile_time")
+
 
 def inspect(
     fn: Callable[..., Any],
@@ -72,6 +74,9 @@ def inspect(
     real = device in ("cpu", "cuda")
     if not real and device not in TARGETS:
         checks.inspection_device(device, list(TARGETS))
+    timed = sorted(k for k, v in (options or {}).items() if v and k in _NEEDS_TIMING)
+    if timed and device != "cpu":
+        checks.inspection_timing(timed)
     inputs = tuple(call.TensorSpec.parse(v) if isinstance(v, str) else v for v in inputs)
     target = _present_gpu() if device == "cuda" else TARGETS.get(device)
     request = Request(

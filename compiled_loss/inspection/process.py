@@ -72,6 +72,8 @@ class Child:
             except BaseException:  # an answer may still be on its way
                 self.close()
                 raise
+        if kind == "refused":
+            raise checks.InspectionError(value)
         if kind == "error":
             checks.inspection_raised(name, value)
         return value
