@@ -371,3 +371,8 @@ def inspection_timing(names: list[str]) -> None:
         f"options: expected none by which the compiler times kernels on the GPU, got {', '.join(names)}: "
         "code is generated here without running any"
     )
+
+
+def inspection_cache(folder: str, reason: str) -> None:
+    """Raise: the fake device cannot be kept."""
+    raise InspectionError(f"the compiler's cache: expected to write in {folder}: {reason}: set TORCHINDUCTOR_CACHE_DIR")

@@ -8,6 +8,7 @@ import importlib
 import io
 import pickle
 import re
+import types
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,12 +31,14 @@ _DTYPES = {
     "i64": torch.int64,
     "i32": torch.int32,
 }
-_SPEC = re.compile(r"(\w+)\[([\d,\s]*)\]((?::[^:\s]+)*)")
+_SPEC = re.compile(r"(\w+)\[\s*((?:\d+\s*(?:,\s*\d+\s*)*,?)?)\s*\]((?::[^:\s]+)*)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """A tensor without its data. Integers are drawn from `low` to `high`, floats from a normal distribution.
+
+    Of a given tensor the range of integers is kept, but for negative ones, which mark what is to be ignored.
 
     `parse` reads "bf16[8192,4096]:grad" and "int64[8192]:0..131071".
     """
@@ -65,7 +68,7 @@ class TensorSpec:
             limits = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", option)
             if option == "grad" and dtype.is_floating_point:
                 grad = True
-            elif limits is not None and not dtype.is_floating_point:
+            elif limits is not None and not dtype.is_floating_point and int(limits[1]) <= int(limits[2]):
                 low, high = int(limits[1]), int(limits[2])
             else:
                 checks.inspection_spec(text, "grad after a floating dtype, or low..high after an integer one")
@@ -81,7 +84,7 @@ class TensorSpec:
             and tensor.numel()
             and tensor.device.type != "meta"
         ):
-            low, high = int(tensor.min()), int(tensor.max())
+            low, high = max(0, int(tensor.min())), max(0, int(tensor.max()))
         return TensorSpec(
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
@@ -207,12 +210,14 @@ def _rebuild(fields: dict[str, Any], parameter: bool) -> Tensor:
 
 
 def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
-    """The inputs and parameters that want a gradient; those of a Module, its method, or a partial of either."""
+    """What wants a gradient of the inputs, and of what the function holds: a Module, a partial's, a closure's."""
     given = list(tree_leaves(inputs))
     while isinstance(fn, functools.partial):
         given += tree_leaves((fn.args, fn.keywords))
         fn = fn.func
-    owner = getattr(fn, "__self__", fn)
-    if isinstance(owner, torch.nn.Module):
-        given += owner.parameters()
-    return [v for v in given if isinstance(v, Tensor) and v.requires_grad]
+    held = [getattr(fn, "__self__", fn)]
+    held += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if cell != types.CellType()]
+    for value in held:
+        given += value.parameters() if isinstance(value, torch.nn.Module) else [value]
+    wanted = {id(v): v for v in given if isinstance(v, Tensor) and v.requires_grad}
+    return list(wanted.values())

@@ -24,7 +24,11 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
     """Answer on file descriptors: ("progress", text)..., then ("done", value), ("refused", text) or ("error", text)."""
     reading, writing = Connection(requests, writable=False), Connection(answers, readable=False)
     if shim is not None and target is not None:
-        fake_device.install(shim, Target(**target))
+        try:
+            fake_device.install(shim, Target(**target))
+        except checks.InspectionError as error:
+            writing.send(("refused", str(error)))
+            return
     writing.send(("done", None))
     while True:
         try:
@@ -35,7 +39,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
             writing.send(("done", _do(job, request, fake=target is not None, writing=writing)))
         except checks.InspectionError as error:
             writing.send(("refused", str(error)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             writing.send(("error", _readable(error)))
         sys.stdout.flush()
 
@@ -51,7 +55,7 @@ def _do(job: str, request: Request, *, fake: bool, writing: Connection) -> Any:
     return examine(request, torch.device("cuda", 0) if fake else torch.device("cpu"), progress).to_json()
 
 
-def _readable(error: Exception) -> str:
+def _readable(error: BaseException) -> str:
     """The traceback without the frames of the compiler, which are dozens."""
     libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]

@@ -62,9 +62,13 @@ class GeneratedKernel:
     def run(self, recorder: Recorder, values: Sequence[Any]) -> None:
         """Write down one launch."""
         tensors = [(n, v) for n, v in zip(self.arguments, values, strict=False) if isinstance(v, Tensor)]
-        reads = [v for n, v in tensors if not n.startswith("out_")]
-        writes = [v for n, v in tensors if not n.startswith("in_ptr")]
+        reads = [v for n, v in tensors if self._uses(n, "load", not n.startswith("out_"))]
+        writes = [v for n, v in tensors if self._uses(n, "store|atomic", not n.startswith("in_ptr"))]
         recorder.launch(self.name, self.kind, reads, writes)
+
+    def _uses(self, argument: str, how: str, otherwise: bool) -> bool:
+        """Whether the source loads or stores an argument; by its name where the source is not Triton's."""
+        return bool(re.search(rf"\b(?:{how})\w*\({argument}\b", self.source)) if self.is_triton else otherwise
 
 
 _VALUE_GUARDS = (

@@ -40,7 +40,10 @@ def build() -> Path:
     if compiler is None:
         checks.inspection_compiler(os.environ.get("CXX"))
     assert compiler is not None
-    library.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        checks.inspection_cache(str(library.parent), str(error))
     scratch = library.with_suffix(f".{os.getpid()}")
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
     command += ["-o", str(scratch), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
@@ -56,7 +59,10 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     shim.install_fake_device_guard()
     if target.backend == "hip":
         torch.version.hip = "6.4"
-    import triton
+    try:
+        import triton
+    except ImportError:
+        checks.inspection_extra("triton")
     from torch._dynamo import device_interface
     from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget
@@ -126,6 +132,7 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     cuda.set_device = lambda device: None
     cuda.device_count = lambda: 1
     cuda.is_available = lambda: False  # where it is True the pattern matcher allocates real tensors
+    cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast turns itself off
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.get_rng_state = lambda *a, **k: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = lambda *a, **k: None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,7 @@ def inspect(
     real = device in ("cpu", "cuda")
     if not real and device not in TARGETS:
         checks.inspection_device(device, list(TARGETS))
+    fn = getattr(fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn))  # compiled already
     timed = sorted(k for k, v in (options or {}).items() if v and k in _NEEDS_TIMING)
     if timed and device != "cpu":
         checks.inspection_timing(timed)
@@ -91,7 +95,7 @@ def inspect(
         dump=None if dump is None else str(Path(dump).absolute()),
         inputs=tuple(_describe(v) for v in inputs),
     )
-    child = child_for(target)
+    child = child_for(target, _file_of(fn))
     found = Inspection.from_json(child.ask("examine", request, request.name, progress))
     if real and measure:
         if progress is not None:
@@ -134,6 +138,14 @@ def _present_gpu() -> Target:
     if isinstance(properties, str):
         checks.inspection_gpu(properties)
     return Target(**properties)
+
+
+def _file_of(fn: Callable[..., Any]) -> tuple[str, float] | None:
+    """The file of the function's module and when it was changed."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    file = getattr(sys.modules.get(getattr(fn, "__module__", "")), "__file__", None)
+    return (file, os.path.getmtime(file)) if file and os.path.exists(file) else None
 
 
 def _name(fn: Callable[..., Any]) -> str:

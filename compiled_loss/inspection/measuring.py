@@ -37,11 +37,15 @@ def measure(request: Request) -> dict[str, Any]:
     wanted = differentiated(fn, inputs) if request.backward else []
     compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
 
+    upstream: list[Tensor] = []
+
     def step() -> None:
         result = compiled(*inputs)
         if request.backward:
             outputs = [v for v in tree_leaves(result) if isinstance(v, Tensor) and v.requires_grad]
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(v) for v in outputs], allow_unused=True)
+            if not upstream:
+                upstream.extend(torch.ones_like(v) for v in outputs)  # given, not counted, as in a prediction
+            torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
         if device.type != "cpu":
             torch.accelerator.synchronize()
 

@@ -9,6 +9,7 @@ for one target until the caller ends; a real run for measuring gets a child of i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import pickle
@@ -61,13 +62,17 @@ class Child:
         self._reading = Connection(reading, writable=False)
         self._writing = Connection(writing, readable=False)
         self._lock = threading.Lock()
-        self._receive(None)  # ready
+        kind, value = self._receive(None)  # ready
+        if kind == "refused":
+            self.close()
+            raise checks.InspectionError(value)
 
     def ask(self, job: str, request: Any, name: str, progress: Progress | None = None) -> Any:
         """The answer to one request."""
         with self._lock:
             try:
-                self._writing.send_bytes(pickle.dumps((job, request)))
+                with contextlib.suppress(BrokenPipeError):  # it is gone, and reading says how
+                    self._writing.send_bytes(pickle.dumps((job, request)))
                 kind, value = self._receive(progress)
             except BaseException:  # an answer may still be on its way
                 self.close()
@@ -89,6 +94,7 @@ class Child:
         self._reading.close()
         self._process.kill()
         self._process.wait()
+        self._output.close()
 
     def _receive(self, progress: Progress | None) -> tuple[str, Any]:
         while True:
@@ -104,20 +110,29 @@ class Child:
                 progress(value)
 
 
-_children: dict[tuple[int, Target | None], Child] = {}
+_children: dict[tuple[int, Target | None], tuple[object, Child]] = {}
+_starting = threading.Lock()
 
 
-def child_for(target: Target | None) -> Child:
-    """The child for a target, started where there is none; a fork of this process gets children of its own."""
-    key = (os.getpid(), target)
-    child = _children.get(key)
-    if child is None or not child.alive:
-        child = _children[key] = Child(target)
-    return child
+def child_for(target: Target | None, code: object = None) -> Child:
+    """The child for a target, started where there is none; a fork of this process gets children of its own.
+
+    A child imports a module once. `code` tells one state of the program from another: where it or sys.path has changed,
+    a new child takes over.
+    """
+    key, state = (os.getpid(), target), (code, tuple(sys.path))
+    with _starting:
+        known, child = _children.get(key, (None, None))
+        if child is not None and known != state and child.alive:
+            child.close()
+        if child is None or not child.alive:
+            child = Child(target)
+            _children[key] = state, child
+        return child
 
 
 @atexit.register
 def _close_all() -> None:
-    for (pid, _), child in _children.items():
+    for (pid, _), (_, child) in _children.items():
         if pid == os.getpid() and child.alive:
             child.close()

@@ -26,9 +26,23 @@ from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm")
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
-_COPIES = ("copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "slice_scatter", "constant_pad_nd", "index_put_")
-_POINTWISE = ("add", "sub", "mul", "div", "exp", "log", "where", "fill_", "zero_", "zeros", "ones", "full", "neg", "eq")
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "softmax", "norm", "all", "any", "mv", "dot")
+_COPIES = ("cat", "clone", "constant_pad_nd", "copy", "index_put", "index_select", "slice_scatter", "stack", "to_copy")
+_FILLS = ("fill", "full", "full_like", "ones", "ones_like", "zero", "zeros", "zeros_like", "arange")
+_REDUCTIONS = (
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "argmax",
+    "argmin",
+    "dot",
+    "log_softmax",
+    "logsumexp",
+    "max",
+    "mean",
+    "min",
+)
+_REDUCTIONS += ("mv", "norm", "linalg_vector_norm", "prod", "softmax", "std", "sum", "var", "var_mean")
 
 
 class Memory:
@@ -148,6 +162,11 @@ class Recorder(FakeTensorMode):
         kwargs = kwargs or {}
         if TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # linear, matmul: made of others, and they are what runs
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         inside = _written_in_python(func, self.device)
         if inside is not None:
             self.inside.append(func._schema.name)
@@ -167,7 +186,8 @@ class Recorder(FakeTensorMode):
 
     def _value(self, name: str, source: Tensor) -> Any:
         """Stand in for what only the data knows: one for a number, all of them for a choice of elements."""
-        self.launch(name, "sync", [source], [])
+        if source.device.type != "cpu":
+            self.launch(name, "sync", [source], [])
         if name == "nonzero":
             with self:
                 return torch.empty(source.numel(), source.dim(), dtype=torch.int64, device=source.device)
@@ -230,12 +250,12 @@ def _kind(func: Any, name: str, operations: int) -> Kind:
         return "collective"
     if operations:
         return "gemm"
-    if name.startswith(_COPIES):
-        return "copy"
     stem = name.strip("_")
-    if stem.startswith(_POINTWISE):
+    if stem in _COPIES:
+        return "copy"
+    if torch.Tag.pointwise in func.tags or stem in _FILLS:
         return "pointwise"
-    return "reduction" if stem.startswith(_REDUCTIONS) else "other"
+    return "reduction" if stem in _REDUCTIONS else "other"
 
 
 def _written_in_python(func: Any, device: torch.device) -> Callable[..., Any] | None:
