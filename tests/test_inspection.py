@@ -126,7 +126,6 @@ def test_a_spec_that_is_none(text):
         TensorSpec.parse(text)
 
 
-@pytest.mark.xfail(strict=True, reason="call.py: raised by int(), or not at all")
 @pytest.mark.parametrize("text", ["f32[2,,3]", "f32[2 3]", "f32[,]", "i64[2]:5..3"])
 def test_a_spec_that_is_almost_one(text):
     with pytest.raises(ValueError, match=rf"^inputs: expected .*, got {re.escape(repr(text))}$"):
@@ -140,7 +139,8 @@ def test_a_spec_that_is_almost_one(text):
         (torch.zeros(3, 2).t(), TensorSpec(shape=(2, 3), dtype=torch.float32, stride=(1, 2))),
         (torch.zeros(2, 6)[:, ::2], TensorSpec(shape=(2, 3), dtype=torch.float32, stride=(6, 2))),
         (torch.zeros(2, 1).expand(2, 3), TensorSpec(shape=(2, 3), dtype=torch.float32, stride=(1, 0))),
-        (torch.tensor([4, -2, 3]), TensorSpec(shape=(3,), dtype=torch.int64, low=-2, high=4)),
+        (torch.tensor([4, -100, 3]), TensorSpec(shape=(3,), dtype=torch.int64, high=4)),  # ignored is no label
+        (torch.tensor([4, 2, 3]), TensorSpec(shape=(3,), dtype=torch.int64, low=2, high=4)),
         (torch.tensor([True, True]), TensorSpec(shape=(2,), dtype=torch.bool, low=1, high=1)),
         (torch.tensor([], dtype=torch.int32), TensorSpec(shape=(0,), dtype=torch.int32)),
         (torch.zeros(2, device="meta", dtype=torch.int64), TensorSpec(shape=(2,), dtype=torch.int64)),
@@ -234,7 +234,6 @@ def test_a_reduction():
     assert found.backward.launches[0].read_bytes == (N * V + 2 * N) * 4
 
 
-@pytest.mark.xfail(strict=True, reason="compiler.py: an in_out_ptr that is stored and never loaded counts as read")
 def test_a_reduction_reads_its_input_only():
     found = inspect(torch.logsumexp, f"f32[{N},{V}]", 1, backward=False)
     assert found.forward.launches[0].read_bytes == N * V * 4
@@ -396,7 +395,6 @@ def test_a_module_behind_its_method_or_a_partial():
     assert inspect(partial(F.linear, weight=mlp.up.weight), "f32[16,32]").backward.operations == 2 * 16 * 32 * 64
 
 
-@pytest.mark.xfail(strict=True, reason="call.py: parameters that a function closes over are not looked for")
 def test_a_module_in_a_closure():
     mlp = user.Mlp()
     assert inspect(lambda x: mlp(x).sum(), "f32[16,32]").backward.operations
@@ -515,7 +513,6 @@ def test_operators_outside_of_any_graph():
     assert found.forward.launches[0].written_bytes == 64 * 32 * 4
 
 
-@pytest.mark.xfail(strict=True, reason="recorder.py: names are compared by their beginning: log, min")
 def test_kinds_of_operators():
     found = inspect(user.in_python, "f32[64,32]", "i64[64]:0..63", backward=False)
     kind = dict(zip(names(found.forward), kinds(found.forward), strict=True))
@@ -544,12 +541,17 @@ def test_guards_on_numbers():
     assert all("inspected_functions.py:" in g.location for g in found.guards)
 
 
-@pytest.mark.xfail(strict=True, reason="recorder.py: a number on the CPU counts as the device's, and as a sync")
+def test_a_number_that_may_change_is_read_without_a_sync():
+    found = inspect(user.scaled, "f32[8]:grad", 2.5, 3.5, dynamic=True)
+    assert "L['factor'] == 2.5" not in {g.code for g in found.guards}
+    assert "sync" not in kinds(found.forward) + kinds(found.backward)
+
+
+@pytest.mark.xfail(strict=True, reason="compiler.py: a kernel and a saved number of the CPU count as the device's")
 def test_a_number_that_may_change_stays_on_the_cpu():
     found = inspect(user.scaled, "f32[8]:grad", 2.5, 3.5, dynamic=True)
-    assert "sync" not in kinds(found.forward) + kinds(found.backward)
-    assert set(names(found.forward)) <= {k for k in names(found.forward) if k.startswith("triton")}
-    assert all(s.size > 8 for s in found.saved)
+    assert all(name.startswith("triton") for name in names(found.forward))
+    assert all(len(t.shape) == 1 for t in found.saved)
 
 
 # Operators written in Python ----------------------------------------------------------------------------------------
@@ -568,7 +570,6 @@ def test_a_custom_operator_is_looked_into():
     assert found.breaks == ()
 
 
-@pytest.mark.xfail(strict=True, reason="recorder.py: F.linear and matmul arrive undivided, without operations")
 def test_a_custom_operator_of_composite_ones():
     found = inspect(user.uses_composite, HIDDEN, WEIGHT, backward=False)
     assert found.operations == 2 * N * H * V
@@ -593,7 +594,6 @@ def test_a_custom_operator_that_writes_its_argument():
 # What a real device would do ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="fake_device.py: autocast is off where torch.cuda.is_available() is False")
 def test_autocast():
     found = inspect(user.autocast_product, "f32[64,32]", "f32[32,100]", backward=False)
     assert {g.dtype for g in found.forward.gemms} == {"bfloat16"}
@@ -703,7 +703,6 @@ def test_the_predicted_peak_is_the_measured_one():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="measuring.py counts the gradient of the result, examine.py takes it for given")
 def test_the_predicted_peak_with_a_large_result():
     check_measured(user.same_shape, "f32[1024,131072]:grad")
 
@@ -713,7 +712,8 @@ def test_the_predicted_peak_with_a_large_result():
 def test_the_predicted_peak_of_layers(backward):
     check_measured(
         lambda a, b, c: user.layers(a, b, c).sum(),
-        *["f32[4096,4096]:grad" if backward else "f32[8192,8192]"] * 3,
+        *["f32[32768,1024]:grad" if backward else "f32[131072,512]"],
+        *["f32[1024,1024]:grad" if backward else "f32[512,512]"] * 2,
         backward=backward,
     )
 
@@ -739,7 +739,6 @@ def test_the_predicted_peak_of_losses_on_logits(fn):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="call.py: labels are drawn from everything between -100 and the last class")
 def test_a_run_with_ignored_labels():
     logits, labels = "f32[8,5]:grad", torch.tensor([-100, 1, 2, 3, 4, 4, 4, -100])
     assert inspect(F.cross_entropy, logits, labels, device="cpu", measure=True).measured.seconds > 0
@@ -854,6 +853,15 @@ def test_a_fork_has_a_child_of_its_own(tmp_path):
     assert status == 0 and nothing_left
 
 
+@pytest.mark.xfail(strict=True, reason="process.py: a function of another module takes a new child, 15 seconds each")
+def test_one_child_serves_functions_of_any_module():
+    pids = set()
+    for fn in (user.twice, torch.exp, lambda x: x + 1, F.relu, user.same_shape):
+        inspect(fn, "f32[8]", backward=False)
+        pids.add(process.child_for(H100)._process.pid)
+    assert len(pids) == 1
+
+
 def test_two_threads_share_a_child():
     inspect(user.twice, "f32[8]", backward=False)
     pid = process.child_for(H100)._process.pid
@@ -871,7 +879,6 @@ def test_two_threads_share_a_child():
     assert process.child_for(H100)._process.pid == pid
 
 
-@pytest.mark.xfail(strict=True, reason="process.py: nothing keeps two threads from starting a child each")
 def test_two_threads_start_one_child(monkeypatch):
     started = []
 
@@ -920,7 +927,6 @@ def test_a_child_that_is_killed_while_it_waits(monkeypatch):
     assert not second.alive
 
 
-@pytest.mark.xfail(strict=True, reason="process.py: the file of a child's output is left to the garbage collector")
 def test_a_child_that_is_closed_leaves_no_file(monkeypatch):
     before = os.listdir("/proc/self/fd")
     child = process.Child(None)
@@ -928,7 +934,6 @@ def test_a_child_that_is_closed_leaves_no_file(monkeypatch):
     assert os.listdir("/proc/self/fd") == before
 
 
-@pytest.mark.xfail(strict=True, reason="process.py: BrokenPipeError where a child ends between two questions")
 def test_a_child_that_just_ended(monkeypatch):
     child = process.Child(None)
     child._process.kill()
@@ -965,7 +970,6 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop(name, None)
 
 
-@pytest.mark.xfail(strict=True, reason="process.py: a child has the sys.path of the time it was started")
 def test_a_module_that_came_on_the_path_later(module):
     inspect(user.twice, "f32[8]", backward=False)  # the child is there
     later = module("def fn(x):\n    return x.exp()\n")
@@ -973,7 +977,6 @@ def test_a_module_that_came_on_the_path_later(module):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="process.py: a child keeps the module that it imported first")
 def test_a_module_that_was_edited(module, monkeypatch):
     monkeypatch.setattr(process, "_children", {})  # a child that knows the path
     try:
@@ -1014,7 +1017,6 @@ def test_a_function_that_ends_the_process():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="child.py: SystemExit is no Exception")
 def test_a_function_that_exits():
     with pytest.raises(InspectionError, match=r"exits raised .*SystemExit"):
         inspect(user.exits, "f32[8]", backward=False, device="cpu")
@@ -1042,7 +1044,6 @@ def test_an_input_that_is_more_than_its_shape():
         inspect(user.twice, torch.ones(3).as_subclass(Mine))
 
 
-@pytest.mark.xfail(strict=True, reason="inspector.py: what torch.compile gave is not unwrapped, and cannot be pickled")
 def test_a_function_that_is_compiled_already():
     compiled = torch.compile(lambda x: x.exp())
     assert inspect(compiled, "f32[8]", backward=False).launches == 1
@@ -1074,8 +1075,7 @@ def afresh(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     yield
-    for child in process._children.values():
-        child.close()
+    process._close_all()  # of this test
 
 
 def refused(pattern, device="cuda:sm_90", **options):
@@ -1127,7 +1127,6 @@ def test_without_cloudpickle(monkeypatch):
     refused(r"^inspection needs cloudpickle: pip install 'compiled-loss\[inspect\]'$")
 
 
-@pytest.mark.xfail(strict=True, reason="fake_device.py: the ImportError ends the child, the message is its traceback")
 def test_without_triton(afresh, monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "triton").mkdir()
@@ -1142,7 +1141,7 @@ def test_without_an_interpreter(afresh, monkeypatch):
     refused(r"/nowhere/python")
 
 
-@pytest.mark.xfail(strict=True, reason="fake_device.py: an OSError of the cache's folder as it is")
+@pytest.mark.xfail(strict=True, reason="fake_device.py: cache_dir() makes the folder, outside of the try")
 def test_with_a_cache_that_cannot_be_written(afresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))

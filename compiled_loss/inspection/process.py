@@ -53,6 +53,7 @@ class Child:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(requests, answers),
+                env={"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ},  # workers would start, and have nothing to do
             )
         except OSError as error:
             checks.inspection_died(error, "")

@@ -25,10 +25,11 @@ from torch.utils.flop_counter import flop_registry
 from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm")
+_COMPOSITES = ("linear", "matmul", "einsum", "tensordot")  # arrive whole in an operator, whose autograd is its own
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
 _COPIES = ("cat", "clone", "constant_pad_nd", "copy", "index_put", "index_select", "slice_scatter", "stack", "to_copy")
 _FILLS = ("fill", "full", "full_like", "ones", "ones_like", "zero", "zeros", "zeros_like", "arange")
-_REDUCTIONS = (
+_REDUCTIONS: tuple[str, ...] = (
     "all",
     "amax",
     "amin",
@@ -162,11 +163,9 @@ class Recorder(FakeTensorMode):
         kwargs = kwargs or {}
         if TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:  # linear, matmul: made of others, and they are what runs
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if self.inside and func._schema.name.removeprefix("aten::") in _COMPOSITES:
+            with self:
+                return func.decompose(*args, **kwargs)
         inside = _written_in_python(func, self.device)
         if inside is not None:
             self.inside.append(func._schema.name)
