@@ -373,6 +373,6 @@ def inspection_timing(names: list[str]) -> None:
     )
 
 
-def inspection_cache(folder: str, reason: str) -> None:
+def inspection_cache(reason: str) -> None:
     """Raise: the fake device cannot be kept."""
-    raise InspectionError(f"the compiler's cache: expected to write in {folder}: {reason}: set TORCHINDUCTOR_CACHE_DIR")
+    raise InspectionError(f"TORCHINDUCTOR_CACHE_DIR: expected a cache folder that can be written: {reason}")

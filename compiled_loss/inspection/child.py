@@ -32,7 +32,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
     writing.send(("done", None))
     while True:
         try:
-            job, request = pickle.loads(reading.recv_bytes())
+            job, request, sys.path[:] = pickle.loads(reading.recv_bytes())
         except EOFError:
             return
         try:

@@ -32,18 +32,19 @@ def build() -> Path:
     if not sys.platform.startswith("linux"):
         checks.inspection_platform(sys.platform)
     root = Path(torch.__file__).parent
+    try:
+        folder = Path(cache_dir()) / "compiled_loss"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        checks.inspection_cache(str(error))
     key = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {root}".encode()).hexdigest()[:16]
-    library = Path(cache_dir()) / "compiled_loss" / f"fake_device_{key}.so"
+    library = folder / f"fake_device_{key}.so"
     if library.exists():
         return library
     compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
         checks.inspection_compiler(os.environ.get("CXX"))
     assert compiler is not None
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        checks.inspection_cache(str(library.parent), str(error))
     scratch = library.with_suffix(f".{os.getpid()}")
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
     command += ["-o", str(scratch), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]

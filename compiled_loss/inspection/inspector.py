@@ -140,12 +140,12 @@ def _present_gpu() -> Target:
     return Target(**properties)
 
 
-def _file_of(fn: Callable[..., Any]) -> tuple[str, float] | None:
-    """The file of the function's module and when it was changed."""
+def _file_of(fn: Callable[..., Any]) -> str | None:
+    """The file of the function's module."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     file = getattr(sys.modules.get(getattr(fn, "__module__", "")), "__file__", None)
-    return (file, os.path.getmtime(file)) if file and os.path.exists(file) else None
+    return file if file and os.path.exists(file) else None
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -63,6 +63,7 @@ class Child:
         self._reading = Connection(reading, writable=False)
         self._writing = Connection(writing, readable=False)
         self._lock = threading.Lock()
+        self._files: dict[str, float] = {}
         kind, value = self._receive(None)  # ready
         if kind == "refused":
             self.close()
@@ -73,7 +74,7 @@ class Child:
         with self._lock:
             try:
                 with contextlib.suppress(BrokenPipeError):  # it is gone, and reading says how
-                    self._writing.send_bytes(pickle.dumps((job, request)))
+                    self._writing.send_bytes(pickle.dumps((job, request, sys.path)))
                 kind, value = self._receive(progress)
             except BaseException:  # an answer may still be on its way
                 self.close()
@@ -83,6 +84,11 @@ class Child:
         if kind == "error":
             checks.inspection_raised(name, value)
         return value
+
+    def knows_older(self, file: str) -> bool:
+        """Whether the file was another one when this was first asked."""
+        changed = os.path.getmtime(file)
+        return self._files.setdefault(file, changed) != changed
 
     @property
     def alive(self) -> bool:
@@ -111,29 +117,29 @@ class Child:
                 progress(value)
 
 
-_children: dict[tuple[int, Target | None], tuple[object, Child]] = {}
+_children: dict[tuple[int, Target | None], Child] = {}
 _starting = threading.Lock()
 
 
-def child_for(target: Target | None, code: object = None) -> Child:
+def child_for(target: Target | None, file: str | None = None) -> Child:
     """The child for a target, started where there is none; a fork of this process gets children of its own.
 
-    A child imports a module once. `code` tells one state of the program from another: where it or sys.path has changed,
-    a new child takes over.
+    A child imports a module once: where `file`, that of the function, has changed since, a new child takes over.
     """
-    key, state = (os.getpid(), target), (code, tuple(sys.path))
+    key = (os.getpid(), target)
     with _starting:
-        known, child = _children.get(key, (None, None))
-        if child is not None and known != state and child.alive:
+        child = _children.get(key)
+        if child is not None and child.alive and file is not None and child.knows_older(file):
             child.close()
         if child is None or not child.alive:
-            child = Child(target)
-            _children[key] = state, child
+            child = _children[key] = Child(target)
+        if file is not None:
+            child.knows_older(file)
         return child
 
 
 @atexit.register
 def _close_all() -> None:
-    for (pid, _), (_, child) in _children.items():
+    for (pid, _), child in _children.items():
         if pid == os.getpid() and child.alive:
             child.close()
