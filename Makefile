@@ -4,8 +4,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv$(if $(filter 2.13.0,$(TORCH)),,-$(TORCH))
 BIN := $(VENV)/bin
-# A build of torch for CPUs does not bring its triton.
-TRITON := $(if $(filter 2.13.0,$(TORCH)),triton==3.7.0)
+# Where torch, built for CPUs, does not bring its own.
+TRITON := $(if $(filter 2.13.0,$(TORCH)),triton==3.7.0,triton)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
@@ -45,7 +45,8 @@ bench: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TRITON) -e '.[demo,inspect,test,dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,inspect,test,dev]'
 	touch $@
 
 clean:
