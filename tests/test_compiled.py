@@ -317,17 +317,17 @@ def expect():
             assert_expected_inline(
                 actual,
                 """\
-2 chunks: 3 kernels forward, 1 backward
-8 chunks: 3 kernels forward, 1 backward
-32 chunks: 3 kernels forward, 1 backward""",
+2 chunks: 5 kernels forward, 1 backward
+8 chunks: 5 kernels forward, 1 backward
+32 chunks: 5 kernels forward, 1 backward""",
             )
         else:
             assert_expected_inline(
                 actual,
                 """\
-2 chunks: 3 kernels forward, 3 backward
-8 chunks: 3 kernels forward, 3 backward
-32 chunks: 3 kernels forward, 3 backward""",
+2 chunks: 3 kernels forward, 4 backward
+8 chunks: 3 kernels forward, 4 backward
+32 chunks: 3 kernels forward, 4 backward""",
             )
 
     return check

@@ -78,11 +78,12 @@ def test_contract(inspected, model, name):
         bias = "bias" in keywords(tokens, vocab).get(name.split(", ")[1], {})
         forward, *backward = in_the_loop(found)
         if name.startswith("tokens"):
-            assert forward in (case.chunks * (1 + bias), case.chunks - 1)
+            last = 1 if bias or not found.backward else 0  # may follow the last GEMM
+            assert case.chunks * (1 + bias) - last <= forward <= case.chunks * (1 + bias)
             assert backward in ([], [0])
         else:
             assert forward == case.chunks - 1  # the last one follows the last GEMM
-            assert backward == [] or case.chunks <= backward[0] <= case.chunks * (1 + bias) + 2 * bias
+            assert backward == [] or case.chunks <= backward[0] <= case.chunks * (1 + bias) + 2  # two of O(N) or O(V)
 
 
 @CONTRACTS

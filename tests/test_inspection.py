@@ -26,7 +26,7 @@ from compiled_loss.inspection import TARGETS, Inspection, InspectionError, inspe
 from compiled_loss.inspection.call import TensorSpec, find_function, parse_inputs
 from compiled_loss.nn import LinearCrossEntropy
 
-pytestmark = [
+pytestmark = [pytest.mark.xdist_group("inspection"), pytest.mark.slow]  # minutes, with a child for each device
     pytest.mark.xdist_group("inspection"),  # one worker holds the children
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GPU CODE IS NOT TESTED: it is generated on Linux"),
 ]
