@@ -26,7 +26,8 @@ from compiled_loss.inspection import TARGETS, Inspection, InspectionError, inspe
 from compiled_loss.inspection.call import TensorSpec, find_function, parse_inputs
 from compiled_loss.nn import LinearCrossEntropy
 
-pytestmark = [pytest.mark.xdist_group("inspection"), pytest.mark.slow]  # minutes, with a child for each device
+pytestmark = [
+    pytest.mark.slow,  # minutes, with a child for each device
     pytest.mark.xdist_group("inspection"),  # one worker holds the children
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GPU CODE IS NOT TESTED: it is generated on Linux"),
 ]
@@ -862,7 +863,6 @@ def test_a_fork_has_a_child_of_its_own(tmp_path):
     assert status == 0 and nothing_left
 
 
-@pytest.mark.xfail(strict=True, reason="process.py: a function of another module takes a new child, 15 seconds each")
 def test_one_child_serves_functions_of_any_module():
     pids = set()
     for fn in (user.twice, torch.exp, lambda x: x + 1, F.relu, user.same_shape):
@@ -1150,7 +1150,6 @@ def test_without_an_interpreter(afresh, monkeypatch):
     refused(r"/nowhere/python")
 
 
-@pytest.mark.xfail(strict=True, reason="fake_device.py: cache_dir() makes the folder, outside of the try")
 def test_with_a_cache_that_cannot_be_written(afresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
