@@ -65,13 +65,17 @@ class Memory:
         """Count a tensor's storage until it is freed, once; whether it was new."""
         if tensor.untyped_storage()._cdata in self.keys():
             return False
-        self.name(tensor, origin, "")
+        self._remember(tensor, origin, "")
         self._live += tensor.untyped_storage().nbytes()
         self.peak = max(self.peak, self._live)
         return True
 
     def name(self, tensor: Tensor, origin: str, location: str) -> None:
-        """Remember what made a tensor's storage."""
+        """Say what made a tensor's storage, if it is counted: the host's are not."""
+        if tensor.untyped_storage()._cdata in self._storages:
+            self._remember(tensor, origin, location)
+
+    def _remember(self, tensor: Tensor, origin: str, location: str) -> None:
         storage = tensor.untyped_storage()
         saved = Saved(
             shape=tuple(tensor.shape),
