@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import compiled_loss
 from compiled_loss import Chunking, cli
 from compiled_loss.inspection import command
+from compiled_loss.inspection.cases import cases_of
 from compiled_loss.inspection.record import Inspection
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def folder(tmp_path, monkeypatch):
 def cases(*arguments):
     parser = argparse.ArgumentParser()
     command.add(parser.add_subparsers())
-    return command._cases(parser.parse_args(["inspect", *arguments]))
+    return cases_of(parser.parse_args(["inspect", *arguments]))
 
 
 def inputs(case):

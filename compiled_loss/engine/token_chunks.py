@@ -23,6 +23,7 @@ from compiled_loss.engine.statistics import (
     finish,
     initial_state,
     masked,
+    statistics_dtype,
     unit_scale,
 )
 
@@ -121,7 +122,7 @@ class _TokenChunks(torch.autograd.Function):
         run = hosts.choose(hidden.device, plan.compile)
         d_hidden = torch.empty_like(hidden) if wanted.hidden else None
         d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
-        d_bias = None
+        d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
         labels = labels.clone()  # to be fenced: NOTE [Order]
         chunks = []
@@ -134,7 +135,7 @@ class _TokenChunks(torch.autograd.Function):
                 gemm.mm_out(rows.of(d_hidden), d, weight)
             if d_weight is not None:
                 (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), h)
-            if wanted.bias:
+            if d_bias is not None:
                 (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
             del d  # or eager code holds two chunks
             gradients = [d_hidden, d_weight, d_bias]

@@ -19,6 +19,8 @@ from compiled_loss.inspection.examine import examine
 from compiled_loss.inspection.measuring import measure, properties
 from compiled_loss.inspection.targets import Target
 
+_LINES = 12  # of an error that are shown
+
 
 def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int, answers: int) -> None:
     """Answer on file descriptors: ("progress", text)..., then ("done", value), ("refused", text) or ("error", text)."""
@@ -59,5 +61,7 @@ def _readable(error: BaseException) -> str:
     """The traceback without the frames of the compiler, which are dozens."""
     libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
-    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-    return "".join(lines)
+    said = "".join(traceback.format_exception_only(error)).splitlines(keepends=True)
+    # The dispatcher lists every backend it knows.
+    more = [f"... {len(said) - _LINES} more lines\n"] if len(said) > _LINES else []
+    return "".join([*traceback.format_list(frames), *said[:_LINES], *more])

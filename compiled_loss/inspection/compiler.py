@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from compiled_loss.inspection.record import Break, Graph, Guard, Kind
 from compiled_loss.inspection.recorder import Recorder
@@ -38,15 +39,26 @@ _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(_
 def _stop(lowering: Any) -> None:
     generated = lowering.codegen()
     wrapper = generated[0] if isinstance(generated, tuple) else generated
-    raise _Generated(str(getattr(wrapper, "value", wrapper)))
+    raise _Generated(str(getattr(wrapper, "value", wrapper)), lowering.constants)
+
+
+def _copy_constant(lowering: Any, name: str, device: torch.device | None) -> str:
+    """Name the device's copy of a constant, which Inductor makes while it compiles; on "meta", for want of a device."""
+    if device is None or lowering.constants[name].device == device:
+        return name
+    copy = f"{name}_{device.type}{device.index or 0}"
+    with _disable_current_modes():
+        lowering.constants[copy] = lowering.constants[name].to("meta")
+    return copy
 
 
 class _Generated(Exception):  # noqa: N818
     """Raised in the place where Inductor would load its code."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, constants: dict[str, Tensor]) -> None:
         super().__init__("host code")
         self.source = source
+        self.constants = constants
 
 
 @dataclass
@@ -60,8 +72,10 @@ class GeneratedKernel:
     is_triton: bool
 
     def run(self, recorder: Recorder, values: Sequence[Any]) -> None:
-        """Write down one launch."""
+        """Write down one launch, unless it is the host's."""
         tensors = [(n, v) for n, v in zip(self.arguments, values, strict=False) if isinstance(v, Tensor)]
+        if all(v.device.type != recorder.device.type for _, v in tensors):
+            return
         reads = [v for n, v in tensors if self._uses(n, "load", not n.startswith("out_"))]
         writes = [v for n, v in tensors if self._uses(n, "store|atomic", not n.startswith("in_ptr"))]
         recorder.launch(self.name, self.kind, reads, writes)
@@ -118,6 +132,7 @@ class Compiler:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(CheckFunctionManager, "__init__", listen))
             stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module", _stop))
+            stack.enter_context(mock.patch.object(GraphLowering, "constant_name", _copy_constant))
             stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
             # What would compute on the device: constants, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
@@ -138,7 +153,7 @@ class Compiler:
             generated = getattr(error, "inner_exception", error)
             if not isinstance(generated, _Generated):
                 raise
-            source = generated.source
+            source, constants = generated.source, generated.constants
         else:
             return gm.forward  # a graph with nothing to compute
         direction: Literal["forward", "backward"] = "backward" if keywords.get("is_backward") else "forward"
@@ -147,7 +162,7 @@ class Compiler:
         self._progress(f"{direction} graph {sum(g.direction == direction for g in self.graphs)} generated")
 
         def run(arguments: list[Any]) -> Any:
-            results = self._module(source).call(arguments)
+            results = self._module(source, constants).call(arguments)
             for value, origin in zip(results, origins, strict=False):
                 if isinstance(value, Tensor) and origin is not None:
                     self.recorder.memory.name(value, *origin)
@@ -177,7 +192,7 @@ class Compiler:
                 if found not in self.guards:
                     self.guards.append(found)
 
-    def _module(self, source: str) -> Any:
+    def _module(self, source: str, constants: dict[str, Tensor]) -> Any:
         """The host code as a module whose kernels are written down instead of launched."""
         key = hashlib.sha256(source.encode()).hexdigest()
         if key not in self._modules:
@@ -187,6 +202,9 @@ class Compiler:
             module.__dict__["async_compile"] = _Kernels(self)
             exec(compile(code, module.__name__, "exec"), module.__dict__)
             module.__dict__.update(self._overrides())
+            for name, value in constants.items():
+                device = self.recorder.device if value.is_meta else value.device
+                module.__dict__[name] = torch.empty_like(value, device=device)
             self._modules[key] = module
         return self._modules[key]
 

@@ -56,6 +56,9 @@ class Child:
                 env={"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ},  # workers would start, and have nothing to do
             )
         except OSError as error:
+            for end in (reading, writing):
+                os.close(end)
+            self._output.close()
             checks.inspection_died(error, "")
         finally:
             os.close(requests)
@@ -64,10 +67,13 @@ class Child:
         self._writing = Connection(writing, readable=False)
         self._lock = threading.Lock()
         self._files: dict[str, float] = {}
-        kind, value = self._receive(None)  # ready
-        if kind == "refused":
+        try:
+            kind, value = self._receive(None)  # ready
+            if kind == "refused":
+                raise checks.InspectionError(value)
+        except BaseException:
             self.close()
-            raise checks.InspectionError(value)
+            raise
 
     def ask(self, job: str, request: Any, name: str, progress: Progress | None = None) -> Any:
         """The answer to one request."""

@@ -1,0 +1,192 @@
+"""From words to calls: the functions that `compiled-loss inspect` was asked about, and their inputs.
+
+NOTE [Other]
+`--compare` takes a line of its own, read by the same arguments. What is called, and for which device, is taken from the
+first function where the line does not say it; how (options, chunking, Inductor's options, dynamic) never is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled_loss.inspection.arguments import SHAPE, WHAT
+
+INPUTS = {  # of our own functions, by the names of their parameters
+    "hidden": "{dtype}[{tokens},{hidden}]:grad",
+    "weight": "{dtype}[{vocab},{hidden}]:grad",
+    "logits": "{dtype}[{tokens},{vocab}]:grad",
+    "labels": "int64[{tokens}]:0..{last}",
+}
+CHUNKING = ("strategy", "chunk_size", "memory_budget")
+
+
+def unchunked(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Give the ordinary loss of a linear head, which holds all logits: what ours are compared with."""
+    return F.cross_entropy((hidden @ weight.T).float(), labels, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A call to inspect. `label` tells it from the other one."""
+
+    label: str
+    fn: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    device: str
+    backward: bool
+    dynamic: bool | None
+    inductor: dict[str, Any] | None
+
+
+def cases_of(given: argparse.Namespace) -> list[Case]:
+    """Make the call, and the one to compare it with: NOTE [Other]."""
+    labels = [_label(given, given.function.rpartition(":")[2], [])]
+    other = given.compare
+    if other is not None:
+        labels.append(_label(other, other.function.rpartition(":")[2], [*SHAPE, "device"]))
+        if labels[0] == labels[1]:
+            labels = [_label(one, one.function, []) for one in (given, other)]
+            labels[1] += " (2)" * (labels[0] == labels[1])
+    _complete(given, WHAT)
+    first = _find(given.function)
+    cases = [_case(labels[0], given, first, None)]
+    if other is not None:
+        _complete(other, vars(given))
+        cases.append(_case(labels[1], other, _find(other.function), first))
+    return cases
+
+
+def _label(given: argparse.Namespace, name: str, more: Sequence[str]) -> str:
+    """Name a call as in a report: its function, and what was said of how to call it."""
+    said = [(key, getattr(given, key)) for key in (*CHUNKING, "dynamic", *more)]
+    said += [*(given.option or ()), *(given.inductor or ())]
+    return " ".join([name, *(f"{key}={value}" for key, value in said if value is not None)])
+
+
+def _complete(given: argparse.Namespace, above: dict[str, Any]) -> None:
+    """Take what was not said from `above`: NOTE [Other]."""
+    if given.inputs is None:
+        given.inputs = above["inputs"]
+    said = [f"--{name}" for name in SHAPE if getattr(given, name) is not None]
+    if said and given.inputs is not None:
+        raise RuntimeError(f"{', '.join(said)}: inputs of {given.function} are those of --inputs")
+    for name in WHAT:
+        if getattr(given, name) is None:
+            setattr(given, name, above[name])
+
+
+def _find(name: str) -> Callable[..., Any]:
+    """Find the function, in the current folder as well."""
+    from compiled_loss.inspection.call import find_function
+
+    if name == unchunked.__name__:
+        return unchunked
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = find_function(name)
+    except RuntimeError:
+        raise
+    except Exception as error:  # the user's module runs when it is imported
+        raise RuntimeError(f"{name}: its import raised {type(error).__name__}: {error}") from error
+    if isinstance(found, type):
+        raise RuntimeError(f"{name} is a class: name a function, or an instance that is made in the module")
+    return found
+
+
+def _case(label: str, given: argparse.Namespace, fn: Callable[..., Any], first: Callable[..., Any] | None) -> Case:
+    """Make a call. `first` is the function whose inputs a function that is not ours takes, if there is one."""
+    from compiled_loss.inspection.call import TensorSpec, parse_inputs
+
+    options = dict(given.option or ())
+    if options and isinstance(fn, torch.nn.Module):  # a partial would hide its parameters
+        raise RuntimeError(f"--option: {given.function} is a Module, which gets its options where it is made")
+    chunking = {name: getattr(given, name) for name in CHUNKING if getattr(given, name) is not None}
+    if chunking:
+        if "chunking" not in _parameters(fn):
+            raise RuntimeError(f"--{next(iter(chunking)).replace('_', '-')}: {given.function} takes no chunking")
+        from compiled_loss.engine.plan import Chunking
+
+        options["chunking"] = Chunking(**chunking)
+    if given.inputs is not None:
+        inputs = parse_inputs(given.inputs)
+    elif ":" in given.function and first is None:
+        raise RuntimeError(
+            f'{given.function}: needs --inputs, such as --inputs "bf16[8192,4096]:grad int64[8192]:0..9"'
+        )
+    else:
+        inputs = _made(fn if first is None or ":" not in given.function else first, given)
+    if _parameters(fn):
+        try:
+            signature(_called(fn)).bind(*inputs, **options)
+        except TypeError as error:
+            raise RuntimeError(f"{given.function}: {error}, with {len(inputs)} inputs and {list(options)}") from None
+    inductor = dict(given.inductor or ())
+    if inductor:
+        from torch._inductor import list_options
+
+        unknown = sorted(inductor.keys() - set(list_options()))
+        if unknown:
+            raise RuntimeError(f"--inductor: torch {torch.__version__} has no {', '.join(unknown)}")
+    tensors = {name: value for name, value in options.items() if isinstance(value, TensorSpec)}
+    others = {name: value for name, value in options.items() if name not in tensors}
+    if others:
+        fn = _named(partial(fn, **others), label)
+    if tensors:
+        fn = _named(partial(_by_name, fn, tuple(tensors)), label)
+    return Case(
+        label=label,
+        fn=fn,
+        inputs=(*inputs, *tensors.values()),
+        device=given.device,
+        backward=given.backward,
+        dynamic=given.dynamic,
+        inductor=inductor or None,
+    )
+
+
+def _called(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return fn.forward if isinstance(fn, torch.nn.Module) else fn
+
+
+def _parameters(fn: Callable[..., Any]) -> dict[str, Parameter]:
+    """{name: parameter}, and nothing for what has no signature, as some of torch's functions."""
+    try:
+        return dict(signature(_called(fn)).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def _made(fn: Callable[..., Any], given: argparse.Namespace) -> tuple[Any, ...]:
+    """Make inputs of sizes N, H and V for a function of ours."""
+    from compiled_loss.inspection.call import parse_inputs
+
+    sizes = {name: getattr(given, name) for name in SHAPE} | {"last": given.vocab - 1}
+    positional = [
+        p.name for p in _parameters(fn).values() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty
+    ]
+    unknown = [name for name in positional if name not in INPUTS]
+    if unknown or not positional:
+        raise RuntimeError(f"{given.function}: needs --inputs, for nothing is known of {', '.join(unknown) or 'them'}")
+    return parse_inputs(" ".join(INPUTS[name].format(**sizes) for name in positional))
+
+
+def _named(fn: partial[Any], name: str) -> partial[Any]:
+    fn.__name__ = name  # type: ignore[attr-defined]
+    return fn
+
+
+def _by_name(fn: Callable[..., Any], names: tuple[str, ...], *inputs: Any) -> Any:
+    """Call with the last inputs as keyword arguments: what is differentiated must be an input."""
+    return fn(*inputs[: -len(names)], **dict(zip(names, inputs[-len(names) :], strict=True)))
