@@ -135,9 +135,10 @@ def child_for(target: Target | None, file: str | None = None) -> Child:
     key = (os.getpid(), target)
     with _starting:
         child = _children.get(key)
-        if child is not None and child.alive and file is not None and child.knows_older(file):
+        if child is not None and not (child.alive and (file is None or not child.knows_older(file))):
             child.close()
-        if child is None or not child.alive:
+            child = None
+        if child is None:
             child = _children[key] = Child(target)
         if file is not None:
             child.knows_older(file)
