@@ -17,7 +17,7 @@ budget leaves it fewer.
 NOTE [Default chunk]
 Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
 least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
-1024 rows of 131072 columns for sm_90, about ten at 256). Where H < MIN_ROWS the two collide, and the kernels win.
+1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win.
 N is then spread evenly over the chunks that takes, which halves them at worst, just above a power of two; and past
 N = 2**17 there are no more chunks than rows in each, so that the last one is never empty.
 Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in multiples of COLUMN_MULTIPLE.
