@@ -14,6 +14,11 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy,
     linear_cross_entropy_with_statistics,
 )
+from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
+from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
+    linear_soft_cross_entropy,
+    masked_soft_cross_entropy,
+)
 from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics  # noqa: E402
 
 __version__ = "0.1.0"
@@ -23,8 +28,12 @@ __all__ = [
     "LossAndStatistics",
     "TokenStatistics",
     "cross_entropy",
+    "distillation",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
+    "linear_distillation",
+    "linear_soft_cross_entropy",
     "linear_token_statistics",
+    "masked_soft_cross_entropy",
     "nn",
 ]

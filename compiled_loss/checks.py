@@ -9,6 +9,7 @@ from torch import Tensor
 
 OLDEST_TORCH = (2, 11)
 _REDUCTIONS = ("none", "sum", "mean")
+_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 _STRATEGIES = ("auto", "tokens", "vocab")
 
 
@@ -56,29 +57,51 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected on {device} like the first argument, got {value.device}")
 
 
-def logits(value: Tensor) -> None:
+def logits(value: Tensor, name: str = "logits") -> None:
     """Raise unless `value` is [..., V]."""
-    tensor("logits", value)
-    floating("logits", value)
+    tensor(name, value)
+    floating(name, value)
     if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(f"logits: expected [..., V] with V >= 1, got {_shape(value.shape)}")
+        raise ValueError(f"{name}: expected [..., V] with V >= 1, got {_shape(value.shape)}")
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise unless hidden @ weight.T + bias exists."""
-    tensor("hidden", hidden)
-    tensor("weight", weight)
-    floating("hidden", hidden)
-    floating("weight", weight)
+def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
+    """Raise unless `value` has a number for each of those of `source`, the argument called `other`."""
+    tensor(name, value)
+    floating(name, value)
+    if value.shape != source.shape:
+        raise ValueError(f"{name}: expected the shape of {other}, {_shape(source.shape)}, got {_shape(value.shape)}")
+    same_device(name, value, source.device)
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("hidden", "weight")) -> None:
+    """Raise unless hidden @ weight.T + bias exists; `names` are those of the first two."""
+    for name, value in zip(names, (hidden, weight), strict=True):
+        tensor(name, value)
+        floating(name, value)
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: expected [V, H] with V >= 1 and H >= 1, got {_shape(weight.shape)}")
+        raise ValueError(f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {_shape(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden: expected [..., H] with H = {weight.shape[1]}, the width of weight, got {_shape(hidden.shape)}"
+            f"{names[0]}: expected [..., H] with H = {weight.shape[1]}, the width of {names[1]}, "
+            f"got {_shape(hidden.shape)}"
         )
-    same_device("weight", weight, hidden.device)
+    same_device(names[1], weight, hidden.device)
     if bias is not None:
         vocabulary_vector("bias", bias, weight.shape[0], hidden.device)
+
+
+def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -> None:
+    """Raise unless a teacher's head fits the hidden states of its student; `rows`, if any, are its weight's."""
+    head(hidden, weight, None, ("teacher_hidden", "teacher_weight"))
+    if hidden.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden: expected the student's tokens, {_shape(student.shape[:-1])} and a width, "
+            f"got {_shape(hidden.shape)}"
+        )
+    if rows is not None and weight.shape[0] != rows:
+        raise ValueError(f"teacher_weight: expected the student's V = {rows} rows, got {weight.shape[0]}")
+    same_device("teacher_hidden", hidden, student.device)
 
 
 def same_dtype(hidden: Tensor, weight: Tensor) -> None:
@@ -180,6 +203,104 @@ def reduction(value: str) -> None:
     """Raise unless the reduction exists."""
     if value not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {value!r}")
+
+
+def scalar_reduction(value: str) -> None:
+    """Raise unless the reduction gives one number, as the token walk must."""
+    reduction(value)
+    if value == "none":
+        raise ValueError("reduction: expected 'mean' or 'sum', got 'none': use distillation(), on logits")
+
+
+def distillation(
+    divergence: str,
+    jsd_weight: float,
+    temperature: float,
+    hard_label_weight: float,
+    fp32_upcast: bool,
+    chunk_size: int,
+) -> None:
+    """Raise unless each number of a distillation is in its range."""
+    if divergence not in _DIVERGENCES:
+        raise ValueError(f"divergence: expected one of {', '.join(map(repr, _DIVERGENCES))}, got {divergence!r}")
+    number("jsd_weight", jsd_weight)
+    if not 0 < jsd_weight < 1:
+        raise ValueError(f"jsd_weight: expected a number between 0 and 1, got {jsd_weight}")
+    transform(None, temperature)
+    number("hard_label_weight", hard_label_weight)
+    if not 0 <= hard_label_weight <= 1:
+        raise ValueError(f"hard_label_weight: expected a number from 0 to 1, got {hard_label_weight}")
+    flag("fp32_upcast", fp32_upcast)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: expected an int >= 0, got {type(chunk_size).__name__}")
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size: expected an int >= 0, got {chunk_size}")
+
+
+def flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def position_mask(value: Tensor, name: str, source: Tensor) -> None:
+    """Raise unless `value` has one number for each row of `source`, the argument called `name`; nothing broadcasts."""
+    tensor("position_mask", value)
+    if value.dtype.is_complex:
+        raise TypeError(f"position_mask: expected bool, integer or floating, got {value.dtype}")
+    rows = source.shape[:-1]
+    if value.shape not in (rows, torch.Size([*rows, 1])):
+        raise ValueError(
+            f"position_mask: expected the shape of {name} with 1 for its last dimension or without it, "
+            f"{_shape(torch.Size([*rows, 1]))} or {_shape(rows)}, got {_shape(value.shape)}"
+        )
+    same_device("position_mask", value, source.device)
+
+
+def soft_target(
+    target_probs: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    draft_to_target: Tensor | None,
+    hidden: Tensor,
+    vocab: int,
+) -> None:
+    """Raise unless exactly one form of target is given, and fits."""
+    head_given = teacher_hidden is not None or teacher_weight is not None
+    if (target_probs is not None) == head_given or (teacher_hidden is None) != (teacher_weight is None):
+        named = {"target_probs": target_probs, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        given = ", ".join([name for name, value in named.items() if value is not None]) or "none of them"
+        raise ValueError(f"target_probs: expected it, or teacher_hidden and teacher_weight, got {given}")
+    if target_probs is not None:
+        if draft_to_target is not None:
+            raise ValueError("draft_to_target: expected None beside target_probs, which are the draft's, got one")
+        tensor("target_probs", target_probs)
+        floating("target_probs", target_probs)
+        if target_probs.shape != (*hidden.shape[:-1], vocab):
+            expected = torch.Size([*hidden.shape[:-1], vocab])
+            raise ValueError(f"target_probs: expected [..., V] = {_shape(expected)}, got {_shape(target_probs.shape)}")
+        same_device("target_probs", target_probs, hidden.device)
+        if target_probs.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "target_probs: expected a tensor without gradient, got requires_grad=True: use target_probs.detach(), "
+                "or masked_soft_cross_entropy() on logits, which gives it"
+            )
+        return
+    assert teacher_hidden is not None and teacher_weight is not None
+    teacher(teacher_hidden, teacher_weight, hidden, vocab if draft_to_target is None else None)
+    if draft_to_target is not None:
+        tensor("draft_to_target", draft_to_target)
+        if draft_to_target.dtype != torch.int64:
+            raise TypeError(f"draft_to_target: expected int64, got {draft_to_target.dtype}: use draft_to_target.long()")
+        if draft_to_target.shape != (vocab,):
+            raise ValueError(f"draft_to_target: expected [V] = [{vocab}], got {_shape(draft_to_target.shape)}")
+        same_device("draft_to_target", draft_to_target, hidden.device)
+
+
+def walks_tokens(strategy: str) -> None:
+    """Raise unless the token walk, the only one for two distributions, may be taken."""
+    if strategy == "vocab":
+        raise ValueError("strategy: expected 'tokens' or 'auto', got 'vocab': two distributions need whole rows")
 
 
 def count(num_label_tokens: int | Tensor | None, value: str, device: torch.device) -> None:

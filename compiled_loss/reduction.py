@@ -32,10 +32,13 @@ def tokens(
     *,
     ignore_index: int,
     shift: int,
-    vocab: int,
+    vocab: int | None,
     dtype: torch.dtype,
 ) -> Tokens:
-    """Weight and validity of each token. A label out of range poisons its token; eager CPU code raises instead."""
+    """Weight and validity of each token. A label out of range poisons its token; eager CPU code raises instead.
+
+    Without `vocab` labels only tell which tokens count.
+    """
     checks.alignment(shift, ignore_index, labels.dim())
     active = labels != ignore_index
     weight = torch.ones(labels.shape, dtype=statistics_dtype(dtype), device=labels.device)
@@ -49,6 +52,8 @@ def tokens(
             _shifted(v, shift, f) for v, f in ((labels, ignore_index), (weight, 0), (active, False))
         )
     weight = torch.where(active, weight, 0.0)
+    if vocab is None:
+        return Tokens(labels, weight, active, torch.ones_like(weight))
     bad = active & ((labels < 0) | (labels >= vocab))
     if labels.device.type == "cpu" and type(labels) is Tensor and not (traced() or torch.compiler.is_compiling()):
         checks.labels_in_range(bad, labels, vocab, ignore_index)
@@ -86,17 +91,8 @@ def coefficients(
         label_weight = class_weights[tokens.labels.clamp(0, vocab - 1)]
         class_total = class_weights.sum()
 
-    cross_entropy = square = weight
-    if reduction == "mean":
-        cross_entropy = weight * _reciprocal((weight * label_weight).sum())
-        square = weight * _reciprocal(weight.sum())
-    elif num_label_tokens is not None:
-        if isinstance(num_label_tokens, Tensor):
-            count = num_label_tokens.reshape(()).to(weight.dtype)
-        else:
-            count = torch.full((), num_label_tokens, dtype=weight.dtype, device=weight.device)
-        cross_entropy = square = weight * _reciprocal(count)
-
+    cross_entropy = divided(weight, weight * label_weight, reduction, num_label_tokens)
+    square = divided(weight, weight, reduction, num_label_tokens)
     smooth = None if label_smoothing == 0 else label_smoothing / vocab * cross_entropy
     return Coefficients(
         nll=(1 - label_smoothing) * label_weight * cross_entropy * tokens.poison,
@@ -104,6 +100,19 @@ def coefficients(
         total=None if smooth is None else -smooth,
         square=None if z_loss == 0 else z_loss * square,
     )
+
+
+def divided(weight: Tensor, by: Tensor, reduction: str, num_label_tokens: int | Tensor | None) -> Tensor:
+    """Each token's weight over what the reduction divides by: the sum of `by`, `num_label_tokens`, or nothing."""
+    if reduction == "mean":
+        return weight * _reciprocal(by.sum())
+    if num_label_tokens is None:
+        return weight
+    if isinstance(num_label_tokens, Tensor):
+        count = num_label_tokens.reshape(()).to(weight.dtype)
+    else:
+        count = torch.full((), num_label_tokens, dtype=weight.dtype, device=weight.device)
+    return weight * _reciprocal(count)
 
 
 def reduced(rows: Tensor, reduction: str) -> Tensor:

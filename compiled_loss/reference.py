@@ -132,6 +132,98 @@ def linear_token_statistics(
     return (*values, correct & valid)  # type: ignore[return-value]
 
 
+def distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    jsd_weight: float = 0.5,
+    temperature: float = 1.0,
+    hard_label_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """(1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label."""
+    raw = transformed(student_logits, None, None, 1.0)
+    log_q = torch.log_softmax(raw / temperature, dim=-1)
+    log_p = torch.log_softmax(transformed(teacher_logits.detach(), None, None, temperature).to(raw.dtype), dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+    if divergence == "forward_kl":
+        rows = (p * (log_p - log_q)).sum(-1)
+    elif divergence == "reverse_kl":
+        rows = (q * (log_q - log_p)).sum(-1)
+    else:
+        log_m = (jsd_weight * p + (1 - jsd_weight) * q).log()
+        rows = jsd_weight * (p * (log_p - log_m)).sum(-1) + (1 - jsd_weight) * (q * (log_q - log_m)).sum(-1)
+    valid = labels != ignore_index
+    rows = (1 - hard_label_weight) * temperature**2 * rows
+    if hard_label_weight:
+        target = torch.where(valid, labels, 0).unsqueeze(-1)
+        rows = rows - hard_label_weight * torch.log_softmax(raw, dim=-1).gather(-1, target).squeeze(-1)
+    rows = torch.where(valid, rows, 0.0)
+    if reduction == "none":
+        return rows
+    if reduction == "mean":
+        return _ratio(rows.sum(), valid.sum())
+    return rows.sum() if num_label_tokens is None else _ratio(rows.sum(), torch.as_tensor(num_label_tokens))
+
+
+def linear_distillation(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    **keywords: object,
+) -> Tensor:
+    """`distillation` of the heads' logits."""
+    student, teacher = token_logits(student_hidden, student_weight), token_logits(teacher_hidden, teacher_weight)
+    return distillation(student, teacher, labels, **keywords)  # type: ignore[arg-type]
+
+
+def masked_soft_cross_entropy(
+    logits: Tensor,
+    target_probs: Tensor,
+    position_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """sum(w sum(-p log q)) / sum(w)."""
+    log_q = torch.log_softmax(transformed(logits, None, None, temperature), dim=-1)
+    weight = position_mask.reshape(log_q.shape[:-1]).to(log_q.dtype)
+    total = torch.where(weight != 0, weight * -(target_probs.to(log_q.dtype) * log_q).sum(-1), 0.0).sum()
+    return _ratio(total, weight.sum() if num_label_tokens is None else torch.as_tensor(num_label_tokens))
+
+
+def linear_soft_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    position_mask: Tensor,
+    *,
+    target_probs: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    temperature: float = 1.0,
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """`masked_soft_cross_entropy` of the draft head's logits and its teacher's distribution."""
+    if target_probs is None:
+        assert teacher_hidden is not None and teacher_weight is not None
+        rows = teacher_weight.detach() if draft_to_target is None else teacher_weight.detach()[draft_to_target]
+        target_probs = torch.softmax(token_logits(teacher_hidden.detach(), rows, temperature=temperature), dim=-1)
+    return masked_soft_cross_entropy(
+        token_logits(hidden, weight),
+        target_probs,
+        position_mask,
+        temperature=temperature,
+        num_label_tokens=num_label_tokens,
+    )
+
+
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
     """Total / count, 0 where the count is 0."""
     return torch.where(count == 0, 0.0 * total, total / torch.where(count == 0, 1.0, count))

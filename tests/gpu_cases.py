@@ -49,9 +49,10 @@ class Case:
     outputs: int  # the gradients, in the dtypes they are summed in
     chunk: int
     chunks: int = 1
-    forward: int = 0  # operations
-    backward: int = 0
+    forward: float = 0  # operations
+    backward: float = 0
     keeps: int = 0  # between forward and backward, besides O(N)
+    generated: tuple[int, int] = (0, 0)  # kernels a chunk, forward and backward
     options: dict = field(default_factory=dict)  # of inspect
 
 
@@ -79,6 +80,7 @@ def linear(strategy, shape, chunks=None, *, function="linear_cross_entropy", gra
         forward=1 if strategy == "vocab" else 1 + len(grad),
         backward=0 if strategy == "tokens" or not grad else 1 + len(grad),
         keeps=outputs if strategy == "tokens" else 0,
+        generated=(1 + bias * bool(grad), 0) if strategy == "tokens" else (1, 1 + bias),
         options={} if grad else {"backward": False},
     )
 
@@ -93,6 +95,58 @@ def on_logits(shape, *, grad=True, **options):
     call = functools.partial(compiled_loss.cross_entropy, **options)
     outputs = 2 * tokens * vocab if grad else 0
     return Case(call, inputs, outputs=outputs, chunk=0, options={} if grad else {"backward": False})
+
+
+def with_teacher(hidden, weight, teacher_hidden, teacher_weight, labels, **options):
+    return compiled_loss.linear_distillation(hidden, weight, teacher_hidden, teacher_weight, labels, **options)
+
+
+def with_soft_teacher(hidden, weight, teacher_hidden, teacher_weight, labels, **options):
+    teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    return compiled_loss.linear_soft_cross_entropy(hidden, weight, labels != 0, **teacher, **options)
+
+
+def two_heads(call, shape, **options):
+    """A student's head and its teacher's, half as wide, in 4 even chunks: each holds two of logits."""
+    tokens, width, vocab = shape
+    rows = tokens // 4
+    inputs = (f"bf16[{tokens},{width}]:grad", f"bf16[{vocab},{width}]:grad")
+    inputs += (f"bf16[{tokens},{width // 2}]", f"bf16[{vocab},{width // 2}]", f"int64[{tokens}]:0..{vocab - 1}")
+    outputs = 2 * (tokens + vocab) * width
+    chunking = Chunking(chunk_size=rows, accumulate_dtype=torch.bfloat16)
+    return Case(
+        functools.partial(call, chunking=chunking, **options),
+        inputs,
+        outputs=outputs,
+        chunk=2 * 2 * rows * vocab,
+        chunks=4,
+        forward=3.5,
+        keeps=outputs,
+        generated=(2, 0),
+    )
+
+
+def two_logits(call, shape, **options):
+    tokens, _, vocab = shape
+    logits = f"bf16[{tokens},{vocab}]"
+    inputs = (logits + ":grad", logits, f"int64[{tokens}]:0..{vocab - 1}")
+    return Case(functools.partial(call, **options), inputs, outputs=2 * tokens * vocab, chunk=0)
+
+
+def soft_logits(logits, target_probs, labels):
+    return compiled_loss.masked_soft_cross_entropy(logits, target_probs, labels != 0)
+
+
+def divergences(shape):
+    """{name: Case} of the losses of two distributions."""
+    found = {"teacher, soft": two_heads(with_soft_teacher, shape), "logits, soft": two_logits(soft_logits, shape)}
+    options = {"temperature": 2.0, "hard_label_weight": 0.3}
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        found[f"teacher, {kind}"] = two_heads(with_teacher, shape, divergence=kind)
+        found[f"logits, {kind}"] = two_logits(compiled_loss.distillation, shape, divergence=kind)
+    found["teacher, everything"] = two_heads(with_teacher, shape, divergence="jsd", **options)
+    found["logits, everything in two"] = two_logits(compiled_loss.distillation, shape, divergence="jsd", **options)
+    return found
 
 
 def cases(shape):
@@ -115,7 +169,7 @@ def cases(shape):
     found["logits, none"] = on_logits(shape, reduction="none")
     found["logits, everything"] = on_logits(shape, **everything)
     found["logits, loss only"] = on_logits(shape, grad=False)
-    return found
+    return found | divergences(shape)
 
 
 def unchunked(hidden, weight, labels):

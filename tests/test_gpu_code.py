@@ -55,7 +55,7 @@ def test_contract(inspected, model, name):
 
     assert_single_graph(found)
     assert not [x for p in found.passes for x in p.launches if x.kind in ("sync", "transfer", "collective")]
-    assert_assembles(found, NVIDIA)
+    assert_assembles(found, NVIDIA, spills=0 if hosts._REGIONS_WORK else 8)  # once a call, by an older ptxas
 
     assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * tokens + 16 * vocab)
     assert found.forward.peak_bytes <= 1.05 * (case.keeps + case.chunk) + 64 * tokens + 16 * vocab
@@ -67,11 +67,8 @@ def test_contract(inspected, model, name):
     assert operations == pytest.approx([case.forward, case.backward][: len(operations)], rel=0.01, abs=0.01)
 
     if hosts._REGIONS_WORK and case.chunk:
-        bias = "bias" in keywords(tokens, vocab).get(name.split(", ")[1], {})
-        each = [case.chunks] * (1 + bias)
-        loops = [each, []] if name.startswith("tokens") else [[case.chunks], each]
-        for (inside, outside), expected in zip(by_chunk(found, case.chunks), loops, strict=False):
-            assert inside == expected
+        for (inside, outside), each in zip(by_chunk(found, case.chunks), case.generated, strict=False):
+            assert inside == [case.chunks] * each
             assert outside <= 12
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.statistics import Coefficients, State, combine, finish, statistics_dtype
+from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, statistics_dtype
 
 Output = tuple[Tensor, ...]
 
@@ -128,17 +128,6 @@ def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
     return (columns if head.start is None else columns + head.start) == labels.unsqueeze(-1)
 
 
-def _after(value: Tensor, *reductions: Tensor | None) -> Tensor:
-    """value, NaN where a reduction is NaN: what makes every reduction of the logits come before what uses `value`.
-
-    The compiler writes a gradient over its logits only if all their other readers are known to be done.
-    """
-    for reduction in reductions:
-        if reduction is not None:
-            value = torch.where(reduction.isnan(), reduction, value)
-    return value
-
-
 def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = torch.maximum(state.maximum, z.detach().amax(-1))
@@ -204,7 +193,7 @@ def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor |
     z, slope = _transform(source, weight, head)
     before, state = state, _fold(z, labels, head, state)
     statistics = finish(state)
-    nll = _after(coefficients.nll, *state, *before)
+    nll = after(coefficients.nll, *state, *before)
     row = nll
     if coefficients.lse is not None:
         row = row + coefficients.lse

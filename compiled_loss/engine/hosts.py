@@ -25,17 +25,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compiled_loss.engine import bodies
+from compiled_loss.engine import bodies, divergences
 
 Body = Callable[..., bodies.Output]
 Host = Callable[..., bodies.Output]  # (body, source, weight, *operands) -> the body's outputs
 
-_BODY_FUNCTIONS = (bodies.fold, bodies.gradient, bodies.fold_and_gradient, bodies.add_column_sums)
-_BODIES: dict[str, Body] = {b.__name__: b for b in _BODY_FUNCTIONS}
+_ONE = (bodies.fold, bodies.gradient, bodies.fold_and_gradient, bodies.add_column_sums)
+_TWO = (*(body for kind in divergences.BODIES.values() for body in kind), divergences.target_gradient)
+_BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO)}
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
 _REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
-_STATE = 1 + len(bodies.Head._fields)  # operands before it: labels, which have rows, and the head, which has none
+_FOLDS = (bodies.fold, *(kind.fold for kind in divergences.BODIES.values()))  # form no gradient
+# Operands after the first, the labels, that have no rows.
+_ROWLESS = {b.__name__: len(bodies.Head._fields) for b in _ONE} | {
+    b.__name__: len(divergences.Pair._fields) for b in _TWO
+}
 
 
 def choose(device: torch.device, compile: bool | str) -> Host:
@@ -77,7 +82,8 @@ def _compiled(key: tuple[object, ...]) -> Body:
     """A compiled body for one combination of options: Dynamo counts recompiles by code object, so each gets its own."""
     body = _BODIES[str(key[0])]
     assert isinstance(body, types.FunctionType)
-    return torch.compile(types.FunctionType(body.__code__.replace(), body.__globals__, body.__name__), fullgraph=True)
+    own = types.FunctionType(body.__code__.replace(), body.__globals__, body.__name__, None, body.__closure__)
+    return torch.compile(own, fullgraph=True)
 
 
 def plain(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
@@ -85,17 +91,24 @@ def plain(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor |
     if body is bodies.add_column_sums:
         return body(source, None, *operands)
     logits = source if weight is None else source @ weight.t()
-    if body is bodies.fold:
+    if body in _TWO:
+        labels, *scalars, target_weight, target = operands[:5]
+        if target_weight is not None and target is not None:
+            target = target @ target_weight.t()
+        operands = (labels, *scalars, None, target, *operands[5:])
+    if body in _FOLDS:
         return _by_rows(body, logits, None, operands)
-    out = torch.empty_like(logits) if weight is None else logits
+    formed = operands[4] if body is divergences.target_gradient else logits
+    out = torch.empty_like(formed) if weight is None else logits  # type: ignore[arg-type]
     return (out, *_by_rows(body, logits, out, operands))
 
 
 def _by_rows(body: Body, logits: Tensor, out: Tensor | None, operands: Sequence[Tensor | None]) -> bodies.Output:
     """Row outputs of the body, run on blocks of rows; its gradient goes to `out`."""
+    rowless = _ROWLESS[body.__name__]
 
     def part(rows: int | slice) -> bodies.Output:
-        mine = [v if v is None or 0 < i < _STATE else v[rows] for i, v in enumerate(operands)]
+        mine = [v if v is None or 0 < i <= rowless else v[rows] for i, v in enumerate(operands)]
         if logits.dim() > 2:
             return _by_rows(body, logits[rows], None if out is None else out[rows], mine)
         outputs = body(logits[rows], None, *mine)

@@ -118,6 +118,17 @@ def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
     return statistics.map(lambda v: v & active if v.dtype == torch.bool else torch.where(active, v, 0.0))
 
 
+def after(value: Tensor, *reductions: Tensor | None) -> Tensor:
+    """value, NaN where a reduction is NaN: what makes every reduction of the logits come before what uses `value`.
+
+    The compiler writes a gradient over its logits only if all their other readers are known to be done.
+    """
+    for reduction in reductions:
+        if reduction is not None:
+            value = torch.where(reduction.isnan(), reduction, value)
+    return value
+
+
 def combine(statistics: RowStatistics, coefficients: Coefficients) -> Tensor:
     """Each row's loss."""
     loss = coefficients.nll * statistics.nll

@@ -7,7 +7,7 @@ forward; scalar losses only, since the upstream gradient of each row is needed b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def statistics(
     state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
     states = [
         run(bodies.fold, rows.of(hidden), weight, rows.of(labels), *head, *rows.of_each(state))
-        for rows in _chunks(hidden.shape[0], plan)
+        for rows in chunks(hidden.shape[0], plan)
     ]
     return finish(state.replaced([gemm.join(parts) for parts in zip(*states, strict=True)]))
 
@@ -74,23 +74,70 @@ def weighted_sum(
     return loss, RowStatistics(*rest)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
+    """A chunk of tokens."""
+
     start: int
     size: int
 
     def of(self, tensor: Tensor) -> Tensor:
+        """Its part of [N, ...]."""
         return tensor.narrow(0, self.start, self.size)
 
     def of_each(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Its part of each that is there."""
         return [None if tensor is None else self.of(tensor) for tensor in tensors]
 
 
-def _chunks(tokens: int, plan: Plan) -> Iterator[_Rows]:
+def chunks(tokens: int, plan: Plan) -> Iterator[Rows]:
     """`plan.count` chunks, equal but for the last. The count is what a compiled graph is specialised to, not N."""
     for i in range(plan.count - 1):
-        yield _Rows(i * plan.chunk, plan.chunk)
+        yield Rows(i * plan.chunk, plan.chunk)
     done = (plan.count - 1) * plan.chunk
-    yield _Rows(done, tokens - done)
+    yield Rows(done, tokens - done)
+
+
+def form_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    wanted: Wanted,
+    fenced: Tensor,
+    chunk: Callable[[Rows], bodies.Output],
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """dH, dW and db, and what else `chunk` returns after the gradient of its logits, for all rows.
+
+    `fenced` is a new tensor that every chunk reads: NOTE [Order].
+    """
+    run = hosts.choose(hidden.device, plan.compile)
+    d_hidden = torch.empty_like(hidden) if wanted.hidden else None
+    d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
+    d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
+    parts = []
+    for i, rows in enumerate(chunks(hidden.shape[0], plan)):
+        d, *rest = chunk(rows)
+        parts.append(rest)
+        if d_hidden is not None:
+            gemm.mm_out(rows.of(d_hidden), d, weight)
+        if d_weight is not None:
+            (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), rows.of(hidden))
+        if d_bias is not None:
+            (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
+        del d  # or eager code holds two chunks
+        gradients = [d_hidden, d_weight, d_bias]
+        gemm.fence_(fenced, [v for v in gradients if v is not None])
+    return gradients, [gemm.join(part) for part in zip(*parts, strict=True)]
+
+
+def scaled_gradients(
+    gradients: list[Tensor | None], factor: Tensor, dtypes: list[torch.dtype | None]
+) -> list[Tensor | None]:
+    """Each gradient times the upstream one, in its input's dtype."""
+    return [
+        None if d is None or dtype is None else gemm.scaled(d, factor, dtype)
+        for d, dtype in zip(gradients, dtypes, strict=True)
+    ]
 
 
 class _TokenChunks(torch.autograd.Function):
@@ -120,28 +167,15 @@ class _TokenChunks(torch.autograd.Function):
             scaled = coefficients.map(lambda c: c / scale)
 
         run = hosts.choose(hidden.device, plan.compile)
-        d_hidden = torch.empty_like(hidden) if wanted.hidden else None
-        d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
-        d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
         labels = labels.clone()  # to be fenced: NOTE [Order]
-        chunks = []
-        for i, rows in enumerate(_chunks(hidden.shape[0], plan)):
-            h = rows.of(hidden)
-            operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
-            d, _, *rest = run(bodies.fold_and_gradient, h, weight, *operands)
-            chunks.append(rest)
-            if d_hidden is not None:
-                gemm.mm_out(rows.of(d_hidden), d, weight)
-            if d_weight is not None:
-                (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), h)
-            if d_bias is not None:
-                (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
-            del d  # or eager code holds two chunks
-            gradients = [d_hidden, d_weight, d_bias]
-            gemm.fence_(labels, [v for v in gradients if v is not None])
 
-        losses, *statistics = [gemm.join(parts) for parts in zip(*chunks, strict=True)]
+        def chunk(rows: Rows) -> bodies.Output:
+            operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
+            d, _, *rest = run(bodies.fold_and_gradient, rows.of(hidden), weight, *operands)
+            return d, *rest
+
+        gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, wanted, labels, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
@@ -161,9 +195,7 @@ class _TokenChunks(torch.autograd.Function):
             return (None,) * 15
         *gradients, scale, nll, lse, total = ctx.saved_tensors
         factor = g if scale is None else g * scale
-        dense = [
-            None if d is None else gemm.scaled(d, factor, dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
+        dense = scaled_gradients(gradients, factor, ctx.dtypes)
         statistics = (nll, lse, total, None if lse is None else lse.square())
         rows = [g * v if wants else None for v, wants in zip(statistics, ctx.needs_input_grad[7:11], strict=True)]
         return *dense, None, None, None, None, *rows, None, None, None, None

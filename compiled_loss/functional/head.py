@@ -119,16 +119,22 @@ def linear_head(
     checks.tokens(labels, mask, token_weights, "hidden", hidden)
     checks.class_weights(class_weights, weight.shape[0], hidden.device)
     checks.transform(softcap, temperature)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = (v if v.dtype == torch.float64 else v.to(dtype) for v in (hidden, weight))
-    checks.same_dtype(hidden, weight)
+    hidden, weight = cast(hidden, weight)
     tokens = reduction.tokens(
         labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=weight.shape[0], dtype=hidden.dtype
     )
     head = transform(hidden, bias, class_weights, softcap, temperature)
     return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens)
+
+
+def cast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """In the dtype of their product: autocast's where it is on, once and not once a chunk, else the one they share."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = (v if v.dtype == torch.float64 else v.to(dtype) for v in (hidden, weight))
+    checks.same_dtype(hidden, weight)
+    return hidden, weight
 
 
 def transform(

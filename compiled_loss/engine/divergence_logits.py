@@ -1,0 +1,73 @@
+"""Divergences of logits that exist already: one pass forward, one back, nothing of [N, V] kept beyond them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.engine import divergences, hosts
+from compiled_loss.engine.divergences import BODIES, Kind, Pair, Rows
+
+
+def divergence(
+    logits: Tensor,  # [..., V], two dimensions or more, any strides
+    target: Tensor,  # [..., V], probabilities or logits
+    labels: Tensor | None,  # [...]
+    kind: Kind,
+    pair: Pair,
+) -> tuple[Tensor, Tensor | None]:
+    """Each row's divergence from its target, and with labels its cross-entropy with them; differentiable."""
+    soft, hard = _Divergence.apply(logits, target, labels, pair.inverse_temperature, pair.jsd_weight, kind)
+    return soft, hard
+
+
+def plain_divergence(
+    logits: Tensor, target: Tensor, labels: Tensor | None, kind: Kind, pair: Pair
+) -> tuple[Tensor, Tensor | None]:
+    """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
+    _, (soft, *hard) = Rows.of(BODIES[kind].fold(logits, None, labels, *pair, target), kind, labels)
+    return soft, hard[0] if hard else None
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        labels: Tensor | None,
+        inverse_temperature: Tensor | None,
+        jsd_weight: Tensor | None,
+        kind: Kind,
+    ) -> tuple[Tensor, Tensor | None]:
+        pair = Pair(inverse_temperature, jsd_weight, None)
+        outputs = hosts.choose(logits.device, "auto")(BODIES[kind].fold, logits, None, labels, *pair, target)
+        rows, (soft, *hard) = Rows.of(outputs, kind, labels)
+        ctx.save_for_backward(logits, target, labels, *pair[:2], *rows)
+        ctx.set_materialize_grads(False)
+        ctx.kind = kind
+        return soft, hard[0] if hard else None
+
+    @staticmethod
+    def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.first_derivative()
+        logits, target, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
+        pair, rows = Pair(inverse_temperature, jsd_weight, None), Rows(*saved)
+        d = d_target = None
+        with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
+            run = hosts.choose(logits.device, "auto")
+            # New tensors: Dynamo traces a backward with example gradients that alias each other.
+            soft = torch.zeros_like(rows.log_sum) if g_soft is None else g_soft.to(rows.log_sum.dtype, copy=True)
+            if ctx.needs_input_grad[0]:
+                hard = None
+                if labels is not None:
+                    hard = torch.zeros_like(soft) if g_hard is None else g_hard.to(soft.dtype, copy=True)
+                operands = (labels, *pair, target, *rows, soft, hard)
+                (d,) = run(BODIES[ctx.kind].gradient, logits, None, *operands)
+            if ctx.needs_input_grad[1] and ctx.kind == "probabilities":
+                known = (target, rows.maximum, rows.log_sum, soft)
+                (d_target,) = run(divergences.target_gradient, logits, None, None, *pair, *known)
+        return d, d_target, *(None,) * 4

@@ -1,0 +1,216 @@
+"""Knowledge distillation: how far a student's distribution is from its teacher's, on logits and on heads.
+
+N tokens (any leading shape), H width, H' the teacher's, V vocabulary, C tokens a chunk. Losses are in nats.
+
+NOTE [Divergences]
+With p the teacher's distribution and q the student's, both softened by the temperature T:
+
+    forward_kl   sum(p (log p - log q))                               Hinton et al. 2015, up to the teacher's entropy
+    reverse_kl   sum(q (log q - log p))                               Gu et al. 2023, MiniLLM
+    jsd          w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q        Agarwal et al. 2023, GKD, equation 1
+
+and a token's loss is (1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`, its
+cross-entropy at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss import reduction as reductions
+from compiled_loss.engine.divergence_chunks import Weighted
+from compiled_loss.engine.plan import Chunking
+from compiled_loss.functional import pair
+from compiled_loss.functional.head import cast
+
+
+class _Terms(NamedTuple):
+    """The coefficients of each token's divergence and cross-entropy, [...] each."""
+
+    soft: Tensor
+    hard: Tensor | None
+
+
+def _terms(
+    tokens: reductions.Tokens,
+    temperature: float,
+    hard_label_weight: float,
+    reduction: str,
+    num_label_tokens: int | Tensor | None,
+) -> _Terms:
+    checks.reduction(reduction)
+    checks.count(num_label_tokens, reduction, tokens.labels.device)
+    weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
+    soft = weight * ((1 - hard_label_weight) * temperature**2)
+    return _Terms(soft, None if hard_label_weight == 0 else weight * hard_label_weight)
+
+
+def distillation(
+    student_logits: Tensor,  # [..., V]
+    teacher_logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    divergence: str = "forward_kl",
+    jsd_weight: float = 0.5,
+    temperature: float = 1.0,
+    hard_label_weight: float = 0.0,
+    ignore_index: int = -100,
+    fp32_upcast: bool = True,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+    chunk_size: int = 0,
+) -> Tensor:
+    r"""Divergence of a student's logits from a teacher's, in the tokens that `labels` do not ignore.
+
+    A token's loss is (1 - hard_label_weight) T^2 D(p, q) + hard_label_weight (lse - z_y), D as in NOTE [Divergences].
+
+    Args:
+        student_logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
+        teacher_logits: the same shape, any of these dtypes. Never written; gets no gradient.
+        labels: [...], int64. Only which of them are `ignore_index` matters, unless `hard_label_weight` is given.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
+        temperature: divides both logits, > 0.
+        hard_label_weight: from 0 to 1, the part of the labels' own cross-entropy, in the same pass.
+        ignore_index: label of tokens to ignore.
+        fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
+        reduction: "mean" over the tokens that count, "sum" or "none".
+        num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        chunk_size: kept for its callers, an int >= 0. What it bounds elsewhere, temporaries of [N, V], is never held.
+
+    Returns:
+        A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). 0, attached to
+        the graph, where no token counts.
+
+    Memory:
+        Keeps nothing of [N, V] beyond the two logits: one pass forward, one back, which creates the gradient.
+
+    Raises:
+        ValueError: a shape, device, number or name is off, or, in eager CPU code with `hard_label_weight`, a label is
+            out of range; elsewhere its token's loss and gradient are NaN.
+        TypeError: a dtype is off.
+
+    Source:
+        NeMo Automodel's KDLoss for names and meaning; its defects are not kept.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import distillation
+        >>> student = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> teacher = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> distillation(student, teacher, torch.tensor([0, 1]), reduction="none")
+        tensor([0.1120, 0.0000])
+
+    """
+    checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
+    checks.logits(student_logits, "student_logits")
+    checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+    checks.tokens(labels, None, None, "student_logits", student_logits)
+    vocab = student_logits.shape[-1]
+    tokens = reductions.tokens(
+        labels,
+        None,
+        None,
+        ignore_index=ignore_index,
+        shift=0,
+        vocab=vocab if hard_label_weight else None,
+        dtype=student_logits.dtype,
+    )
+    terms = _terms(tokens, temperature, hard_label_weight, reduction, num_label_tokens)
+    soft, hard = pair.on_logits(
+        student_logits,
+        teacher_logits.detach(),
+        None if terms.hard is None else tokens.labels,
+        divergence,
+        pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None),
+    )
+    losses = terms.soft * soft
+    if terms.hard is not None and hard is not None:
+        losses = losses + terms.hard * hard
+    return reductions.reduced(torch.where(tokens.active, losses, 0.0), reduction)
+
+
+def linear_distillation(
+    student_hidden: Tensor,  # [..., H]
+    student_weight: Tensor,  # [V, H]
+    teacher_hidden: Tensor,  # [..., H']
+    teacher_weight: Tensor,  # [V, H']
+    labels: Tensor,  # [...]
+    *,
+    divergence: str = "forward_kl",
+    jsd_weight: float = 0.5,
+    temperature: float = 1.0,
+    hard_label_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+    chunking: Chunking = Chunking(),
+) -> Tensor:
+    r"""`distillation(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, labels)`, logits never held.
+
+    Args:
+        student_hidden: [..., H]; fp32, bf16, fp16 or fp64.
+        student_weight: [V, H], in its dtype; under autocast both are cast, once.
+        teacher_hidden: [..., H']; the width may differ. Gets no gradient.
+        teacher_weight: [V, H'], in its dtype. Gets no gradient.
+        labels, divergence, jsd_weight, temperature, hard_label_weight, ignore_index, num_label_tokens: see
+            :func:`distillation`.
+        reduction: "mean" or "sum".
+        chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for both logits of a chunk.
+
+    Returns:
+        A scalar; fp32 (fp64 for fp64 inputs).
+
+    Memory:
+        Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of both logits, 2 [C, V]; dH and
+        dW from forward on. 6 N H V + 2 N H' V operations. Under functorch transforms the logits are held.
+
+    Raises:
+        ValueError: a shape, device, number or name is off; reduction="none"; `chunking.strategy` is "vocab".
+        TypeError: a dtype is off.
+        RuntimeError: a second derivative is asked for, outside functorch transforms.
+
+    Source:
+        As :func:`distillation`; the chunk loop is that of :func:`linear_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import linear_distillation
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> loss = linear_distillation(hidden, weight, torch.eye(2), teacher, torch.tensor([0, 1]), reduction="sum")
+        >>> loss.detach()
+        tensor(0.1120)
+
+    """
+    checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
+    checks.scalar_reduction(reduction)
+    checks.head(student_hidden, student_weight, None, ("student_hidden", "student_weight"))
+    checks.teacher(teacher_hidden, teacher_weight, student_hidden, student_weight.shape[0])
+    checks.tokens(labels, None, None, "student_hidden", student_hidden)
+    hidden, weight = cast(student_hidden, student_weight)
+    target, target_weight = cast(teacher_hidden.detach(), teacher_weight.detach())
+    tokens = reductions.tokens(
+        labels,
+        None,
+        None,
+        ignore_index=ignore_index,
+        shift=0,
+        vocab=weight.shape[0] if hard_label_weight else None,
+        dtype=hidden.dtype,
+    )
+    terms = _terms(tokens, temperature, hard_label_weight, reduction, num_label_tokens)
+    scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
+    return pair.on_head(
+        hidden,
+        weight,
+        target,
+        divergence,
+        scalars._replace(target_weight=target_weight),
+        Weighted(terms.soft, terms.hard, None if terms.hard is None else tokens.labels, tokens.active),
+        chunking,
+    )

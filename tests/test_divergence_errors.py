@@ -1,0 +1,214 @@
+"""Contract: what two distributions are refused for, in words that begin with the argument's name."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import float16, float64, int32, int64
+
+import compiled_loss
+from compiled_loss import Chunking
+
+N, H, V = 3, 4, 5
+
+
+def zeros(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+LABELS = zeros(N, dtype=int64)
+HEADS = {"student_hidden": zeros(N, H), "student_weight": zeros(V, H)}
+HEADS |= {"teacher_hidden": zeros(N, 2), "teacher_weight": zeros(V, 2), "labels": LABELS}
+VALID = {
+    "distillation": {"student_logits": zeros(N, V), "teacher_logits": zeros(N, V), "labels": LABELS},
+    "linear_distillation": HEADS,
+    "masked_soft_cross_entropy": {
+        "logits": zeros(2, N, V),
+        "target_probs": zeros(2, N, V),
+        "position_mask": zeros(2, N, 1),
+    },
+    "linear_soft_cross_entropy": {
+        "hidden": zeros(N, H),
+        "weight": zeros(V, H),
+        "position_mask": zeros(N, 1),
+        "teacher_hidden": zeros(N, 2),
+        "teacher_weight": zeros(2 * V, 2),
+        "draft_to_target": torch.arange(V),
+    },
+}
+PROBS = {"teacher_hidden": None, "teacher_weight": None, "draft_to_target": None}
+DTYPES = "expected float32, bfloat16, float16 or float64, got"
+
+CASES = {
+    "distillation": [
+        ({"student_logits": None}, TypeError, "student_logits: expected a Tensor, got NoneType"),
+        ({"student_logits": zeros(N, 0)}, ValueError, "student_logits: expected [..., V] with V >= 1, got [3, 0]"),
+        (
+            {"teacher_logits": zeros(N, V + 1)},
+            ValueError,
+            "teacher_logits: expected the shape of student_logits, [3, 5], got [3, 6]",
+        ),
+        ({"teacher_logits": zeros(N, V, dtype=int32)}, TypeError, f"teacher_logits: {DTYPES} torch.int32"),
+        (
+            {"teacher_logits": zeros(N, V, device="meta")},
+            ValueError,
+            "teacher_logits: expected on cpu like the first argument, got meta",
+        ),
+        (
+            {"labels": zeros(N + 1, dtype=int64)},
+            ValueError,
+            "labels: expected the shape of student_logits without its last dimension, [3], got [4]",
+        ),
+        (
+            {"labels": LABELS + V, "hard_label_weight": 0.5},
+            ValueError,
+            "labels: expected 0 <= label < V = 5, or ignore_index = -100, got 5",
+        ),
+        ({"fp32_upcast": 1}, TypeError, "fp32_upcast: expected True or False, got int"),
+        ({"chunk_size": -1}, ValueError, "chunk_size: expected an int >= 0, got -1"),
+        ({"chunk_size": 0.5}, TypeError, "chunk_size: expected an int >= 0, got float"),
+    ],
+    "linear_distillation": [
+        ({"student_hidden": zeros(N, H + 1)}, ValueError, "student_hidden: expected [..., H] with H = 4, the width of"),
+        ({"student_weight": zeros(H)}, ValueError, "student_weight: expected [V, H] with V >= 1 and H >= 1, got [4]"),
+        (
+            {"teacher_hidden": zeros(N + 1, 2)},
+            ValueError,
+            "teacher_hidden: expected the student's tokens, [3] and a width, got [4, 2]",
+        ),
+        (
+            {"teacher_hidden": zeros(N, 3)},
+            ValueError,
+            "teacher_hidden: expected [..., H] with H = 2, the width",
+        ),
+        (
+            {"teacher_weight": zeros(V + 1, 2)},
+            ValueError,
+            "teacher_weight: expected the student's V = 5 rows, got 6",
+        ),
+        ({"teacher_weight": zeros(V, 2, dtype=float16)}, TypeError, "weight: expected the dtype of hidden"),
+        ({"labels": LABELS.int()}, TypeError, "labels: expected int64, got torch.int32: use labels.long()"),
+        ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none': use distillation()"),
+        ({"chunking": 512}, TypeError, "chunking: expected a Chunking, got int"),
+        ({"chunking": Chunking(strategy="vocab")}, ValueError, "strategy: expected 'tokens' or 'auto', got 'vocab'"),
+        (
+            {"chunking": Chunking(memory_budget=8)},
+            ValueError,
+            "memory_budget: expected at least 40 bytes, one token of logits, got 8",
+        ),
+        (
+            {"chunking": Chunking(accumulate_dtype=float16)},
+            ValueError,
+            "accumulate_dtype: expected torch.float32 like the inputs or wider, got torch.float16",
+        ),
+    ],
+    "masked_soft_cross_entropy": [
+        ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
+        (
+            {"target_probs": zeros(2, N, V - 1)},
+            ValueError,
+            "target_probs: expected the shape of logits, [2, 3, 5], got [2, 3, 4]",
+        ),
+        (
+            {"position_mask": zeros(2, 1)},
+            ValueError,
+            "position_mask: expected the shape of logits with 1 for its last dimension or without it, "
+            "[2, 3, 1] or [2, 3], got [2, 1]",
+        ),
+        ({"position_mask": zeros(N, 2)}, ValueError, "position_mask: expected the shape of logits with 1"),
+        ({"position_mask": None}, TypeError, "position_mask: expected a Tensor, got NoneType"),
+        (
+            {"position_mask": zeros(2, N, dtype=torch.complex64)},
+            TypeError,
+            "position_mask: expected bool, integer or floating, got torch.complex64",
+        ),
+    ],
+    "linear_soft_cross_entropy": [
+        ({"hidden": zeros(N, H, dtype=int32)}, TypeError, f"hidden: {DTYPES} torch.int32"),
+        (
+            {"weight": zeros(V, H, device="meta")},
+            ValueError,
+            "weight: expected on cpu like the first argument, got meta",
+        ),
+        ({"position_mask": zeros(1, N)}, ValueError, "position_mask: expected the shape of hidden with 1"),
+        (
+            {"target_probs": zeros(N, V)},
+            ValueError,
+            "target_probs: expected it, or teacher_hidden and teacher_weight, got target_probs, teacher_hidden",
+        ),
+        (PROBS, ValueError, "target_probs: expected it, or teacher_hidden and teacher_weight, got none of them"),
+        (
+            {"teacher_hidden": None},
+            ValueError,
+            "target_probs: expected it, or teacher_hidden and teacher_weight, got teacher_weight",
+        ),
+        (
+            {**PROBS, "target_probs": zeros(N, V), "draft_to_target": torch.arange(V)},
+            ValueError,
+            "draft_to_target: expected None beside target_probs",
+        ),
+        (
+            {**PROBS, "target_probs": zeros(N, V + 1)},
+            ValueError,
+            "target_probs: expected [..., V] = [3, 5], got [3, 6]",
+        ),
+        (
+            {**PROBS, "target_probs": zeros(N, V).requires_grad_()},
+            ValueError,
+            "target_probs: expected a tensor without gradient, got requires_grad=True: use target_probs.detach()",
+        ),
+        ({"draft_to_target": None}, ValueError, "teacher_weight: expected the student's V = 5 rows, got 10"),
+        ({"draft_to_target": torch.arange(V + 1)}, ValueError, "draft_to_target: expected [V] = [5], got [6]"),
+        ({"draft_to_target": zeros(V)}, TypeError, "draft_to_target: expected int64, got torch.float32: use"),
+        ({"num_label_tokens": -1}, ValueError, "num_label_tokens: expected >= 0, got -1"),
+        ({"chunking": Chunking(strategy="vocab")}, ValueError, "strategy: expected 'tokens' or 'auto', got 'vocab'"),
+    ],
+}
+EVERYWHERE = [
+    ({"divergence": "kl"}, ValueError, "divergence: expected one of 'forward_kl', 'reverse_kl', 'jsd', got 'kl'"),
+    ({"jsd_weight": 1.0}, ValueError, "jsd_weight: expected a number between 0 and 1, got 1.0"),
+    ({"jsd_weight": "half"}, TypeError, "jsd_weight: expected a number, got str"),
+    ({"temperature": 0.0}, ValueError, "temperature: expected a number > 0, got 0.0"),
+    ({"hard_label_weight": -0.1}, ValueError, "hard_label_weight: expected a number from 0 to 1, got -0.1"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
+    ({"reduction": "average"}, ValueError, "reduction: expected one of 'none', 'sum', 'mean', got 'average'"),
+    ({"num_label_tokens": 2.5}, (TypeError, ValueError), "num_label_tokens: expected"),
+]
+ALL = [(name, *case) for name, cases in CASES.items() for case in cases]
+ALL += [
+    (name, *case)
+    for name in CASES
+    for case in EVERYWHERE
+    if case[0].keys() <= inspect.signature(getattr(compiled_loss, name)).parameters.keys()
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "error", "text"), ALL, ids=[f"{c[0]}-{c[3][:40]}" for c in ALL])
+def test_bad_input(name, changed, error, text):
+    with pytest.raises(error, match="^" + re.escape(text)):
+        getattr(compiled_loss, name)(**{**VALID[name], **changed})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_parameter_is_without_a_case(name):
+    function = getattr(compiled_loss, name)
+    function(**VALID[name])
+    tried = {key for case in ALL if case[0] == name for key in case[1]}
+    assert inspect.signature(function).parameters.keys() <= tried
+
+
+def test_a_position_mask_never_broadcasts():
+    """soft_ce.py: [B, S] broadcast to [B, S, S]."""
+    logits, probs = torch.randn(N, N, V), torch.rand(N, N, V)
+    mask = torch.rand(N, N)
+    torch.testing.assert_close(
+        compiled_loss.masked_soft_cross_entropy(logits, probs, mask),
+        compiled_loss.masked_soft_cross_entropy(logits, probs, mask.unsqueeze(-1)),
+    )
+
+
+def test_the_text_survives_compilation():
+    compiled = torch.compile(lambda given: compiled_loss.distillation(**given), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="teacher_logits: expected the shape of student_logits"):
+        compiled({**VALID["distillation"], "teacher_logits": zeros(N, 2, dtype=float64)})
