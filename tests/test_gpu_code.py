@@ -35,6 +35,10 @@ for _model in ("Gemma", "N < H"):
             CASES[_model, f"{_strategy}, {_name}"] = linear(_strategy, SHAPES[_model], **_options)
 
 
+# Bytes a thread, for sm_90: the reduction of a chunk with JSD, a temperature and hard labels at once.
+SPILLS = {"teacher, everything": 8}
+
+
 def inspection(inspected, case, **options):
     return inspected(case.call, *case.inputs, **{"assemble": NVIDIA, "first_only": True, **case.options, **options})
 
@@ -55,7 +59,7 @@ def test_contract(inspected, model, name):
 
     assert_single_graph(found)
     assert not [x for p in found.passes for x in p.launches if x.kind in ("sync", "transfer", "collective")]
-    assert_assembles(found, NVIDIA, spills=0 if hosts._REGIONS_WORK else 8)  # once a call, by an older ptxas
+    assert_assembles(found, NVIDIA, spills=SPILLS.get(name, 0) if hosts._REGIONS_WORK else 8)  # older: once a call
 
     assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * tokens + 16 * vocab)
     assert found.forward.peak_bytes <= 1.05 * (case.keeps + case.chunk) + 64 * tokens + 16 * vocab
@@ -254,7 +258,28 @@ logits, everything: backward 1 triton_poi_fused__to_copy_add_expand_log_mul_ones
 logits, everything: backward 1 triton_poi_fused__to_copy_add_arange_div_eq_exp_expand_mul_neg_ones_rsub_scalar_tensor_sub_tanh_unsqueeze_where_1
 logits, loss only: forward 1 triton_red_fused_mul_ne_ones_ones_like_scalar_tensor_sum_where_0
 logits, loss only: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_eq_exp_full_ge_log_lt_maximum_mul_ne_ones_ones_like_reciprocal_scalar_tensor_sub_sum_unsqueeze_where_1
-logits, loss only: forward 1 triton_red_fused_sum_2""",
+logits, loss only: forward 1 triton_red_fused_sum_2
+logits, soft: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_neg_scalar_tensor_sub_sum_unsqueeze_where_0
+logits, soft: forward 1 triton_red_fused__to_copy_eq_mul_ne_reciprocal_scalar_tensor_sum_where_1
+logits, soft: backward 1 triton_poi_fused_as_strided_clone_0
+logits, soft: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_mul_ne_neg_scalar_tensor_sub_sum_unsqueeze_where_1
+logits, forward_kl: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_scalar_tensor_sub_sum_unsqueeze_where_0
+logits, forward_kl: forward 1 triton_red_fused_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
+logits, forward_kl: backward 1 triton_poi_fused_as_strided_clone_0
+logits, forward_kl: backward 1 triton_poi_fused_as_strided_clone_1
+logits, forward_kl: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_mul_neg_ones_scalar_tensor_sub_sum_unsqueeze_where_2
+logits, reverse_kl: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_scalar_tensor_sub_sum_unsqueeze_where_0
+logits, reverse_kl: forward 1 triton_red_fused_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
+logits, reverse_kl: backward 2 triton_poi_fused_as_strided_clone_0
+logits, reverse_kl: backward 1 triton_poi_fused__to_copy_as_strided_exp_expand_gt_mul_ones_scalar_tensor_sub_unsqueeze_where_1
+logits, jsd: forward 1 triton_red_fused__to_copy_amax_clamp_exp_expm1_gt_log_log1p_mul_neg_ones_rsub_scalar_tensor_sub_sum_unsqueeze_where_0
+logits, jsd: forward 1 triton_red_fused_add_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
+logits, jsd: backward 2 triton_poi_fused_as_strided_clone_0
+logits, jsd: backward 1 triton_poi_fused__to_copy_as_strided_clamp_exp_expand_expm1_gt_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1
+logits, everything in two: forward 1 triton_red_fused__to_copy_amax_arange_bitwise_and_bitwise_or_clamp_div_eq_exp_expm1_ge_gt_log_log1p_lt_mul_ne_neg_ones_rsub_scalar_tensor_sub_sum_unsqueeze_where_0
+logits, everything in two: forward 1 triton_red_fused_add_eq_log_mul_ones_reciprocal_scalar_tensor_sub_sum_where_1
+logits, everything in two: backward 2 triton_poi_fused_as_strided_clone_0
+logits, everything in two: backward 1 triton_poi_fused__to_copy_add_arange_as_strided_clamp_div_eq_exp_expand_expm1_gt_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1""",
     )
 
 
@@ -300,7 +325,17 @@ vocab, none: 13 launches of 7, 18 launches of 5
 logits, plain: 2 launches of 2, 1 launches of 1
 logits, none: 1 launches of 1, 1 launches of 1
 logits, everything: 5 launches of 5, 2 launches of 2
-logits, loss only: 3 launches of 3""",
+logits, loss only: 3 launches of 3
+teacher, soft: 27 launches of 7, 2 launches of 2
+logits, soft: 2 launches of 2, 2 launches of 2
+teacher, forward_kl: 27 launches of 7, 2 launches of 2
+logits, forward_kl: 2 launches of 2, 3 launches of 3
+teacher, reverse_kl: 27 launches of 7, 2 launches of 2
+logits, reverse_kl: 2 launches of 2, 3 launches of 2
+teacher, jsd: 28 launches of 8, 2 launches of 2
+logits, jsd: 2 launches of 2, 3 launches of 2
+teacher, everything: 29 launches of 8, 2 launches of 2
+logits, everything in two: 2 launches of 2, 3 launches of 2""",
     )
 
 

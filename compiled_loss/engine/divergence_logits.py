@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import divergences, hosts
+from compiled_loss.engine import divergences, gemm, hosts
 from compiled_loss.engine.divergences import BODIES, Kind, Pair, Rows
 
 
@@ -56,6 +56,12 @@ class _Divergence(torch.autograd.Function):
         checks.first_derivative()
         logits, target, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
         pair, rows = Pair(inverse_temperature, jsd_weight, None), Rows(*saved)
+        # Fenced, for the partitioner finds the expressions of forward in backward, and may keep one of [N, V].
+        rows = rows._replace(maximum=rows.maximum.clone())
+        gemm.fence_(rows.maximum, [])
+        if rows.target_maximum is not None:
+            rows = rows._replace(target_maximum=rows.target_maximum.clone())
+            gemm.fence_(rows.target_maximum, [])  # type: ignore[arg-type]
         d = d_target = None
         with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
             run = hosts.choose(logits.device, "auto")
