@@ -15,6 +15,13 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy_with_statistics,
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
+from compiled_loss.functional.masked_cross_entropy import masked_cross_entropy  # noqa: E402
+from compiled_loss.functional.multi_token import (  # noqa: E402
+    MultiTokenLosses,
+    multi_token_losses,
+    multi_token_prediction,
+    multi_token_targets,
+)
 from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
@@ -26,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Chunking",
     "LossAndStatistics",
+    "MultiTokenLosses",
     "TokenStatistics",
     "cross_entropy",
     "distillation",
@@ -34,6 +42,10 @@ __all__ = [
     "linear_distillation",
     "linear_soft_cross_entropy",
     "linear_token_statistics",
+    "masked_cross_entropy",
     "masked_soft_cross_entropy",
+    "multi_token_losses",
+    "multi_token_prediction",
+    "multi_token_targets",
     "nn",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -295,6 +296,70 @@ def soft_target(
         if draft_to_target.shape != (vocab,):
             raise ValueError(f"draft_to_target: expected [V] = [{vocab}], got {_shape(draft_to_target.shape)}")
         same_device("draft_to_target", draft_to_target, hidden.device)
+
+
+def multi_token(
+    labels_: Tensor, depth: int, ignore_index: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raise unless targets of a depth can be made of the labels."""
+    tensor("labels", labels_)
+    labels(labels_, "hidden", labels_.shape, labels_.device)
+    if labels_.dim() not in (1, 2):
+        raise ValueError(f"labels: expected [B, S] or [S], got {_shape(labels_.shape)}")
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"depth: expected an int >= 0, got {type(depth).__name__}")
+    if depth < 0:
+        raise ValueError(f"depth: expected an int >= 0, got {depth}")
+    alignment(0, ignore_index, labels_.dim())
+    length = labels_.shape[-1:]
+    for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
+        if value is None:
+            continue
+        tensor(name, value)
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+        same_device(name, value, labels_.device)
+    if seq_idx is not None and seq_idx.shape not in (labels_.shape, length, torch.Size([1, *length])):
+        raise ValueError(
+            f"seq_idx: expected the labels' shape {_shape(labels_.shape)} or {_shape(length)}, "
+            f"got {_shape(seq_idx.shape)}: under pipelining give each microbatch its own"
+        )
+    if cu_seqlens is not None and (cu_seqlens.numel() < 2 or cu_seqlens.numel() != cu_seqlens.shape[-1]):
+        raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {_shape(cu_seqlens.shape)}")
+
+
+def depths(
+    hidden: Sequence[Tensor],
+    labels_: Tensor,
+    targets: Sequence[Tensor] | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling_factor: float,
+) -> None:
+    """Raise unless each depth has hidden states and targets for the labels' tokens."""
+    if isinstance(hidden, Tensor) or not len(hidden):
+        raise ValueError("hidden: expected a sequence of each depth's hidden states, one at least, got a tensor or []")
+    tensor("labels", labels_)
+    for k, states in enumerate(hidden):
+        tensor(f"hidden[{k}]", states)
+        if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
+            raise ValueError(
+                f"hidden[{k}]: expected the labels' {_shape(labels_.shape)} tokens and one width, "
+                f"got {_shape(states.shape)}"
+            )
+    number("scaling_factor", scaling_factor)
+    if not scaling_factor >= 0:
+        raise ValueError(f"scaling_factor: expected a number >= 0, got {scaling_factor}")
+    if targets is None:
+        return
+    if seq_idx is not None or cu_seqlens is not None:
+        raise ValueError("targets: expected None beside seq_idx or cu_seqlens, which they know already, got both")
+    if len(targets) != len(hidden):
+        raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
+    for k, target in enumerate(targets):
+        labels(target, "hidden", labels_.shape, labels_.device)
+        if target.shape != labels_.shape:
+            raise ValueError(f"targets[{k}]: expected {_shape(labels_.shape)}, got {_shape(target.shape)}")
 
 
 def walks_tokens(strategy: str) -> None:

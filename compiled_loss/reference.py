@@ -224,6 +224,61 @@ def linear_soft_cross_entropy(
     )
 
 
+def multi_token_targets(
+    labels: Tensor,
+    depth: int,
+    *,
+    ignore_index: int = -100,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Position by position, as it is defined."""
+    rows = labels.reshape(-1, labels.shape[-1]).tolist()
+    ids = None if seq_idx is None else seq_idx.reshape(-1, labels.shape[-1]).expand(len(rows), -1).tolist()
+    bounds = [] if cu_seqlens is None else cu_seqlens.reshape(-1).tolist()
+
+    def sequence(row: int, position: int) -> int | None:
+        if ids is not None:
+            return int(ids[row][position])
+        if not bounds:
+            return 0
+        return next((i for i in range(len(bounds) - 1) if bounds[i] <= position < bounds[i + 1]), None)
+
+    found = []
+    for row, values in enumerate(rows):
+        for t in range(len(values)):
+            ahead = t + depth + 1
+            inside = ahead < len(values) and sequence(row, t) is not None and sequence(row, t) == sequence(row, ahead)
+            found.append(values[ahead] if inside else ignore_index)
+    return torch.tensor(found, dtype=labels.dtype, device=labels.device).reshape(labels.shape)
+
+
+def multi_token_prediction(
+    hidden: list[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scaling_factor: float = 0.1,
+    ignore_index: int = -100,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    targets: list[Tensor] | None = None,
+    num_label_tokens: int | Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """scaling_factor / D times the sum over the depths."""
+    total = torch.zeros((), dtype=hidden[0].dtype)
+    for k, states in enumerate(hidden):
+        packing = {"ignore_index": ignore_index, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+        target = multi_token_targets(labels, k, **packing) if targets is None else targets[k]  # type: ignore[arg-type]
+        z = token_logits(states, weight, softcap=softcap).reshape(*target.shape, -1)
+        reduction = "mean" if num_label_tokens is None else "sum"
+        total = total + cross_entropy(
+            z, target, ignore_index=ignore_index, reduction=reduction, num_label_tokens=num_label_tokens
+        )
+    return scaling_factor / len(hidden) * total
+
+
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
     """Total / count, 0 where the count is 0."""
     return torch.where(count == 0, 0.0 * total, total / torch.where(count == 0, 1.0, count))

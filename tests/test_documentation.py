@@ -188,7 +188,9 @@ def test_every_tensor_has_its_shape_beside_it(name):
     source = source[: source.index(") ->")]
     for parameter in ("logits", "hidden", "weight", "labels", "bias", "class_weights"):
         if parameter in inspect.signature(FUNCTIONS[name]).parameters:
-            assert re.search(rf"^ +{parameter}: Tensor[^#\n]*# \[.*\]$", source, re.MULTILINE), parameter
+            assert re.search(
+                rf"^ +{parameter}: (Tensor[^#\n]*# |Sequence\[Tensor\],  # D of )\[.*\]$", source, re.MULTILINE
+            ), parameter
 
 
 # The repository -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""Cross-entropy with the reference's name, mask and defaults."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.functional.cross_entropy import cross_entropy
+
+
+def masked_cross_entropy(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    mask: Tensor | None = None,
+    *,
+    fp32_upcast: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """`cross_entropy` whose mask only tells which tokens count, with "sum" as the default.
+
+    Args:
+        logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
+        labels: [...], int64, from 0 to V - 1 or `ignore_index`. Never written.
+        mask: broadcasts to `labels`; a token counts where it is not 0. Fractions do not weigh: that is what
+            :func:`cross_entropy` does.
+        fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
+        ignore_index: label of tokens to ignore.
+        reduction: "sum", "mean" over the tokens that count, or "none".
+        num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+
+    Returns:
+        A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). 0, attached to
+        the graph, where no token counts.
+
+    Memory:
+        Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
+
+    Raises:
+        ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
+            that token's loss and gradient are NaN.
+        TypeError: a dtype is off.
+
+    Source:
+        NeMo Automodel's MaskedCrossEntropy for names and defaults.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import masked_cross_entropy
+        >>> masked_cross_entropy(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.int64), torch.tensor([1, 1, 0]))
+        tensor(5.5452)
+
+    """
+    checks.flag("fp32_upcast", fp32_upcast)
+    if mask is not None:
+        checks.tensor("mask", mask)
+    return cross_entropy(
+        logits,
+        labels,
+        mask=None if mask is None else mask != 0,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
+    )

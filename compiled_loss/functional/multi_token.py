@@ -1,0 +1,205 @@
+"""Multi-token prediction: DeepSeek-V3's auxiliary loss on labels further ahead.
+
+B sequences of S tokens, N = B S, H width, V vocabulary, D depths, k a depth from 0. Losses are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.engine.plan import Chunking
+from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.functional.cross_entropy import linear_cross_entropy_with_statistics
+
+
+class MultiTokenLosses(NamedTuple):
+    """`loss`: the auxiliary one, a scalar; `per_depth`: each depth's own before scaling, [D], detached."""
+
+    loss: Tensor
+    per_depth: Tensor
+
+
+def multi_token_targets(
+    labels: Tensor,  # [B, S] or [S]
+    depth: int,
+    *,
+    ignore_index: int = -100,
+    seq_idx: Tensor | None = None,  # [B, S] or [S]
+    cu_seqlens: Tensor | None = None,  # [sequences + 1]
+) -> Tensor:
+    """The labels of one depth: at position t the main loss's label of t + depth + 1.
+
+    Args:
+        labels: [B, S], [S] or THD [1, T], int64: those of the main loss, aligned to it already. Never written.
+        depth: k, from 0.
+        ignore_index: what is put where there is no such label: at the last k + 1 positions, and where position
+            t + k + 1 is in another packed sub-sequence.
+        seq_idx: which sub-sequence each token is in; only equality matters. The shape of `labels`, or [S], or [1, S]
+            for labels [S].
+        cu_seqlens: where sub-sequences begin, and where the last one ends, [sequences + 1] or [1, sequences + 1]; what
+            comes after that end is padding, whose targets are ignored. Not looked at beside `seq_idx`.
+
+    Returns:
+        [B, S] or [S] like `labels`, int64; a new tensor.
+
+    Memory:
+        A few [B, S] of integers.
+
+    Raises:
+        ValueError: a shape, device or number is off.
+        TypeError: a dtype is off.
+
+    Source:
+        DeepSeek-V3 (2024), section 2.2; NeMo Automodel's calculate_mtp_loss for the packing.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import multi_token_targets
+        >>> multi_token_targets(torch.arange(6), 0, cu_seqlens=torch.tensor([0, 4, 6]))
+        tensor([   1,    2,    3, -100,    5, -100])
+
+    """
+    checks.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens)
+    segments = None
+    if seq_idx is not None:
+        segments = seq_idx.reshape(labels.shape) if seq_idx.numel() == labels.numel() else seq_idx.expand(labels.shape)
+    elif cu_seqlens is not None:
+        ends = cu_seqlens.reshape(-1)[1:].contiguous()
+        segments = torch.searchsorted(ends, torch.arange(labels.shape[-1], device=labels.device), right=True)
+        segments = torch.where(segments < ends.numel(), segments, -1).expand(labels.shape)
+    ahead = min(depth + 1, labels.shape[-1])
+    targets = _ahead(labels, ahead, ignore_index)
+    if segments is None:
+        return targets
+    same = (segments == _ahead(segments, ahead, -1)) & (segments >= 0 if seq_idx is None else True)
+    return torch.where(same, targets, ignore_index)
+
+
+def multi_token_prediction(
+    hidden: Sequence[Tensor],  # D of [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    scaling_factor: float = 0.1,
+    ignore_index: int = -100,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    targets: Sequence[Tensor] | None = None,  # D of [...]
+    num_label_tokens: int | Tensor | None = None,
+    softcap: float | None = None,
+    chunking: Chunking = Chunking(),
+) -> Tensor:
+    """scaling_factor / D times the sum over the depths of the cross-entropy of their targets.
+
+    Args:
+        hidden: each depth's hidden states, [B, S, H], [S, H] or [1, T, H]; fp32, bf16, fp16 or fp64.
+        weight: the head's weight [V, H], which the main loss shares.
+        labels: those of the main loss, aligned to it, [B, S] or [S]; see :func:`multi_token_targets`.
+        scaling_factor: weight of the auxiliary loss, >= 0.
+        ignore_index, seq_idx, cu_seqlens: see :func:`multi_token_targets`.
+        targets: each depth's, instead of what is made of `labels`: under context parallelism they are made before the
+            sequence is split.
+        num_label_tokens: divides each depth's sum; without it each depth is the mean over its own targets.
+        softcap, chunking: see :func:`linear_cross_entropy`.
+
+    Returns:
+        A scalar; fp32 (fp64 for fp64 inputs). 0, attached to the graph, where no target counts.
+
+    Memory:
+        One walk over all depths: D copies [N, H] of hidden, one dW [V, H] however many depths there are, one chunk of
+        logits. Creates no [N, V] tensor.
+
+    Raises:
+        ValueError: a shape, device or number is off.
+        TypeError: a dtype is off.
+
+    Source:
+        DeepSeek-V3 (2024), section 2.2, equations 24 and 25.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import multi_token_prediction
+        >>> hidden = [torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)]
+        >>> multi_token_prediction(hidden, torch.zeros(5, 8), torch.tensor([[0, 1, 2, 3]]), scaling_factor=1.0)
+        tensor(1.6094)
+
+    """
+    return multi_token_losses(
+        hidden,
+        weight,
+        labels,
+        scaling_factor=scaling_factor,
+        ignore_index=ignore_index,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+        targets=targets,
+        num_label_tokens=num_label_tokens,
+        softcap=softcap,
+        chunking=chunking,
+    ).loss
+
+
+def multi_token_losses(
+    hidden: Sequence[Tensor],  # D of [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    scaling_factor: float = 0.1,
+    ignore_index: int = -100,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    targets: Sequence[Tensor] | None = None,  # D of [...]
+    num_label_tokens: int | Tensor | None = None,
+    softcap: float | None = None,
+    chunking: Chunking = Chunking(),
+) -> MultiTokenLosses:
+    """`multi_token_prediction`, and each depth's loss from the same pass.
+
+    Args, Memory, Raises: see :func:`multi_token_prediction`.
+
+    Returns:
+        :class:`MultiTokenLosses`.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import multi_token_losses
+        >>> hidden = [torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)]
+        >>> multi_token_losses(hidden, torch.zeros(5, 8), torch.tensor([[0, 1, 2, 3]]), scaling_factor=0.5)
+        MultiTokenLosses(loss=tensor(0.8047), per_depth=tensor([1.6094, 1.6094]))
+
+    """
+    checks.depths(hidden, labels, targets, seq_idx, cu_seqlens, scaling_factor)
+    if targets is None:
+        targets = [
+            multi_token_targets(labels, k, ignore_index=ignore_index, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+            for k in range(len(hidden))
+        ]
+    stacked = torch.stack([target.reshape(-1) for target in targets])
+    states = torch.stack([states.reshape(-1, states.shape[-1]) for states in hidden])
+    counts = (stacked != ignore_index).sum(-1, dtype=statistics_dtype(states.dtype))
+    if num_label_tokens is not None:
+        checks.count(num_label_tokens, "sum", labels.device)
+        counts = torch.ones_like(counts) * num_label_tokens
+    share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts)).unsqueeze(-1)
+    scale = scaling_factor / len(hidden)
+    loss, statistics = linear_cross_entropy_with_statistics(
+        states,
+        weight,
+        stacked,
+        token_weights=share * scale,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction="sum",
+        chunking=chunking,
+    )
+    return MultiTokenLosses(loss, -(statistics.logprob * share).sum(-1))
+
+
+def _ahead(values: Tensor, by: int, fill: int) -> Tensor:
+    """values[..., t + by] at t, `fill` at the last `by` positions."""
+    return torch.nn.functional.pad(values[..., by:], (0, by), value=fill)
