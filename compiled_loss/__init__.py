@@ -7,6 +7,19 @@ from compiled_loss import checks as _checks
 _checks.torch_version(_torch.__version__)
 
 from compiled_loss import nn  # noqa: E402
+from compiled_loss.config import (  # noqa: E402
+    LOSS_CONFIG_REGISTRY,
+    FusedLinearCEConfig,
+    KDLossConfig,
+    LossConfig,
+    LossFromFactoryConfig,
+    MaskedCrossEntropyConfig,
+    MTPLossConfig,
+    TEParallelCEConfig,
+    build_loss_config,
+    build_loss_module,
+    register_loss_config,
+)
 from compiled_loss.engine.plan import Chunking  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
@@ -27,14 +40,46 @@ from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     masked_soft_cross_entropy,
 )
 from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics  # noqa: E402
+from compiled_loss.pipeline import (  # noqa: E402
+    MTPLosses,
+    PipelineCausalLMLoss,
+    calculate_loss,
+    calculate_mtp_loss,
+    calculate_mtp_losses,
+)
+from compiled_loss.shells import (  # noqa: E402
+    FusedLinearCrossEntropy,
+    KDLoss,
+    MaskedCrossEntropy,
+    TEParallelCrossEntropy,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOSS_CONFIG_REGISTRY",
     "Chunking",
+    "FusedLinearCEConfig",
+    "FusedLinearCrossEntropy",
+    "KDLoss",
+    "KDLossConfig",
     "LossAndStatistics",
+    "LossConfig",
+    "LossFromFactoryConfig",
+    "MTPLossConfig",
+    "MTPLosses",
+    "MaskedCrossEntropy",
+    "MaskedCrossEntropyConfig",
     "MultiTokenLosses",
+    "PipelineCausalLMLoss",
+    "TEParallelCEConfig",
+    "TEParallelCrossEntropy",
     "TokenStatistics",
+    "build_loss_config",
+    "build_loss_module",
+    "calculate_loss",
+    "calculate_mtp_loss",
+    "calculate_mtp_losses",
     "cross_entropy",
     "distillation",
     "linear_cross_entropy",
@@ -48,4 +93,5 @@ __all__ = [
     "multi_token_prediction",
     "multi_token_targets",
     "nn",
+    "register_loss_config",
 ]

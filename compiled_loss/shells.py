@@ -1,0 +1,214 @@
+"""Modules with the reference's names, signatures and defaults; no mathematics.
+
+A loss that takes a head's hidden states and weight instead of logits says so with `takes_hidden_states = True`: that is
+all that `calculate_loss` asks of it, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from compiled_loss import checks
+from compiled_loss.engine.plan import Chunking
+from compiled_loss.functional.cross_entropy import linear_cross_entropy
+from compiled_loss.functional.distillation import distillation
+from compiled_loss.functional.masked_cross_entropy import masked_cross_entropy
+
+
+class MaskedCrossEntropy(nn.Module):
+    """:func:`compiled_loss.masked_cross_entropy` with its keywords kept: `fp32_upcast`, `ignore_index`, `reduction`.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import MaskedCrossEntropy
+        >>> MaskedCrossEntropy()(torch.zeros(1, 2, 4), torch.tensor([[1, -100]]))
+        tensor(1.3863)
+
+    """
+
+    takes_hidden_states: ClassVar[bool] = False
+
+    def __init__(self, fp32_upcast: bool = True, ignore_index: int = -100, reduction: str = "sum") -> None:
+        super().__init__()
+        checks.flag("fp32_upcast", fp32_upcast)
+        checks.alignment(0, ignore_index, 1)
+        checks.reduction(reduction)
+        self.fp32_upcast = fp32_upcast
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        num_label_tokens: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of logits [B, S, V] and labels [B, S]."""
+        return masked_cross_entropy(
+            logits,
+            labels,
+            mask,
+            fp32_upcast=self.fp32_upcast,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            num_label_tokens=num_label_tokens,
+        )
+
+
+class FusedLinearCrossEntropy(nn.Module):
+    """:func:`compiled_loss.linear_cross_entropy`: logits are never held. `logit_softcapping` 0 means none.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import FusedLinearCrossEntropy
+        >>> FusedLinearCrossEntropy()(torch.zeros(1, 2, 8), torch.tensor([[1, -100]]), torch.zeros(4, 8))
+        tensor(1.3863)
+
+    """
+
+    takes_hidden_states: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        logit_softcapping: float = 0.0,
+        reduction: str = "sum",
+        *,
+        chunking: Chunking = Chunking(),
+    ) -> None:
+        super().__init__()
+        checks.alignment(0, ignore_index, 1)
+        checks.softcapping(logit_softcapping)
+        checks.reduction(reduction)
+        checks.instance("chunking", chunking, Chunking)
+        self.ignore_index = ignore_index
+        self.logit_softcapping = logit_softcapping
+        self.reduction = reduction
+        self.chunking = chunking
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        lm_weight: Tensor,
+        num_label_tokens: int | Tensor | None = None,
+        grad_reduce_group: Any = None,
+    ) -> Tensor:
+        """The loss of hidden states [B, S, H] and labels [B, S] under a head [V, H]."""
+        return linear_cross_entropy(
+            hidden_states,
+            self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group),
+            labels,
+            ignore_index=self.ignore_index,
+            softcap=self.logit_softcapping or None,
+            reduction=self.reduction,
+            num_label_tokens=num_label_tokens,
+            chunking=self.chunking,
+        )
+
+    @staticmethod
+    def materialize_lm_weight(lm_weight: Tensor, *, grad_reduce_group: Any = None) -> Tensor:
+        """The whole weight: gathered once where it is a DTensor, to be shared by the main loss and all MTP depths.
+
+        Sharded over more than one rank it is refused until this library shards its losses.
+        """
+        checks.group("grad_reduce_group", grad_reduce_group)
+        return checks.local("lm_weight", lm_weight)
+
+
+class TEParallelCrossEntropy(nn.Module):
+    """Cross-entropy on logits whose vocabulary is sharded over `tp_group`, or over a DTensor's own mesh.
+
+    One rank for now: with more it refuses, and says so.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import TEParallelCrossEntropy
+        >>> TEParallelCrossEntropy()(torch.zeros(1, 2, 4), torch.tensor([[1, -100]]))
+        tensor(1.3863)
+
+    """
+
+    takes_hidden_states: ClassVar[bool] = False
+
+    def __init__(self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None) -> None:
+        super().__init__()
+        checks.alignment(0, ignore_index, 1)
+        checks.reduction(reduction)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.tp_group = tp_group
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        num_label_tokens: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of logits [..., V] and labels [...]."""
+        checks.group("tp_group", self.tp_group)
+        return masked_cross_entropy(
+            checks.local("logits", logits),
+            checks.local("labels", labels),
+            mask,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            num_label_tokens=num_label_tokens,
+        )
+
+
+class KDLoss(nn.Module):
+    """Forward KL of a student from its teacher, times T squared: :func:`compiled_loss.distillation` with keywords kept.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import KDLoss
+        >>> student, teacher = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 0.0]]])
+        >>> KDLoss()(student, teacher, torch.tensor([[1]]))
+        tensor(0.4338)
+
+    """
+
+    takes_hidden_states: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        fp32_upcast: bool = True,
+        tp_group: Any = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        checks.alignment(0, ignore_index, 1)
+        checks.distillation("forward_kl", 0.5, temperature, 0.0, fp32_upcast, chunk_size)
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.fp32_upcast = fp32_upcast
+        self.tp_group = tp_group
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        num_batch_labels: int | Tensor | None = None,
+    ) -> Tensor:
+        """The sum over the valid tokens of labels [...] over `num_batch_labels`, or their mean."""
+        checks.group("tp_group", self.tp_group)
+        return distillation(
+            checks.local("student_logits", student_logits),
+            checks.local("teacher_logits", teacher_logits),
+            checks.local("labels", labels),
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            fp32_upcast=self.fp32_upcast,
+            reduction="mean" if num_batch_labels is None else "sum",
+            num_label_tokens=num_batch_labels,
+            chunk_size=self.chunk_size,
+        )
