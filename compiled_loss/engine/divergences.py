@@ -17,8 +17,9 @@ at temperature 1. A chunk is whole rows: bodies as in `bodies.py`, `source` the 
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,10 +56,12 @@ class Rows(NamedTuple):
     @staticmethod
     def of(present: Output, kind: Kind, labels: Tensor | None) -> tuple[Rows, Output]:
         """From the front of a body's outputs, and what follows them."""
-        maximum, log_sum, slope, *rest = present
-        target_maximum, target_log_sum = (None, None) if kind == "probabilities" else (rest.pop(0), rest.pop(0))
-        hard = None if labels is None else rest.pop(0)
-        return Rows(maximum, log_sum, slope, target_maximum, target_log_sum, hard), tuple(rest)
+        maximum, log_sum, slope = present[:3]
+        target_maximum, target_log_sum = (None, None) if kind == "probabilities" else present[3:5]
+        rest = present[3:] if kind == "probabilities" else present[5:]
+        hard = None if labels is None else rest[0]
+        rows = Rows(maximum, log_sum, slope, target_maximum, target_log_sum, hard)
+        return rows, tuple(rest) if labels is None else tuple(rest[1:])
 
 
 def _row(values: Tensor) -> Tensor:
@@ -203,9 +206,12 @@ def _bodies(kind: Kind) -> Bodies:
         d = torch.where(raw.isnan(), raw, d)
         return d.to(source.dtype), packed, loss
 
-    for body in (fold, gradient, fold_and_gradient):
-        body.__name__ = f"{body.__name__}_{kind}"
-    return Bodies(fold, gradient, fold_and_gradient)
+    return Bodies(*(_named(body, f"{body.__name__}_{kind}") for body in (fold, gradient, fold_and_gradient)))
+
+
+def _named(body: Any, name: str) -> Callable[..., Output]:
+    """The body under a name of its own, in its code as well: on torch 2.15 Dynamo reads it there."""
+    return types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
 
 
 BODIES: dict[Kind, Bodies] = {kind: _bodies(kind) for kind in KINDS}
