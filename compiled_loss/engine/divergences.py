@@ -126,7 +126,7 @@ def _fold(kind: Kind, raw: Tensor, t: Tensor, labels: Tensor | None, pair: Pair)
         rows = rows._replace(target_maximum=largest, target_log_sum=(t - _row(largest)).exp().sum(-1).log())
     _, summands, slopes = _compared(kind, z, t, pair, rows)
     rows = rows._replace(slope=slopes.sum(-1))
-    divergence = rows.slope if summands is None else summands.sum(-1)
+    divergence = rows.slope.clone() if summands is None else summands.sum(-1)  # no body returns a tensor twice
     if kind == "jsd":
         divergence = divergence + rows.slope
     if labels is None:
