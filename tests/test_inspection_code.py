@@ -147,6 +147,21 @@ def test_the_predicted_peak_of_linear_losses(strategy, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_predicted_peak_of_distillation(divergence):
+    check_measured(partial(compiled_loss.distillation, divergence=divergence), LOGITS[0], "f32[2048,65536]", LOGITS[1])
+    heads = (*LINEAR[:2], "f32[512,256]", "f32[262144,256]", LINEAR[2])
+    chunking = compiled_loss.Chunking(chunk_size=128)
+    check_measured(partial(compiled_loss.linear_distillation, divergence=divergence, chunking=chunking), *heads)
+
+
+@pytest.mark.slow
+def test_the_predicted_peak_of_soft_targets():
+    mask = torch.ones(2048, 1, dtype=torch.bool)
+    check_measured(compiled_loss.masked_soft_cross_entropy, LOGITS[0], "f32[2048,65536]", mask)
+
+
+@pytest.mark.slow
 def test_a_run_with_ignored_labels():
     logits, labels = "f32[8,5]:grad", torch.tensor([-100, 1, 2, 3, 4, 4, 4, -100])
     assert inspect(F.cross_entropy, logits, labels, device="cpu", measure=True).measured.seconds > 0

@@ -27,6 +27,14 @@ INPUTS = {  # of our own functions, by the names of their parameters
     "weight": "{dtype}[{vocab},{hidden}]:grad",
     "logits": "{dtype}[{tokens},{vocab}]:grad",
     "labels": "int64[{tokens}]:0..{last}",
+    "student_hidden": "{dtype}[{tokens},{hidden}]:grad",
+    "student_weight": "{dtype}[{vocab},{hidden}]:grad",
+    "teacher_hidden": "{dtype}[{tokens},{hidden}]",
+    "teacher_weight": "{dtype}[{vocab},{hidden}]",
+    "student_logits": "{dtype}[{tokens},{vocab}]:grad",
+    "teacher_logits": "{dtype}[{tokens},{vocab}]",
+    "target_probs": "{dtype}[{tokens},{vocab}]",
+    "position_mask": "bool[{tokens}]",
 }
 CHUNKING = ("strategy", "chunk_size", "memory_budget")
 
