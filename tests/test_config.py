@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
-import torch
 from torch import nn
 
 import compiled_loss
@@ -183,4 +182,4 @@ def test_mtp_builds_with_a_loss_and_a_model():
     model = nn.Linear(3, 3)
     made = MTPLossConfig(scaling_factor=0.5).build(compiled_loss.MaskedCrossEntropy(), model)
     assert (made.scaling_factor, made.ignore_index, made.model) == (0.5, -100, model)
-    assert isinstance(made, compiled_loss.PipelineCausalLMLoss) and torch.is_grad_enabled()
+    assert isinstance(made, compiled_loss.PipelineCausalLMLoss)

@@ -15,8 +15,6 @@ cross-entropy at temperature 1. T^2 keeps the gradient's size as T changes (Hint
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -28,25 +26,27 @@ from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
 
 
-class _Terms(NamedTuple):
-    """The coefficients of each token's divergence and cross-entropy, [...] each."""
-
-    soft: Tensor
-    hard: Tensor | None
-
-
-def _terms(
-    tokens: reductions.Tokens,
+def _weighted(
+    labels: Tensor,
+    like: Tensor,
+    vocab: int,
+    *,
     temperature: float,
     hard_label_weight: float,
+    ignore_index: int,
     reduction: str,
     num_label_tokens: int | Tensor | None,
-) -> _Terms:
+) -> Weighted:
+    """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
-    checks.count(num_label_tokens, reduction, tokens.labels.device)
+    checks.count(num_label_tokens, reduction, labels.device)
+    ranged = vocab if hard_label_weight else None
+    tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
     weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
     soft = weight * ((1 - hard_label_weight) * temperature**2)
-    return _Terms(soft, None if hard_label_weight == 0 else weight * hard_label_weight)
+    if hard_label_weight == 0:
+        return Weighted(soft, None, None, tokens.active)
+    return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
 
 
 def distillation(
@@ -110,28 +110,22 @@ def distillation(
     checks.logits(student_logits, "student_logits")
     checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
     checks.tokens(labels, None, None, "student_logits", student_logits)
-    vocab = student_logits.shape[-1]
-    tokens = reductions.tokens(
+    weighted = _weighted(
         labels,
-        None,
-        None,
-        ignore_index=ignore_index,
-        shift=0,
-        vocab=vocab if hard_label_weight else None,
-        dtype=student_logits.dtype,
-    )
-    terms = _terms(tokens, temperature, hard_label_weight, reduction, num_label_tokens)
-    soft, hard = pair.on_logits(
         student_logits,
-        teacher_logits.detach(),
-        None if terms.hard is None else tokens.labels,
-        divergence,
-        pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None),
+        student_logits.shape[-1],
+        temperature=temperature,
+        hard_label_weight=hard_label_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
     )
-    losses = terms.soft * soft
-    if terms.hard is not None and hard is not None:
-        losses = losses + terms.hard * hard
-    return reductions.reduced(torch.where(tokens.active, losses, 0.0), reduction)
+    scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
+    soft, hard = pair.on_logits(student_logits, teacher_logits.detach(), weighted.labels, divergence, scalars)
+    losses = weighted.soft * soft
+    if weighted.hard is not None and hard is not None:
+        losses = losses + weighted.hard * hard
+    return reductions.reduced(torch.where(weighted.active, losses, 0.0), reduction)
 
 
 def linear_distillation(
@@ -194,23 +188,16 @@ def linear_distillation(
     checks.tokens(labels, None, None, "student_hidden", student_hidden)
     hidden, weight = cast(student_hidden, student_weight)
     target, target_weight = cast(teacher_hidden.detach(), teacher_weight.detach())
-    tokens = reductions.tokens(
+    weighted = _weighted(
         labels,
-        None,
-        None,
-        ignore_index=ignore_index,
-        shift=0,
-        vocab=weight.shape[0] if hard_label_weight else None,
-        dtype=hidden.dtype,
-    )
-    terms = _terms(tokens, temperature, hard_label_weight, reduction, num_label_tokens)
-    scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
-    return pair.on_head(
         hidden,
-        weight,
-        target,
-        divergence,
-        scalars._replace(target_weight=target_weight),
-        Weighted(terms.soft, terms.hard, None if terms.hard is None else tokens.labels, tokens.active),
-        chunking,
+        weight.shape[0],
+        temperature=temperature,
+        hard_label_weight=hard_label_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
     )
+    scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
+    scalars = scalars._replace(target_weight=target_weight)
+    return pair.on_head(hidden, weight, target, divergence, scalars, weighted, chunking)
