@@ -1,4 +1,4 @@
-"""Every error a user can see. Each names the argument, what was expected and what came, before any work is done."""
+"""The errors of a loss's arguments: each names the argument, what was expected and what came, before any work."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) ->
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
     if value.shape != shape:
         raise ValueError(
-            f"labels: expected the shape of {rows} without its last dimension, {_shape(shape)}, "
-            f"got {_shape(value.shape)}"
+            f"labels: expected the shape of {rows} without its last dimension, {sizes(shape)}, got {sizes(value.shape)}"
         )
     same_device("labels", value, device)
 
@@ -63,7 +62,7 @@ def logits(value: Tensor, name: str = "logits") -> None:
     tensor(name, value)
     floating(name, value)
     if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(f"{name}: expected [..., V] with V >= 1, got {_shape(value.shape)}")
+        raise ValueError(f"{name}: expected [..., V] with V >= 1, got {sizes(value.shape)}")
 
 
 def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
@@ -71,7 +70,7 @@ def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
     tensor(name, value)
     floating(name, value)
     if value.shape != source.shape:
-        raise ValueError(f"{name}: expected the shape of {other}, {_shape(source.shape)}, got {_shape(value.shape)}")
+        raise ValueError(f"{name}: expected the shape of {other}, {sizes(source.shape)}, got {sizes(value.shape)}")
     same_device(name, value, source.device)
 
 
@@ -81,11 +80,11 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, 
         tensor(name, value)
         floating(name, value)
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {_shape(weight.shape)}")
+        raise ValueError(f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {sizes(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{names[0]}: expected [..., H] with H = {weight.shape[1]}, the width of {names[1]}, "
-            f"got {_shape(hidden.shape)}"
+            f"got {sizes(hidden.shape)}"
         )
     same_device(names[1], weight, hidden.device)
     if bias is not None:
@@ -97,8 +96,8 @@ def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -
     head(hidden, weight, None, ("teacher_hidden", "teacher_weight"))
     if hidden.shape[:-1] != student.shape[:-1]:
         raise ValueError(
-            f"teacher_hidden: expected the student's tokens, {_shape(student.shape[:-1])} and a width, "
-            f"got {_shape(hidden.shape)}"
+            f"teacher_hidden: expected the student's tokens, {sizes(student.shape[:-1])} and a width, "
+            f"got {sizes(hidden.shape)}"
         )
     if rows is not None and weight.shape[0] != rows:
         raise ValueError(f"teacher_weight: expected the student's V = {rows} rows, got {weight.shape[0]}")
@@ -119,7 +118,7 @@ def vocabulary_vector(name: str, value: Tensor, vocab: int, device: torch.device
     tensor(name, value)
     floating(name, value)
     if value.shape != (vocab,):
-        raise ValueError(f"{name}: expected [V] = [{vocab}], got {_shape(value.shape)}")
+        raise ValueError(f"{name}: expected [V] = [{vocab}], got {sizes(value.shape)}")
     same_device(name, value, device)
 
 
@@ -145,7 +144,7 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.
         mine in (1, theirs) for mine, theirs in zip(reversed(value.shape), reversed(shape), strict=False)
     )
     if not fits:
-        raise ValueError(f"{name}: expected to broadcast to the labels' {_shape(shape)}, got {_shape(value.shape)}")
+        raise ValueError(f"{name}: expected to broadcast to the labels' {sizes(shape)}, got {sizes(value.shape)}")
     same_device(name, value, device)
 
 
@@ -253,7 +252,7 @@ def position_mask(value: Tensor, name: str, source: Tensor) -> None:
     if value.shape not in (rows, torch.Size([*rows, 1])):
         raise ValueError(
             f"position_mask: expected the shape of {name} with 1 for its last dimension or without it, "
-            f"{_shape(torch.Size([*rows, 1]))} or {_shape(rows)}, got {_shape(value.shape)}"
+            f"{sizes(torch.Size([*rows, 1]))} or {sizes(rows)}, got {sizes(value.shape)}"
         )
     same_device("position_mask", value, source.device)
 
@@ -279,7 +278,7 @@ def soft_target(
         floating("target_probs", target_probs)
         if target_probs.shape != (*hidden.shape[:-1], vocab):
             expected = torch.Size([*hidden.shape[:-1], vocab])
-            raise ValueError(f"target_probs: expected [..., V] = {_shape(expected)}, got {_shape(target_probs.shape)}")
+            raise ValueError(f"target_probs: expected [..., V] = {sizes(expected)}, got {sizes(target_probs.shape)}")
         same_device("target_probs", target_probs, hidden.device)
         if target_probs.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -294,7 +293,7 @@ def soft_target(
         if draft_to_target.dtype != torch.int64:
             raise TypeError(f"draft_to_target: expected int64, got {draft_to_target.dtype}: use draft_to_target.long()")
         if draft_to_target.shape != (vocab,):
-            raise ValueError(f"draft_to_target: expected [V] = [{vocab}], got {_shape(draft_to_target.shape)}")
+            raise ValueError(f"draft_to_target: expected [V] = [{vocab}], got {sizes(draft_to_target.shape)}")
         same_device("draft_to_target", draft_to_target, hidden.device)
 
 
@@ -305,7 +304,7 @@ def multi_token(
     tensor("labels", labels_)
     labels(labels_, "hidden", labels_.shape, labels_.device)
     if labels_.dim() not in (1, 2):
-        raise ValueError(f"labels: expected [B, S] or [S], got {_shape(labels_.shape)}")
+        raise ValueError(f"labels: expected [B, S] or [S], got {sizes(labels_.shape)}")
     if isinstance(depth, bool) or not isinstance(depth, int):
         raise TypeError(f"depth: expected an int >= 0, got {type(depth).__name__}")
     if depth < 0:
@@ -321,11 +320,11 @@ def multi_token(
         same_device(name, value, labels_.device)
     if seq_idx is not None and seq_idx.shape not in (labels_.shape, length, torch.Size([1, *length])):
         raise ValueError(
-            f"seq_idx: expected the labels' shape {_shape(labels_.shape)} or {_shape(length)}, "
-            f"got {_shape(seq_idx.shape)}: under pipelining give each microbatch its own"
+            f"seq_idx: expected the labels' shape {sizes(labels_.shape)} or {sizes(length)}, "
+            f"got {sizes(seq_idx.shape)}: under pipelining give each microbatch its own"
         )
     if cu_seqlens is not None and (cu_seqlens.numel() < 2 or cu_seqlens.numel() != cu_seqlens.shape[-1]):
-        raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {_shape(cu_seqlens.shape)}")
+        raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {sizes(cu_seqlens.shape)}")
 
 
 def depths(
@@ -344,8 +343,8 @@ def depths(
         tensor(f"hidden[{k}]", states)
         if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
             raise ValueError(
-                f"hidden[{k}]: expected the labels' {_shape(labels_.shape)} tokens and one width, "
-                f"got {_shape(states.shape)}"
+                f"hidden[{k}]: expected the labels' {sizes(labels_.shape)} tokens and one width, "
+                f"got {sizes(states.shape)}"
             )
     number("scaling_factor", scaling_factor)
     if not scaling_factor >= 0:
@@ -359,140 +358,7 @@ def depths(
     for k, target in enumerate(targets):
         labels(target, "hidden", labels_.shape, labels_.device)
         if target.shape != labels_.shape:
-            raise ValueError(f"targets[{k}]: expected {_shape(labels_.shape)}, got {_shape(target.shape)}")
-
-
-def softcapping(value: float) -> None:
-    """Raise unless a softcap, of which 0 means none, is one."""
-    number("logit_softcapping", value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
-
-
-def group(name: str, value: object) -> None:
-    """Raise where a process group has more than one rank: losses are not sharded yet."""
-    if value is None:
-        return
-    size = getattr(value, "size", None)
-    if not callable(size):
-        raise TypeError(f"{name}: expected a process group or None, got {type(value).__name__}")
-    if size() > 1:
-        raise NotImplementedError(f"{name}: expected one rank, got {size()}: losses are not sharded over ranks yet")
-
-
-def local(name: str, value: Tensor) -> Tensor:
-    """The tensor itself, or the local one of a DTensor on one rank; raise where it has more."""
-    if not hasattr(value, "device_mesh") or not hasattr(value, "to_local"):
-        return value
-    ranks = value.device_mesh.size()
-    if ranks > 1:
-        raise NotImplementedError(
-            f"{name}: expected a tensor on one rank, got a DTensor over {ranks}: losses are not sharded yet; "
-            f"{name}.full_tensor() gathers it"
-        )
-    here: Tensor = value.to_local()
-    return here
-
-
-def fields(owner: str, values: dict[str, object], known: list[str]) -> None:
-    """Raise where a keyword is unknown."""
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
-        raise TypeError(f"{owner}: expected of {', '.join(known)}, got {', '.join(unknown)}")
-
-
-def no_runtime(owner: str, name: str, value: object) -> None:
-    """Raise where a config holds what only a running program has."""
-    if value is not None:
-        raise ValueError(f"{name}: expected None in a {owner} that is written down, got {type(value).__name__}")
-
-
-def factory(value: object, kwargs: object) -> None:
-    """Raise unless there is something to call, with keywords."""
-    if not callable(value):
-        raise TypeError(f"factory: expected a callable that returns a loss, got {type(value).__name__}")
-    if not isinstance(kwargs, dict):
-        raise TypeError(f"kwargs: expected a dict, got {type(kwargs).__name__}")
-
-
-def registration(name: str, config: object, base: type, taken: dict[str, type]) -> None:
-    """Raise unless a config may be known by a name."""
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"name: expected a str, got {name!r}")
-    if not isinstance(config, type) or not issubclass(config, base):
-        raise TypeError(f"config: expected a subclass of {base.__name__}, got {config!r}")
-    if taken.get(name, config) is not config:
-        raise ValueError(f"name: expected one that is not taken, got {name!r}, which is {taken[name].__name__}")
-
-
-def no_keywords(kwargs: dict[str, object]) -> None:
-    """Raise where keywords come beside a config."""
-    if kwargs:
-        raise ValueError(f"loss_kwargs: expected none beside a config, got {', '.join(sorted(kwargs))}: set its fields")
-
-
-def loss_target(loss: object, base: type, known: list[str]) -> None:
-    """Raise unless `loss` is a class or callable that may be a loss."""
-    names = f"a config, a name of {', '.join(known)}, or a loss class or callable"
-    if isinstance(loss, base):
-        raise TypeError(f"loss: expected {names}, got {type(loss).__name__}: call its build(loss_fn, model)")
-    if isinstance(loss, type) and issubclass(loss, base):
-        raise TypeError(f"loss: expected {names}, got the class {loss.__name__}: make one, {loss.__name__}()")
-    if not callable(loss):
-        raise TypeError(f"loss: expected {names}, got {loss!r}; dotted paths are the caller's to resolve")
-
-
-def scaling(scaling_factor: float | None, ignore_index: int) -> None:
-    """Raise unless the numbers of an auxiliary loss are in range."""
-    if scaling_factor is not None:
-        number("scaling_factor", scaling_factor, " or None")
-        if not scaling_factor >= 0:
-            raise ValueError(f"scaling_factor: expected a number >= 0 or None, got {scaling_factor}")
-    alignment(0, ignore_index, 1)
-
-
-def given(name: str, value: object, loss: object) -> None:
-    """Raise where a loss misses what it takes."""
-    if value is None:
-        raise ValueError(f"{name}: expected, for {type(loss).__name__} takes them, got None")
-
-
-def mtp_outputs(hidden: Sequence[Tensor] | None, logits_: Sequence[Tensor] | None, loss: object) -> Sequence[Tensor]:
-    """Each depth's outputs; raise unless exactly one form is given, and the loss takes it."""
-    if (hidden is None) == (logits_ is None):
-        both = "both" if hidden is not None else "neither"
-        raise ValueError(f"mtp_per_depth_h: expected it or mtp_per_depth_logits, got {both}")
-    if logits_ is not None and getattr(loss, "takes_hidden_states", False):
-        raise ValueError(
-            f"mtp_per_depth_logits: expected mtp_per_depth_h, which {type(loss).__name__} takes, got these"
-        )
-    found = hidden if logits_ is None else logits_
-    assert found is not None
-    return found
-
-
-def same_ignore_index(ignore_index: int, loss: object) -> None:
-    """Raise where a loss ignores another label than the one that is put where there is no target."""
-    own = getattr(loss, "ignore_index", ignore_index)
-    if own != ignore_index:
-        raise ValueError(f"ignore_index: expected {own} like {type(loss).__name__}, got {ignore_index}")
-
-
-def seq_idx_tail(value: Tensor) -> None:
-    """Raise unless the int32 tensor at the end of a stage's output is a seq_idx."""
-    if value.dim() != 2:
-        raise ValueError(
-            f"output: expected seq_idx [B, S], the int32 tensor at its end, got {_shape(value.shape)}: "
-            "other integers must not come last"
-        )
-
-
-def no_head(model: object) -> None:
-    """Raise: there is no head."""
-    raise ValueError(
-        f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
-        "give lm_weight"
-    )
+            raise ValueError(f"targets[{k}]: expected {sizes(labels_.shape)}, got {sizes(target.shape)}")
 
 
 def walks_tokens(strategy: str) -> None:
@@ -513,7 +379,7 @@ def count(num_label_tokens: int | Tensor | None, value: str, device: torch.devic
         if num_label_tokens.dtype.is_complex or num_label_tokens.dtype == torch.bool:
             raise TypeError(f"num_label_tokens: expected integer or floating, got {num_label_tokens.dtype}")
         if num_label_tokens.numel() != 1:
-            raise ValueError(f"num_label_tokens: expected one element, got {_shape(num_label_tokens.shape)}")
+            raise ValueError(f"num_label_tokens: expected one element, got {sizes(num_label_tokens.shape)}")
         if num_label_tokens.device != device and (num_label_tokens.device.type != "cpu" or num_label_tokens.dim()):
             raise ValueError(f"num_label_tokens: expected on {device}, got {num_label_tokens.device}")
     elif isinstance(num_label_tokens, bool) or not isinstance(num_label_tokens, (int, torch.SymInt)):
@@ -587,111 +453,6 @@ def first_derivative() -> None:
         )
 
 
-def _shape(shape: torch.Size) -> str:
+def sizes(shape: torch.Size) -> str:
+    """As errors write it."""
     return "[" + ", ".join([str(int(size)) for size in shape]) + "]"
-
-
-class InspectionError(RuntimeError):
-    """An inspection that cannot be made; the text says what to change."""
-
-
-def inspection_platform(platform: str) -> None:
-    """Raise: no fake device here."""
-    raise InspectionError(
-        f"device: expected 'cpu' on {platform}, got a GPU's: code for GPUs that are absent is generated on Linux only"
-    )
-
-
-def inspection_compiler(given: str | None) -> None:
-    """Raise: the fake device cannot be built."""
-    tried = f"CXX={given}, g++ or clang++" if given else "g++ or clang++"
-    raise InspectionError(f"a C++ compiler: expected {tried} on PATH, found none: install g++, or set CXX")
-
-
-def inspection_shim(compiler: str, output: str) -> None:
-    """Raise: the fake device does not compile."""
-    raise InspectionError(
-        f"the fake device does not compile with {compiler} against torch {torch.__version__}:\n{output[-2000:]}"
-    )
-
-
-def inspection_extra(name: str) -> None:
-    """Raise: a package is missing."""
-    raise InspectionError(f"inspection needs {name}: pip install 'compiled-loss[inspect]'")
-
-
-def inspection_device(device: str, known: list[str]) -> None:
-    """Raise: no such target."""
-    raise InspectionError(f"device: expected one of {', '.join(['cpu', 'cuda', *known])}, got {device!r}")
-
-
-def inspection_gpu(detail: str) -> None:
-    """Raise: the real GPU was asked for and is not there."""
-    raise InspectionError(
-        f"device: expected a GPU that torch can use behind 'cuda', got none ({detail}): "
-        "name a target such as 'cuda:sm_90' to inspect without one"
-    )
-
-
-def inspection_spec(text: str, expected: str) -> None:
-    """Raise: an input is not described."""
-    raise ValueError(f"inputs: expected {expected}, got {text!r}")
-
-
-def inspection_function(name: str, reason: str) -> None:
-    """Raise: there is no such function."""
-    raise InspectionError(
-        f"function: expected package.module:name or a public name of compiled_loss, got {name!r}: {reason}"
-    )
-
-
-def inspection_tensor(kind: str) -> None:
-    """Raise: a tensor that is more than its shape."""
-    raise InspectionError(f"inputs: expected plain tensors and parameters, got a {kind}: pass its local tensor")
-
-
-def inspection_pickle(name: str, reason: str) -> None:
-    """Raise: the function cannot travel."""
-    raise InspectionError(
-        f"{name}: expected a function that can be sent to another process, got {reason}: "
-        "define it at the top of a module"
-    )
-
-
-def inspection_raised(name: str, trace: str) -> None:
-    """Raise: the user's function, or the compiler, did."""
-    raise InspectionError(f"{name} raised while it was inspected:\n{trace}")
-
-
-def inspection_died(status: object, output: str) -> None:
-    """Raise: the child process is gone."""
-    raise InspectionError(
-        f"the process that inspects ended with status {status} and no answer; its last output:\n{output[-2000:]}"
-    )
-
-
-def inspection_gradient(name: str) -> None:
-    """Raise: nothing to differentiate."""
-    raise InspectionError(
-        f"{name}: expected a result that requires grad, got none: mark inputs with :grad, or use backward=False"
-    )
-
-
-def inspection_targets(names: list[str], device: str) -> None:
-    """Raise: kernels are generated for one vendor at a time."""
-    raise InspectionError(
-        f"assemble: expected targets of the vendor of device={device!r}, whose sources these are, got {names}"
-    )
-
-
-def inspection_timing(names: list[str]) -> None:
-    """Raise: what the compiler would decide by a stopwatch."""
-    raise InspectionError(
-        f"options: expected none by which the compiler times kernels on the GPU, got {', '.join(names)}: "
-        "code is generated here without running any"
-    )
-
-
-def inspection_cache(reason: str) -> None:
-    """Raise: the fake device cannot be kept."""
-    raise InspectionError(f"TORCHINDUCTOR_CACHE_DIR: expected a cache folder that can be written: {reason}")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from compiled_loss import checks
+from compiled_loss import shell_checks
 from compiled_loss.pipeline import PipelineCausalLMLoss
 from compiled_loss.shells import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 
@@ -36,13 +36,13 @@ class _Typed:
         """Plain values by field name: NOTE [Round trip]."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in _RUNTIME:
-            checks.no_runtime(type(self).__name__, name, values.pop(name, None))
+            shell_checks.no_runtime(type(self).__name__, name, values.pop(name, None))
         return {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         """The config of `to_dict`."""
-        checks.fields(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
+        shell_checks.fields(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
         return cls(**values)
 
 
@@ -155,7 +155,7 @@ class LossFromFactoryConfig(LossConfig):
 
     def validate(self) -> None:
         """Raise unless there is something to call."""
-        checks.factory(self.factory, self.kwargs)
+        shell_checks.factory(self.factory, self.kwargs)
 
     def build(self) -> nn.Module:
         """What the factory returns."""
@@ -179,7 +179,7 @@ class MTPLossConfig(_Typed):
 
     def validate(self) -> None:
         """Raise where a field is not what it may be."""
-        checks.scaling(self.scaling_factor, self.ignore_index)
+        shell_checks.scaling(self.scaling_factor, self.ignore_index)
 
     def build(self, loss_fn: nn.Module, model: nn.Module) -> PipelineCausalLMLoss:
         """The loss of a pipeline's last stage."""
@@ -221,7 +221,7 @@ def register_loss_config(name: str, config: type[LossConfig]) -> None:
         Identity()
 
     """
-    checks.registration(name, config, LossConfig, LOSS_CONFIG_REGISTRY)
+    shell_checks.registration(name, config, LossConfig, LOSS_CONFIG_REGISTRY)
     LOSS_CONFIG_REGISTRY[name] = config
 
 
@@ -259,11 +259,11 @@ def build_loss_config(
 
     """
     if isinstance(loss, LossConfig):
-        checks.no_keywords(loss_kwargs)
+        shell_checks.no_keywords(loss_kwargs)
         return loss
     if isinstance(loss, str) and loss in LOSS_CONFIG_REGISTRY:
         return LOSS_CONFIG_REGISTRY[loss](**loss_kwargs)
-    checks.loss_target(loss, _Typed, list(LOSS_CONFIG_REGISTRY))
+    shell_checks.loss_target(loss, _Typed, list(LOSS_CONFIG_REGISTRY))
     assert callable(loss)
     for config in LOSS_CONFIG_REGISTRY.values():
         if config.module is loss and loss_kwargs.keys() <= {f.name for f in dataclasses.fields(config)}:

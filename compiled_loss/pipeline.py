@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compiled_loss import checks
+from compiled_loss import checks, shell_checks
 from compiled_loss.functional.multi_token import multi_token_targets
 
 
@@ -46,13 +46,13 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
 
     """
     known = ("logits", "hidden_states", "labels", "model", "lm_weight", "num_label_tokens", "grad_reduce_group")
-    checks.fields("calculate_loss", kwargs, list(known))
+    shell_checks.fields("calculate_loss", kwargs, list(known))
     logits, hidden_states, labels, model, lm_weight, count, group = (kwargs.get(name) for name in known)
-    checks.given("labels", labels, loss_fn)
+    shell_checks.given("labels", labels, loss_fn)
     if not getattr(loss_fn, "takes_hidden_states", False):
-        checks.given("logits", logits, loss_fn)
+        shell_checks.given("logits", logits, loss_fn)
         return loss_fn(logits=logits, labels=labels, num_label_tokens=count)  # type: ignore[no-any-return]
-    checks.given("hidden_states", hidden_states, loss_fn)
+    shell_checks.given("hidden_states", hidden_states, loss_fn)
     return loss_fn(  # type: ignore[no-any-return]
         hidden_states=hidden_states,
         labels=labels,
@@ -164,9 +164,9 @@ def calculate_mtp_losses(
         MTPLosses(loss=tensor(0.1609), per_depth=[tensor(1.6094)])
 
     """
-    outputs = checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
+    outputs = shell_checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
     checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor)
-    checks.same_ignore_index(ignore_index, loss_fn)
+    shell_checks.same_ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
     if fused and lm_weight is None:
         lm_weight = _head_weight(model)
@@ -214,8 +214,8 @@ class PipelineCausalLMLoss(nn.Module):
         grad_reduce_group: Any = None,
     ) -> None:
         super().__init__()
-        checks.scaling(scaling_factor, ignore_index)
-        checks.same_ignore_index(ignore_index, loss_fn)
+        shell_checks.scaling(scaling_factor, ignore_index)
+        shell_checks.same_ignore_index(ignore_index, loss_fn)
         self.loss_fn = loss_fn
         self._model = (model,)  # in a tuple, or it would become a child
         self.scaling_factor = scaling_factor
@@ -232,7 +232,7 @@ class PipelineCausalLMLoss(nn.Module):
     def _extract_seq_idx_tail(output: Any) -> tuple[Tensor | None, Any]:
         """The trailing seq_idx of an output tuple, if its last element is int32, and the rest."""
         if isinstance(output, tuple) and output and isinstance(output[-1], Tensor) and output[-1].dtype == torch.int32:
-            checks.seq_idx_tail(output[-1])
+            shell_checks.seq_idx_tail(output[-1])
             return output[-1], output[:-1]
         return None, output
 
@@ -297,7 +297,7 @@ def _head(model: Any) -> Any:
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if name.split(".")[-1] == "lm_head":
             return module
-    return checks.no_head(model)
+    return shell_checks.no_head(model)
 
 
 def _head_weight(model: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compiled_loss import checks
+from compiled_loss import checks, shell_checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
@@ -81,7 +81,7 @@ class FusedLinearCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         checks.alignment(0, ignore_index, 1)
-        checks.softcapping(logit_softcapping)
+        shell_checks.softcapping(logit_softcapping)
         checks.reduction(reduction)
         checks.instance("chunking", chunking, Chunking)
         self.ignore_index = ignore_index
@@ -115,8 +115,8 @@ class FusedLinearCrossEntropy(nn.Module):
 
         Sharded over more than one rank it is refused until this library shards its losses.
         """
-        checks.group("grad_reduce_group", grad_reduce_group)
-        return checks.local("lm_weight", lm_weight)
+        shell_checks.group("grad_reduce_group", grad_reduce_group)
+        return shell_checks.local("lm_weight", lm_weight)
 
 
 class TEParallelCrossEntropy(nn.Module):
@@ -150,10 +150,10 @@ class TEParallelCrossEntropy(nn.Module):
         num_label_tokens: int | Tensor | None = None,
     ) -> Tensor:
         """The loss of logits [..., V] and labels [...]."""
-        checks.group("tp_group", self.tp_group)
+        shell_checks.group("tp_group", self.tp_group)
         return masked_cross_entropy(
-            checks.local("logits", logits),
-            checks.local("labels", labels),
+            shell_checks.local("logits", logits),
+            shell_checks.local("labels", labels),
             mask,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -200,11 +200,11 @@ class KDLoss(nn.Module):
         num_batch_labels: int | Tensor | None = None,
     ) -> Tensor:
         """The sum over the valid tokens of labels [...] over `num_batch_labels`, or their mean."""
-        checks.group("tp_group", self.tp_group)
+        shell_checks.group("tp_group", self.tp_group)
         return distillation(
-            checks.local("student_logits", student_logits),
-            checks.local("teacher_logits", teacher_logits),
-            checks.local("labels", labels),
+            shell_checks.local("student_logits", student_logits),
+            shell_checks.local("teacher_logits", teacher_logits),
+            shell_checks.local("labels", labels),
             temperature=self.temperature,
             ignore_index=self.ignore_index,
             fp32_upcast=self.fp32_upcast,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss import checks
+from compiled_loss.inspection import errors
 from compiled_loss.inspection.targets import Target
 
 _DTYPES = {
@@ -55,11 +55,11 @@ class TensorSpec:
         """From text; raises ValueError that says what was expected."""
         found = _SPEC.fullmatch(text)
         if found is None:
-            checks.inspection_spec(text, "dtype[size,size] with :grad or :low..high after it")
+            errors.spec(text, "dtype[size,size] with :grad or :low..high after it")
         assert found is not None
         dtype = _DTYPES.get(found[1]) or getattr(torch, found[1], None)
         if not isinstance(dtype, torch.dtype):
-            checks.inspection_spec(text, f"a torch dtype or one of {', '.join(_DTYPES)}")
+            errors.spec(text, f"a torch dtype or one of {', '.join(_DTYPES)}")
         assert isinstance(dtype, torch.dtype)
         sizes = found[2].strip().rstrip(",")
         shape = tuple(int(size) for size in sizes.split(",")) if sizes else ()
@@ -71,7 +71,7 @@ class TensorSpec:
             elif limits is not None and not dtype.is_floating_point and int(limits[1]) <= int(limits[2]):
                 low, high = int(limits[1]), int(limits[2])
             else:
-                checks.inspection_spec(text, "grad after a floating dtype, or low..high after an integer one")
+                errors.spec(text, "grad after a floating dtype, or low..high after an integer one")
         return TensorSpec(shape=shape, dtype=dtype, grad=grad, low=low, high=high)
 
     @staticmethod
@@ -143,7 +143,7 @@ def parse_inputs(text: str) -> tuple[Any, ...]:
             try:
                 inputs.append(ast.literal_eval(word))
             except (ValueError, SyntaxError):
-                checks.inspection_spec(word, "a tensor such as bf16[8,4]:grad, or a Python literal")
+                errors.spec(word, "a tensor such as bf16[8,4]:grad, or a Python literal")
     return tuple(inputs)
 
 
@@ -155,9 +155,9 @@ def find_function(name: str) -> Callable[..., Any]:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        checks.inspection_function(name, str(error))
+        errors.function(name, str(error))
     if not callable(found):
-        checks.inspection_function(name, f"{type(found).__name__} is not callable")
+        errors.function(name, f"{type(found).__name__} is not callable")
     result: Callable[..., Any] = found
     return result
 
@@ -167,13 +167,13 @@ def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
     try:
         import cloudpickle
     except ImportError:
-        checks.inspection_extra("cloudpickle")
+        errors.extra("cloudpickle")
 
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         def reducer_override(self, value: Any) -> Any:
             if isinstance(value, Tensor):
                 if type(value) not in (Tensor, torch.nn.Parameter):
-                    checks.inspection_tensor(type(value).__name__)
+                    errors.tensor(type(value).__name__)
                 return _rebuild, (vars(TensorSpec.of(value)), isinstance(value, torch.nn.Parameter))
             if isinstance(value, TensorSpec):
                 return _rebuild, (vars(value), False)
@@ -182,10 +182,10 @@ def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
     buffer = io.BytesIO()
     try:
         Pickler(buffer).dump((fn, tuple(TensorSpec.parse(v) if isinstance(v, str) else v for v in inputs)))
-    except (checks.InspectionError, ValueError):
+    except (errors.InspectionError, ValueError):
         raise
     except Exception as error:
-        checks.inspection_pickle(getattr(fn, "__name__", type(fn).__name__), f"{type(error).__name__}: {error}")
+        errors.pickle(getattr(fn, "__name__", type(fn).__name__), f"{type(error).__name__}: {error}")
     return buffer.getvalue()
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from compiled_loss import checks
-from compiled_loss.inspection import fake_device
+from compiled_loss.inspection import errors, fake_device
 from compiled_loss.inspection.call import Request
 from compiled_loss.inspection.examine import examine
 from compiled_loss.inspection.measuring import measure, properties
@@ -28,7 +27,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
     if shim is not None and target is not None:
         try:
             fake_device.install(shim, Target(**target))
-        except checks.InspectionError as error:
+        except errors.InspectionError as error:
             writing.send(("refused", str(error)))
             return
     writing.send(("done", None))
@@ -39,7 +38,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
             return
         try:
             writing.send(("done", _do(job, request, fake=target is not None, writing=writing)))
-        except checks.InspectionError as error:
+        except errors.InspectionError as error:
             writing.send(("refused", str(error)))
         except (Exception, SystemExit) as error:
             writing.send(("error", _readable(error)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss import checks
+from compiled_loss.inspection import errors
 from compiled_loss.inspection.call import Request, differentiated, unpack
 from compiled_loss.inspection.compiler import Compiler
 from compiled_loss.inspection.record import Inspection, Kernel, Pass, Saved
@@ -68,7 +68,7 @@ def _run(
     if request.backward:
         outputs = [v for v in results if v.requires_grad]
         if not outputs or not wanted:
-            checks.inspection_gradient(request.name)
+            errors.gradient(request.name)
         upstream = [torch.ones_like(v) for v in outputs]
         base += sum(v.untyped_storage().nbytes() for v in upstream)
         with recorder.record(base) as more:

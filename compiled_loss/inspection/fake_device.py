@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from compiled_loss import checks
+from compiled_loss.inspection import errors
 from compiled_loss.inspection.targets import Target
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -30,27 +30,27 @@ def build() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     if not sys.platform.startswith("linux"):
-        checks.inspection_platform(sys.platform)
+        errors.platform(sys.platform)
     root = Path(torch.__file__).parent
     try:
         folder = Path(cache_dir()) / "compiled_loss"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        checks.inspection_cache(str(error))
+        errors.cache(str(error))
     key = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {root}".encode()).hexdigest()[:16]
     library = folder / f"fake_device_{key}.so"
     if library.exists():
         return library
     compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
-        checks.inspection_compiler(os.environ.get("CXX"))
+        errors.compiler(os.environ.get("CXX"))
     assert compiler is not None
     scratch = library.with_suffix(f".{os.getpid()}")
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
     command += ["-o", str(scratch), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        checks.inspection_shim(compiler, done.stderr)
+        errors.shim(compiler, done.stderr)
     scratch.replace(library)  # whole or not at all, however many build it at once
     return library
 
@@ -63,7 +63,7 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     try:
         import triton
     except ImportError:
-        checks.inspection_extra("triton")
+        errors.extra("triton")
     from torch._dynamo import device_interface
     from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget

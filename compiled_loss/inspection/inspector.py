@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compiled_loss import checks
-from compiled_loss.inspection import call
+from compiled_loss.inspection import call, errors
 from compiled_loss.inspection.call import Request
 from compiled_loss.inspection.process import Child, Progress, child_for
 from compiled_loss.inspection.record import Inspection, Measured
@@ -76,11 +75,11 @@ def inspect(
     """
     real = device in ("cpu", "cuda")
     if not real and device not in TARGETS:
-        checks.inspection_device(device, list(TARGETS))
+        errors.device(device, list(TARGETS))
     fn = getattr(fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn))  # compiled already
     timed = sorted(k for k, v in (options or {}).items() if v and k in _NEEDS_TIMING)
     if timed and device != "cpu":
-        checks.inspection_timing(timed)
+        errors.timing(timed)
     inputs = tuple(call.TensorSpec.parse(v) if isinstance(v, str) else v for v in inputs)
     target = _present_gpu() if device == "cuda" else TARGETS.get(device)
     request = Request(
@@ -121,10 +120,10 @@ def _targets(assemble: bool | Sequence[str], target: Target | None) -> tuple[Tar
         return (target,) if assemble and target is not None else ()
     for name in assemble:
         if name not in TARGETS:
-            checks.inspection_device(name, list(TARGETS))
+            errors.device(name, list(TARGETS))
     named = tuple(TARGETS[name] for name in assemble)
     if any(target is None or t.backend != target.backend for t in named):
-        checks.inspection_targets(list(assemble), "cpu" if target is None else target.name)
+        errors.targets(list(assemble), "cpu" if target is None else target.name)
     return named
 
 
@@ -136,7 +135,7 @@ def _present_gpu() -> Target:
     finally:
         child.close()
     if isinstance(properties, str):
-        checks.inspection_gpu(properties)
+        errors.gpu(properties)
     return Target(**properties)
 
 

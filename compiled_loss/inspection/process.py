@@ -23,8 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from compiled_loss import checks
-from compiled_loss.inspection import fake_device
+from compiled_loss.inspection import errors, fake_device
 from compiled_loss.inspection.targets import Target
 
 Progress = Callable[[str], None]
@@ -59,7 +58,7 @@ class Child:
             for end in (reading, writing):
                 os.close(end)
             self._output.close()
-            checks.inspection_died(error, "")
+            errors.died(error, "")
         finally:
             os.close(requests)
             os.close(answers)
@@ -70,7 +69,7 @@ class Child:
         try:
             kind, value = self._receive(None)  # ready
             if kind == "refused":
-                raise checks.InspectionError(value)
+                raise errors.InspectionError(value)
         except BaseException:
             self.close()
             raise
@@ -86,9 +85,9 @@ class Child:
                 self.close()
                 raise
         if kind == "refused":
-            raise checks.InspectionError(value)
+            raise errors.InspectionError(value)
         if kind == "error":
-            checks.inspection_raised(name, value)
+            errors.raised(name, value)
         return value
 
     def knows_older(self, file: str) -> bool:
@@ -116,7 +115,7 @@ class Child:
             except (EOFError, OSError):
                 status = self._process.wait()
                 self._output.seek(0)
-                checks.inspection_died(status, self._output.read().decode(errors="replace"))
+                errors.died(status, self._output.read().decode(errors="replace"))
             if kind != "progress":
                 return kind, value
             if progress is not None:

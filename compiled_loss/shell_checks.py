@@ -1,0 +1,143 @@
+"""The errors of Modules, configs and pipelines; see `checks`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from compiled_loss import checks
+
+
+def softcapping(value: float) -> None:
+    """Raise unless a softcap, of which 0 means none, is one."""
+    checks.number("logit_softcapping", value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
+
+
+def group(name: str, value: object) -> None:
+    """Raise where a process group has more than one rank: losses are not sharded yet."""
+    if value is None:
+        return
+    size = getattr(value, "size", None)
+    if not callable(size):
+        raise TypeError(f"{name}: expected a process group or None, got {type(value).__name__}")
+    if size() > 1:
+        raise NotImplementedError(f"{name}: expected one rank, got {size()}: losses are not sharded over ranks yet")
+
+
+def local(name: str, value: Tensor) -> Tensor:
+    """The tensor itself, or the local one of a DTensor on one rank; raise where it has more."""
+    if not hasattr(value, "device_mesh") or not hasattr(value, "to_local"):
+        return value
+    ranks = value.device_mesh.size()
+    if ranks > 1:
+        raise NotImplementedError(
+            f"{name}: expected a tensor on one rank, got a DTensor over {ranks}: losses are not sharded yet; "
+            f"{name}.full_tensor() gathers it"
+        )
+    here: Tensor = value.to_local()
+    return here
+
+
+def fields(owner: str, values: dict[str, object], known: list[str]) -> None:
+    """Raise where a keyword is unknown."""
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise TypeError(f"{owner}: expected of {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def no_runtime(owner: str, name: str, value: object) -> None:
+    """Raise where a config holds what only a running program has."""
+    if value is not None:
+        raise ValueError(f"{name}: expected None in a {owner} that is written down, got {type(value).__name__}")
+
+
+def factory(value: object, kwargs: object) -> None:
+    """Raise unless there is something to call, with keywords."""
+    if not callable(value):
+        raise TypeError(f"factory: expected a callable that returns a loss, got {type(value).__name__}")
+    if not isinstance(kwargs, dict):
+        raise TypeError(f"kwargs: expected a dict, got {type(kwargs).__name__}")
+
+
+def registration(name: str, config: object, base: type, taken: dict[str, type]) -> None:
+    """Raise unless a config may be known by a name."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: expected a str, got {name!r}")
+    if not isinstance(config, type) or not issubclass(config, base):
+        raise TypeError(f"config: expected a subclass of {base.__name__}, got {config!r}")
+    if taken.get(name, config) is not config:
+        raise ValueError(f"name: expected one that is not taken, got {name!r}, which is {taken[name].__name__}")
+
+
+def no_keywords(kwargs: dict[str, object]) -> None:
+    """Raise where keywords come beside a config."""
+    if kwargs:
+        raise ValueError(f"loss_kwargs: expected none beside a config, got {', '.join(sorted(kwargs))}: set its fields")
+
+
+def loss_target(loss: object, base: type, known: list[str]) -> None:
+    """Raise unless `loss` is a class or callable that may be a loss."""
+    names = f"a config, a name of {', '.join(known)}, or a loss class or callable"
+    if isinstance(loss, base):
+        raise TypeError(f"loss: expected {names}, got {type(loss).__name__}: call its build(loss_fn, model)")
+    if isinstance(loss, type) and issubclass(loss, base):
+        raise TypeError(f"loss: expected {names}, got the class {loss.__name__}: make one, {loss.__name__}()")
+    if not callable(loss):
+        raise TypeError(f"loss: expected {names}, got {loss!r}; dotted paths are the caller's to resolve")
+
+
+def scaling(scaling_factor: float | None, ignore_index: int) -> None:
+    """Raise unless the numbers of an auxiliary loss are in range."""
+    if scaling_factor is not None:
+        checks.number("scaling_factor", scaling_factor, " or None")
+        if not scaling_factor >= 0:
+            raise ValueError(f"scaling_factor: expected a number >= 0 or None, got {scaling_factor}")
+    checks.alignment(0, ignore_index, 1)
+
+
+def given(name: str, value: object, loss: object) -> None:
+    """Raise where a loss misses what it takes."""
+    if value is None:
+        raise ValueError(f"{name}: expected, for {type(loss).__name__} takes them, got None")
+
+
+def mtp_outputs(hidden: Sequence[Tensor] | None, logits_: Sequence[Tensor] | None, loss: object) -> Sequence[Tensor]:
+    """Each depth's outputs; raise unless exactly one form is given, and the loss takes it."""
+    if (hidden is None) == (logits_ is None):
+        both = "both" if hidden is not None else "neither"
+        raise ValueError(f"mtp_per_depth_h: expected it or mtp_per_depth_logits, got {both}")
+    if logits_ is not None and getattr(loss, "takes_hidden_states", False):
+        raise ValueError(
+            f"mtp_per_depth_logits: expected mtp_per_depth_h, which {type(loss).__name__} takes, got these"
+        )
+    found = hidden if logits_ is None else logits_
+    assert found is not None
+    return found
+
+
+def same_ignore_index(ignore_index: int, loss: object) -> None:
+    """Raise where a loss ignores another label than the one that is put where there is no target."""
+    own = getattr(loss, "ignore_index", ignore_index)
+    if own != ignore_index:
+        raise ValueError(f"ignore_index: expected {own} like {type(loss).__name__}, got {ignore_index}")
+
+
+def seq_idx_tail(value: Tensor) -> None:
+    """Raise unless the int32 tensor at the end of a stage's output is a seq_idx."""
+    if value.dim() != 2:
+        raise ValueError(
+            f"output: expected seq_idx [B, S], the int32 tensor at its end, got {checks.sizes(value.shape)}: "
+            "other integers must not come last"
+        )
+
+
+def no_head(model: object) -> None:
+    """Raise: there is no head."""
+    raise ValueError(
+        f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
+        "give lm_weight"
+    )
