@@ -104,6 +104,50 @@ def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -
     same_device("teacher_hidden", hidden, student.device)
 
 
+def teacher_given(name: str, value: Tensor | None) -> Tensor:
+    """The teacher; raise where it is missing, and no cached one came instead."""
+    if value is None:
+        raise ValueError(f"{name}: expected a Tensor, or teacher_topk, got neither")
+    return value
+
+
+def teacher_topk(value: object, others: dict[str, Tensor | None], source: Tensor, vocab: int) -> None:
+    """Raise unless `value` holds the top of a distribution for each row of `source`, and no other teacher is given."""
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(f"{name}: expected None beside teacher_topk, got a {type(other).__name__}")
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"teacher_topk: expected (values, indices) or None, got {type(value).__name__}")
+    values, indices = value
+    for name, part in (("teacher_topk[0]", values), ("teacher_topk[1]", indices)):
+        tensor(name, part)
+        if part.shape[:-1] != source.shape[:-1] or part.dim() != source.dim() or not 1 <= part.shape[-1] <= vocab:
+            expected = sizes(source.shape[:-1])[:-1] + (", " if source.dim() > 1 else "") + "k]"
+            raise ValueError(f"{name}: expected {expected} with k from 1 to V = {vocab}, got {sizes(part.shape)}")
+        same_device(name, part, source.device)
+    floating("teacher_topk[0]", values)
+    if indices.dtype != torch.int64:
+        raise TypeError(f"teacher_topk[1]: expected int64, got {indices.dtype}: use indices.long()")
+    if indices.shape != values.shape:
+        raise ValueError(f"teacher_topk[1]: expected {sizes(values.shape)} like its values, got {sizes(indices.shape)}")
+
+
+def teacher_topk_values(values: Tensor, indices: Tensor, vocab: int) -> None:
+    """Raise unless rows [rows, k] are parts of distributions. Reads the tensors: for eager CPU code alone."""
+    outside = indices[(indices < 0) | (indices >= vocab)]
+    if outside.numel():
+        raise ValueError(f"teacher_topk[1]: expected 0 <= index < V = {vocab}, got {outside[0].item()}")
+    if (indices.sort().values.diff() == 0).any():
+        raise ValueError("teacher_topk[1]: expected each class of a token once, got one twice")
+    total = values.double().exp().sum(-1)
+    rounding = torch.finfo(values.dtype).eps * (1 + math.log(values.shape[-1]))  # of logarithms: eps times an entropy
+    if (total > 1 + rounding).any():
+        raise ValueError(
+            f"teacher_topk[0]: expected log-probabilities, got probabilities that sum to {total.max().item():.4g}: "
+            "use (teacher_logits / temperature).log_softmax(-1).topk(k)"
+        )
+
+
 def same_dtype(hidden: Tensor, weight: Tensor) -> None:
     """Raise unless one GEMM can take both."""
     if hidden.dtype != weight.dtype:
@@ -203,13 +247,6 @@ def reduction(value: str) -> None:
     """Raise unless the reduction exists."""
     if value not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {value!r}")
-
-
-def scalar_reduction(value: str) -> None:
-    """Raise unless the reduction gives one number, as the token walk must."""
-    reduction(value)
-    if value == "none":
-        raise ValueError("reduction: expected 'mean' or 'sum', got 'none': use distillation(), on logits")
 
 
 def distillation(

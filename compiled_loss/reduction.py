@@ -55,9 +55,14 @@ def tokens(
     if vocab is None:
         return Tokens(labels, weight, active, torch.ones_like(weight))
     bad = active & ((labels < 0) | (labels >= vocab))
-    if labels.device.type == "cpu" and type(labels) is Tensor and not (traced() or torch.compiler.is_compiling()):
+    if readable(labels):
         checks.labels_in_range(bad, labels, vocab, ignore_index)
     return Tokens(labels, weight, active, torch.where(bad, float("nan"), 1.0).to(weight.dtype))
+
+
+def readable(values: Tensor) -> bool:
+    """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
+    return values.device.type == "cpu" and type(values) is Tensor and not (traced() or torch.compiler.is_compiling())
 
 
 def traced() -> bool:

@@ -134,9 +134,10 @@ def linear_token_statistics(
 
 def distillation(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     labels: Tensor,
     *,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
     temperature: float = 1.0,
@@ -145,10 +146,17 @@ def distillation(
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """(1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label."""
+    """(1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label.
+
+    A cached teacher's distribution has one more class, all those that are not in its top.
+    """
     raw = transformed(student_logits, None, None, 1.0)
     log_q = torch.log_softmax(raw / temperature, dim=-1)
-    log_p = torch.log_softmax(transformed(teacher_logits.detach(), None, None, temperature).to(raw.dtype), dim=-1)
+    if teacher_topk is None:
+        assert teacher_logits is not None
+        log_p = torch.log_softmax(transformed(teacher_logits.detach(), None, None, temperature).to(raw.dtype), dim=-1)
+    else:
+        log_p, log_q = _topped(*teacher_topk, log_q)
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
         rows = (p * (log_p - log_q)).sum(-1)
@@ -170,16 +178,28 @@ def distillation(
     return rows.sum() if num_label_tokens is None else _ratio(rows.sum(), torch.as_tensor(num_label_tokens))
 
 
+def _topped(values: Tensor, indices: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the teacher and of the student over the top's classes and, if there are others, the rest."""
+    log_p, tops = values.detach().to(log_q.dtype), log_q.gather(-1, indices)
+    if indices.shape[-1] < log_q.shape[-1]:
+        left = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(log_p.dtype).eps)
+        rest = log_q.scatter(-1, indices, float("-inf")).logsumexp(-1, keepdim=True)
+        log_p, tops = torch.cat([log_p, left.log()], -1), torch.cat([tops, rest], -1)
+    return torch.log_softmax(log_p, dim=-1), tops
+
+
 def linear_distillation(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     labels: Tensor,
     **keywords: object,
 ) -> Tensor:
     """`distillation` of the heads' logits."""
-    student, teacher = token_logits(student_hidden, student_weight), token_logits(teacher_hidden, teacher_weight)
+    student, teacher = token_logits(student_hidden, student_weight), None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = token_logits(teacher_hidden, teacher_weight)
     return distillation(student, teacher, labels, **keywords)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
 """Calls whose GPU code is held to account: every public function, each strategy, the keywords that change kernels."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import naive
 import torch
@@ -126,6 +126,23 @@ def two_heads(call, shape, **options):
     )
 
 
+def with_top(hidden, weight, values, indices, labels, **options):
+    keywords = {"teacher_topk": (values, indices), **options}
+    return compiled_loss.linear_distillation(hidden, weight, None, None, labels, **keywords)
+
+
+def head_and_top(shape, k=64, **options):
+    """A student's head and the top of its teacher, in 4 even chunks, each with a copy of its logits."""
+    case = two_heads(with_top, shape, **options)
+    tokens, _, vocab = shape
+    inputs = (*case.inputs[:2], f"bf16[{tokens},{k}]", f"int64[{tokens},{k}]:0..{vocab - 1}", case.inputs[-1])
+    return replace(case, inputs=inputs, forward=3, generated=(10, 0))  # most of them on [N, k]
+
+
+def logits_and_top(logits, values, indices, labels, **options):
+    return compiled_loss.distillation(logits, None, labels, teacher_topk=(values, indices), **options)
+
+
 def two_logits(call, shape, **options):
     tokens, _, vocab = shape
     logits = f"bf16[{tokens},{vocab}]"
@@ -144,6 +161,10 @@ def divergences(shape):
     for kind in ("forward_kl", "reverse_kl", "jsd"):
         found[f"teacher, {kind}"] = two_heads(with_teacher, shape, divergence=kind)
         found[f"logits, {kind}"] = two_logits(compiled_loss.distillation, shape, divergence=kind)
+        found[f"top, {kind}"] = head_and_top(shape, divergence=kind)
+    walk_twice = two_heads(with_teacher, shape, reduction="none")
+    found["teacher, none"] = replace(walk_twice, forward=1.5, backward=3.5, keeps=0, generated=(1, 1))
+    found["top, everything"] = head_and_top(shape, divergence="jsd", **options)
     found["teacher, everything"] = two_heads(with_teacher, shape, divergence="jsd", **options)
     found["logits, everything in two"] = two_logits(compiled_loss.distillation, shape, divergence="jsd", **options)
     return found

@@ -89,7 +89,6 @@ CASES = {
         ),
         ({"teacher_weight": zeros(V, 2, dtype=float16)}, TypeError, "weight: expected the dtype of hidden"),
         ({"labels": LABELS.int()}, TypeError, "labels: expected int64, got torch.int32: use labels.long()"),
-        ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none': use distillation()"),
         ({"chunking": 512}, TypeError, "chunking: expected a Chunking, got int"),
         ({"chunking": Chunking(strategy="vocab")}, ValueError, "strategy: expected 'tokens' or 'auto', got 'vocab'"),
         (

@@ -28,6 +28,7 @@ KEYWORDS = {
     "count": {"reduction": "sum", "num_label_tokens": 7, "hard_label_weight": 0.5},
     "no count": {"reduction": "sum", "num_label_tokens": torch.tensor(0)},
 }
+EACH = {"reduction": "none", "hard_label_weight": 0.4}
 SHAPES = [((3, 5), 4, 6, 13), ((11,), 7, 3, 29), ((1, 1), 3, 2, 1), ((2, 1, 3), 1, 1, 2)]
 
 
@@ -60,10 +61,10 @@ def check(function, truth, inputs, wanted, **tolerance):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("name", KEYWORDS)
+@pytest.mark.parametrize("name", [*KEYWORDS, "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_distillation(divergence, name, shape):
-    keywords = {"divergence": divergence, **KEYWORDS[name]}
+    keywords = {"divergence": divergence, **KEYWORDS.get(name, EACH)}
     tensors, labels = heads(*shape, ignore_index=keywords.get("ignore_index", -100))
 
     def loss(*inputs):
@@ -81,7 +82,7 @@ def test_linear_distillation(divergence, name, shape):
 @pytest.mark.parametrize("name", [*KEYWORDS, "none"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_distillation(divergence, name, layout):
-    keywords = {"divergence": divergence, **KEYWORDS.get(name, {"reduction": "none", "hard_label_weight": 0.4})}
+    keywords = {"divergence": divergence, **KEYWORDS.get(name, EACH)}
 
     def logits():
         return {

@@ -1,8 +1,9 @@
 """The token walk for two distributions: a head's logits against a target's, rows streamed, neither held.
 
-N tokens, H width, H' the target's, V vocabulary, C rows a chunk. Three GEMMs of the student where both its gradients
-are wanted, 6 N H V operations, and the target's 2 N H' V where it is a head too; all in forward, scalar losses only.
-Keeps dH, dW and O(N) between forward and backward; holds the student's [C, V] and, where it is a head, the target's.
+N tokens, H width, H' the target's, V vocabulary, C rows a chunk. `weighted_sum` forms gradients in forward: three GEMMs
+of the student where both its gradients are wanted, 6 N H V operations, and the target's 2 N H' V where it is a head
+too; it keeps dH, dW and O(N). `divergence` gives each row's own and takes any upstream gradient: it walks again in
+backward, 8 N H V and 4 N H' V, and keeps O(N). Both hold the student's [C, V] and, where it is a head, the target's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.engine import gemm, hosts
-from compiled_loss.engine.divergences import BODIES, Kind, Output, Pair
+from compiled_loss.engine.divergence_bodies import BODIES
+from compiled_loss.engine.divergences import Kind, Output, Pair, Target
 from compiled_loss.engine.divergences import Rows as Known
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import unit_scale
@@ -29,11 +31,18 @@ class Weighted(NamedTuple):
     labels: Tensor | None
     active: Tensor
 
+    def of(self, soft: Tensor, hard: Tensor | None) -> Tensor:
+        """Each token's loss, of its divergence and cross-entropy."""
+        losses = self.soft * soft
+        if hard is not None and self.hard is not None:
+            losses = losses + self.hard * hard
+        return torch.where(self.active, losses, 0.0)
+
 
 def weighted_sum(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N, V] probabilities, or [N, H']
+    target: Target,  # [N, V] probabilities, [N, H'], or [N, k]
     kind: Kind,
     pair: Pair,
     weighted: Weighted,
@@ -42,28 +51,48 @@ def weighted_sum(
 ) -> Tensor:
     """The loss, differentiable with respect to hidden and weight."""
     if any(wanted):
-        loss: Tensor = _DivergenceChunks.apply(hidden, weight, target, *pair, *weighted, kind, plan, wanted)
+        loss: Tensor = _WeightedSum.apply(hidden, weight, *target, *pair, *weighted, kind, plan, wanted)
         return loss
+    _, soft, hard = _fold(hidden, weight, target, weighted.labels, kind, pair, plan)
+    return weighted.of(soft, hard).sum()
+
+
+def divergence(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Target,  # as above
+    labels: Tensor | None,  # [N]
+    kind: Kind,
+    pair: Pair,
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None]:
+    """Each row's divergence and, with labels, cross-entropy; differentiable with respect to hidden and weight."""
+    soft, hard = _Divergence.apply(hidden, weight, *target, *pair, labels, kind, plan)
+    return soft, hard
+
+
+def _fold(
+    hidden: Tensor, weight: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair, plan: Plan
+) -> tuple[Known, Tensor, Tensor | None]:
+    """What is known of each row, its divergence and its cross-entropy, [N] each."""
     run = hosts.choose(hidden.device, plan.compile)
-    parts = []
-    for rows in chunks(hidden.shape[0], plan):
-        labels = None if weighted.labels is None else rows.of(weighted.labels)
-        outputs = run(BODIES[kind].fold, rows.of(hidden), weight, labels, *pair, rows.of(target))
-        parts.append(Known.of(outputs, kind, labels)[1])
-    soft, *hard = [gemm.join(part) for part in zip(*parts, strict=True)]
-    losses = weighted.soft * soft
-    if hard and weighted.hard is not None:
-        losses = losses + weighted.hard * hard[0]
-    return torch.where(weighted.active, losses, 0.0).sum()
+    parts = [
+        run(BODIES[kind].fold, rows.of(hidden), weight, *rows.of_each([labels]), *pair, *rows.of_each(target))
+        for rows in chunks(hidden.shape[0], plan)
+    ]
+    outputs = tuple([gemm.join(part) for part in zip(*parts, strict=True)])
+    known, (soft, *hard) = Known.of(outputs, kind, labels, target.indices)
+    return known, soft, hard[0] if hard else None
 
 
-class _DivergenceChunks(torch.autograd.Function):
+class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         target: Tensor,
+        indices: Tensor | None,
         inverse_temperature: Tensor | None,
         jsd_weight: Tensor | None,
         target_weight: Tensor | None,
@@ -83,8 +112,8 @@ class _DivergenceChunks(torch.autograd.Function):
         run = hosts.choose(hidden.device, plan.compile)
 
         def chunk(rows: Rows) -> Output:
-            operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, soft, hard]))
-            d, _, loss = run(BODIES[kind].fold_and_gradient, rows.of(hidden), weight, *operands)
+            operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
+            d, loss, *_ = run(BODIES[kind].fold_and_gradient, rows.of(hidden), weight, *operands)
             return d, loss
 
         gradients, (losses,) = form_gradients(hidden, weight, None, plan, wanted, soft, chunk)
@@ -101,7 +130,59 @@ class _DivergenceChunks(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         if g is None:
-            return (None,) * 13
+            return (None,) * 14
         *gradients, scale = ctx.saved_tensors
         d_hidden, d_weight, _ = scaled_gradients(gradients, g if scale is None else g * scale, ctx.dtypes)
-        return d_hidden, d_weight, *(None,) * 11
+        return d_hidden, d_weight, *(None,) * 12
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        indices: Tensor | None,
+        inverse_temperature: Tensor | None,
+        jsd_weight: Tensor | None,
+        target_weight: Tensor | None,
+        labels: Tensor | None,
+        kind: Kind,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor | None]:
+        pair = Pair(inverse_temperature, jsd_weight, target_weight)
+        known, soft, hard = _fold(hidden, weight, Target(target, indices), labels, kind, pair, plan)
+        ctx.save_for_backward(hidden, weight, target, indices, labels, *pair, *known)
+        ctx.set_materialize_grads(False)
+        ctx.kind, ctx.plan = kind, plan
+        return soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.first_derivative()
+        hidden, weight, target, indices, labels, *saved = ctx.saved_tensors
+        pair, known = Pair(*saved[:3]), Known(*saved[3:])
+        soft = _upstream(g_soft, known.log_sum)
+        hard = None if labels is None else _upstream(g_hard, known.log_sum)
+        with torch.autocast(hidden.device.type, enabled=False):  # whatever backward's caller is in
+            scale = unit_scale(hidden.dtype, soft, hard)
+            if scale is not None:
+                soft, hard = soft / scale, None if hard is None else hard / scale
+            run = hosts.choose(hidden.device, ctx.plan.compile)
+
+            def chunk(rows: Rows) -> Output:
+                operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
+                return run(BODIES[ctx.kind].gradient, rows.of(hidden), weight, *operands)
+
+            wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
+            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)
+            if scale is not None:
+                gradients = scaled_gradients(gradients, scale, [hidden.dtype, weight.dtype, None])
+        d_hidden, d_weight, _ = gradients
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 8
+
+
+def _upstream(g: Tensor | None, like: Tensor) -> Tensor:
+    """A new tensor, to be fenced; Dynamo traces a backward with example gradients that alias each other."""
+    return torch.zeros_like(like) if g is None else g.to(like.dtype, copy=True)

@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import divergences, gemm, hosts
-from compiled_loss.engine.divergences import BODIES, Kind, Pair, Rows
+from compiled_loss.engine import gemm, hosts
+from compiled_loss.engine.divergence_bodies import BODIES, target_gradient
+from compiled_loss.engine.divergences import Kind, Pair, Rows, Target
 
 
 def divergence(
     logits: Tensor,  # [..., V], two dimensions or more, any strides
-    target: Tensor,  # [..., V], probabilities or logits
+    target: Target,  # [..., V] or [..., k]
     labels: Tensor | None,  # [...]
     kind: Kind,
     pair: Pair,
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's divergence from its target, and with labels its cross-entropy with them; differentiable."""
-    soft, hard = _Divergence.apply(logits, target, labels, pair.inverse_temperature, pair.jsd_weight, kind)
+    soft, hard = _Divergence.apply(logits, *target, labels, pair.inverse_temperature, pair.jsd_weight, kind)
     return soft, hard
 
 
 def plain_divergence(
-    logits: Tensor, target: Tensor, labels: Tensor | None, kind: Kind, pair: Pair
+    logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair
 ) -> tuple[Tensor, Tensor | None]:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
-    _, (soft, *hard) = Rows.of(BODIES[kind].fold(logits, None, labels, *pair, target), kind, labels)
+    _, (soft, *hard) = Rows.of(BODIES[kind].fold(logits, None, labels, *pair, *target), kind, labels, target.indices)
     return soft, hard[0] if hard else None
 
 
@@ -38,15 +39,16 @@ class _Divergence(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
+        indices: Tensor | None,
         labels: Tensor | None,
         inverse_temperature: Tensor | None,
         jsd_weight: Tensor | None,
         kind: Kind,
     ) -> tuple[Tensor, Tensor | None]:
         pair = Pair(inverse_temperature, jsd_weight, None)
-        outputs = hosts.choose(logits.device, "auto")(BODIES[kind].fold, logits, None, labels, *pair, target)
-        rows, (soft, *hard) = Rows.of(outputs, kind, labels)
-        ctx.save_for_backward(logits, target, labels, *pair[:2], *rows)
+        outputs = hosts.choose(logits.device, "auto")(BODIES[kind].fold, logits, None, labels, *pair, target, indices)
+        rows, (soft, *hard) = Rows.of(outputs, kind, labels, indices)
+        ctx.save_for_backward(logits, target, indices, labels, *pair[:2], *rows)
         ctx.set_materialize_grads(False)
         ctx.kind = kind
         return soft, hard[0] if hard else None
@@ -54,7 +56,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        logits, target, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
+        logits, target, indices, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
         pair, rows = Pair(inverse_temperature, jsd_weight, None), Rows(*saved)
         # Fenced, for the partitioner finds the expressions of forward in backward, and may keep one of [N, V].
         rows = rows._replace(maximum=rows.maximum.clone())
@@ -71,9 +73,9 @@ class _Divergence(torch.autograd.Function):
                 hard = None
                 if labels is not None:
                     hard = torch.zeros_like(soft) if g_hard is None else g_hard.to(soft.dtype, copy=True)
-                operands = (labels, *pair, target, *rows, soft, hard)
+                operands = (labels, *pair, target, indices, *rows, soft, hard)
                 (d,) = run(BODIES[ctx.kind].gradient, logits, None, *operands)
             if ctx.needs_input_grad[1] and ctx.kind == "probabilities":
                 known = (target, rows.maximum, rows.log_sum, soft)
-                (d_target,) = run(divergences.target_gradient, logits, None, None, *pair, *known)
-        return d, d_target, *(None,) * 4
+                (d_target,) = run(target_gradient, logits, None, None, *pair, *known)
+        return d, d_target, *(None,) * 5

@@ -25,22 +25,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compiled_loss.engine import bodies, divergences
+from compiled_loss.engine import bodies, divergence_bodies
+from compiled_loss.engine.divergences import Pair
 
 Body = Callable[..., bodies.Output]
 Host = Callable[..., bodies.Output]  # (body, source, weight, *operands) -> the body's outputs
 
 _ONE = (bodies.fold, bodies.gradient, bodies.fold_and_gradient, bodies.add_column_sums)
-_TWO = (*(body for kind in divergences.BODIES.values() for body in kind), divergences.target_gradient)
+_TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
 _BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO)}
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
 _REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
-_FOLDS = (bodies.fold, *(kind.fold for kind in divergences.BODIES.values()))  # form no gradient
+_FOLDS = (bodies.fold, *(kind.fold for kind in divergence_bodies.BODIES.values()))  # form no gradient
 # Operands after the first, the labels, that have no rows.
-_ROWLESS = {b.__name__: len(bodies.Head._fields) for b in _ONE} | {
-    b.__name__: len(divergences.Pair._fields) for b in _TWO
-}
+_ROWLESS = {b.__name__: len(bodies.Head._fields) for b in _ONE} | {b.__name__: len(Pair._fields) for b in _TWO}
 
 
 def choose(device: torch.device, compile: bool | str) -> Host:
@@ -98,7 +97,7 @@ def plain(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor |
         operands = (labels, *scalars, None, target, *operands[5:])
     if body in _FOLDS:
         return _by_rows(body, logits, None, operands)
-    formed = operands[4] if body is divergences.target_gradient else logits
+    formed = operands[4] if body is divergence_bodies.target_gradient else logits
     out = torch.empty_like(formed) if weight is None else logits  # type: ignore[arg-type]
     return (out, *_by_rows(body, logits, out, operands))
 

@@ -11,6 +11,13 @@ With p the teacher's distribution and q the student's, both softened by the temp
 
 and a token's loss is (1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`, its
 cross-entropy at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1).
+
+NOTE [Cached teacher]
+`teacher_topk` is a teacher whose top alone was kept: values [..., k], log-probabilities, the largest of
+log_softmax(teacher_logits / T), and indices [..., k], int64, of their classes, each once. What they leave of 1 is the
+mass of all other classes, and is compared with the student's on them as one class (engine/top_divergences.py, NOTE
+[Tail]): a loss at most that of the whole teacher, equal to it where k is V, whose gradient leaves the proportions in
+the tail as they are. The mass at another temperature than the cache's cannot be known: make it with the loss's own.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
+from compiled_loss.engine.divergences import Target
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
@@ -36,6 +44,7 @@ def _weighted(
     ignore_index: int,
     reduction: str,
     num_label_tokens: int | Tensor | None,
+    top: Tensor | None,  # [..., k], the indices of a cached teacher
 ) -> Weighted:
     """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
@@ -43,17 +52,30 @@ def _weighted(
     ranged = vocab if hard_label_weight else None
     tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
     weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
+    if top is not None:
+        outside = tokens.active & ((top < 0) | (top >= vocab)).any(-1)
+        weight = torch.where(outside, float("nan"), weight)
     soft = weight * ((1 - hard_label_weight) * temperature**2)
     if hard_label_weight == 0:
         return Weighted(soft, None, None, tokens.active)
     return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
 
 
+def _top(teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocab: int, ignore_index: int) -> Target:
+    """The cached teacher, its indices where the logits have columns: `_weighted` knows which had none."""
+    values, indices = teacher_topk
+    if reductions.readable(values):
+        active = labels != ignore_index
+        checks.teacher_topk_values(values[active], indices[active], vocab)
+    return Target(values.detach(), indices.clamp(0, vocab - 1))
+
+
 def distillation(
     student_logits: Tensor,  # [..., V]
-    teacher_logits: Tensor,  # [..., V]
+    teacher_logits: Tensor | None,  # [..., V]
     labels: Tensor,  # [...]
     *,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
     temperature: float = 1.0,
@@ -70,8 +92,10 @@ def distillation(
 
     Args:
         student_logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
-        teacher_logits: the same shape, any of these dtypes. Never written; gets no gradient.
+        teacher_logits: the same shape, any of these dtypes, or None beside `teacher_topk`. Never written; gets no
+            gradient.
         labels: [...], int64. Only which of them are `ignore_index` matters, unless `hard_label_weight` is given.
+        teacher_topk: (values, indices), [..., k] each, floating and int64: NOTE [Cached teacher]. Gets no gradient.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
         temperature: divides both logits, > 0.
@@ -87,11 +111,13 @@ def distillation(
         the graph, where no token counts.
 
     Memory:
-        Keeps nothing of [N, V] beyond the two logits: one pass forward, one back, which creates the gradient.
+        Keeps nothing of [N, V] beyond the two logits: one pass forward, one back, which creates the gradient. With
+        `teacher_topk` forward copies the student's logits, and lets the copy go.
 
     Raises:
         ValueError: a shape, device, number or name is off, or, in eager CPU code with `hard_label_weight`, a label is
-            out of range; elsewhere its token's loss and gradient are NaN.
+            out of range, or `teacher_topk` is no part of a distribution; elsewhere a token whose label or indices are
+            out of range gives NaN.
         TypeError: a dtype is off.
 
     Source:
@@ -108,33 +134,39 @@ def distillation(
     """
     checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
     checks.logits(student_logits, "student_logits")
-    checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
     checks.tokens(labels, None, None, "student_logits", student_logits)
+    vocab = student_logits.shape[-1]
+    if teacher_topk is None:
+        teacher_logits = checks.teacher_given("teacher_logits", teacher_logits)
+        checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+        target = Target(teacher_logits.detach())
+    else:
+        checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
+        target = _top(teacher_topk, labels, vocab, ignore_index)
     weighted = _weighted(
         labels,
         student_logits,
-        student_logits.shape[-1],
+        vocab,
         temperature=temperature,
         hard_label_weight=hard_label_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
+        top=None if teacher_topk is None else teacher_topk[1],
     )
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
-    soft, hard = pair.on_logits(student_logits, teacher_logits.detach(), weighted.labels, divergence, scalars)
-    losses = weighted.soft * soft
-    if weighted.hard is not None and hard is not None:
-        losses = losses + weighted.hard * hard
-    return reductions.reduced(torch.where(weighted.active, losses, 0.0), reduction)
+    rows = pair.on_logits(student_logits, target, weighted.labels, divergence, scalars)
+    return reductions.reduced(weighted.of(*rows), reduction)
 
 
 def linear_distillation(
     student_hidden: Tensor,  # [..., H]
     student_weight: Tensor,  # [V, H]
-    teacher_hidden: Tensor,  # [..., H']
-    teacher_weight: Tensor,  # [V, H']
+    teacher_hidden: Tensor | None,  # [..., H']
+    teacher_weight: Tensor | None,  # [V, H']
     labels: Tensor,  # [...]
     *,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
     temperature: float = 1.0,
@@ -149,22 +181,24 @@ def linear_distillation(
     Args:
         student_hidden: [..., H]; fp32, bf16, fp16 or fp64.
         student_weight: [V, H], in its dtype; under autocast both are cast, once.
-        teacher_hidden: [..., H']; the width may differ. Gets no gradient.
-        teacher_weight: [V, H'], in its dtype. Gets no gradient.
-        labels, divergence, jsd_weight, temperature, hard_label_weight, ignore_index, num_label_tokens: see
-            :func:`distillation`.
-        reduction: "mean" or "sum".
+        teacher_hidden: [..., H']; the width may differ. Gets no gradient. None beside `teacher_topk`.
+        teacher_weight: [V, H'], in its dtype. Gets no gradient. None beside `teacher_topk`.
+        labels, teacher_topk, divergence, jsd_weight, temperature, hard_label_weight, ignore_index, reduction,
+            num_label_tokens: see :func:`distillation`.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for both logits of a chunk.
 
     Returns:
-        A scalar; fp32 (fp64 for fp64 inputs).
+        A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 inputs).
 
     Memory:
-        Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of both logits, 2 [C, V]; dH and
-        dW from forward on. 6 N H V + 2 N H' V operations. Under functorch transforms the logits are held.
+        Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of both logits, 2 [C, V], or of
+        the student's and a copy of them beside `teacher_topk`; dH and dW from forward on. 6 N H V + 2 N H' V
+        operations. reduction="none" walks again in backward, 8 N H V + 4 N H' V, and keeps O(N) until then. Under
+        functorch transforms the logits are held.
 
     Raises:
-        ValueError: a shape, device, number or name is off; reduction="none"; `chunking.strategy` is "vocab".
+        ValueError: a shape, device, number or name is off; `chunking.strategy` is "vocab"; in eager CPU code, see
+            :func:`distillation`.
         TypeError: a dtype is off.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
@@ -182,22 +216,32 @@ def linear_distillation(
 
     """
     checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
-    checks.scalar_reduction(reduction)
     checks.head(student_hidden, student_weight, None, ("student_hidden", "student_weight"))
-    checks.teacher(teacher_hidden, teacher_weight, student_hidden, student_weight.shape[0])
     checks.tokens(labels, None, None, "student_hidden", student_hidden)
     hidden, weight = cast(student_hidden, student_weight)
-    target, target_weight = cast(teacher_hidden.detach(), teacher_weight.detach())
+    vocab, target_weight = weight.shape[0], None
+    if teacher_topk is None:
+        teacher_hidden = checks.teacher_given("teacher_hidden", teacher_hidden)
+        teacher_weight = checks.teacher_given("teacher_weight", teacher_weight)
+        checks.teacher(teacher_hidden, teacher_weight, student_hidden, vocab)
+        states, target_weight = cast(teacher_hidden.detach(), teacher_weight.detach())
+        target = Target(states)
+    else:
+        given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
+        target = _top(teacher_topk, labels, vocab, ignore_index)
     weighted = _weighted(
         labels,
         hidden,
-        weight.shape[0],
+        vocab,
         temperature=temperature,
         hard_label_weight=hard_label_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
+        top=None if teacher_topk is None else teacher_topk[1],
     )
     scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
     scalars = scalars._replace(target_weight=target_weight)
-    return pair.on_head(hidden, weight, target, divergence, scalars, weighted, chunking)
+    scalar = reduction != "none"
+    return pair.on_head(hidden, weight, target, divergence, scalars, weighted, chunking, scalar=scalar)

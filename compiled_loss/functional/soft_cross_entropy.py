@@ -11,6 +11,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
+from compiled_loss.engine.divergences import Target
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.functional import pair
@@ -57,7 +58,7 @@ def masked_soft_cross_entropy(
     checks.same_logits("target_probs", target_probs, "logits", logits)
     checks.position_mask(position_mask, "logits", logits)
     weight, active = _positions(position_mask, logits)
-    soft, _ = pair.on_logits(logits, target_probs, None, "probabilities", pair.scalars(logits, 1.0))
+    soft, _ = pair.on_logits(logits, Target(target_probs), None, "probabilities", pair.scalars(logits, 1.0))
     losses = reductions.divided(weight, weight, "mean", None) * soft
     return torch.where(active, losses, 0.0).sum()
 
@@ -143,7 +144,7 @@ def linear_soft_cross_entropy(
         scalars = scalars._replace(target_weight=teacher_weight)
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)
-    return pair.on_head(hidden, weight, target, kind, scalars, Weighted(soft, None, None, active), chunking)
+    return pair.on_head(hidden, weight, Target(target), kind, scalars, Weighted(soft, None, None, active), chunking)
 
 
 def _positions(mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:

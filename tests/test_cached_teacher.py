@@ -1,0 +1,261 @@
+"""Distillation from a teacher of whom the top of each distribution was kept."""
+
+import pytest
+import torch
+from test_divergences import DIVERGENCES, EACH, KEYWORDS, SHAPES, TIGHT, check, heads
+
+from compiled_loss import Chunking, distillation, linear_distillation, reference
+from compiled_loss.engine import hosts
+from compiled_loss.testing import assert_within_error_budget, count_graphs
+
+
+def cached(teacher, teacher_weight, k, temperature=1.0, dtype=None):
+    """The top of the teacher's distribution, in no order."""
+    log_p = (teacher.double() @ teacher_weight.double().t() / temperature).log_softmax(-1)
+    k = min(k, log_p.shape[-1])
+    values, indices = log_p.topk(k)
+    order = torch.randperm(k)
+    return values[..., order].to(dtype or teacher.dtype), indices[..., order]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", ["plain", "everything", "count", "none"])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 29])
+def test_values_and_gradients(divergence, name, shape, k):
+    """On heads and on logits, as the reference in fp64; 29 is at least V."""
+    keywords = {"divergence": divergence, **KEYWORDS.get(name, EACH)}
+    tensors, labels = heads(*shape, ignore_index=keywords.get("ignore_index", -100))
+    top = cached(*tensors[2:], k, keywords.get("temperature", 1.0))
+
+    def on_head(*inputs):
+        chunking = Chunking(chunk_size=4)
+        return linear_distillation(*inputs, None, None, labels, teacher_topk=top, chunking=chunking, **keywords)
+
+    def on_head_truth(*inputs):
+        return reference.linear_distillation(*inputs, None, None, labels, teacher_topk=top, **keywords)
+
+    check(on_head, on_head_truth, tensors[:2], tensors[:2], **TIGHT)
+    logits = (tensors[0] @ tensors[1].t()).detach().requires_grad_()
+
+    def on_logits(logits):
+        return distillation(logits, None, labels, teacher_topk=top, **keywords)
+
+    def on_logits_truth(logits):
+        return reference.distillation(logits, None, labels, teacher_topk=top, **keywords)
+
+    check(on_logits, on_logits_truth, (logits,), [logits], **TIGHT)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_whole_teacher_is_the_teacher(divergence):
+    tensors, labels = heads((9,), 4, 6, 13)
+    keywords = {"divergence": divergence, "temperature": 1.7, "hard_label_weight": 0.3}
+    top = cached(*tensors[2:], 13, 1.7)
+
+    def loss(*inputs):
+        return linear_distillation(*inputs, None, None, labels, teacher_topk=top, **keywords)
+
+    def truth(*inputs):
+        return reference.linear_distillation(*inputs, *tensors[2:], labels, **keywords)
+
+    check(loss, truth, tensors[:2], tensors[:2], **TIGHT)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_what_is_not_known_is_not_lost(divergence):
+    """NOTE [Tail]: a lower bound that rises with k, and a gradient that keeps the proportions in the tail."""
+    student, teacher = torch.randn(6, 11, dtype=torch.float64), torch.randn(6, 11, dtype=torch.float64)
+    labels = torch.zeros(6, dtype=torch.int64)
+    whole = reference.distillation(student, teacher, labels, divergence=divergence)
+    found = []
+    for k in (1, 3, 7, 11):
+        values, indices = teacher.log_softmax(-1).topk(k)
+        z = student.clone().requires_grad_()
+        found.append(distillation(z, None, labels, teacher_topk=(values, indices), divergence=divergence))
+        (d,) = torch.autograd.grad(found[-1], z)
+        share = (d / student.softmax(-1)).scatter(-1, indices, float("nan"))
+        if k < 11:
+            assert (share.nanmean(-1, keepdim=True) - share).nan_to_num(0).abs().max() < 1e-12
+    found = torch.stack(found).detach()
+    assert (found.diff() > 0).all() and (found[:-1] < whole).all()
+    torch.testing.assert_close(found[-1], whole, **TIGHT)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_tail_of_almost_nothing(divergence):
+    """1 - sum would lose the student's; the teacher's below fp32's resolution counts as that."""
+    student = torch.tensor([[20.0, 3.0, 1.0, -1.0, 0.5]]).requires_grad_()
+    labels, indices = torch.zeros(1, dtype=torch.int64), torch.tensor([[1, 0]])
+    for teacher in ([2.0, 1.5, 0.0, 0.0, 0.0], [30.0, 29.0, 0.0, 0.0, 0.0]):
+        values = torch.tensor([teacher]).log_softmax(-1).gather(-1, indices)
+        keywords = {"divergence": divergence, "teacher_topk": (values, indices)}
+        loss = distillation(student, None, labels, **keywords)
+        exact = student.detach().double().requires_grad_()
+        left = (1 - values.double().exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).eps).log()
+        rest = exact.log_softmax(-1)[:, 2:].logsumexp(-1, keepdim=True)
+        coarse = torch.cat([exact.log_softmax(-1).gather(-1, indices), rest], -1)
+        target = torch.cat([values.double(), left], -1)
+        truth = reference.distillation(coarse, target, labels, divergence=divergence)
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+        (mine,), (theirs,) = torch.autograd.grad(loss, student), torch.autograd.grad(truth, exact)
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_classes_that_both_forbid():
+    """-inf in the top and in the tail, of which nothing is left."""
+    student = torch.randn(3, 9)
+    student[:, :4] = float("-inf")
+    values, indices = student.add(torch.randn(3, 9)).log_softmax(-1).topk(6)
+    for divergence in DIVERGENCES:
+        z = student.clone().requires_grad_()
+        keywords = {"divergence": divergence, "hard_label_weight": 0.2}
+        loss = distillation(z, None, torch.full((3,), 5), teacher_topk=(values, indices), **keywords)
+        teacher = torch.full((3, 9), float("-inf")).scatter(-1, indices, values)
+        torch.testing.assert_close(loss, distillation(z, teacher, torch.full((3,), 5), **keywords))
+        (d,) = torch.autograd.grad(loss, z)
+        assert d.isfinite().all() and (d[:, :4] == 0).all()
+
+
+def call(name):
+    """(function, inputs) of each form, with everything on."""
+    tensors, labels = heads((3, 5), 4, 6, 13, dtype=torch.float32, scale=0.5)  # tails that fp32 can tell
+    values, indices = cached(*tensors[2:], 5, 0.6)
+    options = KEYWORDS["everything"] | {"ignore_index": -100, "divergence": name.split()[-1]}
+    if name.startswith("logits"):
+        logits = (tensors[0] @ tensors[1].t()).detach().requires_grad_()
+        return lambda z, v, i, y: distillation(z, None, y, teacher_topk=(v, i), **options), (
+            logits,
+            values,
+            indices,
+            labels,
+        )
+    chunking = Chunking(chunk_size=4)
+    if name.startswith("none"):
+        options["reduction"] = "none"
+
+    def linear(h, w, v, i, y):
+        return linear_distillation(h, w, None, None, y, teacher_topk=(v, i), chunking=chunking, **options)
+
+    return linear, (*tensors[:2], values, indices, labels)
+
+
+FORMS = ["head jsd", "none reverse_kl", "logits forward_kl"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_compiled(name):
+    function, inputs = call(name)
+    wanted = [v for v in inputs if v.requires_grad]
+    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
+    assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_compiled_as_operators(name, monkeypatch):
+    """The host of torch 2.11, and of eager code on accelerators."""
+    monkeypatch.setattr(hosts, "_REGIONS_WORK", False)
+    function, inputs = call(name)
+    wanted = [v for v in inputs if v.requires_grad]
+    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_autograd(name):
+    """gradcheck, functorch, backward twice, no gradient of the teacher's, no second derivative."""
+    function, inputs = call(name)
+    exact = [v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v for v in inputs]
+    assert torch.autograd.gradcheck(function, exact)
+    inputs = [v.detach().requires_grad_() if v.is_floating_point() else v for v in inputs]
+    wanted = inputs[: len(inputs) - 3]
+    loss = function(*inputs)
+    upstream = torch.rand_like(loss)
+    first = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
+    twice = torch.autograd.grad(loss, wanted, 2 * upstream, retain_graph=True)
+    for a, b in zip(first, twice, strict=True):
+        torch.testing.assert_close(2 * a, b)
+    assert torch.autograd.grad(loss, inputs[-3], upstream, retain_graph=True, allow_unused=True) == (None,)
+    with pytest.raises(RuntimeError, match=r"^create_graph: expected False"):
+        torch.autograd.grad(loss, wanted, upstream, create_graph=True)
+    plain = [v.detach() for v in inputs]
+    found = torch.func.grad(lambda *i: (function(*i) * upstream).sum(), tuple(range(len(wanted))))(*plain)
+    for mine, theirs in zip(found, first, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("form", ["top", "top, none", "none"])
+def test_error_budget(dtype, divergence, form):
+    """Contract 4: within twice the error of the unchunked computation in the same dtypes."""
+    tensors, labels = heads((224,), 32, 24, 448, dtype=dtype, scale=0.5)
+    keywords = {"divergence": divergence, "temperature": 1.5, "hard_label_weight": 0.2}
+    teacher = tensors[2:]
+    if form.startswith("top"):
+        keywords["teacher_topk"] = cached(*teacher, 20, 1.5, dtype)
+        teacher = [None, None]
+    if form.endswith("none"):
+        keywords["reduction"] = "none"
+    exact = [v.detach().double().requires_grad_(v.requires_grad) for v in tensors]
+    upstream = torch.rand(224, dtype=torch.float64) / 224 if form.endswith("none") else torch.ones(())
+    results = []
+    for fn, inputs in (
+        (lambda *i: linear_distillation(*i, *teacher, labels, chunking=Chunking(chunk_size=32), **keywords), tensors),
+        (lambda *i: reference.linear_distillation(*i, *teacher, labels, **keywords), tensors),
+        (lambda *i: reference.linear_distillation(*i, *_exact(teacher), labels, **keywords), exact),
+    ):
+        loss = fn(*inputs[:2])
+        results.append((loss, *torch.autograd.grad(loss, inputs[:2], upstream.to(loss.dtype))))
+    for name, *values in zip(("loss", "dH", "dW"), *results, strict=True):
+        assert_within_error_budget(*values, name=name)
+
+
+def _exact(teacher):
+    return [None if v is None else v.double() for v in teacher]
+
+
+def test_indices_that_are_no_class():
+    """Of an ignored token: anything. Of another: an error, or under compile its NaN and nobody else's."""
+    logits, labels = torch.randn(4, 7), torch.tensor([0, -100, 0, 0])
+    values, indices = logits.log_softmax(-1).topk(3)
+    indices = indices.clone()
+    indices[1] = -1
+    keywords = {"reduction": "none", "teacher_topk": (values, indices)}
+    assert distillation(logits, None, labels, **keywords).isfinite().all()
+    indices[2, 1] = 7
+    with pytest.raises(ValueError, match=r"^teacher_topk\[1\]: expected 0 <= index < V = 7, got 7"):
+        distillation(logits, None, labels, **keywords)
+    compiled = torch.compile(lambda z, v, i: distillation(z, None, labels, reduction="none", teacher_topk=(v, i)))
+    assert compiled(logits, values, indices).isnan().tolist() == [False, False, True, False]
+
+
+BAD = {
+    "nothing": (dict(), r"^teacher_logits: expected a Tensor, or teacher_topk, got neither"),
+    "both": (dict(teacher=True), r"^teacher_logits: expected None beside teacher_topk, got a Tensor"),
+    "no pair": (dict(topk=torch.zeros(2, 3)), r"^teacher_topk: expected \(values, indices\) or None, got Tensor"),
+    "values": (dict(values=[0.0]), r"^teacher_topk\[0\]: expected a Tensor, got list"),
+    "integers": (dict(values=torch.zeros(2, 3).long()), r"^teacher_topk\[0\]: expected float32, .*, got torch.int64"),
+    "shape": (dict(values=torch.zeros(3)), r"^teacher_topk\[0\]: expected \[2, k\] with k from 1 to V = 5, got \[3\]"),
+    "tokens": (dict(indices=torch.zeros(3, 3).long()), r"^teacher_topk\[1\]: expected \[2, k\] .*, got \[3, 3\]"),
+    "too many": (dict(values=torch.zeros(2, 6)), r"^teacher_topk\[0\]: expected \[2, k\] with k from 1 to V = 5"),
+    "k": (
+        dict(indices=torch.zeros(2, 2).long()),
+        r"^teacher_topk\[1\]: expected \[2, 3\] like its values",
+    ),
+    "dtype": (dict(indices=torch.zeros(2, 3).int()), r"^teacher_topk\[1\]: expected int64, got torch.int32"),
+    "twice": (dict(indices=torch.tensor([[0, 1, 0], [0, 1, 2]])), r"^teacher_topk\[1\]: expected each class .* once"),
+    "logits": (
+        dict(values=torch.tensor([[3.0, 1.0, 0.0]] * 2)),
+        r"^teacher_topk\[0\]: expected log-prob",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors(name):
+    change, message = BAD[name]
+    logits, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+    topk = (change.get("values", torch.full((2, 3), -2.0)), change.get("indices", torch.tensor([[0, 1, 2]] * 2)))
+    topk = None if name == "nothing" else change.get("topk", topk)
+    with pytest.raises((ValueError, TypeError), match=message):
+        distillation(logits, logits if "teacher" in change else None, labels, teacher_topk=topk)
