@@ -100,8 +100,8 @@ def note(cited: str, module: str) -> str:
     parts = NOTE.split(sys.modules[module].__doc__ or "")[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     if cited not in found:
-        sys.exit(f"NOTE [{cited}] is cited, and not in the docstring of {module}")
-    return f"\n\n###### NOTE [{cited}]\n\n{found[cited].strip()}"
+        sys.exit(f"the note {cited!r} is cited, and not in the docstring of {module}")
+    return f"\n\n###### Note: {cited}\n\n{found[cited].strip()}"
 
 
 def group_of(member: pdoc.doc.Doc) -> str | None:
@@ -126,29 +126,23 @@ def contents(members: list[pdoc.doc.Doc]) -> str:
 
 
 class Html(HTMLParser):
-    """What of a page can be linked to, what it links to, and its prose: all but code blocks."""
+    """What of a page can be linked to, what it links to, and its prose; code blocks are none of these."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.ids: set[str] = set()
         self.links: list[str] = []
         self.prose: list[str] = []
-        self._code = 0
-        self.feed(text)
+        self.feed(re.sub(r"<(pre|style|script)\b.*?</\1>", "", text, flags=re.S))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.ids.add(given.get("id") or "")
         if tag == "a":
             self.links.append(given.get("href") or "")
-        self._code += tag in ("pre", "style", "script")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._code -= tag in ("pre", "style", "script")
 
     def handle_data(self, data: str) -> None:
-        if not self._code:
-            self.prose.append(data)
+        self.prose.append(data)
 
 
 def broken(files: dict[str, str], roles: dict[str, set[tuple[str, str]]]) -> list[str]:
