@@ -36,7 +36,8 @@ def test_pages(tool, tmp_path):
     """Written in a process of their own, where a warning is an error. Each public name, no more, and nothing raw."""
     run = subprocess.run([sys.executable, TOOL, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert {f"compiled_loss{n}" for n in ("", ".nn", ".testing", ".inspection", ".reference")} <= set(tool.PAGES)
+    modules = [v.__name__ for v in (getattr(compiled_loss, n) for n in compiled_loss.__all__) if inspect.ismodule(v)]
+    assert {*modules, *(f"compiled_loss{n}" for n in ("", ".testing", ".inspection", ".reference"))} <= set(tool.PAGES)
     for name in tool.PAGES:
         module = importlib.import_module(name)
         html = tool.Html((tmp_path / f"{name.replace('.', '/')}.html").read_text(encoding="utf-8"))
@@ -276,3 +277,10 @@ def test_two_weights_of_liger_are_one():
         total = h + s / t**2
         ours = compiled_loss.distillation(student, teacher, labels, temperature=t, hard_label_weight=h / total)
         torch.testing.assert_close(total * ours, theirs)
+
+
+def test_probabilities_of_torch_are_soft_targets():
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 7), torch.randn(5, 7).softmax(-1)
+    ours = compiled_loss.masked_soft_cross_entropy(logits, target, torch.ones(5))
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target))
