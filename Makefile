@@ -9,7 +9,7 @@ TRITON := $(if $(filter 2.13.0,$(TORCH)),triton==3.7.0,triton)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format docs bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/compiled-loss demo $(ARGS)
@@ -38,6 +38,9 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.ready
+	$(BIN)/python tools/docs.py build/docs
+
 bench: $(VENV)/.ready
 	$(BIN)/python -m benches.linear_cross_entropy $(ARGS)
 	$(BIN)/python tools/figures.py
@@ -46,7 +49,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,inspect,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,docs,inspect,test,dev]'
 	touch $@
 
 clean:

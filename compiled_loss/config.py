@@ -188,6 +188,7 @@ class MTPLossConfig(_Typed):
 
 
 LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {}
+"""Configs by the name of what they build; :func:`register_loss_config` adds to it."""
 
 
 def register_loss_config(name: str, config: type[LossConfig]) -> None:

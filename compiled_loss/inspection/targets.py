@@ -113,6 +113,7 @@ TARGETS = {
         ),
     )
 }
+"""Instruction sets that code is generated for, by name: a GPU of that kind need not be there."""
 
 GPUS = {
     "A100": Gpu(
@@ -156,3 +157,4 @@ GPUS = {
         source="AMD Instinct MI300X data sheet, matrix rates",
     ),
 }
+"""Peak rates of GPUs by name, for `Inspection.roofline_seconds`; `source` says where they are from."""
