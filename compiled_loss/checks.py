@@ -383,9 +383,7 @@ def depths(
                 f"hidden[{k}]: expected the labels' {sizes(labels_.shape)} tokens and one width, "
                 f"got {sizes(states.shape)}"
             )
-    number("scaling_factor", scaling_factor)
-    if not scaling_factor >= 0:
-        raise ValueError(f"scaling_factor: expected a number >= 0, got {scaling_factor}")
+    scaling(scaling_factor)
     if targets is None:
         return
     if seq_idx is not None or cu_seqlens is not None:
@@ -396,6 +394,13 @@ def depths(
         labels(target, "hidden", labels_.shape, labels_.device)
         if target.shape != labels_.shape:
             raise ValueError(f"targets[{k}]: expected {sizes(labels_.shape)}, got {sizes(target.shape)}")
+
+
+def scaling(scaling_factor: float, alternative: str = "") -> None:
+    """Raise unless an auxiliary loss can be weighed so."""
+    number("scaling_factor", scaling_factor, alternative)
+    if not scaling_factor >= 0:
+        raise ValueError(f"scaling_factor: expected a number >= 0{alternative}, got {scaling_factor}")
 
 
 def walks_tokens(strategy: str) -> None:

@@ -93,9 +93,7 @@ def loss_target(loss: object, base: type, known: list[str]) -> None:
 def scaling(scaling_factor: float | None, ignore_index: int) -> None:
     """Raise unless the numbers of an auxiliary loss are in range."""
     if scaling_factor is not None:
-        checks.number("scaling_factor", scaling_factor, " or None")
-        if not scaling_factor >= 0:
-            raise ValueError(f"scaling_factor: expected a number >= 0 or None, got {scaling_factor}")
+        checks.scaling(scaling_factor, " or None")
     checks.alignment(0, ignore_index, 1)
 
 

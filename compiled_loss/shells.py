@@ -48,8 +48,8 @@ class MaskedCrossEntropy(nn.Module):
     ) -> Tensor:
         """The loss of logits [B, S, V] and labels [B, S]."""
         return masked_cross_entropy(
-            logits,
-            labels,
+            shell_checks.local("logits", logits),
+            shell_checks.local("labels", labels),
             mask,
             fp32_upcast=self.fp32_upcast,
             ignore_index=self.ignore_index,

@@ -1,6 +1,7 @@
 """Typed configs: fields, validation, round trip, registry by key and class identity, the documented dispatch."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -8,17 +9,26 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import torch
+import yaml
 from torch import nn
 
 import compiled_loss
 from compiled_loss import (
     LOSS_CONFIG_REGISTRY,
+    Chunking,
+    CrossEntropyConfig,
+    DistillationConfig,
     FusedLinearCEConfig,
     KDLossConfig,
+    LinearCrossEntropyConfig,
+    LinearDistillationConfig,
+    LinearSoftCrossEntropyConfig,
     LossConfig,
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     MTPLossConfig,
+    MultiTokenPredictionConfig,
     TEParallelCEConfig,
     build_loss_config,
     build_loss_module,
@@ -32,6 +42,9 @@ FIELDS = {
     KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
     MTPLossConfig: {"scaling_factor": None, "ignore_index": -100},
 }
+OURS = [CrossEntropyConfig, LinearCrossEntropyConfig, DistillationConfig, LinearDistillationConfig]
+OURS += [LinearSoftCrossEntropyConfig, MultiTokenPredictionConfig]
+NOT_WRITTEN = {"class_weights", "fp32_upcast", "chunk_size"}  # a tensor, and what has no effect
 LOSSES = [c for c in FIELDS if c is not MTPLossConfig]
 
 
@@ -58,8 +71,32 @@ def test_round_trip(config):
     text = json.dumps(one.to_dict())
     assert "tp_group" not in text
     assert config.from_dict(json.loads(text)) == one
+    assert config.from_dict(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
     with pytest.raises(TypeError, match=rf"^{config.__name__}: expected of .*ignore_index.*, got typo"):
         config.from_dict({"typo": 1})
+
+
+@pytest.mark.parametrize("config", OURS)
+def test_configs_of_our_modules(config):
+    """The fields are the Module's keywords, with its defaults; by name and by class; through YAML."""
+    made, module = config().build(), config.module
+    assert module.__module__.startswith("compiled_loss.nn.") and type(made) is module
+    keywords = {k: p.default for k, p in inspect.signature(module).parameters.items() if k not in NOT_WRITTEN}
+    assert {f.name: f.default for f in dataclasses.fields(config)} == keywords
+    for name, value in keywords.items():
+        assert f"{name}:" in config.__doc__ or f"{name}," in config.__doc__
+        assert getattr(made, name) == value
+    assert build_loss_config(module.__name__) == build_loss_config(module) == config()
+    options = {"chunking": Chunking(chunk_size=5, accumulate_dtype=torch.float32), "temperature": 0.5, "shift": 1}
+    one = config(**{name: value for name, value in options.items() if name in keywords})
+    assert config.from_dict(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
+    if "chunking" in keywords:
+        with pytest.raises(TypeError, match=r"^Chunking: expected of strategy, chunk_size, .*, got size"):
+            config.from_dict({"chunking": {"size": 4}})
+        with pytest.raises(TypeError, match=r"^chunking: expected a Chunking, got int"):
+            config(chunking=4)
+        with pytest.raises(TypeError, match=r"^accumulate_dtype: expected a floating torch.dtype or None, got 'half!'"):
+            config.from_dict({"chunking": {"accumulate_dtype": "half!"}})
 
 
 def test_a_process_group_is_not_written_down():

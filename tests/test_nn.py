@@ -14,6 +14,12 @@ SHELLS = {
     nn.CrossEntropy: compiled_loss.cross_entropy,
     nn.LinearCrossEntropy: compiled_loss.linear_cross_entropy,
 }
+OTHERS = {
+    nn.Distillation: compiled_loss.distillation,
+    nn.LinearDistillation: compiled_loss.linear_distillation,
+    nn.LinearSoftCrossEntropy: compiled_loss.linear_soft_cross_entropy,
+    nn.MultiTokenPrediction: compiled_loss.multi_token_prediction,
+}
 N, H, V = 13, 6, 17
 
 
@@ -32,9 +38,39 @@ def assert_same_keywords(shell, function):
     assert [name for name, (kind, *_) in called.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == tensors
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", [*SHELLS, *OTHERS])
 def test_same_keywords(shell):
-    assert_same_keywords(shell, SHELLS[shell])
+    assert_same_keywords(shell, {**SHELLS, **OTHERS}[shell])
+    assert {shell.__name__ for shell in [*SHELLS, *OTHERS]} == set(nn.__all__)
+
+
+@pytest.mark.parametrize("shell", OTHERS)
+def test_all_that_is_kept_or_passed_arrives(shell, monkeypatch):
+    """Each by its own object, where the function would be."""
+    signature, seen = inspect.signature(OTHERS[shell]), {}
+
+    def function(*args, **kwargs):
+        seen.update(signature.bind(*args, **kwargs).arguments)
+
+    monkeypatch.setattr(inspect.getmodule(shell), OTHERS[shell].__name__, function)
+    made = shell()
+    kept = {name: object() for name in list(inspect.signature(shell.__init__).parameters)[1:]}
+    passed = {name: object() for name in list(inspect.signature(shell.forward).parameters)[1:]}
+    for name, value in kept.items():
+        assert getattr(made, name) == signature.parameters[name].default
+        setattr(made, name, value)
+    made(**passed)
+    assert seen == {**kept, **passed}
+
+
+@pytest.mark.parametrize("shell", OTHERS)
+def test_validated_when_made(shell):
+    bad = {"divergence": "kl", "temperature": 0.0, "scaling_factor": -1.0, "reduction": "avg", "chunking": 4}
+    bad |= {"ignore_index": "pad", "softcap": 0.0, "hard_label_weight": 2.0, "jsd_weight": 1.0, "chunk_size": -1}
+    bad |= {"fp32_upcast": 1}
+    for name in list(inspect.signature(shell.__init__).parameters)[1:]:
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
+            shell(**{name: bad[name]})
 
 
 def drifted(change):

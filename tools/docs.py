@@ -30,7 +30,7 @@ GROUPS = {  # of what is imported from the root, by the module that defines it, 
         "engine.plan",
     ),
     "Modules": ("shells",),
-    "Configs": ("config",),
+    "Configs": ("config.base", "config.losses", "config.registry"),
     "Pipelines": ("pipeline",),
 }
 NOTE = re.compile(r"NOTE \[([^\]]+)\]")

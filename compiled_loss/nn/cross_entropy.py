@@ -1,8 +1,4 @@
-"""Module shells: they keep keywords and call the function of the same name. No mathematics, no weights.
-
-Each field is a keyword of its function, with the same default; the tensors stay arguments of the call. A test walks
-both signatures and fails where they differ.
-"""
+"""Module shells of cross-entropy."""
 
 from __future__ import annotations
 
@@ -41,6 +37,7 @@ class CrossEntropy(nn.Module):
         super().__init__()
         checks.transform(softcap, temperature)
         checks.terms(label_smoothing, z_loss)
+        checks.alignment(shift, ignore_index, 1)
         checks.reduction(reduction)
         self.register_buffer("class_weights", class_weights)
         self.ignore_index = ignore_index
@@ -108,7 +105,9 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         checks.transform(softcap, temperature)
         checks.terms(label_smoothing, z_loss)
+        checks.alignment(shift, ignore_index, 1)
         checks.reduction(reduction)
+        checks.instance("chunking", chunking, Chunking)
         self.register_buffer("class_weights", class_weights)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

@@ -1,0 +1,128 @@
+"""Configs by name, and the builders: what a YAML recipe says becomes a Module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from compiled_loss import shell_checks
+from compiled_loss.config import losses
+from compiled_loss.config.base import LossConfig, LossFromFactoryConfig, Typed
+
+LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {}
+"""Configs by the name of what they build; :func:`register_loss_config` adds to it."""
+
+
+def register_loss_config(name: str, config: type[LossConfig]) -> None:
+    """Make a config known by a name, and by its class `module` where it has one.
+
+    Args:
+        name: the key; a name that is taken is refused.
+        config: a subclass of :class:`LossConfig`.
+
+    Returns:
+        Nothing.
+
+    Memory:
+        None.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: it is no such class.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from compiled_loss import LossConfig, build_loss_module, register_loss_config
+        >>> @dataclass
+        ... class MineConfig(LossConfig):
+        ...     scale: float = 1.0
+        ...     def build(self):
+        ...         return torch.nn.Identity()
+        >>> import torch
+        >>> register_loss_config("Mine", MineConfig)
+        >>> build_loss_module("Mine", scale=2.0)
+        Identity()
+
+    """
+    shell_checks.registration(name, config, LossConfig, LOSS_CONFIG_REGISTRY)
+    LOSS_CONFIG_REGISTRY[name] = config
+
+
+for _config in (
+    losses.MaskedCrossEntropyConfig,
+    losses.FusedLinearCEConfig,
+    losses.TEParallelCEConfig,
+    losses.KDLossConfig,
+    losses.CrossEntropyConfig,
+    losses.LinearCrossEntropyConfig,
+    losses.DistillationConfig,
+    losses.LinearDistillationConfig,
+    losses.LinearSoftCrossEntropyConfig,
+    losses.MultiTokenPredictionConfig,
+):
+    assert _config.module is not None
+    register_loss_config(_config.module.__name__, _config)
+
+
+def build_loss_config(
+    loss: LossConfig | str | Callable[..., nn.Module],
+    **loss_kwargs: Any,
+) -> LossConfig:
+    """The config of a loss that is named in any of four ways.
+
+    Args:
+        loss: a config, which is returned as it is; a name of the registry; a registered loss class, by identity and not
+            by its name, whose keywords fit its config; or any other class or callable, which is wrapped in a
+            :class:`LossFromFactoryConfig`. Dotted paths are the caller's to resolve.
+        loss_kwargs: keywords of the loss; none beside a config.
+
+    Returns:
+        A :class:`LossConfig`, validated.
+
+    Memory:
+        None.
+
+    Raises:
+        ValueError: keywords beside a config.
+        TypeError: a config class, an `MTPLossConfig`, an unknown name, or nothing that can be called.
+
+    Example:
+        >>> from compiled_loss import build_loss_config
+        >>> build_loss_config("MaskedCrossEntropy", reduction="mean")
+        MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean')
+
+    """
+    if isinstance(loss, LossConfig):
+        shell_checks.no_keywords(loss_kwargs)
+        return loss
+    if isinstance(loss, str) and loss in LOSS_CONFIG_REGISTRY:
+        return LOSS_CONFIG_REGISTRY[loss](**loss_kwargs)
+    shell_checks.loss_target(loss, Typed, list(LOSS_CONFIG_REGISTRY))
+    assert callable(loss)
+    for config in LOSS_CONFIG_REGISTRY.values():
+        if config.module is loss and loss_kwargs.keys() <= {f.name for f in dataclasses.fields(config)}:
+            return config(**loss_kwargs)
+    return LossFromFactoryConfig(factory=loss, kwargs=dict(loss_kwargs))
+
+
+def build_loss_module(
+    loss: LossConfig | str | Callable[..., nn.Module],
+    **loss_kwargs: Any,
+) -> nn.Module:
+    """The loss that `build_loss_config` describes, made.
+
+    Args, Memory, Raises: see :func:`build_loss_config`.
+
+    Returns:
+        The Module.
+
+    Example:
+        >>> from compiled_loss import KDLoss, build_loss_module
+        >>> build_loss_module(KDLoss, temperature=2.0).temperature
+        2.0
+
+    """
+    return build_loss_config(loss, **loss_kwargs).build()
