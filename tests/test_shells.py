@@ -62,44 +62,6 @@ def test_logits(module, reduction):
     )
 
 
-def test_masked_ce_passes_its_ignore_index_on():
-    """masked_ce.py:83: -1 raised, 0 was silently trained on."""
-    logits, labels = batch()
-    for index in (-1, 0):
-        own = torch.where(labels == -100, index, labels)
-        expected = F.cross_entropy(logits.reshape(-1, V), own.reshape(-1), ignore_index=index, reduction="sum")
-        torch.testing.assert_close(MaskedCrossEntropy(ignore_index=index)(logits, own), expected)
-
-
-def test_masked_ce_leaves_the_labels_alone():
-    """masked_ce.py:72: masked_fill_ through a view."""
-    logits, labels = batch()
-    before = labels.clone()
-    MaskedCrossEntropy()(logits, labels, torch.zeros(2, 5))
-    TEParallelCrossEntropy()(logits, labels, torch.zeros(2, 5))
-    assert labels.equal(before)
-
-
-def test_masked_ce_takes_shifted_and_transposed_logits():
-    """masked_ce.py:66: .view rejects them."""
-    logits, labels = torch.randn(6, 2, V).transpose(0, 1)[:, :-1], torch.randint(0, V, (2, 6))[:, 1:]
-    expected = F.cross_entropy(logits.reshape(-1, V), labels.reshape(-1), reduction="sum")
-    torch.testing.assert_close(MaskedCrossEntropy()(logits, labels), expected)
-
-
-def test_a_count_of_zero_is_no_nan():
-    """linear_ce.py:264, te_parallel_ce.py:188."""
-    logits, labels = batch()
-    for loss in (
-        MaskedCrossEntropy()(logits, labels, num_label_tokens=0),
-        TEParallelCrossEntropy()(logits, labels, num_label_tokens=torch.tensor(0)),
-        KDLoss()(logits, logits.detach(), labels, num_batch_labels=0),
-        FusedLinearCrossEntropy()(logits, labels, torch.randn(V, V), num_label_tokens=0),
-    ):
-        assert loss == 0
-        loss.backward()
-
-
 def test_fused():
     hidden, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
     labels = batch()[1]
