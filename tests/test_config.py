@@ -208,9 +208,9 @@ def test_third_parties_register(monkeypatch):
 
 def test_importing_the_package_imports_nothing_optional():
     """linear_ce.py:126 patched a third party's module when it was imported."""
-    optional = ["triton", "transformers", "matplotlib", "rich", "cloudpickle"]
-    code = "import sys, torch; before = set(sys.modules); import compiled_loss; new = set(sys.modules) - before"
-    code += f"; print([name for name in {optional} if name in new])"
+    optional = ["triton", "transformers", "accelerate", "matplotlib", "rich", "cloudpickle"]
+    code = "import sys, torch; before = set(sys.modules); import compiled_loss, compiled_loss.huggingface"
+    code += f"; new = set(sys.modules) - before; print([name for name in {optional} if name in new])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
