@@ -194,6 +194,11 @@ class PipelineCausalLMLoss(nn.Module):
     is int32 is taken for it. Without it `cu_seqlens`, an attribute, is the fallback for packed sequences. The model is
     held, and is no child: its parameters are not the loss's.
 
+    `num_label_tokens`, the tokens of all microbatches, divides the main loss and each depth's: then the microbatches'
+    losses add up to that of the batch, and so do the gradients of a schedule with `scale_grads=False`. Schedules of
+    torch >= 2.13 pass it on from `step(..., loss_kwargs={"num_label_tokens": count})`. Older ones pass nothing: give
+    them `functools.partial(loss, num_label_tokens=count)`, a tensor that is filled before each step.
+
     Example:
         >>> import torch
         >>> from compiled_loss import FusedLinearCrossEntropy, PipelineCausalLMLoss
@@ -236,7 +241,7 @@ class PipelineCausalLMLoss(nn.Module):
             return output[-1], output[:-1]
         return None, output
 
-    def forward(self, output: Any, labels: Tensor) -> Tensor:
+    def forward(self, output: Any, labels: Tensor, num_label_tokens: int | Tensor | None = None) -> Tensor:
         """The loss of one microbatch: `output` of the last stage, labels [B, S] aligned to it."""
         seq_idx, output = self._extract_seq_idx_tail(output)
         fused = getattr(self.loss_fn, "takes_hidden_states", False)
@@ -261,7 +266,12 @@ class PipelineCausalLMLoss(nn.Module):
         materialize: Any = getattr(self.loss_fn, "materialize_lm_weight", None)
         if weight is not None and materialize is not None:
             weight = materialize(weight, grad_reduce_group=self.grad_reduce_group)
-        shared = {"model": self.model, "lm_weight": weight, "grad_reduce_group": self.grad_reduce_group}
+        shared = {
+            "model": self.model,
+            "lm_weight": weight,
+            "grad_reduce_group": self.grad_reduce_group,
+            "num_label_tokens": num_label_tokens,
+        }
         loss = calculate_loss(self.loss_fn, labels=labels, **main, **shared)
         if (depth_hidden is None and depth_logits is None) or not self.model.training:
             return loss
