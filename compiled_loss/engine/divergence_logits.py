@@ -46,7 +46,8 @@ class _Divergence(torch.autograd.Function):
         kind: Kind,
     ) -> tuple[Tensor, Tensor | None]:
         pair = Pair(inverse_temperature, jsd_weight, None)
-        outputs = hosts.choose(logits.device, "auto")(BODIES[kind].fold, logits, None, labels, *pair, target, indices)
+        run = hosts.choose(logits.device, "auto", loop=False)
+        outputs = run(BODIES[kind].fold, logits, None, labels, *pair, target, indices)
         rows, (soft, *hard) = Rows.of(outputs, kind, labels, indices)
         ctx.save_for_backward(logits, target, indices, labels, *pair[:2], *rows)
         ctx.set_materialize_grads(False)
@@ -66,7 +67,7 @@ class _Divergence(torch.autograd.Function):
             gemm.fence_(rows.target_maximum, [])  # type: ignore[arg-type]
         d = d_target = None
         with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
-            run = hosts.choose(logits.device, "auto")
+            run = hosts.choose(logits.device, "auto", loop=False)
             # New tensors: Dynamo traces a backward with example gradients that alias each other.
             soft = torch.zeros_like(rows.log_sum) if g_soft is None else g_soft.to(rows.log_sum.dtype, copy=True)
             if ctx.needs_input_grad[0]:

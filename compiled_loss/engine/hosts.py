@@ -3,11 +3,14 @@
 NOTE [Hosts]
 Traced into the user's graph as ordinary code, a chunk loop is undone: the compiler merges the logits GEMM of forward
 with its recomputation in backward, saves every chunk's logits and fuses all chunks into one kernel that needs them all.
-So a body is always behind a wall:
+So a body is behind a wall:
 
 - region:   `nested_compile_region`, under torch.compile on torch >= 2.13. Compiled once, called once a chunk, and the
             whole loss stays visible in Inductor's graph. (On 2.11 a region inside an autograd Function returns every
             intermediate: right numbers, several times the memory.)
+- traced:   ordinary code after all, on the same torch, for logits that exist already. There is no loop to undo, and of
+            a region that is called twice in a graph Inductor 2.13 wrote the result over its input, the caller's logits;
+            with varying shapes Dynamo 2.13 and 2.15 could not trace the second call.
 - operator: an opaque operator whose implementation is itself compiled: eager calls that want generated kernels, and
             torch.compile on torch 2.11 and 2.12.
 - plain:    eager torch, a block of rows at a time so that fp32 temporaries stay small.
@@ -42,10 +45,12 @@ _FOLDS = (bodies.fold, *(kind.fold for kind in divergence_bodies.BODIES.values()
 _ROWLESS = {b.__name__: len(bodies.Head._fields) for b in _ONE} | {b.__name__: len(Pair._fields) for b in _TWO}
 
 
-def choose(device: torch.device, compile: bool | str) -> Host:
-    """The host for a call on `device`; `compile` is that of `Chunking` and speaks of eager calls only."""
+def choose(device: torch.device, compile: bool | str, *, loop: bool = True) -> Host:
+    """The host for a call on `device`, in a loop over chunks or not; `compile` is `Chunking`'s: of eager calls only."""
     if torch.compiler.is_compiling():
-        return region if _REGIONS_WORK else operator
+        if not _REGIONS_WORK:
+            return operator
+        return region if loop else traced
     wanted = device.type not in ("cpu", "meta") if compile == "auto" else compile
     return operator if wanted else plain
 
@@ -54,6 +59,11 @@ def region(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor 
     """The body as a subgraph of the graph being traced."""
     outputs: bodies.Output = _REGIONS[body.__name__](source, weight, *operands)
     return outputs
+
+
+def traced(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+    """The body as a part of the graph being traced."""
+    return body(source, weight, *operands)
 
 
 def operator(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:

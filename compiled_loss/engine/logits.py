@@ -48,7 +48,8 @@ class _Logits(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head = Head(bias, class_weights, softcap, inverse_temperature)
         state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-        state = state.replaced(hosts.choose(logits.device, compile)(bodies.fold, logits, None, labels, *head, *state))
+        run = hosts.choose(logits.device, compile, loop=False)
+        state = state.replaced(run(bodies.fold, logits, None, labels, *head, *state))
         result = finish(state)
         ctx.save_for_backward(logits, *head[:4], labels, *state)
         ctx.set_materialize_grads(False)
@@ -70,5 +71,6 @@ class _Logits(torch.autograd.Function):
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             operands = (labels, *head, state.maximum, *upstream)
-            (d,) = hosts.choose(logits.device, ctx.compile)(bodies.gradient, logits, None, *operands)
+            run = hosts.choose(logits.device, ctx.compile, loop=False)
+            (d,) = run(bodies.gradient, logits, None, *operands)
             return d, None, None, None, None, None, None, None, None
