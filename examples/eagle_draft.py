@@ -3,10 +3,8 @@
 The draft reads the target's hidden states of low, middle and high layers, and the token that came next. It predicts
 what the target will say after that, but only over a draft vocabulary, the most frequent tokens:
 
-    loss = linear_soft_cross_entropy(
-        draft_hidden, draft_weight, position_mask,
-        teacher_hidden=target_hidden, teacher_weight=target_weight, draft_to_target=draft_to_target,
-    )
+    loss = linear_soft_cross_entropy(draft_hidden, draft_weight, position_mask, teacher_hidden=target_hidden,
+                                     teacher_weight=target_weight, draft_to_target=draft_to_target)
 
 draws the soft targets from the target's own head, chunk by chunk: no probabilities are stored, nor any logits of
 [tokens, vocabulary]. `position_mask` leaves out the positions that do not count: here those whose token the draft has
@@ -29,18 +27,17 @@ from torch import nn
 from compiled_loss import linear_cross_entropy, linear_soft_cross_entropy
 from compiled_loss.demo.text import sources  # of the standard library: text that every machine has
 
-VOCAB, DRAFT_VOCAB, WIDTH, LENGTH, SEQUENCES = 4096, 1024, 128, 64, 32
+VOCAB, DRAFT_VOCAB, WIDTH, LENGTH, SEQUENCES = 2048, 512, 128, 64, 16
+HELD_OUT = 20_000  # tokens
 
 
-def block():
-    return nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+class Block(nn.TransformerEncoderLayer):
+    def __init__(self):
+        super().__init__(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, bias=False)
 
-
-def causal(hidden):
-    return {
-        "src_mask": nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device),
-        "is_causal": True,
-    }
+    def forward(self, hidden):
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device)
+        return super().forward(hidden, mask, is_causal=True)
 
 
 class Target(nn.Module):
@@ -49,16 +46,15 @@ class Target(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)  # its weight is the head's as well
-        self.position = nn.Embedding(LENGTH, WIDTH)
-        for embedding in (self.embedding, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList((block(), block()))
-        self.norm = nn.LayerNorm(WIDTH)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
+        self.blocks = nn.ModuleList((Block(), Block()))
+        self.norm = nn.RMSNorm(WIDTH)
 
     def forward(self, tokens):
-        states = [self.embedding(tokens) + self.position.weight]
+        states = [self.embedding(tokens) + self.position]
         for layer in self.blocks:
-            states.append(layer(states[-1], **causal(states[-1])))
+            states.append(layer(states[-1]))
         states[-1] = self.norm(states[-1])
         return states[-1], torch.cat(states, -1)
 
@@ -68,14 +64,13 @@ class Draft(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fuse = nn.Linear(4 * WIDTH, WIDTH)
-        self.block = block()
-        self.norm = nn.LayerNorm(WIDTH)
+        self.fuse = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.block = Block()
+        self.norm = nn.RMSNorm(WIDTH)
         self.head = nn.Linear(WIDTH, DRAFT_VOCAB, bias=False)
 
     def forward(self, features, following):
-        hidden = self.fuse(torch.cat((features, following), -1))
-        return self.norm(self.block(hidden, **causal(hidden)))
+        return self.norm(self.block(self.fuse(torch.cat((features, following), -1))))
 
 
 def text():
@@ -98,7 +93,7 @@ def train(name, parameters, loss_of, tokens, steps):
         loss = loss_of(batch(tokens))
         loss.backward()
         optimizer.step()
-        if number % max(1, steps // 5) == 0 or number == 1:
+        if number in (1, steps) or number % max(1, steps // 5) == 0:
             print(f"{name} step {number:>4}/{steps}   loss {loss.item():.3f}", flush=True)
 
 
@@ -112,30 +107,26 @@ def main():
 
     torch.manual_seed(0)
     tokens = text().to(given.device)
-    training, held_out = tokens[: -len(tokens) // 10], batch(tokens[-len(tokens) // 10 :])
+    training, held_out = tokens[:-HELD_OUT], batch(tokens[-HELD_OUT:])
     draft_to_target = training.bincount(minlength=VOCAB).topk(DRAFT_VOCAB).indices
-    drafted = torch.zeros(VOCAB, dtype=torch.bool, device=given.device)
-    drafted[draft_to_target] = True
-
     target, draft = Target().to(given.device), Draft().to(given.device)
 
     def target_loss(window):
         hidden, _ = target(window[:, :-1])
         return linear_cross_entropy(hidden, target.embedding.weight, window[:, 1:])
 
-    def hidden_states(window):
-        """Draft's and target's, [B, LENGTH - 1, WIDTH] each, of the same next token: window[:, 2:]."""
-        with torch.no_grad():
-            target_hidden, features = target(window[:, :-1])
-            following = target.embedding(window[:, 1:-1])
-        return draft(features[:, :-1], following), target_hidden[:, 1:]
+    @torch.no_grad()
+    def read(window):
+        """What the draft reads, and the target's hidden states that it should match, all [B, LENGTH - 1, ...]."""
+        target_hidden, features = target(window[:, :-1])
+        return features[:, :-1], target.embedding(window[:, 1:-1]), target_hidden[:, 1:]
 
-    def draft_loss(window):
-        draft_hidden, target_hidden = hidden_states(window)
+    @torch.compile(fullgraph=True, disable=not given.compile)
+    def draft_loss(labels, features, following, target_hidden):
         return linear_soft_cross_entropy(
-            draft_hidden,
+            draft(features, following),
             draft.head.weight,
-            drafted[window[:, 2:]],
+            torch.isin(labels, draft_to_target),
             teacher_hidden=target_hidden,
             teacher_weight=target.embedding.weight,
             draft_to_target=draft_to_target,
@@ -144,16 +135,16 @@ def main():
     @torch.no_grad()
     def acceptance():
         """Mean acceptance on the held-out text, and how much of the target's probability the vocabulary covers."""
-        draft_hidden, target_hidden = hidden_states(held_out)
+        features, following, target_hidden = read(held_out)
         p = (target_hidden @ target.embedding.weight.t()).softmax(-1)[..., draft_to_target]
-        q = draft.head(draft_hidden).softmax(-1)
+        q = draft.head(draft(features, following)).softmax(-1)
         return f"{torch.minimum(p, q).sum(-1).mean().item():.1%} (at most {p.sum(-1).mean().item():.1%})"
 
     train("target", target.parameters(), target_loss, training, given.steps)
     target.requires_grad_(False)
-    print("acceptance before:", acceptance(), flush=True)
-    step = torch.compile(draft_loss, fullgraph=True) if given.compile else draft_loss
-    train("draft", draft.parameters(), step, training, given.steps)
+    print("acceptance before:", acceptance())
+    print("the draft's step:", "compiling ..." if given.compile else "eager", flush=True)
+    train("draft", draft.parameters(), lambda window: draft_loss(window[:, 2:], *read(window)), training, given.steps)
     print("acceptance after:", acceptance())
 
 

@@ -25,24 +25,31 @@ from torch import nn
 from compiled_loss import linear_cross_entropy
 from compiled_loss.demo.text import sources  # of the standard library: text that every machine has
 
-VOCAB, WIDTH, LENGTH = 4096, 128, 64
+VOCAB, WIDTH, LENGTH = 2048, 128, 64
 MICROBATCHES, SEQUENCES = 8, 4  # a step's, a microbatch's
+
+
+class Block(nn.TransformerEncoderLayer):
+    def __init__(self):
+        super().__init__(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, bias=False)
+
+    def forward(self, hidden):
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device)
+        return super().forward(hidden, mask, is_causal=True)
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)  # its weight is the head's as well
-        self.position = nn.Embedding(LENGTH, WIDTH)
-        for embedding in (self.embedding, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
-        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.register_buffer("causal", nn.Transformer.generate_square_subsequent_mask(LENGTH))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
+        self.block = Block()
+        self.norm = nn.RMSNorm(WIDTH)
 
     def forward(self, inputs, labels, **normalisation):
-        hidden = self.embedding(inputs) + self.position.weight
-        hidden = self.norm(self.block(hidden, self.causal, is_causal=True))
+        hidden = self.embedding(inputs) + self.position
+        hidden = self.norm(self.block(hidden))
         return linear_cross_entropy(hidden, self.embedding.weight, labels, **normalisation)
 
 
@@ -110,9 +117,10 @@ def main():
     torch.manual_seed(0)
     inputs, labels = (values.to(given.device) for values in paragraphs())
     model = Model().to(given.device)
-    step = torch.compile(model, fullgraph=True) if given.compile else model
+    step = torch.compile(model, fullgraph=True, disable=not given.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
-    print(f"{len(inputs)} paragraphs; a step is {MICROBATCHES} microbatches of {SEQUENCES}, and the first compiles")
+    print(f"{len(inputs)} paragraphs; a step is {MICROBATCHES} microbatches of {SEQUENCES}")
+    print("the step:", "compiling ..." if given.compile else "eager", flush=True)
 
     for number in range(1, given.steps + 1):
         chosen = torch.randint(len(inputs), (MICROBATCHES, SEQUENCES), device=given.device)
@@ -122,7 +130,7 @@ def main():
         optimizer.zero_grad()
         loss = accumulate(step, microbatches)
         optimizer.step()
-        if number % max(1, given.steps // 10) == 0 or number == 1:
+        if number in (1, given.steps) or number % max(1, given.steps // 10) == 0:
             print(f"step {number:>4}/{given.steps}   loss {loss.item():.3f}", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Multi-token prediction as in DeepSeek-V3, on packed sequences: one head for the main loss and for every depth.
 
-Depth k, from 0, predicts k + 2 tokens ahead from the depth before it and the token just revealed. Several documents
-share a row, so a label k + 1 further on may belong to the next document: `seq_idx` says which document each token is
+Depth k, from 0, predicts k + 2 tokens ahead, from the depth before it and the token revealed since. Several documents
+share a row, so the label k + 1 further on may belong to the next document: `seq_idx` says which document each token is
 in, and such labels are ignored.
 
     loss = linear_cross_entropy(hidden, weight, labels)
@@ -11,8 +11,8 @@ in, and such labels are ignored.
 The depths are walked together, and no logits [tokens, vocabulary] are held. A compiled step takes `seq_idx` rather than
 `cu_seqlens`: its shape does not change with the number of documents.
 
-The text is the sources of Python's standard library; a document is a paragraph. Each depth should learn, and find it
-harder than the one before.
+The text is the sources of Python's standard library, a document one of its paragraphs. All losses fall together: each
+depth is one token further ahead, and has been shown one more.
 
     python examples/multi_token_prediction.py
 """
@@ -27,11 +27,11 @@ from torch import nn
 from compiled_loss import linear_cross_entropy, multi_token_losses, multi_token_targets
 from compiled_loss.demo.text import sources  # of the standard library: text that every machine has
 
-VOCAB, WIDTH, HEADS, LENGTH, ROWS, DEPTHS = 4096, 128, 2, 128, 8, 2
+VOCAB, WIDTH, HEADS, LENGTH, ROWS, DEPTHS = 2048, 128, 2, 128, 8, 2
 
 
 def block():
-    return nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, batch_first=True, norm_first=True, bias=False)
 
 
 class Depth(nn.Module):
@@ -52,9 +52,8 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)  # its weight is every head's as well
-        self.position = nn.Embedding(LENGTH, WIDTH)
-        for embedding in (self.embedding, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.position = nn.Parameter(torch.zeros(LENGTH, WIDTH))
         self.block = block()
         self.norm = nn.RMSNorm(WIDTH)
         self.depths = nn.ModuleList(Depth() for _ in range(DEPTHS))
@@ -65,7 +64,7 @@ class Model(nn.Module):
         seen = earlier & (seq_idx.unsqueeze(-1) == seq_idx.unsqueeze(-2))
         mask = ~seen.repeat_interleave(HEADS, 0)  # True hides: later tokens, and other documents
         embedded = self.embedding(tokens)
-        hidden = states = self.norm(self.block(embedded + self.position.weight, mask))
+        hidden = states = self.norm(self.block(embedded + self.position, mask))
         per_depth = []
         for k, depth in enumerate(self.depths):
             states = depth(states, embedded.roll(-k - 1, 1), mask)  # what wraps around has no label
@@ -96,6 +95,7 @@ def main():
     model = Model().to(given.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
 
+    @torch.compile(fullgraph=True, disable=not given.compile)
     def losses(tokens, seq_idx):
         """What is trained; and to look at, the main loss and each depth's."""
         labels = multi_token_targets(tokens, 0, seq_idx=seq_idx)  # the next token, unless its document is another
@@ -105,7 +105,6 @@ def main():
         auxiliary = multi_token_losses(per_depth, weight, labels, seq_idx=seq_idx, scaling_factor=0.3)
         return main + auxiliary.loss, main.detach(), auxiliary.per_depth
 
-    step = torch.compile(losses, fullgraph=True) if given.compile else losses
     for number in range(1, given.steps + 1):
         starts = torch.randint(len(text) - LENGTH, (ROWS, 1), device=given.device)
         places = starts + torch.arange(LENGTH, device=given.device)
@@ -114,12 +113,12 @@ def main():
             counts = [(multi_token_targets(tokens, k, seq_idx=seq_idx) != -100).sum().item() for k in range(DEPTHS + 1)]
             print(f"{ROWS} rows of {LENGTH} tokens, {document[places].unique().numel()} documents; labels within them:")
             print(f"    main {counts[0]}" + "".join(f", depth {k} {count}" for k, count in enumerate(counts[1:])))
-            print("the first step compiles", flush=True)
+            print("the step:", "compiling ..." if given.compile else "eager", flush=True)
         optimizer.zero_grad()
-        loss, main_loss, per_depth = step(tokens, seq_idx)
+        loss, main_loss, per_depth = losses(tokens, seq_idx)
         loss.backward()
         optimizer.step()
-        if number % max(1, given.steps // 10) == 0 or number == 1:
+        if number in (1, given.steps) or number % max(1, given.steps // 10) == 0:
             depths = "".join(f"   depth {k} {value:.3f}" for k, value in enumerate(per_depth.tolist()))
             print(f"step {number:>4}/{given.steps}   main {main_loss.item():.3f}{depths}", flush=True)
 
