@@ -1,0 +1,98 @@
+"""Each example runs, says what it promises, and explains itself, for every file of the folder."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# Lines in this order, with others between them.
+PROMISED = {
+    "gradient_accumulation": [
+        r"sums / num_label_tokens +\d\.\de-0[6-9]",
+        r"mean of means +\d\.\de-0[12]",
+        r"step +2/2 +loss \d\.\d+",
+    ],
+    "distillation": [
+        r"before: forward_kl \d\.\d+ nats, same choice for \d+\.\d% of tokens",
+        r"student step +2/2 +loss \d\.\d+",
+        r"after: forward_kl \d\.\d+ nats, same choice for \d+\.\d% of tokens",
+    ],
+    "eagle_draft": [
+        r"acceptance before: \d+\.\d% \(at most \d+\.\d%\)",
+        r"draft step +2/2 +loss \d\.\d+",
+        r"acceptance after: \d+\.\d% \(at most \d+\.\d%\)",
+    ],
+    "multi_token_prediction": [
+        r"main \d+, depth 0 \d+, depth 1 \d+",
+        r"step +2/2 +main \d\.\d+ +depth 0 \d\.\d+ +depth 1 \d\.\d+",
+    ],
+}
+
+# Inductor stops after the partition, for g++ would take ten seconds and more; the slow test lets it finish.
+WITHOUT_CODE_GENERATION = """
+import functools, runpy, sys
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import compile_fx
+compile_fx.compile_fx = functools.partial(
+    compile_fx.compile_fx, inner_compile=lambda module, inputs, **keywords: make_boxed_func(module)
+)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(folder, *command):
+    """What it prints, from a folder that is not the project's."""
+    process = subprocess.run(
+        [sys.executable, *map(str, command), "--device", "cpu", "--steps", "2"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # pytest-xdist fills the cores
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert not process.stderr
+    return process.stdout
+
+
+def kept(path, output):
+    return re.search(r"\n(?s:.*)".join(PROMISED.get(path.stem, [r"loss\D*\d+\.\d"])), output)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path, tmp_path):
+    output = run(tmp_path, "-c", WITHOUT_CODE_GENERATION, path)
+    assert kept(path, output), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_with_generated_code(path, tmp_path):
+    output = run(tmp_path, path)
+    assert kept(path, output), output
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_help_and_wrong_options(path, monkeypatch, capsys):
+    """Its own docstring and the options; a wrong one is one line."""
+    for options, status in ((["--help"], 0), (["--steps", "few"], 2), (["--device", "abacus"], 2)):
+        monkeypatch.setattr(sys, "argv", [str(path), *options])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(path), run_name="__main__")
+        assert exit.value.code == status
+        said = capsys.readouterr()
+        if status:
+            assert re.match(f"{path.name}: error: argument {options[0]}: invalid", said.err.splitlines()[-1])
+        else:
+            docstring = path.read_text(encoding="utf-8").split('"""')[1]
+            assert docstring.strip() in said.out
+            assert all(option in said.out for option in ("--steps", "--device"))
