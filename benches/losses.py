@@ -56,7 +56,7 @@ def top(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def cases(given: dict[str, Tensor]) -> dict[str, tuple[Call, Call, tuple[Tensor, ...]]]:
     """{name: (ours, unchunked, the inputs that get gradients)}; the rest is bound."""
-    head, labels = (given["hidden"], given["weight"]), given["labels"]
+    head, labels, taught = (given["hidden"], given["weight"]), given["labels"], logits(given, "teacher_")
     tokens, vocab = labels.numel(), given["weight"].shape[0]
     rows, columns = Chunking(chunk_size=tokens // 8), Chunking(strategy="vocab", chunk_size=vocab // 8)
     teacher = (given["teacher_hidden"], given["teacher_weight"])
@@ -86,8 +86,8 @@ def cases(given: dict[str, Tensor]) -> dict[str, tuple[Call, Call, tuple[Tensor,
             head,
         )
         found[f"distillation, {divergence}"] = (
-            lambda z, d=divergence: ours.distillation(z, logits(given, "teacher_"), labels, divergence=d),
-            lambda z, d=divergence: reference.distillation(z, logits(given, "teacher_"), labels, divergence=d),
+            lambda z, d=divergence: ours.distillation(z, taught, labels, divergence=d),
+            lambda z, d=divergence: reference.distillation(z, taught, labels, divergence=d),
             (logits(given),),
         )
     cached = {"teacher_topk": top(given)}
@@ -101,7 +101,7 @@ def cases(given: dict[str, Tensor]) -> dict[str, tuple[Call, Call, tuple[Tensor,
         lambda z: reference.distillation(z, None, labels, **cached),
         (logits(given),),
     )
-    probabilities = logits(given, "teacher_").softmax(-1)
+    probabilities = taught.softmax(-1)
     found["masked_soft_cross_entropy"] = (
         lambda z: ours.masked_soft_cross_entropy(z, probabilities, given["mask"]),
         lambda z: reference.masked_soft_cross_entropy(z, probabilities, given["mask"]),
