@@ -18,7 +18,7 @@ import pdoc.render
 from compiled_loss import Chunking
 
 ROOT = "compiled_loss"
-PAGES = (ROOT, f"{ROOT}.nn", f"{ROOT}.testing", f"{ROOT}.inspection", f"{ROOT}.reference")
+PAGES = (ROOT, *(f"{ROOT}.{name}" for name in ("nn", "huggingface", "testing", "inspection", "reference")))
 GROUPS = {  # of what is imported from the root, by the module that defines it, in the order of its page
     "Losses": (
         "functional.cross_entropy",
