@@ -17,6 +17,7 @@ from compiled_loss import (
     linear_cross_entropy,
     multi_token_prediction,
 )
+from compiled_loss.testing import inputs_unchanged
 
 B, S, H, V = 2, 6, 4, 11
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -144,6 +145,26 @@ def test_pipeline_loss(form, fused):
     if with_mtp:
         zero = PipelineCausalLMLoss(loss_fn, model, scaling_factor=0.0)
         torch.testing.assert_close(zero(output, labels), linear_cross_entropy(hidden, weight, labels), **TIGHT)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_module_compile(fused):
+    """One graph with multi-token prediction, whose losses are several of one kind; a tensor's count changes freely."""
+    model = Model()
+    hidden, per_depth, labels, seq_idx = stage()
+    first = hidden if fused else torch.randn(B, S, V, dtype=torch.float64, requires_grad=True)
+    loss = PipelineCausalLMLoss(FusedLinearCrossEntropy() if fused else MaskedCrossEntropy(), model)
+    compiled = PipelineCausalLMLoss(loss.loss_fn, model)
+    compiled.compile(fullgraph=True)
+    wanted = [first, *per_depth, model.lm_head.weight]
+    for count, stance in ((torch.tensor(7), "default"), (torch.tensor(9), "fail_on_recompile")):
+        call = ((first, *per_depth, seq_idx), labels, count)
+        with inputs_unchanged(*wanted, labels), torch.compiler.set_stance(stance):
+            found = compiled(*call)
+            gradients = torch.autograd.grad(found, wanted)
+        expected = loss(*call)
+        torch.testing.assert_close(found, expected, **TIGHT)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted), **TIGHT)
 
 
 def test_cu_seqlens_is_the_fallback():
