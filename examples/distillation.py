@@ -25,12 +25,12 @@ from compiled_loss.demo.text import sources  # of the standard library: text tha
 
 VOCAB, LENGTH, SEQUENCES = 2048, 64, 16
 HELD_OUT = 20_000  # tokens
-TEACHER_WIDTH, STUDENT_WIDTH = 256, 64
+TEACHER_WIDTH, STUDENT_WIDTH = 192, 64
 
 
 class Block(nn.TransformerEncoderLayer):
     def __init__(self, width):
-        super().__init__(width, 2, 4 * width, dropout=0.0, batch_first=True, norm_first=True, bias=False)
+        super().__init__(width, 2, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
 
     def forward(self, hidden):
         mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device)
@@ -72,7 +72,7 @@ def batch(tokens):
 
 
 def train(name, model, loss_of, tokens, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, fused=True)
     for number in range(1, steps + 1):
         optimizer.zero_grad()
         loss = loss_of(*batch(tokens))
@@ -95,8 +95,9 @@ def compare(when, student, teacher, inputs, labels, divergence):
 def main():
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of each training (default: %(default)s)")
-    parser.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl")
+    parser.add_argument("--steps", type=int, default=120, help="of each training (default: %(default)s)")
+    divergences = ("forward_kl", "reverse_kl", "jsd")
+    parser.add_argument("--divergence", choices=divergences, default="forward_kl", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=2.0, help="softens both (default: %(default)s)")
     parser.add_argument(
         "--hard-label-weight", type=float, default=0.1, help="part of the labels, 0 to 1 (default: %(default)s)"

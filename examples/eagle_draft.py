@@ -33,7 +33,7 @@ HELD_OUT = 20_000  # tokens
 
 class Block(nn.TransformerEncoderLayer):
     def __init__(self):
-        super().__init__(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, bias=False)
+        super().__init__(WIDTH, 2, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
 
     def forward(self, hidden):
         mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device)
@@ -87,7 +87,7 @@ def batch(tokens):
 
 
 def train(name, parameters, loss_of, tokens, steps):
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, fused=True)
     for number in range(1, steps + 1):
         optimizer.zero_grad()
         loss = loss_of(batch(tokens))

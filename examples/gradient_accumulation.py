@@ -31,7 +31,8 @@ MICROBATCHES, SEQUENCES = 8, 4  # a step's, a microbatch's
 
 class Block(nn.TransformerEncoderLayer):
     def __init__(self):
-        super().__init__(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, bias=False)
+        # Smooth: the kink of a ReLU would make of a rounding error a difference of gradients.
+        super().__init__(WIDTH, 2, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
 
     def forward(self, hidden):
         mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], device=hidden.device)

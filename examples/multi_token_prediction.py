@@ -31,7 +31,9 @@ VOCAB, WIDTH, HEADS, LENGTH, ROWS, DEPTHS = 2048, 128, 2, 128, 8, 2
 
 
 def block():
-    return nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, batch_first=True, norm_first=True, bias=False)
+    return nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
+    )
 
 
 class Depth(nn.Module):
