@@ -265,24 +265,24 @@ logits, loss only: forward 1 triton_red_fused_sum_2
 logits, soft: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_neg_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, soft: forward 1 triton_red_fused__to_copy_eq_mul_ne_reciprocal_scalar_tensor_sum_where_1
 logits, soft: backward 1 triton_poi_fused_as_strided_clone_0
-logits, soft: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_mul_ne_neg_scalar_tensor_sub_sum_unsqueeze_where_1
+logits, soft: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_isnan_mul_ne_neg_scalar_tensor_sub_sum_unsqueeze_where_1
 logits, forward_kl: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, forward_kl: forward 1 triton_red_fused_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
 logits, forward_kl: backward 1 triton_poi_fused_as_strided_clone_0
 logits, forward_kl: backward 1 triton_poi_fused_as_strided_clone_1
-logits, forward_kl: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_mul_neg_ones_scalar_tensor_sub_sum_unsqueeze_where_2
+logits, forward_kl: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_isnan_mul_neg_ones_scalar_tensor_sub_sum_unsqueeze_where_2
 logits, reverse_kl: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, reverse_kl: forward 1 triton_red_fused_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
 logits, reverse_kl: backward 2 triton_poi_fused_as_strided_clone_0
-logits, reverse_kl: backward 1 triton_poi_fused__to_copy_as_strided_exp_expand_gt_mul_ones_scalar_tensor_sub_unsqueeze_where_1
+logits, reverse_kl: backward 1 triton_poi_fused__to_copy_as_strided_exp_expand_gt_isnan_mul_ones_scalar_tensor_sub_unsqueeze_where_1
 logits, jsd: forward 1 triton_red_fused__to_copy_amax_clamp_exp_expm1_gt_log_log1p_mul_neg_ones_rsub_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, jsd: forward 1 triton_red_fused_add_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
 logits, jsd: backward 2 triton_poi_fused_as_strided_clone_0
-logits, jsd: backward 1 triton_poi_fused__to_copy_as_strided_clamp_exp_expand_expm1_gt_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1
+logits, jsd: backward 1 triton_poi_fused__to_copy_as_strided_clamp_exp_expand_expm1_gt_isnan_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1
 logits, everything in two: forward 1 triton_red_fused__to_copy_amax_arange_bitwise_and_bitwise_or_clamp_div_eq_exp_expm1_ge_gt_log_log1p_lt_mul_ne_neg_ones_rsub_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, everything in two: forward 1 triton_red_fused_add_eq_log_mul_ones_reciprocal_scalar_tensor_sub_sum_where_1
 logits, everything in two: backward 2 triton_poi_fused_as_strided_clone_0
-logits, everything in two: backward 1 triton_poi_fused__to_copy_add_arange_as_strided_clamp_div_eq_exp_expand_expm1_gt_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1""",
+logits, everything in two: backward 1 triton_poi_fused__to_copy_add_arange_as_strided_clamp_div_eq_exp_expand_expm1_gt_isnan_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1""",
     )
 
 
@@ -337,6 +337,9 @@ teacher, reverse_kl: 27 launches of 7, 2 launches of 2
 logits, reverse_kl: 2 launches of 2, 3 launches of 2
 teacher, jsd: 28 launches of 8, 2 launches of 2
 logits, jsd: 2 launches of 2, 3 launches of 2
+teacher, none: 19 launches of 4, 21 launches of 4
+top, forward_kl: 56 launches of 16, 2 launches of 2
+top, everything: 58 launches of 17, 2 launches of 2
 teacher, everything: 29 launches of 8, 2 launches of 2
 logits, everything in two: 2 launches of 2, 3 launches of 2""",
     )
