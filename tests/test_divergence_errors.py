@@ -65,11 +65,13 @@ CASES = {
             ValueError,
             "labels: expected 0 <= label < V = 5, or ignore_index = -100, got 5",
         ),
+        ({"teacher_topk": ()}, ValueError, "teacher_logits: expected None beside teacher_topk, got a Tensor"),
         ({"fp32_upcast": 1}, TypeError, "fp32_upcast: expected True or False, got int"),
         ({"chunk_size": -1}, ValueError, "chunk_size: expected an int >= 0, got -1"),
         ({"chunk_size": 0.5}, TypeError, "chunk_size: expected an int >= 0, got float"),
     ],
     "linear_distillation": [
+        ({"teacher_topk": ()}, ValueError, "teacher_hidden: expected None beside teacher_topk, got a Tensor"),
         ({"student_hidden": zeros(N, H + 1)}, ValueError, "student_hidden: expected [..., H] with H = 4, the width of"),
         ({"student_weight": zeros(H)}, ValueError, "student_weight: expected [V, H] with V >= 1 and H >= 1, got [4]"),
         (
