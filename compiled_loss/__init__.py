@@ -53,6 +53,7 @@ from compiled_loss.pipeline import (  # noqa: E402
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
+from compiled_loss.sharding import VocabShard  # noqa: E402
 from compiled_loss.shells import (  # noqa: E402
     FusedLinearCrossEntropy,
     KDLoss,
@@ -87,6 +88,7 @@ __all__ = [
     "TEParallelCEConfig",
     "TEParallelCrossEntropy",
     "TokenStatistics",
+    "VocabShard",
     "build_loss_config",
     "build_loss_module",
     "calculate_loss",

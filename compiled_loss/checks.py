@@ -57,11 +57,10 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected on {device} like the first argument, got {value.device}")
 
 
-def logits(value: Tensor, name: str = "logits") -> None:
-    """Raise unless `value` is [..., V]."""
-    tensor(name, value)
+def logits(value: Tensor, vocab: int, name: str = "logits") -> None:
+    """Raise unless `value` is [..., V], or a rank's part of it."""
     floating(name, value)
-    if value.dim() < 1 or value.shape[-1] < 1:
+    if value.dim() < 1 or vocab < 1:
         raise ValueError(f"{name}: expected [..., V] with V >= 1, got {sizes(value.shape)}")
 
 
@@ -74,12 +73,17 @@ def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
     same_device(name, value, source.device)
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("hidden", "weight")) -> None:
-    """Raise unless hidden @ weight.T + bias exists; `names` are those of the first two."""
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab: int,
+    names: tuple[str, str] = ("hidden", "weight"),
+) -> None:
+    """Raise unless hidden @ weight.T + bias exists; `names` are those of the first two, `vocab` V of all ranks."""
     for name, value in zip(names, (hidden, weight), strict=True):
-        tensor(name, value)
         floating(name, value)
-    if weight.dim() != 2 or weight.numel() == 0:
+    if weight.dim() != 2 or weight.shape[1] == 0 or vocab == 0:
         raise ValueError(f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {sizes(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -93,7 +97,10 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, 
 
 def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -> None:
     """Raise unless a teacher's head fits the hidden states of its student; `rows`, if any, are its weight's."""
-    head(hidden, weight, None, ("teacher_hidden", "teacher_weight"))
+    names = ("teacher_hidden", "teacher_weight")
+    for name, value in zip(names, (hidden, weight), strict=True):
+        tensor(name, value)
+    head(hidden, weight, None, weight.shape[0] if rows is None else 1, names)
     if hidden.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"teacher_hidden: expected the student's tokens, {sizes(student.shape[:-1])} and a width, "
@@ -300,9 +307,10 @@ def soft_target(
     teacher_weight: Tensor | None,
     draft_to_target: Tensor | None,
     hidden: Tensor,
+    columns: int,
     vocab: int,
 ) -> None:
-    """Raise unless exactly one form of target is given, and fits."""
+    """Raise unless exactly one form of target is given, and fits; a rank has `columns` of V."""
     head_given = teacher_hidden is not None or teacher_weight is not None
     if (target_probs is not None) == head_given or (teacher_hidden is None) != (teacher_weight is None):
         named = {"target_probs": target_probs, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
@@ -313,8 +321,8 @@ def soft_target(
             raise ValueError("draft_to_target: expected None beside target_probs, which are the draft's, got one")
         tensor("target_probs", target_probs)
         floating("target_probs", target_probs)
-        if target_probs.shape != (*hidden.shape[:-1], vocab):
-            expected = torch.Size([*hidden.shape[:-1], vocab])
+        if target_probs.shape != (*hidden.shape[:-1], columns):
+            expected = torch.Size([*hidden.shape[:-1], columns])
             raise ValueError(f"target_probs: expected [..., V] = {sizes(expected)}, got {sizes(target_probs.shape)}")
         same_device("target_probs", target_probs, hidden.device)
         if target_probs.requires_grad and torch.is_grad_enabled():
@@ -324,7 +332,7 @@ def soft_target(
             )
         return
     assert teacher_hidden is not None and teacher_weight is not None
-    teacher(teacher_hidden, teacher_weight, hidden, vocab if draft_to_target is None else None)
+    teacher(teacher_hidden, teacher_weight, hidden, columns if draft_to_target is None else None)
     if draft_to_target is not None:
         tensor("draft_to_target", draft_to_target)
         if draft_to_target.dtype != torch.int64:
@@ -364,6 +372,12 @@ def multi_token(
         raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {sizes(cu_seqlens.shape)}")
 
 
+def sequence(name: str, value: Sequence[Tensor]) -> None:
+    """Raise unless there is something for each depth."""
+    if isinstance(value, Tensor) or not len(value):
+        raise ValueError(f"{name}: expected a sequence of each depth's hidden states, one at least, got a tensor or []")
+
+
 def depths(
     hidden: Sequence[Tensor],
     labels_: Tensor,
@@ -371,10 +385,9 @@ def depths(
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
     scaling_factor: float,
-) -> None:
-    """Raise unless each depth has hidden states and targets for the labels' tokens."""
-    if isinstance(hidden, Tensor) or not len(hidden):
-        raise ValueError("hidden: expected a sequence of each depth's hidden states, one at least, got a tensor or []")
+) -> torch.Size:
+    """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
+    sequence("hidden", hidden)
     tensor("labels", labels_)
     for k, states in enumerate(hidden):
         tensor(f"hidden[{k}]", states)
@@ -385,7 +398,7 @@ def depths(
             )
     scaling(scaling_factor)
     if targets is None:
-        return
+        return hidden[0].shape[:-1]
     if seq_idx is not None or cu_seqlens is not None:
         raise ValueError("targets: expected None beside seq_idx or cu_seqlens, which they know already, got both")
     if len(targets) != len(hidden):
@@ -394,6 +407,7 @@ def depths(
         labels(target, "hidden", labels_.shape, labels_.device)
         if target.shape != labels_.shape:
             raise ValueError(f"targets[{k}]: expected {sizes(labels_.shape)}, got {sizes(target.shape)}")
+    return hidden[0].shape[:-1]
 
 
 def scaling(scaling_factor: float, alternative: str = "") -> None:

@@ -62,7 +62,8 @@ def causal_lm_loss(
         tensor(0.8047)
 
     """
-    checks.logits(logits)
+    checks.tensor("logits", logits)
+    checks.logits(logits, logits.shape[-1] if logits.dim() else 0)
     shell_checks.vocab_size(vocab_size, logits)
     targets = labels if shift_labels is None else shift_labels
     return _causal(cross_entropy, (logits,), targets, num_items_in_batch, ignore_index, int(shift_labels is None))

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, statistics_dtype
+from compiled_loss.engine.ranks import largest
+from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, moved, statistics_dtype
 
 Output = tuple[Tensor, ...]
 
@@ -130,15 +131,15 @@ def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
-    maximum = torch.maximum(state.maximum, z.detach().amax(-1))
+    maximum = torch.maximum(state.maximum, largest(z.detach()))
     shifted = z - maximum.unsqueeze(-1)
     exp = shifted.exp()
     rescale = (state.maximum - maximum).exp()
     total, moment = state.total, state.moment
     if total is not None:
         total = total + (z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1)
-    if moment is not None:  # exp is 0 long before the clamp; it only keeps 0 * -inf from becoming NaN
-        past = (moment + state.sum_exp * (state.maximum - maximum).clamp(min=-1e4)) * rescale
+    if moment is not None:  # exp is 0 long before the clamp
+        past = moved(moment, state.sum_exp, state.maximum - maximum) * rescale
         moment = past + (exp * shifted.clamp(min=-1e4)).sum(-1)
     return State(
         maximum=maximum,
@@ -181,8 +182,10 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
     return (_gradient(z, slope, labels, head, maximum, upstream).to(source.dtype),)
 
 
-def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Both, for rows that are whole: (labels, *Head, *State, *Coefficients) -> (d, row, loss, *RowStatistics).
+def fold_and_gradient(
+    source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> Output:
+    """Both, for rows whole or over a group: (labels, *Head, *State, *Coefficients) -> (d, row, loss, *RowStatistics).
 
     `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
     lse's. `row` is returned for NOTE [Few reads] alone.
@@ -191,7 +194,7 @@ def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor |
     state, coefficients = State(*operands[6:11]), Coefficients(*operands[11:])  # type: ignore[arg-type]
     assert labels is not None
     z, slope = _transform(source, weight, head)
-    before, state = state, _fold(z, labels, head, state)
+    before, state = state, _fold(z, labels, head, state).merged(group)
     statistics = finish(state)
     nll = after(coefficients.nll, *state, *before)
     row = nll

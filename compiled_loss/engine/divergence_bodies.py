@@ -45,9 +45,9 @@ def _bodies(kind: Kind) -> Bodies:
             return Compared.of(kind, source, weight, target.values, pair)
         return TopCompared.of(kind, source, weight, target, pair, fold=fold)
 
-    def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+    def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None) -> Output:
         """(labels, *Pair, *Target) -> (*Rows, divergence[, cross-entropy])."""
-        rows, divergence, hard = compared(source, weight, operands).fold(operands[0])
+        rows, divergence, hard = compared(source, weight, operands).fold(operands[0], group)
         return (*rows.present(), divergence) if hard is None else (*rows.present(), divergence, hard)
 
     def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
@@ -57,7 +57,9 @@ def _bodies(kind: Kind) -> Bodies:
         rows_of = compared(source, weight, operands, fold=False)
         return (rows_of.gradient(operands[0], rows, soft, hard, source.dtype),)
 
-    def fold_and_gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+    def fold_and_gradient(
+        source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+    ) -> Output:
         """(labels, *Pair, *Target, soft, hard) -> (d, loss, ...): soft * divergence + hard * cross-entropy.
 
         What follows is returned to be written out: for NOTE [Few reads], or the logits would stay for their top's sake.
@@ -65,7 +67,7 @@ def _bodies(kind: Kind) -> Bodies:
         labels, indices, soft, hard = operands[0], *operands[5:8]
         assert soft is not None
         rows_of = compared(source, weight, operands)
-        rows, divergence, cross_entropy = rows_of.fold(labels)
+        rows, divergence, cross_entropy = rows_of.fold(labels, group)
         loss = soft * divergence
         if cross_entropy is not None and hard is not None:
             loss = loss + hard * cross_entropy
@@ -80,7 +82,9 @@ def _bodies(kind: Kind) -> Bodies:
 
 def _named(body: Any, name: str) -> Callable[..., Output]:
     """The body under a name of its own, in its code as well: on torch 2.15 Dynamo reads it there."""
-    return types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
+    own = types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
+    own.__kwdefaults__ = body.__kwdefaults__
+    return own
 
 
 BODIES: dict[Kind, Bodies] = {kind: _bodies(kind) for kind in KINDS}

@@ -47,13 +47,14 @@ def weighted_sum(
     pair: Pair,
     weighted: Weighted,
     plan: Plan,
+    group: str | None,
     wanted: Wanted,
 ) -> Tensor:
-    """The loss, differentiable with respect to hidden and weight."""
+    """The loss, differentiable with respect to hidden and weight. Over a group: NOTE [Ranks]."""
     if any(wanted):
-        loss: Tensor = _WeightedSum.apply(hidden, weight, *target, *pair, *weighted, kind, plan, wanted)
+        loss: Tensor = _WeightedSum.apply(hidden, weight, *target, *pair, *weighted, kind, plan, group, wanted)
         return loss
-    _, soft, hard = _fold(hidden, weight, target, weighted.labels, kind, pair, plan)
+    _, soft, hard = _fold(hidden, weight, target, weighted.labels, kind, pair, plan, group)
     return weighted.of(soft, hard).sum()
 
 
@@ -65,21 +66,32 @@ def divergence(
     kind: Kind,
     pair: Pair,
     plan: Plan,
+    group: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's divergence and, with labels, cross-entropy; differentiable with respect to hidden and weight."""
-    soft, hard = _Divergence.apply(hidden, weight, *target, *pair, labels, kind, plan)
+    soft, hard = _Divergence.apply(hidden, weight, *target, *pair, labels, kind, plan, group)
     return soft, hard
 
 
 def _fold(
-    hidden: Tensor, weight: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair, plan: Plan
+    hidden: Tensor,
+    weight: Tensor,
+    target: Target,
+    labels: Tensor | None,
+    kind: Kind,
+    pair: Pair,
+    plan: Plan,
+    group: str | None,
 ) -> tuple[Known, Tensor, Tensor | None]:
     """What is known of each row, its divergence and its cross-entropy, [N] each."""
     run = hosts.choose(hidden.device, plan.compile)
-    parts = [
-        run(BODIES[kind].fold, rows.of(hidden), weight, *rows.of_each([labels]), *pair, *rows.of_each(target))
-        for rows in chunks(hidden.shape[0], plan)
-    ]
+    parts: list[Output] = []
+    for rows in chunks(hidden.shape[0], plan):
+        states = rows.of(hidden)
+        if group is not None:
+            states = gemm.in_turn(states, parts[-1] if parts else [])
+        operands = (*rows.of_each([labels]), *pair, *rows.of_each(target))
+        parts.append(run(BODIES[kind].fold, states, weight, *operands, group=group))
     outputs = tuple([gemm.join(part) for part in zip(*parts, strict=True)])
     known, (soft, *hard) = Known.of(outputs, kind, labels, target.indices)
     return known, soft, hard[0] if hard else None
@@ -102,21 +114,22 @@ class _WeightedSum(torch.autograd.Function):
         active: Tensor,
         kind: Kind,
         plan: Plan,
+        group: str | None,
         wanted: Wanted,
     ) -> Tensor:
         pair = Pair(inverse_temperature, jsd_weight, target_weight)
         scale = unit_scale(hidden.dtype, soft, hard)
-        soft = soft.clone() if scale is None else soft / scale  # new, to be fenced: NOTE [Order]
+        soft = torch.where(active, soft if scale is None else soft / scale, 0.0)  # to be fenced: NOTE [Order]
         if scale is not None and hard is not None:
             hard = hard / scale
         run = hosts.choose(hidden.device, plan.compile)
 
-        def chunk(rows: Rows) -> Output:
+        def chunk(rows: Rows, states: Tensor) -> Output:
             operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
-            d, loss, *_ = run(BODIES[kind].fold_and_gradient, rows.of(hidden), weight, *operands)
+            d, loss, *_ = run(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
             return d, loss
 
-        gradients, (losses,) = form_gradients(hidden, weight, None, plan, wanted, soft, chunk)
+        gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
@@ -130,10 +143,10 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         if g is None:
-            return (None,) * 14
+            return (None,) * 15
         *gradients, scale = ctx.saved_tensors
         d_hidden, d_weight, _ = scaled_gradients(gradients, g if scale is None else g * scale, ctx.dtypes)
-        return d_hidden, d_weight, *(None,) * 12
+        return d_hidden, d_weight, *(None,) * 13
 
 
 class _Divergence(torch.autograd.Function):
@@ -150,9 +163,10 @@ class _Divergence(torch.autograd.Function):
         labels: Tensor | None,
         kind: Kind,
         plan: Plan,
+        group: str | None,
     ) -> tuple[Tensor, Tensor | None]:
         pair = Pair(inverse_temperature, jsd_weight, target_weight)
-        known, soft, hard = _fold(hidden, weight, Target(target, indices), labels, kind, pair, plan)
+        known, soft, hard = _fold(hidden, weight, Target(target, indices), labels, kind, pair, plan, group)
         ctx.save_for_backward(hidden, weight, target, indices, labels, *pair, *known)
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.plan = kind, plan
@@ -171,16 +185,18 @@ class _Divergence(torch.autograd.Function):
                 soft, hard = soft / scale, None if hard is None else hard / scale
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
-            def chunk(rows: Rows) -> Output:
-                operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
-                return run(BODIES[ctx.kind].gradient, rows.of(hidden), weight, *operands)
+            def chunk(rows: Rows, states: Tensor) -> Output:
+                alone = rows.last or ctx.plan.count == 2
+                states, targets = (hosts.again(run, v, alone, []) for v in (states, rows.of(target)))
+                operands = (*rows.of_each([labels]), *pair, targets, *rows.of_each([indices, *known, soft, hard]))
+                return run(BODIES[ctx.kind].gradient, states, weight, *operands)
 
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
-            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)
+            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, None, wanted, soft, chunk)
             if scale is not None:
                 gradients = scaled_gradients(gradients, scale, [hidden.dtype, weight.dtype, None])
         d_hidden, d_weight, _ = gradients
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 8
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 9
 
 
 def _upstream(g: Tensor | None, like: Tensor) -> Tensor:

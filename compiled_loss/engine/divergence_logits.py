@@ -19,9 +19,10 @@ def divergence(
     labels: Tensor | None,  # [...]
     kind: Kind,
     pair: Pair,
+    group: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's divergence from its target, and with labels its cross-entropy with them; differentiable."""
-    soft, hard = _Divergence.apply(logits, *target, labels, pair.inverse_temperature, pair.jsd_weight, kind)
+    soft, hard = _Divergence.apply(logits, *target, labels, pair.inverse_temperature, pair.jsd_weight, kind, group)
     return soft, hard
 
 
@@ -44,10 +45,11 @@ class _Divergence(torch.autograd.Function):
         inverse_temperature: Tensor | None,
         jsd_weight: Tensor | None,
         kind: Kind,
+        group: str | None,
     ) -> tuple[Tensor, Tensor | None]:
         pair = Pair(inverse_temperature, jsd_weight, None)
         run = hosts.choose(logits.device, "auto", loop=False)
-        outputs = run(BODIES[kind].fold, logits, None, labels, *pair, target, indices)
+        outputs = run(BODIES[kind].fold, logits, None, labels, *pair, target, indices, group=group)
         rows, (soft, *hard) = Rows.of(outputs, kind, labels, indices)
         ctx.save_for_backward(logits, target, indices, labels, *pair[:2], *rows)
         ctx.set_materialize_grads(False)
@@ -59,12 +61,10 @@ class _Divergence(torch.autograd.Function):
         checks.first_derivative()
         logits, target, indices, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
         pair, rows = Pair(inverse_temperature, jsd_weight, None), Rows(*saved)
-        # Fenced, for the partitioner finds the expressions of forward in backward, and may keep one of [N, V].
-        rows = rows._replace(maximum=rows.maximum.clone())
-        gemm.fence_(rows.maximum, [])
+        # Opaque copies, for the partitioner finds the expressions of forward in backward, and may keep one of [N, V].
+        rows = rows._replace(maximum=gemm.in_turn(rows.maximum, []))
         if rows.target_maximum is not None:
-            rows = rows._replace(target_maximum=rows.target_maximum.clone())
-            gemm.fence_(rows.target_maximum, [])  # type: ignore[arg-type]
+            rows = rows._replace(target_maximum=gemm.in_turn(rows.target_maximum, []))
         d = d_target = None
         with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
             run = hosts.choose(logits.device, "auto", loop=False)
@@ -79,4 +79,4 @@ class _Divergence(torch.autograd.Function):
             if ctx.needs_input_grad[1] and ctx.kind == "probabilities":
                 known = (target, rows.maximum, rows.log_sum, soft)
                 (d_target,) = run(target_gradient, logits, None, None, *pair, *known)
-        return d, d_target, *(None,) * 5
+        return d, d_target, *(None,) * 6

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.ranks import largest, reduced
 from compiled_loss.engine.statistics import statistics_dtype
 
 Kind = Literal["probabilities", "cross_entropy", "forward_kl", "reverse_kl", "jsd"]
@@ -133,28 +134,32 @@ class Compared(NamedTuple):
         raw = raw.to(statistics_dtype(raw.dtype))
         return Compared(kind, pair, raw, t if kind == "probabilities" else warmed(t, pair))
 
-    def fold(self, labels: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:
-        """The rows, their divergence, and their cross-entropy with the labels."""
+    def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
+        """The rows, their divergence, and their cross-entropy with the labels; over a group in three collectives."""
         kind, pair, raw, t = self
         z = warmed(raw, pair)
-        maximum = raw.detach().amax(-1)
-        log_sum = (z - row(warmed(maximum, pair))).exp().sum(-1).log()
+        maxima = [largest(raw.detach()), *([] if kind == "probabilities" else [largest(t)])]
+        maximum, *target_maximum = reduced(maxima, "max", group)
+        shifted = raw - row(maximum)
+        sums = [(z - row(warmed(maximum, pair))).exp().sum(-1)]
+        sums += [(t - row(m)).exp().sum(-1) for m in target_maximum]
+        sums += [] if labels is None else [shifted.exp().sum(-1)]
+        log_sum, *log_sums = [value.log() for value in reduced(sums, "sum", group)]
         rows = Rows(maximum, log_sum, None, None, None, None)
-        if kind != "probabilities":
-            largest = t.amax(-1)
-            rows = rows._replace(target_maximum=largest, target_log_sum=(t - row(largest)).exp().sum(-1).log())
+        if target_maximum:
+            rows = rows._replace(target_maximum=target_maximum[0], target_log_sum=log_sums[0])
         _, summands, slopes = self._terms(rows)
-        slope = slopes.sum(-1)
+        sums = [slopes.sum(-1)]
+        sums += [] if summands is None else [summands.sum(-1)]
+        sums += [] if labels is None else [torch.where(hit(raw, labels), shifted, 0.0).sum(-1)]
+        slope, *sums = reduced(sums, "sum", group)
         rows = rows._replace(slope=slope)
-        divergence = slope.clone() if summands is None else summands.sum(-1)  # no body returns a tensor twice
+        divergence = slope.clone() if summands is None else sums[0]  # no body returns a tensor twice
         if kind == "jsd":
             divergence = divergence + slope
         if labels is None:
             return rows, divergence, None
-        shifted = raw - row(maximum)
-        hard_log_sum = shifted.exp().sum(-1).log()
-        picked = torch.where(hit(raw, labels), shifted, 0.0).sum(-1)
-        return rows._replace(hard_log_sum=hard_log_sum), divergence, hard_log_sum - picked
+        return rows._replace(hard_log_sum=log_sums[-1]), divergence, log_sums[-1] - sums[-1]
 
     def gradient(
         self, labels: Tensor | None, rows: Rows, soft: Tensor, hard: Tensor | None, dtype: torch.dtype

@@ -28,11 +28,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compiled_loss.engine import bodies, divergence_bodies
+from compiled_loss.engine import bodies, divergence_bodies, gemm
 from compiled_loss.engine.divergences import Pair
 
 Body = Callable[..., bodies.Output]
-Host = Callable[..., bodies.Output]  # (body, source, weight, *operands) -> the body's outputs
+Host = Callable[..., bodies.Output]  # (body, source, weight, *operands, group=None) -> the body's outputs
 
 _ONE = (bodies.fold, bodies.gradient, bodies.fold_and_gradient, bodies.add_column_sums)
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
@@ -55,35 +55,59 @@ def choose(device: torch.device, compile: bool | str, *, loop: bool = True) -> H
     return operator if wanted else plain
 
 
-def region(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+def region(
+    body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> bodies.Output:
     """The body as a subgraph of the graph being traced."""
-    outputs: bodies.Output = _REGIONS[body.__name__](source, weight, *operands)
+    outputs: bodies.Output = _REGIONS[body.__name__](source, weight, *operands, **_over(group))
     return outputs
 
 
-def traced(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+def traced(
+    body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> bodies.Output:
     """The body as a part of the graph being traced."""
-    return body(source, weight, *operands)
+    return body(source, weight, *operands, **_over(group))
 
 
-def operator(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
+def again(run: Host, source: Tensor, alone: bool, after: Sequence[Tensor]) -> Tensor:
+    """What a backward makes a chunk's logits of, so that it makes them again; `alone` where no other is of its size.
+
+    A region that is called once is no region: it is inlined, and of a GEMM that forward made as well the partitioner
+    keeps the result. That of a copy is not the same GEMM.
+    """
+    return gemm.in_turn(source, after) if alone and run is region else source
+
+
+def operator(
+    body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> bodies.Output:
     """The body as an opaque operator."""
-    return tuple(run_body(body.__name__, source, weight, list(operands)))
+    return tuple(run_body(body.__name__, source, weight, list(operands), group))
+
+
+def _over(group: str | None) -> dict[str, str]:
+    """The keyword of bodies that reduce over ranks."""
+    return {} if group is None else {"group": group}
 
 
 @torch.library.custom_op("compiled_loss::run_body", mutates_args=())
-def run_body(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
+def run_body(
+    body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None], group: str | None
+) -> list[Tensor]:
     """The outputs of a compiled body; they never alias an input."""
-    key = (body, source.device.type, source.dtype, source.dim(), *(v is not None for v in (weight, *operands)))
+    key = (body, source.device.type, source.dtype, source.dim(), *(v is not None for v in (weight, *operands)), group)
     # Detached: Dynamo would compile again for each pattern of requires_grad.
     rest = [None if v is None else v.detach() for v in (weight, *operands)]
     with torch.no_grad():
-        return list(_compiled(key)(source.detach(), *rest))
+        return list(_compiled(key)(source.detach(), *rest, **_over(group)))
 
 
 @run_body.register_fake
-def _(body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    return list(_BODIES[body](source, weight, *operands))
+def _(
+    body: str, source: Tensor, weight: Tensor | None, operands: Sequence[Tensor | None], group: str | None
+) -> list[Tensor]:
+    return list(_BODIES[body](source, weight, *operands, **_over(group)))
 
 
 @functools.cache
@@ -92,13 +116,19 @@ def _compiled(key: tuple[object, ...]) -> Body:
     body = _BODIES[str(key[0])]
     assert isinstance(body, types.FunctionType)
     own = types.FunctionType(body.__code__.replace(), body.__globals__, body.__name__, None, body.__closure__)
+    own.__kwdefaults__ = body.__kwdefaults__
     return torch.compile(own, fullgraph=True)
 
 
-def plain(body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> bodies.Output:
-    """The body in eager torch. A gradient overwrites the logits where they are those of our own GEMM."""
-    if body is bodies.add_column_sums:
-        return body(source, None, *operands)
+def plain(
+    body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> bodies.Output:
+    """The body in eager torch. A gradient overwrites the logits where they are those of our own GEMM.
+
+    Over a group a chunk is one block, or ranks with fewer columns would reduce less often than others.
+    """
+    if body is bodies.add_column_sums or group is not None:
+        return body(source, weight, *operands, **_over(group))
     logits = source if weight is None else source @ weight.t()
     if body in _TWO:
         labels, *scalars, target_weight, target = operands[:5]
@@ -129,6 +159,6 @@ def _by_rows(body: Body, logits: Tensor, out: Tensor | None, operands: Sequence[
     if logits.dim() > 2:  # not flattened: any strides, and no copy
         parts, join = [part(i) for i in range(logits.shape[0])], torch.stack
     else:
-        step = max(1, _BLOCK // logits.shape[1])
+        step = max(1, _BLOCK // max(1, logits.shape[1]))
         parts, join = [part(slice(i, i + step)) for i in range(0, max(1, logits.shape[0]), step)], torch.cat
     return tuple([join(values) for values in zip(*parts, strict=True)])

@@ -17,13 +17,13 @@ def statistics(
     logits: Tensor,  # [..., V], two dimensions or more, any strides
     labels: Tensor,  # [...]
     head: Head,
-    compile: bool | str,
+    group: str | None,
     *,
     total: bool,
     entropy: bool,
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
-    return RowStatistics(*_Logits.apply(logits, *head[:4], labels, compile, total, entropy))
+    return RowStatistics(*_Logits.apply(logits, *head[:4], labels, group, total, entropy))
 
 
 def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool, entropy: bool) -> RowStatistics:
@@ -42,18 +42,17 @@ class _Logits(torch.autograd.Function):
         softcap: Tensor | None,
         inverse_temperature: Tensor | None,
         labels: Tensor,
-        compile: bool | str,
+        group: str | None,
         total: bool,
         entropy: bool,
     ) -> tuple[Tensor | None, ...]:
         head = Head(bias, class_weights, softcap, inverse_temperature)
         state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-        run = hosts.choose(logits.device, compile, loop=False)
-        state = state.replaced(run(bodies.fold, logits, None, labels, *head, *state))
+        run = hosts.choose(logits.device, "auto", loop=False)
+        state = state.replaced(run(bodies.fold, logits, None, labels, *head, *state)).merged(group)
         result = finish(state)
         ctx.save_for_backward(logits, *head[:4], labels, *state)
         ctx.set_materialize_grads(False)
-        ctx.compile = compile
         return tuple(result)
 
     @staticmethod
@@ -71,6 +70,6 @@ class _Logits(torch.autograd.Function):
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             operands = (labels, *head, state.maximum, *upstream)
-            run = hosts.choose(logits.device, ctx.compile, loop=False)
+            run = hosts.choose(logits.device, "auto", loop=False)
             (d,) = run(bodies.gradient, logits, None, *operands)
             return d, None, None, None, None, None, None, None, None

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.ranks import reduced
+
 
 class State(NamedTuple):
     """What a walk carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
@@ -42,6 +44,18 @@ class State(NamedTuple):
         values = list(present)
         total = None if self.total is None else values[3]
         return State(values[0], values[1], values[2], total, None if self.moment is None else values[-1])
+
+    def merged(self, group: str | None) -> State:
+        """The state of rows whose columns are spread over the ranks of a group: two collectives."""
+        if group is None:
+            return self
+        (maximum,) = reduced([self.maximum], "max", group)
+        rescale = (self.maximum - maximum).exp()
+        moment = self.moment
+        if moment is not None:
+            moment = moved(moment, self.sum_exp, self.maximum - maximum) * rescale
+        parts = self._replace(sum_exp=self.sum_exp * rescale, moment=moment).present()[1:]
+        return self.replaced([maximum, *reduced(parts, "sum", group)])
 
 
 class RowStatistics(NamedTuple):
@@ -99,6 +113,11 @@ def initial_state(like: Tensor, shape: tuple[int, ...], *, total: bool, entropy:
     return State(
         full(torch.finfo(dtype).min), full(0.0), full(0.0), full(0.0) if total else None, full(0.0) if entropy else None
     )
+
+
+def moved(moment: Tensor, sum_exp: Tensor, by: Tensor) -> Tensor:
+    """A first moment relative to a maximum that is `by` less; the clamp keeps 0 * -inf from becoming NaN."""
+    return moment + sum_exp * by.clamp(min=-1e4)
 
 
 def finish(state: State) -> RowStatistics:

@@ -42,6 +42,7 @@ def statistics(
     labels: Tensor,  # [N]
     head: Head,
     plan: Plan,
+    group: str | None,
     *,
     total: bool,
     entropy: bool,
@@ -54,7 +55,7 @@ def statistics(
         run(bodies.fold, rows.of(hidden), weight, rows.of(labels), *head, *rows.of_each(state))
         for rows in chunks(hidden.shape[0], plan)
     ]
-    return finish(state.replaced([gemm.join(parts) for parts in zip(*states, strict=True)]))
+    return finish(state.replaced([gemm.join(parts) for parts in zip(*states, strict=True)]).merged(group))
 
 
 def weighted_sum(
@@ -63,6 +64,7 @@ def weighted_sum(
     labels: Tensor,
     head: Head,
     plan: Plan,
+    group: str | None,
     coefficients: Coefficients,
     active: Tensor,  # [N] bool
     wanted: Wanted,
@@ -70,7 +72,8 @@ def weighted_sum(
     entropy: bool,
 ) -> tuple[Tensor, RowStatistics]:
     """sum(combine(statistics, coefficients)), differentiable, and the masked statistics themselves, detached."""
-    loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, plan, wanted, entropy)
+    how = (plan, group, wanted, entropy)
+    loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, *how)
     return loss, RowStatistics(*rest)
 
 
@@ -79,6 +82,7 @@ class Rows(NamedTuple):
 
     start: int
     size: int
+    last: bool  # whose size alone may differ
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its part of [N, ...]."""
@@ -92,9 +96,9 @@ class Rows(NamedTuple):
 def chunks(tokens: int, plan: Plan) -> Iterator[Rows]:
     """`plan.count` chunks, equal but for the last. The count is what a compiled graph is specialised to, not N."""
     for i in range(plan.count - 1):
-        yield Rows(i * plan.chunk, plan.chunk)
+        yield Rows(i * plan.chunk, plan.chunk, False)
     done = (plan.count - 1) * plan.chunk
-    yield Rows(done, tokens - done)
+    yield Rows(done, tokens - done, True)
 
 
 def form_gradients(
@@ -102,21 +106,25 @@ def form_gradients(
     weight: Tensor,
     bias: Tensor | None,
     plan: Plan,
+    group: str | None,
     wanted: Wanted,
     fenced: Tensor,
-    chunk: Callable[[Rows], bodies.Output],
+    chunk: Callable[[Rows, Tensor], bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """dH, dW and db, and what else `chunk` returns after the gradient of its logits, for all rows.
+    """dH, dW and db, and what else `chunk`, of rows and their hidden states, returns after its logits' gradient.
 
-    `fenced` is a new tensor that every chunk reads: NOTE [Order].
+    `fenced` is a tensor of a computation that every chunk reads: NOTE [Order]. The group is that of `chunk`.
     """
     run = hosts.choose(hidden.device, plan.compile)
     d_hidden = torch.empty_like(hidden) if wanted.hidden else None
     d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
     d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
-    parts = []
+    parts, gradients = [], [d_hidden, d_weight, d_bias]
     for i, rows in enumerate(chunks(hidden.shape[0], plan)):
-        d, *rest = chunk(rows)
+        states = rows.of(hidden)
+        if group is not None:
+            states = gemm.in_turn(states, [v for v in gradients if i and v is not None])
+        d, *rest = chunk(rows, states)
         parts.append(rest)
         if d_hidden is not None:
             gemm.mm_out(rows.of(d_hidden), d, weight)
@@ -157,6 +165,7 @@ class _TokenChunks(torch.autograd.Function):
         square: Tensor | None,
         active: Tensor,
         plan: Plan,
+        group: str | None,
         wanted: Wanted,
         entropy: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -168,14 +177,14 @@ class _TokenChunks(torch.autograd.Function):
 
         run = hosts.choose(hidden.device, plan.compile)
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
-        labels = labels.clone()  # to be fenced: NOTE [Order]
+        labels = torch.where(active, labels, -1)  # to be fenced: NOTE [Order]
 
-        def chunk(rows: Rows) -> bodies.Output:
+        def chunk(rows: Rows, states: Tensor) -> bodies.Output:
             operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
-            d, _, *rest = run(bodies.fold_and_gradient, rows.of(hidden), weight, *operands)
+            d, _, *rest = run(bodies.fold_and_gradient, states, weight, *operands, group=group)
             return d, *rest
 
-        gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, wanted, labels, chunk)
+        gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
@@ -192,10 +201,10 @@ class _TokenChunks(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         if g is None:
-            return (None,) * 15
+            return (None,) * 16
         *gradients, scale, nll, lse, total = ctx.saved_tensors
         factor = g if scale is None else g * scale
         dense = scaled_gradients(gradients, factor, ctx.dtypes)
         statistics = (nll, lse, total, None if lse is None else lse.square())
         rows = [g * v if wants else None for v, wants in zip(statistics, ctx.needs_input_grad[7:11], strict=True)]
-        return *dense, None, None, None, None, *rows, None, None, None, None
+        return *dense, *(None,) * 4, *rows, *(None,) * 5

@@ -38,12 +38,13 @@ class TopCompared(NamedTuple):
             raw = raw.scatter(-1, target.indices, float("-inf"))
         return TopCompared(kind, pair, raw.to(dtype), top.to(dtype), target.indices, target.values.to(dtype))
 
-    def fold(self, labels: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:
-        """The rows, their divergence, and their cross-entropy with the labels."""
+    def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
+        """The rows, their divergence, and their cross-entropy with the labels; no rank has but some columns."""
+        assert group is None
         maximum = torch.maximum(self.rest.detach().amax(-1), self.top.detach().amax(-1))
         rest, top = self.rest - row(maximum), self.top - row(maximum)
         rows = Rows(maximum, warmed(rest, self.pair).exp().sum(-1).log(), None, None, None, None)
-        _, divergence, _ = self._coarse(rows).fold(None)
+        _, divergence, _ = self._coarse(rows).fold(None, None)
         if labels is None:
             return rows, divergence, None
         hard_log_sum = (rest.exp().sum(-1) + top.exp().sum(-1)).log()
@@ -60,7 +61,7 @@ class TopCompared(NamedTuple):
     ) -> Tensor:
         """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's logits."""
         coarse = self._coarse(rows)
-        known, _, _ = coarse.fold(None)
+        known, _, _ = coarse.fold(None, None)
         inverse = self.pair.inverse_temperature
         d = coarse.gradient(None, known, soft if inverse is None else soft * inverse, None, soft.dtype)
         rest, d_top = self.rest - row(rows.maximum), d[..., : self.indices.shape[-1]]

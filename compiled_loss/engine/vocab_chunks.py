@@ -25,12 +25,13 @@ def statistics(
     labels: Tensor,  # [N]
     head: Head,
     plan: Plan,
+    group: str | None,
     *,
     total: bool,
     entropy: bool,
 ) -> RowStatistics:
-    """The statistics of NOTE [Relative statistics], all but `correct` differentiable."""
-    return RowStatistics(*_VocabChunks.apply(hidden, weight, *head[:4], labels, plan, total, entropy))
+    """The statistics of NOTE [Relative statistics], all but `correct` differentiable. Over a group: NOTE [Ranks]."""
+    return RowStatistics(*_VocabChunks.apply(hidden, weight, *head[:4], labels, plan, group, total, entropy))
 
 
 def _starts(hidden: Tensor, plan: Plan) -> Tensor:
@@ -39,7 +40,7 @@ def _starts(hidden: Tensor, plan: Plan) -> Tensor:
 
 
 def _chunks(head: Head, vocab: int, plan: Plan, starts: Tensor) -> Iterator[tuple[int, int, Head]]:
-    """Start, size and head of each chunk; equal but for the last."""
+    """Start, size and head of each chunk; equal but for the last. A rank without columns has one chunk of none."""
     for i in range(plan.count):
         start, size = i * plan.chunk, min(plan.chunk, vocab - i * plan.chunk)
         yield start, size, head.columns(start, size)._replace(start=starts[i])
@@ -57,6 +58,7 @@ class _VocabChunks(torch.autograd.Function):
         inverse_temperature: Tensor | None,
         labels: Tensor,
         plan: Plan,
+        group: str | None,
         total: bool,
         entropy: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -66,6 +68,7 @@ class _VocabChunks(torch.autograd.Function):
         for start, size, columns in _chunks(head, weight.shape[0], plan, _starts(hidden, plan)):
             chunk = weight.narrow(0, start, size)
             state = state.replaced(run(bodies.fold, hidden, chunk, labels, *columns, *state))
+        state = state.merged(group)
         result = finish(state)
         for rows in (result.nll, result.lse):  # or their logarithm joins the kernel that sums losses, which then spills
             gemm.fence_(rows, [])
@@ -98,10 +101,14 @@ class _VocabChunks(torch.autograd.Function):
             d_weight = torch.empty_like(weight) if wants_weight else None
             d_biases: list[Tensor] = []
             starts = _starts(hidden, ctx.plan)
-            for start, size, columns in _chunks(head, weight.shape[0], ctx.plan, starts):
+            walk = list(_chunks(head, weight.shape[0], ctx.plan, starts))
+            sizes = [size for _, size, _ in walk]
+            formed: list[Tensor] = []
+            for start, size, columns in walk:
                 chunk = weight.narrow(0, start, size)
                 operands = (labels, *columns, state.maximum, *upstream)
-                (d,) = run(bodies.gradient, hidden, chunk, *operands)
+                source = hosts.again(run, hidden, sizes.count(size) == 1, formed)
+                (d,) = run(bodies.gradient, source, chunk, *operands)
                 if d_hidden is not None:
                     (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
                 if d_weight is not None:
@@ -113,8 +120,8 @@ class _VocabChunks(torch.autograd.Function):
                 if wants_bias:
                     d_biases += run(bodies.add_column_sums, d, None, None)
                 del d  # or eager code holds two chunks
-                formed = [v for v in (d_hidden, d_weight) if v is not None]
-                gemm.fence_(starts, formed + d_biases)
+                formed = [v for v in (d_hidden, d_weight, *d_biases) if v is not None]
+                gemm.fence_(starts, formed)
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
                 one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
@@ -123,4 +130,4 @@ class _VocabChunks(torch.autograd.Function):
             if head.bias is not None and wants_bias:
                 d_bias = gemm.join(d_biases)
                 d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
-            return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None
+            return d_hidden, d_weight, d_bias, *(None,) * 8

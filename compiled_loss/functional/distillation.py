@@ -25,13 +25,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_loss import checks
+from compiled_loss import checks, shard_checks, sharding
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
+from compiled_loss.sharding import VocabShard
 
 
 def _weighted(
@@ -84,6 +85,7 @@ def distillation(
     fp32_upcast: bool = True,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
     chunk_size: int = 0,
 ) -> Tensor:
     r"""Divergence of a student's logits from a teacher's, in the tokens that `labels` do not ignore.
@@ -104,6 +106,8 @@ def distillation(
         fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
         reduction: "mean" over the tokens that count, "sum" or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
+            say so themselves; all else is alike on the group's ranks. Not with `teacher_topk`.
         chunk_size: kept for its callers, an int >= 0. What it bounds elsewhere, temporaries of [N, V], is never held.
 
     Returns:
@@ -133,14 +137,19 @@ def distillation(
 
     """
     checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
-    checks.logits(student_logits, "student_logits")
+    student_logits, vocabulary = sharding.logits("student_logits", student_logits, vocab_shard)
+    checks.logits(student_logits, vocabulary.size, "student_logits")
+    labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_logits", student_logits)
-    vocab = student_logits.shape[-1]
+    shard_checks.spread(reduction, vocabulary.spread)
+    vocab = vocabulary.size
     if teacher_topk is None:
         teacher_logits = checks.teacher_given("teacher_logits", teacher_logits)
+        teacher_logits = sharding.beside("teacher_logits", teacher_logits, "student_logits", vocabulary, -1)
         checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
         target = Target(teacher_logits.detach())
     else:
+        shard_checks.top(vocabulary.group)
         checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
         target = _top(teacher_topk, labels, vocab, ignore_index)
     weighted = _weighted(
@@ -155,7 +164,7 @@ def distillation(
         top=None if teacher_topk is None else teacher_topk[1],
     )
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
-    rows = pair.on_logits(student_logits, target, weighted.labels, divergence, scalars)
+    rows = pair.on_logits(student_logits, target, weighted.labels, divergence, scalars, vocabulary)
     return reductions.reduced(weighted.of(*rows), reduction)
 
 
@@ -174,6 +183,7 @@ def linear_distillation(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
     r"""`distillation(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, labels)`, logits never held.
@@ -185,6 +195,9 @@ def linear_distillation(
         teacher_weight: [V, H'], in its dtype. Gets no gradient. None beside `teacher_topk`.
         labels, teacher_topk, divergence, jsd_weight, temperature, hard_label_weight, ignore_index, reduction,
             num_label_tokens: see :func:`distillation`.
+        vocab_shard: which classes plain weights of both have, where each rank has some: :class:`VocabShard`. DTensors
+            say so themselves; hidden states and all else are alike on the group's ranks, and the student's gradient
+            complete on each. Not with `teacher_topk`.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for both logits of a chunk.
 
     Returns:
@@ -216,17 +229,24 @@ def linear_distillation(
 
     """
     checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
-    checks.head(student_hidden, student_weight, None, ("student_hidden", "student_weight"))
+    names = ("student_hidden", "student_weight")
+    student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
+    checks.head(student_hidden, weight, None, vocabulary.size, names)
+    labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_hidden", student_hidden)
-    hidden, weight = cast(student_hidden, student_weight)
-    vocab, target_weight = weight.shape[0], None
+    shard_checks.spread(reduction, vocabulary.spread)
+    hidden, weight = cast(student_hidden, weight)
+    vocab, target_weight = vocabulary.size, None
     if teacher_topk is None:
         teacher_hidden = checks.teacher_given("teacher_hidden", teacher_hidden)
         teacher_weight = checks.teacher_given("teacher_weight", teacher_weight)
-        checks.teacher(teacher_hidden, teacher_weight, student_hidden, vocab)
+        teacher_hidden = sharding.rows("teacher_hidden", teacher_hidden, vocabulary)
+        teacher_weight = sharding.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
+        checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
         states, target_weight = cast(teacher_hidden.detach(), teacher_weight.detach())
         target = Target(states)
     else:
+        shard_checks.top(vocabulary.group)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
         checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
         target = _top(teacher_topk, labels, vocab, ignore_index)
@@ -244,4 +264,4 @@ def linear_distillation(
     scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
     scalars = scalars._replace(target_weight=target_weight)
     scalar = reduction != "none"
-    return pair.on_head(hidden, weight, target, divergence, scalars, weighted, chunking, scalar=scalar)
+    return pair.on_head(hidden, weight, target, divergence, scalars, weighted, vocabulary, chunking, scalar=scalar)

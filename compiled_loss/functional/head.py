@@ -5,40 +5,48 @@ N tokens, H width, V vocabulary. Checks come first, then autocast, then the plan
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction
+from compiled_loss import checks, reduction, shard_checks, sharding
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.plan import Chunking, Plan, Strategy, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
+from compiled_loss.sharding import VocabShard, Vocabulary
 
 
 class LinearHead(NamedTuple):
-    """Checked arguments, after autocast: `hidden` [N, H], `weight` [V, H], the rest of the head, the tokens [...]."""
+    """Checked arguments, a rank's own, after autocast: [N, H], [V, H], the rest of the head, the tokens [...]."""
 
     hidden: Tensor
     weight: Tensor
     head: Head
     tokens: reduction.Tokens
+    vocabulary: Vocabulary
 
     @property
     def vocab(self) -> int:
-        """V."""
-        return self.weight.shape[0]
+        """V, of all ranks."""
+        return self.vocabulary.size
+
+    @property
+    def labels(self) -> Tensor:
+        """[N], counted from the rank's first class."""
+        return self.vocabulary.labels(self.tokens.labels.reshape(-1))
 
     def statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
         """Masked statistics [...], differentiable; `what` names what a token walk with gradients could not give."""
         checks.instance("chunking", chunking, Chunking)
-        hidden, weight, head, tokens = self
-        labels = tokens.labels.reshape(-1)
+        hidden, weight, head, tokens, vocabulary = self
         if reduction.traced():
-            rows = logits_walk.plain_statistics(hidden @ weight.t(), labels, head, total=total, entropy=entropy)
+            shard_checks.transforms(vocabulary.group)
+            rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
         else:
             differentiable = any(self._wanted())
             if differentiable and chunking.strategy == "tokens":
@@ -47,8 +55,9 @@ class LinearHead(NamedTuple):
                 checks.chunk_size_counts_tokens(chunking.chunk_size)
             chosen = self._plan(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
             walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
+            how = (chosen, vocabulary.group)
             with torch.autocast(hidden.device.type, enabled=False):
-                rows = walk.statistics(hidden, weight, labels, head, chosen, total=total, entropy=entropy)
+                rows = walk.statistics(hidden, weight, self.labels, head, *how, total=total, entropy=entropy)
         return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
 
     def loss(
@@ -60,14 +69,15 @@ class LinearHead(NamedTuple):
         if reduction_ != "none" and any(wanted) and not reduction.traced():
             chosen = self._plan(chunking, ("tokens", "vocab"))
             if chosen.strategy == "tokens":
-                hidden, weight, head, tokens = self
+                hidden, weight, head, tokens, vocabulary = self
                 with torch.autocast(hidden.device.type, enabled=False):
                     loss, rows = token_chunks.weighted_sum(
                         hidden,
                         weight,
-                        tokens.labels.reshape(-1),
+                        self.labels,
                         head,
                         chosen,
+                        vocabulary.group,
                         coefficients.map(lambda c: c.reshape(-1)),
                         tokens.active.reshape(-1),
                         wanted,
@@ -93,10 +103,13 @@ class LinearHead(NamedTuple):
         (tokens, width), dtype = self.hidden.shape, self.hidden.dtype
         if chunking.accumulate_dtype is not None:
             checks.accumulator(chunking.accumulate_dtype, dtype)
-        chosen = plan(tokens, width, self.vocab, dtype, chunking, strategies=strategies)
+        share = self.vocabulary.share
+        chosen = plan(tokens, width, share, dtype, chunking, strategies=strategies)
         if chunking.memory_budget is not None:
-            unit, size = ("token", self.vocab) if chosen.strategy == "tokens" else ("column", tokens)
+            unit, size = ("token", share) if chosen.strategy == "tokens" else ("column", tokens)
             checks.memory_budget(chunking.memory_budget, unit, size * dtype.itemsize)
+        if chosen.strategy == "vocab" and self.weight.shape[0] != share:  # one chunk where there is no column
+            chosen = replace(chosen, count=max(1, -(-self.weight.shape[0] // chosen.chunk)))
         return chosen
 
 
@@ -113,18 +126,22 @@ def linear_head(
     softcap: float | None,
     temperature: float,
     shift: int,
+    vocab_shard: VocabShard | None,
 ) -> LinearHead:
     """Check, honour autocast (casting once, outside the chunk loop) and flatten."""
-    checks.head(hidden, weight, bias)
+    hidden, weight, bias, vocabulary = sharding.head(hidden, weight, bias, vocab_shard)
+    checks.head(hidden, weight, bias, vocabulary.size)
+    labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
+    class_weights = sharding.vector(class_weights)
     checks.tokens(labels, mask, token_weights, "hidden", hidden)
-    checks.class_weights(class_weights, weight.shape[0], hidden.device)
+    checks.class_weights(class_weights, vocabulary.size, hidden.device)
     checks.transform(softcap, temperature)
     hidden, weight = cast(hidden, weight)
     tokens = reduction.tokens(
-        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=weight.shape[0], dtype=hidden.dtype
+        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocabulary.size, dtype=hidden.dtype
     )
-    head = transform(hidden, bias, class_weights, softcap, temperature)
-    return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens)
+    head = transform(hidden, bias, vocabulary.own(class_weights), softcap, temperature)
+    return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens, vocabulary)
 
 
 def cast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

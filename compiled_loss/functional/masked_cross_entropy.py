@@ -6,6 +6,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.functional.cross_entropy import cross_entropy
+from compiled_loss.sharding import VocabShard
 
 
 def masked_cross_entropy(
@@ -17,6 +18,7 @@ def masked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "sum",
     num_label_tokens: int | Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     """`cross_entropy` whose mask only tells which tokens count, with "sum" as the default.
 
@@ -29,6 +31,7 @@ def masked_cross_entropy(
         ignore_index: label of tokens to ignore.
         reduction: "sum", "mean" over the tokens that count, or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        vocab_shard: see :func:`cross_entropy`.
 
     Returns:
         A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). 0, attached to
@@ -62,4 +65,5 @@ def masked_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
     )

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks
+from compiled_loss import checks, shard_checks, sharding
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.functional.cross_entropy import linear_cross_entropy_with_statistics
+from compiled_loss.sharding import VocabShard
 
 
 class MultiTokenLosses(NamedTuple):
@@ -92,6 +93,7 @@ def multi_token_prediction(
     targets: Sequence[Tensor] | None = None,  # D of [...]
     num_label_tokens: int | Tensor | None = None,
     softcap: float | None = None,
+    vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
     """scaling_factor / D times the sum over the depths of the cross-entropy of their targets.
@@ -105,7 +107,7 @@ def multi_token_prediction(
         targets: each depth's, instead of what is made of `labels`: under context parallelism they are made before the
             sequence is split.
         num_label_tokens: divides each depth's sum; without it each depth is the mean over its own targets.
-        softcap, chunking: see :func:`linear_cross_entropy`.
+        softcap, vocab_shard, chunking: see :func:`linear_cross_entropy`.
 
     Returns:
         A scalar; fp32 (fp64 for fp64 inputs). 0, attached to the graph, where no target counts.
@@ -140,6 +142,7 @@ def multi_token_prediction(
         targets=targets,
         num_label_tokens=num_label_tokens,
         softcap=softcap,
+        vocab_shard=vocab_shard,
         chunking=chunking,
     ).loss
 
@@ -156,6 +159,7 @@ def multi_token_losses(
     targets: Sequence[Tensor] | None = None,  # D of [...]
     num_label_tokens: int | Tensor | None = None,
     softcap: float | None = None,
+    vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> MultiTokenLosses:
     """`multi_token_prediction`, and each depth's loss from the same pass.
@@ -173,31 +177,38 @@ def multi_token_losses(
         MultiTokenLosses(loss=tensor(0.8047), per_depth=tensor([1.6094, 1.6094]))
 
     """
-    checks.depths(hidden, labels, targets, seq_idx, cu_seqlens, scaling_factor)
+    checks.sequence("hidden", hidden)
+    part = sharding.vocabulary(weight, vocab_shard)
+    labels = sharding.rows("labels", labels, part)
+    hidden = [sharding.replicated(states, part) for states in hidden]
+    rows = checks.depths([sharding.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor)
+    reduction = "mean" if num_label_tokens is None else "sum"
+    shard_checks.spread(reduction, sharding.spread(hidden[0], part))
     if targets is None:
         targets = [
             multi_token_targets(labels, k, ignore_index=ignore_index, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
             for k in range(len(hidden))
         ]
-    stacked = torch.stack([target.reshape(-1) for target in targets])
-    states = torch.stack([states.reshape(-1, states.shape[-1]) for states in hidden])
-    counts = (stacked != ignore_index).sum(-1, dtype=statistics_dtype(states.dtype))
+    states = torch.stack(list(hidden))
+    stacked = torch.stack([target.reshape(rows) for target in targets])
+    counts = (stacked.flatten(1) != ignore_index).sum(-1, dtype=statistics_dtype(states.dtype))
     if num_label_tokens is not None:
         checks.count(num_label_tokens, "sum", labels.device)
         counts = torch.ones_like(counts) * num_label_tokens
-    share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts)).unsqueeze(-1)
+    share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts))
     scale = scaling_factor / len(hidden)
     loss, statistics = linear_cross_entropy_with_statistics(
         states,
         weight,
         stacked,
-        token_weights=share * scale,
+        token_weights=(share * scale).reshape(-1, *(1,) * len(rows)),
         ignore_index=ignore_index,
         softcap=softcap,
+        vocab_shard=vocab_shard,
         reduction="sum",
         chunking=chunking,
     )
-    return MultiTokenLosses(loss, -(statistics.logprob * share).sum(-1))
+    return MultiTokenLosses(loss, -(statistics.logprob.flatten(1).sum(-1) * share))
 
 
 def _ahead(values: Tensor, by: int, fill: int) -> Tensor:

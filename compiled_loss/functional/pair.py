@@ -5,18 +5,20 @@ N tokens, H width, V vocabulary. The engine sees [N, H], [N, V] and [N].
 
 from __future__ import annotations
 
+from math import prod
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction
+from compiled_loss import checks, reduction, shard_checks
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Kind, Pair, Target
 from compiled_loss.engine.plan import Chunking, plan
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
+from compiled_loss.sharding import Vocabulary
 
 
 def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -> Pair:
@@ -35,18 +37,21 @@ def on_logits(
     labels: Tensor | None,  # [...]
     kind: str,
     pair: Pair,
+    vocabulary: Vocabulary,
 ) -> tuple[Tensor, Tensor | None]:
     """Each token's divergence and, with labels, cross-entropy, [...] each."""
     kind = cast(Kind, kind)
+    labels = None if labels is None else vocabulary.labels(labels)
     if reduction.traced():
+        shard_checks.transforms(vocabulary.group)
         return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
     # Flat where that is free; other strides stay as they are, for a reshape would copy.
-    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    shape = logits.shape[:-1]
     if logits.dim() < 2 or logits.numel() == 0 or (logits.is_contiguous() and target.values.is_contiguous()):
-        logits, target = logits.reshape(-1, vocab), _flat(target)
+        logits, target = _rows(logits), _flat(target)
         labels = None if labels is None else labels.reshape(-1)
     with torch.autocast(logits.device.type, enabled=False):
-        soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair)
+        soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group)
     return soft.reshape(shape), None if hard is None else hard.reshape(shape)
 
 
@@ -57,6 +62,7 @@ def on_head(
     kind: str,
     pair: Pair,
     weighted: Weighted,  # of [...]
+    vocabulary: Vocabulary,
     chunking: Chunking,
     *,
     scalar: bool = True,
@@ -68,14 +74,17 @@ def on_head(
     shape = hidden.shape[:-1]
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), _flat(target)
     weighted = Weighted(*(None if v is None else v.reshape(-1) for v in weighted))  # type: ignore[arg-type]
+    if weighted.labels is not None:
+        weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
     if reduction.traced():
+        shard_checks.transforms(vocabulary.group)
         if pair.target_weight is not None:
             target = Target(target.values @ pair.target_weight.t())
             pair = pair._replace(target_weight=None)
         logits = hidden @ weight.t()
         losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
         return losses.sum() if scalar else losses.reshape(shape)
-    (tokens, width), vocab, dtype = hidden.shape, weight.shape[0], hidden.dtype
+    (tokens, width), vocab, dtype = hidden.shape, vocabulary.share, hidden.dtype
     if chunking.accumulate_dtype is not None:
         checks.accumulator(chunking.accumulate_dtype, dtype)
     one = pair.target_weight is None and target.indices is None
@@ -85,12 +94,21 @@ def on_head(
         checks.memory_budget(chunking.memory_budget, "token", columns * dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
         if not scalar:
-            rows = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, chosen)
+            rows = divergence_chunks.divergence(
+                hidden, weight, target, weighted.labels, kind, pair, chosen, vocabulary.group
+            )
             return weighted.of(*rows).reshape(shape)
         enabled = torch.is_grad_enabled()
         wanted = Wanted(enabled and hidden.requires_grad, enabled and weight.requires_grad, False)
-        return divergence_chunks.weighted_sum(hidden, weight, target, kind, pair, weighted, chosen, wanted)
+        return divergence_chunks.weighted_sum(
+            hidden, weight, target, kind, pair, weighted, chosen, vocabulary.group, wanted
+        )
 
 
 def _flat(target: Target) -> Target:
-    return Target(*(None if v is None else v.reshape(-1, v.shape[-1]) for v in target))  # type: ignore[arg-type]
+    return Target(*(None if v is None else _rows(v) for v in target))  # type: ignore[arg-type]
+
+
+def _rows(values: Tensor) -> Tensor:
+    """[rows, columns], of which there may be none."""
+    return values.reshape(prod(values.shape[:-1]), values.shape[-1])

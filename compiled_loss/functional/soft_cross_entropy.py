@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_loss import checks
+from compiled_loss import checks, shard_checks, sharding
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
@@ -16,12 +16,15 @@ from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
+from compiled_loss.sharding import VocabShard
 
 
 def masked_soft_cross_entropy(
     logits: Tensor,  # [..., V]
     target_probs: Tensor,  # [..., V]
     position_mask: Tensor,  # [..., 1] or [...]
+    *,
+    vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     r"""Soft-target cross-entropy, the mean over the positions of a mask: sum(w sum_v(-p_v log q_v)) / sum(w).
 
@@ -30,6 +33,8 @@ def masked_soft_cross_entropy(
         target_probs: the same shape; any floating dtype, used as it is: not normalised. Gets its gradient.
         position_mask: the shape of the logits with 1 for V, or without its last dimension; no other, and nothing
             broadcasts. Bool, or numbers: 0 ignores a position, fractions weigh it, and the weights are what divides.
+        vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
+            :class:`VocabShard`. DTensors say so themselves; the mask is alike on the group's ranks.
 
     Returns:
         A scalar; fp32 (fp64 for fp64 logits). 0, attached to the graph, where the mask is empty.
@@ -54,11 +59,16 @@ def masked_soft_cross_entropy(
         tensor(0.9100)
 
     """
-    checks.logits(logits)
+    logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
+    checks.logits(logits, vocabulary.size)
+    target_probs = sharding.beside("target_probs", target_probs, "logits", vocabulary, -1)
     checks.same_logits("target_probs", target_probs, "logits", logits)
+    position_mask = sharding.rows("position_mask", position_mask, vocabulary)
     checks.position_mask(position_mask, "logits", logits)
+    shard_checks.spread("mean", vocabulary.spread)
     weight, active = _positions(position_mask, logits)
-    soft, _ = pair.on_logits(logits, Target(target_probs), None, "probabilities", pair.scalars(logits, 1.0))
+    scalars = pair.scalars(logits, 1.0)
+    soft, _ = pair.on_logits(logits, Target(target_probs), None, "probabilities", scalars, vocabulary)
     losses = reductions.divided(weight, weight, "mean", None) * soft
     return torch.where(active, losses, 0.0).sum()
 
@@ -74,6 +84,7 @@ def linear_soft_cross_entropy(
     draft_to_target: Tensor | None = None,  # [V]
     temperature: float = 1.0,
     num_label_tokens: int | Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
     r"""`masked_soft_cross_entropy` of a draft head, whose logits are never held; nor are its teacher's.
@@ -89,6 +100,9 @@ def linear_soft_cross_entropy(
             the teacher's. The teacher's distribution is the softmax over these rows alone.
         temperature: divides both logits, > 0. The loss is not multiplied by its square.
         num_label_tokens: divides the sum, instead of the mask's; an int or a one-element tensor, never synchronised.
+        vocab_shard: which classes plain `weight`, `target_probs` and `teacher_weight` have, where each rank has some:
+            :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's ranks, the gradient of
+            `hidden` complete on each. `draft_to_target` is the whole draft's, its `teacher_weight` whole on every rank.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for all logits of a chunk.
 
     Returns:
@@ -124,10 +138,17 @@ def linear_soft_cross_entropy(
         tensor(0.9100)
 
     """
-    checks.head(hidden, weight, None)
+    hidden, weight, _, vocabulary = sharding.head(hidden, weight, None, vocab_shard)
+    checks.head(hidden, weight, None, vocabulary.size)
     checks.transform(None, temperature)
+    position_mask = sharding.rows("position_mask", position_mask, vocabulary)
     checks.position_mask(position_mask, "hidden", hidden)
-    checks.soft_target(target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, weight.shape[0])
+    target_probs, teacher_hidden, teacher_weight = sharding.targets(
+        target_probs, teacher_hidden, teacher_weight, vocabulary, picked=draft_to_target is not None
+    )
+    columns = weight.shape[0]
+    checks.soft_target(target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size)
+    shard_checks.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
     checks.count(num_label_tokens, "sum", hidden.device)
     weights, active = _positions(position_mask, hidden)
     hidden, weight = cast(hidden, weight)
@@ -138,13 +159,14 @@ def linear_soft_cross_entropy(
         assert teacher_hidden is not None and teacher_weight is not None
         teacher_weight = teacher_weight.detach()
         if draft_to_target is not None:
-            teacher_weight = teacher_weight[draft_to_target]
+            teacher_weight = teacher_weight[vocabulary.own(draft_to_target)]
         kind = "cross_entropy"
         target, teacher_weight = cast(teacher_hidden.detach(), teacher_weight)
         scalars = scalars._replace(target_weight=teacher_weight)
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)
-    return pair.on_head(hidden, weight, Target(target), kind, scalars, Weighted(soft, None, None, active), chunking)
+    weighted = Weighted(soft, None, None, active)
+    return pair.on_head(hidden, weight, Target(target), kind, scalars, weighted, vocabulary, chunking)
 
 
 def _positions(mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from compiled_loss import reduction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import RowStatistics
 from compiled_loss.functional.head import linear_head
+from compiled_loss.sharding import VocabShard
 
 
 class TokenStatistics(NamedTuple):
@@ -49,6 +50,7 @@ def linear_token_statistics(
     softcap: float | None = None,
     temperature: float = 1.0,
     shift: int = 0,
+    vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
     r"""Statistics of each token under softmax(z), z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature.
@@ -63,6 +65,7 @@ def linear_token_statistics(
         softcap: bound of the logits, > 0; None for none.
         temperature: divides the logits, > 0.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
+        vocab_shard: see :func:`linear_cross_entropy`.
         chunking: see :class:`Chunking`. Gradients need the vocabulary walk.
 
     Returns:
@@ -101,6 +104,7 @@ def linear_token_statistics(
         softcap=softcap,
         temperature=temperature,
         shift=shift,
+        vocab_shard=vocab_shard,
     )
     rows = linear.statistics(chunking, total=False, entropy=True, what="differentiable statistics")
     return token_statistics(rows, linear.tokens)

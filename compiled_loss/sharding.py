@@ -1,0 +1,370 @@
+"""From tensors sharded over ranks to each rank's own, and back in backward.
+
+N tokens, H width, V vocabulary. Losses and the engine see plain tensors and a `Vocabulary`.
+
+NOTE [Layouts]
+The vocabulary is sharded over one group of ranks at most: the mesh dimension over which a weight is Shard(0), or logits
+are Shard(-1), or the group of a `VocabShard`. All ranks of it see the same tokens:
+
+- a plain tensor is taken as replicated over it; its gradient is complete on every rank;
+- a DTensor Shard over tokens there is gathered, and its gradient reduce-scattered; a Replicate one gets its gradient as
+  a Partial, which the layer below reduces when it must.
+
+Over every other mesh dimension a weight is Replicate, and a DTensor of hidden states may be Shard over tokens: then a
+rank's loss is its own tokens' part, and the weight's gradient a Partial. A plain tensor is there what DDP and FSDP take
+it for: the rank's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from compiled_loss import checks, shard_checks
+from compiled_loss.engine.ranks import reduced
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """The classes `start` to `stop`, of `vocab_size`, that this rank of `group` has, where tensors are plain.
+
+    The ranks have each class once, in the order of the group; shards may differ in size, and be empty. Making one is a
+    collective, for the ranks compare what they have: make it once, outside of compiled code.
+
+    `start`: first class of this rank.
+    `stop`: the class after its last.
+    `vocab_size`: V, of all ranks.
+    `group`: the process group over which the vocabulary is sharded, such as mesh.get_group("tp").
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import VocabShard
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> shard = VocabShard.even(10, torch.distributed.group.WORLD)
+        >>> shard.start, shard.stop
+        (0, 10)
+        >>> torch.distributed.destroy_process_group()
+
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: Any = field(repr=False)
+    group_name: str = field(init=False, repr=False)
+    members: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shard_checks.shard(self.start, self.stop, self.vocab_size, self.group)
+        object.__setattr__(self, "group_name", self.group.group_name)
+        object.__setattr__(self, "members", tuple(dist.get_process_group_ranks(self.group)))
+        if dist.get_backend(self.group) != "fake":  # whose ranks say nothing
+            known: list[Any] = [None] * len(self.members)
+            dist.all_gather_object(known, (self.start, self.stop, self.vocab_size), group=self.group)
+            shard_checks.shards(known)
+
+    @staticmethod
+    def even(vocab_size: int, group: Any) -> VocabShard:
+        """The shard that a DTensor would have: as many classes as the others, the last ranks fewer or none."""
+        shard_checks.shard(0, 0, vocab_size, group)
+        start, stop = _even(vocab_size, group.rank(), group.size())
+        return VocabShard(start, stop, vocab_size, group)
+
+
+class Vocabulary(NamedTuple):
+    """Of which a rank has the classes from start to stop: all, where nothing is sharded."""
+
+    size: int
+    start: int
+    stop: int
+    group: str | None = None
+    members: tuple[int, ...] = (0,)  # its ranks, by which meshes are told to be the same
+    spread: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
+
+    @property
+    def share(self) -> int:
+        """V of a rank, if even: the same number on all, so that all plan alike."""
+        return -(-self.size // len(self.members))
+
+    def own(self, vector: Tensor | None) -> Tensor | None:
+        """The rank's part of a vector [V] that every rank has."""
+        return vector if vector is None or self.group is None else vector[self.start : self.stop]
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Counted from the rank's first class."""
+        return labels if self.start == 0 else labels - self.start
+
+
+def is_sharded(value: object) -> TypeGuard[DTensor]:
+    """Whether a tensor says itself how it lies on a mesh."""
+    return dist.is_available() and isinstance(value, DTensor)
+
+
+def vocabulary(weight: Tensor, vocab_shard: VocabShard | None) -> Vocabulary:
+    """A rank's part of a weight's."""
+    checks.tensor("weight", weight)
+    return _vocabulary("weight", weight, 0, vocab_shard)
+
+
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_shard: VocabShard | None,
+    names: tuple[str, str] = ("hidden", "weight"),
+) -> tuple[Tensor, Tensor, Tensor | None, Vocabulary]:
+    """A rank's own of each, and its part of the vocabulary."""
+    for name, value in zip(names, (hidden, weight), strict=True):
+        checks.tensor(name, value)
+    if vocab_shard is None and not (is_sharded(hidden) or is_sharded(weight) or is_sharded(bias)):
+        size = weight.shape[0] if weight.dim() else 0
+        return hidden, weight, bias, Vocabulary(size, 0, size)
+    part = _vocabulary(names[1], weight, 0, vocab_shard)
+    hidden, over = _states(names[0], hidden, part)
+    weight = _own(weight, over)
+    if bias is not None:
+        if is_sharded(bias):
+            theirs = _vocabulary("bias", bias, 0, None)
+            shard_checks.alike("bias", names[1], theirs[1:3], part[1:3])
+        bias = _own(bias, over)
+    _sized(names[1], weight, 0, part)
+    return hidden, weight, bias, part._replace(spread=tuple(over.values()))
+
+
+def logits(name: str, value: Tensor, vocab_shard: VocabShard | None) -> tuple[Tensor, Vocabulary]:
+    """A rank's own logits, and its part of the vocabulary."""
+    checks.tensor(name, value)
+    if vocab_shard is None and not is_sharded(value):
+        size = value.shape[-1] if value.dim() else 0
+        return value, Vocabulary(size, 0, size)
+    last = value.dim() - 1
+    part = _vocabulary(name, value, last, vocab_shard)
+    over: dict[tuple[int, ...], str] = {}
+    if is_sharded(value):
+        over = _tokens(name, value, part, last)
+        value = value.to_local(grad_placements=value.placements)
+    _sized(name, value, last, part)
+    return value, part._replace(spread=tuple(over.values()))
+
+
+def beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int) -> Tensor:
+    """A rank's own of a target over the same classes."""
+    if is_sharded(value):
+        dim = dim % value.dim()
+        theirs = _vocabulary(name, value, dim, None)
+        shard_checks.alike(name, like, theirs[1:3], part[1:3])
+        value = value.to_local(grad_placements=value.placements)
+    elif part.group is not None:
+        _sized(name, value, dim, part)
+    return value
+
+
+def tokens(
+    labels: Tensor, mask: Tensor | None, token_weights: Tensor | None, part: Vocabulary
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A rank's own of each: what belongs to its hidden states or logits."""
+    mask = None if mask is None else rows("mask", mask, part)
+    token_weights = None if token_weights is None else rows("token_weights", token_weights, part)
+    return rows("labels", labels, part), mask, token_weights
+
+
+def targets(
+    probs: Tensor | None, hidden: Tensor | None, weight: Tensor | None, part: Vocabulary, *, picked: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A rank's own of a soft target, whose weight is whole where its rows are picked."""
+    if probs is not None:
+        probs = beside("target_probs", probs, "weight", part, -1)
+    if hidden is not None:
+        hidden = rows("teacher_hidden", hidden, part)
+    if weight is not None and picked:
+        if is_sharded(weight):
+            shard_checks.whole("teacher_weight", _vocabulary("teacher_weight", weight, 0, None).group)
+            weight = weight.to_local()
+    elif weight is not None:
+        weight = beside("teacher_weight", weight, "weight", part, 0)
+    return probs, hidden, weight
+
+
+def rows(name: str, value: Tensor, part: Vocabulary) -> Tensor:
+    """A rank's own of one of them."""
+    if not is_sharded(value):
+        return value
+    placements = list(value.placements)
+    for i, members in enumerate(_groups(value)):
+        if placements[i].is_partial():
+            shard_checks.placement(name, placements[i], _dimension(value, i), "Shard or Replicate")
+        if members == part.members:
+            placements[i] = Replicate()
+    return value.redistribute(placements=placements).to_local(grad_placements=placements)
+
+
+def local(value: Tensor) -> Tensor:
+    """A rank's own, as it lies."""
+    return value.to_local() if is_sharded(value) else value
+
+
+def spread(hidden: Tensor, part: Vocabulary) -> tuple[str, ...]:
+    """Mesh dimensions over which the tokens of hidden states are sharded, and the vocabulary is not."""
+    return tuple(_tokens("hidden", hidden, part, None).values()) if is_sharded(hidden) else ()
+
+
+def replicated(value: Tensor, part: Vocabulary) -> Tensor:
+    """A DTensor of hidden states, gathered over the ranks that share the vocabulary; others as they are."""
+    if not is_sharded(value):
+        return value
+    placements = zip(_groups(value), value.placements, strict=True)
+    return value.redistribute(placements=[Replicate() if g == part.members else p for g, p in placements])
+
+
+def vector(value: Tensor | None) -> Tensor | None:
+    """The whole of a vector without gradient."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def materialize(weight: Tensor, group: Any) -> Tensor:
+    """A weight that fully_shard holds, gathered over `group`, or over all its mesh; its gradient the ranks' mean.
+
+    One gather and, in backward, one reduce-scatter, however many losses take the result.
+    """
+    if not is_sharded(weight):
+        return weight
+    groups = _groups(weight)
+    gathered = [group is None or theirs == tuple(dist.get_process_group_ranks(group)) for theirs in groups]
+    if not any(gathered):
+        shard_checks.mesh(
+            "grad_reduce_group",
+            [_dimension(weight, i) for i in range(len(groups))],
+            tuple(dist.get_process_group_ranks(group)),
+        )
+    placements = [Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
+    gradients = [Partial("avg") if here else p for here, p in zip(gathered, weight.placements, strict=True)]
+    whole = weight.redistribute(placements=placements)
+    left = [i for i, here in enumerate(gathered) if not here]
+    local = whole.to_local(grad_placements=gradients)
+    if not left:
+        return local
+    mesh = weight.device_mesh[tuple(_dimension(weight, i) for i in left)]
+    return DTensor.from_local(
+        local,
+        mesh,
+        [weight.placements[i] for i in left],
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+class _Replicated(torch.autograd.Function):
+    """What every rank of a group has alike, and each uses for a part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        checks.first_derivative()
+        return reduced([g], "sum", ctx.group)[0], None
+
+
+def _even(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The first and the last class of a rank and one, as a DTensor is split."""
+    share = -(-size // ranks)
+    return min(rank * share, size), min((rank + 1) * share, size)
+
+
+def _groups(value: DTensor) -> list[tuple[int, ...]]:
+    """The ranks of the groups along a mesh; names would tell equal meshes apart."""
+    mesh = value.device_mesh
+    return [tuple(dist.get_process_group_ranks(mesh.get_group(i))) for i in range(mesh.ndim)]
+
+
+def _dimension(value: DTensor, i: int) -> str:
+    """What a mesh calls its dimension."""
+    names = value.device_mesh.mesh_dim_names
+    return str(i) if names is None else names[i]
+
+
+def _vocabulary(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
+    """The rank's part of the dimension `dim` of a tensor."""
+    if not is_sharded(value):
+        if vocab_shard is None:
+            return Vocabulary(value.shape[dim], 0, value.shape[dim])
+        checks.instance("vocab_shard", vocab_shard, VocabShard)
+        group = vocab_shard.group_name if len(vocab_shard.members) > 1 else None
+        return Vocabulary(vocab_shard.vocab_size, vocab_shard.start, vocab_shard.stop, group, vocab_shard.members)
+    if vocab_shard is not None:
+        shard_checks.no_vocab_shard(name)
+    mesh, size = value.device_mesh, value.shape[dim]
+    sharded = []
+    for i, placement in enumerate(value.placements):
+        if mesh.size(i) == 1 or placement.is_replicate():
+            continue
+        if placement.is_partial():
+            shard_checks.placement(name, placement, _dimension(value, i), "Shard or Replicate")
+        if type(placement) is not Shard:
+            shard_checks.strided(name)
+        elif placement.dim == dim:
+            sharded.append(i)
+        elif dim == 0:
+            shard_checks.placement(name, placement, _dimension(value, i), "Shard(0), over the vocabulary, or Replicate")
+    if len(sharded) > 1:
+        shard_checks.one_dimension(name, [_dimension(value, i) for i in sharded])
+    if not sharded:
+        return Vocabulary(size, 0, size)
+    (i,) = sharded
+    start, stop = _even(size, mesh.get_local_rank(i), mesh.size(i))
+    return Vocabulary(size, start, stop, mesh.get_group(i).group_name, _groups(value)[i])
+
+
+def _states(name: str, hidden: Tensor, part: Vocabulary) -> tuple[Tensor, dict[tuple[int, ...], str]]:
+    """A rank's hidden states, and over what groups, by their mesh dimensions' names, tokens are sharded."""
+    group = part.group
+    if not is_sharded(hidden):
+        return hidden if group is None else _Replicated.apply(hidden, group), {}
+    over = _tokens(name, hidden, part, None)
+    placements, gradients = list(hidden.placements), list(hidden.placements)
+    for i, theirs in enumerate(_groups(hidden)):
+        if theirs == part.members:
+            placements[i], gradients[i] = Replicate(), Partial()
+    return hidden.redistribute(placements=placements).to_local(grad_placements=gradients), over
+
+
+def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> dict[tuple[int, ...], str]:
+    """Groups over which the tokens of [..., H] or [..., V] are sharded, and their mesh dimensions' names."""
+    groups = _groups(value)
+    dimensions = [_dimension(value, i) for i in range(len(groups))]
+    if part.group is not None and part.members not in groups:
+        shard_checks.mesh(name, dimensions, part.members)
+    over: dict[tuple[int, ...], str] = {}
+    for i, placement in enumerate(value.placements):
+        if value.device_mesh.size(i) == 1 or placement.is_replicate():
+            continue
+        if groups[i] == part.members and (last is not None or placement.is_partial()):
+            continue
+        if type(placement) is not Shard or placement.dim == value.dim() - 1:
+            shard_checks.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens,")
+        if groups[i] != part.members:
+            over[groups[i]] = dimensions[i]
+    return over
+
+
+def _own(value: Tensor, over: dict[tuple[int, ...], str]) -> Tensor:
+    """A rank's own of a parameter, whose gradient the ranks' tokens are to be summed into."""
+    if not is_sharded(value):
+        return value
+    gradients = [Partial() if g in over else p for g, p in zip(_groups(value), value.placements, strict=True)]
+    return value.to_local(grad_placements=gradients)
+
+
+def _sized(name: str, value: Tensor, dim: int, part: Vocabulary) -> None:
+    if value.dim():
+        shard_checks.rows_of_shard(name, value.shape[dim], part.start, part.stop)

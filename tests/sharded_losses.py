@@ -1,0 +1,299 @@
+"""Losses and layouts of test_sharding.py, and what a rank does with them: a new loss, or layout, is one row.
+
+B sequences, S positions, H width, V vocabulary. Everything is fp64.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import compiled_loss
+from compiled_loss import Chunking, VocabShard, reference
+
+B, S, H = 2, 6, 5
+VOCAB = {"weight": 0, "bias": 0, "teacher_weight": 0, "logits": -1, "teacher_logits": -1, "target_probs": -1}
+TOKENS = ("hidden", "further", "teacher_hidden", "labels", "mask", "token_weights", "position_mask")
+TOKENS_AND_VOCAB = ("logits", "teacher_logits", "target_probs")
+ROWS = Chunking(strategy="tokens", chunk_size=5)
+COLUMNS = Chunking(strategy="vocab", chunk_size=3)
+
+
+class Loss(NamedTuple):
+    """A scalar of tensors, by the library or its reference, and whose gradients it has."""
+
+    call: Callable[[ModuleType, dict[str, Tensor], dict[str, Any]], Tensor]
+    wanted: tuple[str, ...]
+    others: tuple[str, ...] = ("labels",)
+    chunking: Chunking | None = None  # of losses that walk
+    counted: bool = True  # by num_label_tokens, as data parallelism needs
+
+
+def everything(t: dict[str, Tensor]) -> dict[str, Any]:
+    own = {name: t[name] for name in ("mask", "token_weights", "class_weights")}
+    return {**own, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0, "temperature": 0.7, "shift": 1}
+
+
+def counted(t: dict[str, Tensor]) -> dict[str, Any]:
+    return {"reduction": "sum", "num_label_tokens": t["count"]}
+
+
+def statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
+    rows = lib.linear_token_statistics(t["hidden"], t["weight"], t["labels"], bias=t["bias"], **more)
+    return (rows[0] * 0.3 + rows[1] * 0.2 - rows[2] * 0.7).sum() / t["count"] + rows[3].sum() * 0
+
+
+def with_statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
+    if lib is reference:
+        return lib.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], **counted(t))
+    return lib.linear_cross_entropy_with_statistics(t["hidden"], t["weight"], t["labels"], **counted(t), **more).loss
+
+
+def masked(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
+    if lib is reference:
+        return lib.cross_entropy(t["logits"], t["labels"], mask=t["mask"] != 0, **counted(t))
+    return lib.masked_cross_entropy(t["logits"], t["labels"], t["mask"], num_label_tokens=t["count"], **more)
+
+
+def linear(keywords: Callable[[dict[str, Tensor]], dict[str, Any]], chunking: Chunking, *more: str) -> Loss:
+    wanted = ("hidden", "weight", *(name for name in more if name in ("bias", "token_weights")))
+    others = ("labels", *(name for name in more if name not in wanted))
+    return Loss(
+        lambda lib, t, how: lib.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], **keywords(t), **how),
+        wanted,
+        others,
+        chunking,
+    )
+
+
+def distillation(divergence: str, **keywords: Any) -> Loss:
+    return Loss(
+        lambda lib, t, how: lib.distillation(
+            t["logits"], t["teacher_logits"], t["labels"], divergence=divergence, **keywords, **counted(t), **how
+        ),
+        ("logits",),
+        ("teacher_logits", "labels"),
+    )
+
+
+def linear_distillation(divergence: str, **keywords: Any) -> Loss:
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        tensors = (t["hidden"], t["weight"], t["teacher_hidden"], t["teacher_weight"], t["labels"])
+        reduction = {} if "reduction" in keywords else counted(t)
+        loss = lib.linear_distillation(*tensors, divergence=divergence, **keywords, **reduction, **how)
+        return loss.square().sum() if loss.dim() else loss
+
+    return Loss(call, ("hidden", "weight"), ("teacher_hidden", "teacher_weight", "labels"), ROWS)
+
+
+def soft(target: tuple[str, ...], **keywords: Any) -> Loss:
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        own = {name.removeprefix("whole_"): t[name] for name in target}
+        count = {"num_label_tokens": t["count"]}
+        return lib.linear_soft_cross_entropy(
+            t["hidden"], t["weight"], t["position_mask"], **own, **count, **keywords, **how
+        )
+
+    return Loss(call, ("hidden", "weight"), (*target, "position_mask"), ROWS)
+
+
+LOSSES = {
+    "linear_cross_entropy, tokens": linear(counted, ROWS),
+    "linear_cross_entropy, vocab": linear(counted, COLUMNS),
+    "everything, tokens": linear(
+        lambda t: {**everything(t), **counted(t), "bias": t["bias"]},
+        ROWS,
+        "bias",
+        "token_weights",
+        "mask",
+        "class_weights",
+    ),
+    "everything, vocab": linear(
+        lambda t: {**everything(t), **counted(t), "bias": t["bias"]},
+        COLUMNS,
+        "bias",
+        "token_weights",
+        "mask",
+        "class_weights",
+    ),
+    "mean": linear(lambda t: {"label_smoothing": 0.2}, Chunking())._replace(counted=False),
+    "none": Loss(
+        lambda lib, t, how: (
+            lib.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], reduction="none", **how).square().sum()
+        ),
+        ("hidden", "weight"),
+        chunking=COLUMNS,
+    ),
+    "linear_token_statistics": Loss(statistics, ("hidden", "weight", "bias"), chunking=COLUMNS),
+    "linear_cross_entropy_with_statistics": Loss(with_statistics, ("hidden", "weight"), chunking=ROWS),
+    "cross_entropy": Loss(
+        lambda lib, t, how: lib.cross_entropy(t["logits"], t["labels"], **counted(t), **how), ("logits",)
+    ),
+    "cross_entropy, everything": Loss(
+        lambda lib, t, how: lib.cross_entropy(t["logits"], t["labels"], **everything(t), **counted(t), **how),
+        ("logits", "token_weights"),
+        ("labels", "mask", "class_weights"),
+    ),
+    "masked_cross_entropy": Loss(masked, ("logits",), ("labels", "mask")),
+    "distillation, forward_kl": distillation("forward_kl", temperature=2.0),
+    "distillation, reverse_kl": distillation("reverse_kl", hard_label_weight=0.3),
+    "distillation, jsd": distillation("jsd", jsd_weight=0.3, temperature=0.7, hard_label_weight=0.4),
+    "linear_distillation, forward_kl": linear_distillation("forward_kl", temperature=2.0),
+    "linear_distillation, reverse_kl": linear_distillation("reverse_kl", hard_label_weight=0.3),
+    "linear_distillation, jsd": linear_distillation("jsd", jsd_weight=0.3, temperature=0.7, hard_label_weight=0.4),
+    "linear_distillation, none": linear_distillation("forward_kl", reduction="none", hard_label_weight=0.2),
+    "masked_soft_cross_entropy": Loss(
+        lambda lib, t, how: lib.masked_soft_cross_entropy(t["logits"], t["target_probs"], t["position_mask"], **how),
+        ("logits", "target_probs"),
+        ("position_mask",),
+        counted=False,
+    ),
+    "linear_soft_cross_entropy, probabilities": soft(("target_probs",)),
+    "linear_soft_cross_entropy, teacher": soft(("teacher_hidden", "teacher_weight"), temperature=1.5),
+    "linear_soft_cross_entropy, draft_to_target": soft(("teacher_hidden", "whole_teacher_weight", "draft_to_target")),
+    "multi_token_prediction": Loss(
+        lambda lib, t, how: lib.multi_token_prediction(
+            [t["hidden"], t["further"]], t["weight"], t["labels"], num_label_tokens=t["count"], softcap=3.0, **how
+        ),
+        ("hidden", "further", "weight"),
+        chunking=ROWS,
+    ),
+}
+
+
+def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
+    """All tensors of all losses, whole."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    labels = torch.randint(0, vocab, (B, S), generator=random)
+    labels[0, 1] = labels[1, -2:] = -100
+    return {
+        "hidden": normal(B, S, H),
+        "further": normal(B, S, H),
+        "weight": normal(vocab, H),
+        "bias": normal(vocab),
+        "labels": labels,
+        "mask": torch.randint(0, 3, (B, S), generator=random),
+        "token_weights": normal(B, S).abs(),
+        "class_weights": normal(vocab).abs(),
+        "position_mask": torch.randint(0, 3, (B, S, 1), generator=random),
+        "logits": normal(B, S, vocab),
+        "teacher_logits": normal(B, S, vocab),
+        "target_probs": normal(B, S, vocab).softmax(-1),
+        "teacher_hidden": normal(B, S, H + 2),
+        "teacher_weight": normal(vocab, H + 2),
+        "whole_teacher_weight": normal(2 * vocab, H + 2),
+        "draft_to_target": torch.randperm(2 * vocab, generator=random)[:vocab],
+        "count": torch.tensor(7),
+    }
+
+
+class Layout(NamedTuple):
+    """How tensors lie: [data, vocabulary] ranks of a mesh, or plain shards of a vocabulary cut somewhere."""
+
+    vocab: int = 29
+    hidden: str = "plain"  # or "replicate", "sequence"
+    cuts: Callable[[int], list[int]] | None = None  # of plain shards, over a number of ranks
+    data: int = 1  # ranks over which B is sharded
+
+
+LAYOUTS = {
+    "dtensor": Layout(),
+    "replicate": Layout(hidden="replicate"),
+    "sequence": Layout(hidden="sequence"),
+    "plain": Layout(cuts=lambda ranks: [min(29, -(-29 // ranks) * r) for r in range(ranks + 1)]),
+    "uneven": Layout(cuts=lambda ranks: [0, 0, *(3 * r * r + 1 for r in range(1, ranks - 1)), 29]),
+    "empty": Layout(vocab=5),
+    "data": Layout(hidden="replicate", data=2),
+}
+
+
+class Step(NamedTuple):
+    """What came of a step on a rank: errors against the whole in one process, by tensor; the graphs; or a failure."""
+
+    errors: dict[str, float]
+    graphs: int = 0
+    failure: str = ""
+
+
+def shard(name: str, value: Tensor, layout: Layout, mesh: Any, part: VocabShard | None) -> Tensor:
+    """A rank's part of a tensor: plain, or a DTensor that knows its layout."""
+    if part is not None:
+        return value.narrow(VOCAB[name], part.start, part.stop - part.start) if name in VOCAB else value
+    rows, columns = Replicate(), Replicate()
+    if name in VOCAB:
+        columns = Shard(VOCAB[name] % value.dim())
+    elif name in ("hidden", "further", "teacher_hidden"):
+        if layout.hidden == "plain":
+            return value
+        columns = Shard(1) if layout.hidden == "sequence" else Replicate()
+    elif name not in TOKENS or layout.data == 1:
+        return value
+    if layout.data == 1:
+        return distribute_tensor(value, mesh, [columns])
+    if name in TOKENS or name in TOKENS_AND_VOCAB:
+        rows = Shard(0)
+    return distribute_tensor(value, mesh, [rows, columns])
+
+
+def whole(grad: Tensor | None, name: str, part: VocabShard | None) -> Tensor:
+    """A gradient of all ranks."""
+    assert grad is not None, name
+    if isinstance(grad, DTensor):
+        return grad.full_tensor()
+    if part is None or name not in VOCAB:
+        return grad
+    parts: list[Any] = [None] * len(part.members)
+    dist.all_gather_object(parts, grad)
+    return torch.cat(parts, VOCAB[name])
+
+
+def step(loss_name: str, layout_name: str, backend: str | None) -> Step:
+    """One loss in one layout, forward and back, on this rank."""
+    loss, layout = LOSSES[loss_name], LAYOUTS[layout_name]
+    tensors = problem(layout.vocab)
+    ranks = dist.get_world_size() // layout.data
+    part, mesh, over = None, None, dist.group.WORLD
+    if layout.cuts is not None:
+        cuts = layout.cuts(ranks)
+        part = VocabShard(cuts[dist.get_rank()], cuts[dist.get_rank() + 1], layout.vocab, dist.group.WORLD)
+    elif layout.data == 1:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    else:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (layout.data, ranks), mesh_dim_names=("dp", "tp"))
+
+    full = {name: value.clone().requires_grad_(name in loss.wanted) for name, value in tensors.items()}
+    expected = loss.call(reference, full, {})
+    expected.backward()
+
+    own = {
+        name: shard(name, tensors[name], layout, mesh, part).detach().clone().requires_grad_(name in loss.wanted)
+        for name in (*loss.wanted, *loss.others)
+    }
+    own["count"] = tensors["count"]
+    how: dict[str, Any] = {} if part is None else {"vocab_shard": part}
+    if loss.chunking is not None:
+        how["chunking"] = loss.chunking
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def call(given: dict[str, Tensor]) -> Tensor:
+        return loss.call(compiled_loss, given, how)
+
+    run = call if backend is None else torch.compile(call, fullgraph=True, backend=backend)
+    got = run(own)
+    got.backward()
+    total = got.detach().clone()
+    if layout.data > 1:
+        dist.all_reduce(total, group=mesh.get_group("dp"))
+    errors = {"loss": (total - expected.detach()).abs().item()}
+    for name in loss.wanted:
+        errors[name] = (whole(own[name].grad, name, part) - full[name].grad).abs().max().item()
+    return Step(errors, torch._dynamo.utils.counters["stats"].get("unique_graphs", 0))

@@ -1,0 +1,73 @@
+"""Contract 5 where Inductor could break it silently: inputs that are parts of other tensors, and chunks of their own size.
+
+The graphs are compiled as far as the partitioner where what is kept is asked, and to generated code where numbers are.
+"""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from compiled_loss import Chunking, distillation, linear_cross_entropy, linear_distillation, reference
+from compiled_loss.engine import hosts
+from compiled_loss.testing import head_inputs
+
+N, H, V = 24, 6, 50
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+ROWS = Chunking(strategy="tokens", chunk_size=5)
+COLUMNS = Chunking(strategy="vocab", chunk_size=20)
+
+
+def walked(lib, chunking):
+    """A loss of each walk, of hidden states, weight, labels and a teacher's hidden states."""
+    keywords = {"chunking": chunking} if lib is not reference else {}
+    return {
+        "tokens": lambda h, w, y, t: lib.linear_cross_entropy(h, w, y, **keywords),
+        "vocab": lambda h, w, y, t: lib.linear_cross_entropy(h, w, y, **keywords),
+        "distillation": lambda h, w, y, t: lib.linear_distillation(h, w, t, w.detach(), y, **keywords),
+        "distillation, none": lambda h, w, y, t: lib.linear_distillation(
+            h, w, t, w.detach(), y, reduction="none", **keywords
+        ),
+        "logits": lambda h, w, y, t: lib.distillation(h @ w.t(), t @ w.detach().t(), y),
+    }
+
+
+class Ours:
+    linear_cross_entropy, linear_distillation, distillation = linear_cross_entropy, linear_distillation, distillation
+
+
+@pytest.mark.parametrize("name", ["tokens", "vocab", "distillation", "distillation, none", "logits"])
+def test_arguments_that_are_slices_inside_the_graph(name):
+    """A fence on a clone of a slice read the slice's storage from its start: the loss of other labels, silently."""
+    inputs = head_inputs(2 * N, H, V, dtype=torch.float64)
+    teacher = torch.randn_like(inputs.hidden)
+    chunking = COLUMNS if name == "vocab" else ROWS
+
+    def step(loss):
+        def of_slices(hidden, weight, labels, teacher):
+            return loss(hidden[3 : 3 + N], weight, labels[7 : 7 + N], teacher[N:]).sum()
+
+        return of_slices
+
+    tensors = (inputs.hidden, inputs.weight, inputs.labels, teacher.detach())
+    expected = step(walked(reference, None)[name])(*tensors)
+    actual = torch.compile(step(walked(Ours, chunking)[name]), fullgraph=True)(*tensors)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    for mine, theirs in zip(*(torch.autograd.grad(v, tensors[:2]) for v in (actual, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.skipif(not hosts._REGIONS_WORK, reason="operators are not inlined")
+@pytest.mark.parametrize("size", ["one chunk", "two, the last ragged", "three, the last ragged", "two even"])
+@pytest.mark.parametrize("name", ["vocab", "distillation, none"])
+def test_no_chunk_is_kept(name, size):
+    """A region that is called once is inlined, and the partitioner kept its logits for backward."""
+    extent = V if name == "vocab" else N
+    chunk = {"one chunk": extent, "two, the last ragged": extent - 7, "two even": extent // 2}.get(size, extent // 3 + 1)
+    inputs = head_inputs(N, H, V)
+    chunking = Chunking(strategy="vocab" if name == "vocab" else "tokens", chunk_size=chunk)
+    loss = torch.compile(walked(Ours, chunking)[name], fullgraph=True, backend="aot_eager_decomp_partition")
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss(inputs.hidden, inputs.weight, inputs.labels, torch.randn(N, H))
+    logits = [t.shape for t in kept if t.dim() > 1 and H not in t.shape and t.shape[-1] > 1]
+    assert logits == []
