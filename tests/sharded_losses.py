@@ -260,7 +260,7 @@ def step(loss_name: str, layout_name: str, backend: str | None) -> Step:
     loss, layout = LOSSES[loss_name], LAYOUTS[layout_name]
     tensors = problem(layout.vocab)
     ranks = dist.get_world_size() // layout.data
-    part, mesh, over = None, None, dist.group.WORLD
+    part, mesh = None, None
     if layout.cuts is not None:
         cuts = layout.cuts(ranks)
         part = VocabShard(cuts[dist.get_rank()], cuts[dist.get_rank() + 1], layout.vocab, dist.group.WORLD)

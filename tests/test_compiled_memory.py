@@ -1,4 +1,4 @@
-"""Contract 5 where Inductor could break it silently: inputs that are parts of other tensors, and chunks of their own size.
+"""Contract 5 where Inductor could break it silently: arguments that are parts of tensors, chunks of their own size.
 
 The graphs are compiled as far as the partitioner where what is kept is asked, and to generated code where numbers are.
 """
@@ -23,9 +23,9 @@ def walked(lib, chunking):
     return {
         "tokens": lambda h, w, y, t: lib.linear_cross_entropy(h, w, y, **keywords),
         "vocab": lambda h, w, y, t: lib.linear_cross_entropy(h, w, y, **keywords),
-        "distillation": lambda h, w, y, t: lib.linear_distillation(h, w, t, w.detach(), y, **keywords),
+        "distillation": lambda h, w, y, t: lib.linear_distillation(h, w, t, w.detach() + 1, y, **keywords),
         "distillation, none": lambda h, w, y, t: lib.linear_distillation(
-            h, w, t, w.detach(), y, reduction="none", **keywords
+            h, w, t, w.detach() + 1, y, reduction="none", **keywords
         ),
         "logits": lambda h, w, y, t: lib.distillation(h @ w.t(), t @ w.detach().t(), y),
     }
@@ -56,13 +56,41 @@ def test_arguments_that_are_slices_inside_the_graph(name):
         torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
+@pytest.mark.parametrize("name", ["distillation", "distillation, none"])
+def test_a_head_that_student_and_teacher_share(name):
+    """No region takes a tensor twice: compiled code raised where both had one weight, as an EAGLE draft has."""
+    inputs = head_inputs(N, H, V, dtype=torch.float64)
+    both = torch.randn(2 * N, H, dtype=torch.float64, requires_grad=True)
+
+    def loss(both, weight, labels):
+        more = {"reduction": "none"} if "none" in name else {}
+        return linear_distillation(both[:N], weight, both[N:], weight, labels, chunking=ROWS, **more).sum()
+
+    tensors = (both, inputs.weight, inputs.labels)
+    teacher = (both[N:].detach(), inputs.weight.detach())
+    expected = reference.linear_distillation(both[:N], inputs.weight, *teacher, inputs.labels, reduction="sum")
+    if "none" not in name:
+        expected = expected / (inputs.labels != -100).sum()
+    for run in (loss, torch.compile(loss, fullgraph=True)):
+        actual = run(*tensors)
+        torch.testing.assert_close(actual, expected, **TIGHT)
+        for mine, theirs in zip(
+            torch.autograd.grad(actual, tensors[:2]),
+            torch.autograd.grad(expected, tensors[:2], retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
 @pytest.mark.skipif(not hosts._REGIONS_WORK, reason="operators are not inlined")
 @pytest.mark.parametrize("size", ["one chunk", "two, the last ragged", "three, the last ragged", "two even"])
 @pytest.mark.parametrize("name", ["vocab", "distillation, none"])
 def test_no_chunk_is_kept(name, size):
     """A region that is called once is inlined, and the partitioner kept its logits for backward."""
     extent = V if name == "vocab" else N
-    chunk = {"one chunk": extent, "two, the last ragged": extent - 7, "two even": extent // 2}.get(size, extent // 3 + 1)
+    chunk = {"one chunk": extent, "two, the last ragged": extent - 7, "two even": extent // 2}.get(
+        size, extent // 3 + 1
+    )
     inputs = head_inputs(N, H, V)
     chunking = Chunking(strategy="vocab" if name == "vocab" else "tokens", chunk_size=chunk)
     loss = torch.compile(walked(Ours, chunking)[name], fullgraph=True, backend="aot_eager_decomp_partition")

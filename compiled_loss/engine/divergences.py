@@ -34,7 +34,11 @@ class Pair(NamedTuple):
 
     inverse_temperature: Tensor | None
     jsd_weight: Tensor | None
-    target_weight: Tensor | None  # [V, H of the target], where the target is hidden states
+    target_weight: Tensor | None  # [V, H'], where the target is hidden states; [0] for the student's own
+
+    def head(self, weight: Tensor | None) -> Tensor | None:
+        """What makes logits of the target. Given twice, a weight would be an alias, which no region takes."""
+        return weight if self.target_weight is not None and self.target_weight.dim() == 1 else self.target_weight
 
 
 class Target(NamedTuple):
@@ -128,7 +132,7 @@ class Compared(NamedTuple):
     @staticmethod
     def of(kind: Kind, source: Tensor, weight: Tensor | None, target: Tensor, pair: Pair) -> Compared:
         """From logits or from hidden states and a weight, on either side."""
-        t = logits(target, pair.target_weight)
+        t = logits(target, pair.head(weight))
         t = t.to(statistics_dtype(t.dtype))
         raw = logits(source, weight)
         raw = raw.to(statistics_dtype(raw.dtype))

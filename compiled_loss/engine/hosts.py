@@ -131,7 +131,8 @@ def plain(
         return body(source, weight, *operands, **_over(group))
     logits = source if weight is None else source @ weight.t()
     if body in _TWO:
-        labels, *scalars, target_weight, target = operands[:5]
+        labels, *scalars, _, target = operands[:5]
+        target_weight = Pair(*operands[1:4]).head(weight)
         if target_weight is not None and target is not None:
             target = target @ target_weight.t()
         operands = (labels, *scalars, None, target, *operands[5:])

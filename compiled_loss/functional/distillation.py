@@ -229,7 +229,7 @@ def linear_distillation(
 
     """
     checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
-    names = ("student_hidden", "student_weight")
+    names, shared = ("student_hidden", "student_weight"), teacher_weight is student_weight
     student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
     checks.head(student_hidden, weight, None, vocabulary.size, names)
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
@@ -243,7 +243,9 @@ def linear_distillation(
         teacher_hidden = sharding.rows("teacher_hidden", teacher_hidden, vocabulary)
         teacher_weight = sharding.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
         checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
-        states, target_weight = cast(teacher_hidden.detach(), teacher_weight.detach())
+        states, target_weight = cast(pair.apart(teacher_hidden, student_hidden), teacher_weight.detach())
+        if shared:
+            target_weight = weight.new_empty(0)
         target = Target(states)
     else:
         shard_checks.top(vocabulary.group)

@@ -78,8 +78,9 @@ def on_head(
         weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
     if reduction.traced():
         shard_checks.transforms(vocabulary.group)
-        if pair.target_weight is not None:
-            target = Target(target.values @ pair.target_weight.t())
+        target_weight = pair.head(weight)
+        if target_weight is not None:
+            target = Target(target.values @ target_weight.detach().t())
             pair = pair._replace(target_weight=None)
         logits = hidden @ weight.t()
         losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
@@ -103,6 +104,13 @@ def on_head(
         return divergence_chunks.weighted_sum(
             hidden, weight, target, kind, pair, weighted, chosen, vocabulary.group, wanted
         )
+
+
+def apart(target: Tensor, source: Tensor) -> Tensor:
+    """Hidden states of a target, without gradient; copied where they may share memory, which no region takes."""
+    views = target._base is not None and source._base is not None
+    target = target.detach()
+    return target.clone() if torch.compiler.is_compiling() and views else target
 
 
 def _flat(target: Target) -> Target:

@@ -138,6 +138,7 @@ def linear_soft_cross_entropy(
         tensor(0.9100)
 
     """
+    shared = teacher_weight is weight and draft_to_target is None
     hidden, weight, _, vocabulary = sharding.head(hidden, weight, None, vocab_shard)
     checks.head(hidden, weight, None, vocabulary.size)
     checks.transform(None, temperature)
@@ -161,8 +162,8 @@ def linear_soft_cross_entropy(
         if draft_to_target is not None:
             teacher_weight = teacher_weight[vocabulary.own(draft_to_target)]
         kind = "cross_entropy"
-        target, teacher_weight = cast(teacher_hidden.detach(), teacher_weight)
-        scalars = scalars._replace(target_weight=teacher_weight)
+        target, teacher_weight = cast(pair.apart(teacher_hidden, hidden), teacher_weight)
+        scalars = scalars._replace(target_weight=weight.new_empty(0) if shared else teacher_weight)
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)
     weighted = Weighted(soft, None, None, active)
