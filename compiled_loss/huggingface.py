@@ -139,7 +139,7 @@ class LinearCausalLMLoss:
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
         """The loss of the model's outputs and labels [B, S]: their sum over `num_items_in_batch`, or the mean."""
         head = self._head()
-        weight, bias = (v if v is None else shell_checks.local("weight", v) for v in (head.weight, head.bias))
+        weight, bias = head.weight, head.bias
         hidden = shell_checks.last_hidden_state(outputs).to(weight)  # fp32 from the Trainer's bf16, of a bf16 model too
         if not self._compared and not torch.compiler.is_compiling():
             self._compare(outputs, hidden, weight, bias)

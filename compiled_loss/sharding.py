@@ -42,6 +42,7 @@ class VocabShard:
     `stop`: the class after its last.
     `vocab_size`: V, of all ranks.
     `group`: the process group over which the vocabulary is sharded, such as mesh.get_group("tp").
+    `group_name`, `members`: the group's name and ranks, asked of it. Who gives them vouches for the ranks.
 
     Example:
         >>> import torch
@@ -58,10 +59,12 @@ class VocabShard:
     stop: int
     vocab_size: int
     group: Any = field(repr=False)
-    group_name: str = field(init=False, repr=False)
-    members: tuple[int, ...] = field(init=False, repr=False)
+    group_name: str = field(default="", repr=False)
+    members: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        if self.group_name:
+            return
         shard_checks.shard(self.start, self.stop, self.vocab_size, self.group)
         object.__setattr__(self, "group_name", self.group.group_name)
         object.__setattr__(self, "members", tuple(dist.get_process_group_ranks(self.group)))
@@ -76,6 +79,31 @@ class VocabShard:
         shard_checks.shard(0, 0, vocab_size, group)
         start, stop = _even(vocab_size, group.rank(), group.size())
         return VocabShard(start, stop, vocab_size, group)
+
+
+class Ranks:
+    """A group whose ranks have equal parts of a vocabulary; asked once, for compiled code does not ask it."""
+
+    def __init__(self, group: Any) -> None:
+        shard_checks.group_of("tp_group", group)
+        self.group = group
+        self.rank, self.name = 0, ""
+        self.members: tuple[int, ...] = (0,)
+        if group is not None and group.size() > 1:
+            self.rank, self.name = group.rank(), group.group_name
+            self.members = tuple(dist.get_process_group_ranks(group))
+        self.compared: set[int] = set()
+
+    def shard(self, logits: Tensor) -> VocabShard | None:
+        """The rank's part, of plain logits over more than one rank."""
+        if len(self.members) == 1 or is_sharded(logits):
+            return None
+        size = logits.shape[-1]
+        part = (self.rank * size, (self.rank + 1) * size, len(self.members) * size, self.group)
+        if torch.compiler.is_compiling() or size in self.compared:
+            return VocabShard(*part, self.name, self.members)
+        self.compared.add(size)
+        return VocabShard(*part)
 
 
 class Vocabulary(NamedTuple):

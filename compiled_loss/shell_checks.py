@@ -17,31 +17,6 @@ def softcapping(value: float) -> None:
         raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
 
 
-def group(name: str, value: object) -> None:
-    """Raise where a process group has more than one rank: losses are not sharded yet."""
-    if value is None:
-        return
-    size = getattr(value, "size", None)
-    if not callable(size):
-        raise TypeError(f"{name}: expected a process group or None, got {type(value).__name__}")
-    if size() > 1:
-        raise NotImplementedError(f"{name}: expected one rank, got {size()}: losses are not sharded over ranks yet")
-
-
-def local(name: str, value: Tensor) -> Tensor:
-    """The tensor itself, or the local one of a DTensor on one rank; raise where it has more."""
-    if not hasattr(value, "device_mesh") or not hasattr(value, "to_local"):
-        return value
-    ranks = value.device_mesh.size()
-    if ranks > 1:
-        raise NotImplementedError(
-            f"{name}: expected a tensor on one rank, got a DTensor over {ranks}: losses are not sharded yet; "
-            f"{name}.full_tensor() gathers it"
-        )
-    here: Tensor = value.to_local()
-    return here
-
-
 def fields(owner: str, values: dict[str, object], known: list[str]) -> None:
     """Raise where a keyword is unknown."""
     unknown = sorted(values.keys() - set(known))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compiled_loss import checks, shell_checks
+from compiled_loss import checks, shard_checks, sharding, shell_checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
@@ -48,8 +48,8 @@ class MaskedCrossEntropy(nn.Module):
     ) -> Tensor:
         """The loss of logits [B, S, V] and labels [B, S]."""
         return masked_cross_entropy(
-            shell_checks.local("logits", logits),
-            shell_checks.local("labels", labels),
+            logits,
+            labels,
             mask,
             fp32_upcast=self.fp32_upcast,
             ignore_index=self.ignore_index,
@@ -113,16 +113,19 @@ class FusedLinearCrossEntropy(nn.Module):
     def materialize_lm_weight(lm_weight: Tensor, *, grad_reduce_group: Any = None) -> Tensor:
         """The whole weight: gathered once where it is a DTensor, to be shared by the main loss and all MTP depths.
 
-        Sharded over more than one rank it is refused until this library shards its losses.
+        Its gradient is reduce-scattered once as the ranks' mean, which is what FSDP makes of all others. The weight is
+        gathered over `grad_reduce_group`, or over all its mesh; what is sharded over another dimension stays so, and is
+        a vocabulary over ranks.
         """
-        shell_checks.group("grad_reduce_group", grad_reduce_group)
-        return shell_checks.local("lm_weight", lm_weight)
+        shard_checks.group_of("grad_reduce_group", grad_reduce_group)
+        return sharding.materialize(lm_weight, grad_reduce_group)
 
 
 class TEParallelCrossEntropy(nn.Module):
     """Cross-entropy on logits whose vocabulary is sharded over `tp_group`, or over a DTensor's own mesh.
 
-    One rank for now: with more it refuses, and says so.
+    Each rank of `tp_group` has as many classes as the others, in the order of the group. Parts that differ in size are
+    a DTensor, or `vocab_shard` of :func:`compiled_loss.masked_cross_entropy`.
 
     Example:
         >>> import torch
@@ -141,6 +144,7 @@ class TEParallelCrossEntropy(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.tp_group = tp_group
+        self._ranks = sharding.Ranks(tp_group)
 
     def forward(
         self,
@@ -149,20 +153,22 @@ class TEParallelCrossEntropy(nn.Module):
         mask: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits [..., V] and labels [...]."""
-        shell_checks.group("tp_group", self.tp_group)
+        """The loss of logits [..., V], or a rank's part of them, and labels [...]."""
         return masked_cross_entropy(
-            shell_checks.local("logits", logits),
-            shell_checks.local("labels", labels),
+            logits,
+            labels,
             mask,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             num_label_tokens=num_label_tokens,
+            vocab_shard=self._ranks.shard(logits),
         )
 
 
 class KDLoss(nn.Module):
     """Forward KL of a student from its teacher, times T squared: :func:`compiled_loss.distillation` with keywords kept.
+
+    `tp_group`: see :class:`TEParallelCrossEntropy`; of both logits.
 
     Example:
         >>> import torch
@@ -191,6 +197,7 @@ class KDLoss(nn.Module):
         self.fp32_upcast = fp32_upcast
         self.tp_group = tp_group
         self.chunk_size = chunk_size
+        self._ranks = sharding.Ranks(tp_group)
 
     def forward(
         self,
@@ -200,15 +207,15 @@ class KDLoss(nn.Module):
         num_batch_labels: int | Tensor | None = None,
     ) -> Tensor:
         """The sum over the valid tokens of labels [...] over `num_batch_labels`, or their mean."""
-        shell_checks.group("tp_group", self.tp_group)
         return distillation(
-            shell_checks.local("student_logits", student_logits),
-            shell_checks.local("teacher_logits", teacher_logits),
-            shell_checks.local("labels", labels),
+            student_logits,
+            teacher_logits,
+            labels,
             temperature=self.temperature,
             ignore_index=self.ignore_index,
             fp32_upcast=self.fp32_upcast,
             reduction="mean" if num_batch_labels is None else "sum",
             num_label_tokens=num_batch_labels,
+            vocab_shard=self._ranks.shard(student_logits),
             chunk_size=self.chunk_size,
         )

@@ -100,10 +100,14 @@ def test_configs_of_our_modules(config):
 
 
 def test_a_process_group_is_not_written_down():
-    with pytest.raises(
-        ValueError, match=r"^tp_group: expected None in a KDLossConfig that is written down, got object"
-    ):
-        KDLossConfig(tp_group=object()).to_dict()
+    class Group:
+        def size(self):
+            return 1
+
+    with pytest.raises(ValueError, match=r"^tp_group: expected None in a KDLossConfig that is written down, got Group"):
+        KDLossConfig(tp_group=Group()).to_dict()
+    with pytest.raises(TypeError, match=r"^tp_group: expected a process group or None, got str"):
+        KDLossConfig(tp_group="tp")
 
 
 @pytest.mark.parametrize(

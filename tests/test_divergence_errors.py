@@ -42,6 +42,7 @@ DTYPES = "expected float32, bfloat16, float16 or float64, got"
 
 CASES = {
     "distillation": [
+        ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
         ({"student_logits": None}, TypeError, "student_logits: expected a Tensor, got NoneType"),
         ({"student_logits": zeros(N, 0)}, ValueError, "student_logits: expected [..., V] with V >= 1, got [3, 0]"),
         (
@@ -71,6 +72,7 @@ CASES = {
         ({"chunk_size": 0.5}, TypeError, "chunk_size: expected an int >= 0, got float"),
     ],
     "linear_distillation": [
+        ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
         ({"teacher_topk": ()}, ValueError, "teacher_hidden: expected None beside teacher_topk, got a Tensor"),
         ({"student_hidden": zeros(N, H + 1)}, ValueError, "student_hidden: expected [..., H] with H = 4, the width of"),
         ({"student_weight": zeros(H)}, ValueError, "student_weight: expected [V, H] with V >= 1 and H >= 1, got [4]"),
@@ -105,6 +107,7 @@ CASES = {
         ),
     ],
     "masked_soft_cross_entropy": [
+        ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
         ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
         (
             {"target_probs": zeros(2, N, V - 1)},
@@ -126,6 +129,7 @@ CASES = {
         ),
     ],
     "linear_soft_cross_entropy": [
+        ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
         ({"hidden": zeros(N, H, dtype=int32)}, TypeError, f"hidden: {DTYPES} torch.int32"),
         (
             {"weight": zeros(V, H, device="meta")},

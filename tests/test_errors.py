@@ -37,6 +37,7 @@ def label(value):
 
 # What is passed instead, the error, the whole text. Each is tried on every function that has these parameters.
 CASES = [
+    ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
     ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
     (
         {"logits": zeros(N, V, dtype=int64)},

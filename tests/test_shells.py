@@ -114,18 +114,12 @@ class Group:
         return self.ranks
 
 
-def test_more_ranks_than_one_are_refused():
+def test_a_group_of_one_rank_shards_nothing():
     logits, labels = batch()
-    expected = r"^tp_group: expected one rank, got 2: losses are not sharded over ranks yet"
-    for call in (
-        lambda g: TEParallelCrossEntropy(tp_group=g)(logits, labels),
-        lambda g: KDLoss(tp_group=g)(logits, logits, labels),
-    ):
-        call(Group(1))
-        with pytest.raises(NotImplementedError, match=expected):
-            call(Group(2))
+    for make, tensors in ((TEParallelCrossEntropy, (logits, labels)), (KDLoss, (logits, logits.detach() * 2, labels))):
+        assert torch.equal(make(tp_group=Group(1))(*tensors), make()(*tensors))
         with pytest.raises(TypeError, match=r"^tp_group: expected a process group or None, got str"):
-            call("tp")
+            make(tp_group="tp")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import cross_entropy, linear_cross_entropy
+from compiled_loss.sharding import VocabShard
 
 
 class CrossEntropy(nn.Module):
@@ -56,6 +57,7 @@ class CrossEntropy(nn.Module):
         mask: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Tensor:
         """The loss; see the function."""
         return cross_entropy(
@@ -72,6 +74,7 @@ class CrossEntropy(nn.Module):
             temperature=self.temperature,
             shift=self.shift,
             reduction=self.reduction,
+            vocab_shard=vocab_shard,
         )
 
 
@@ -128,6 +131,7 @@ class LinearCrossEntropy(nn.Module):
         mask: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Tensor:
         """The loss; see the function."""
         return linear_cross_entropy(
@@ -147,4 +151,5 @@ class LinearCrossEntropy(nn.Module):
             shift=self.shift,
             reduction=self.reduction,
             chunking=self.chunking,
+            vocab_shard=vocab_shard,
         )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.distillation import distillation, linear_distillation
+from compiled_loss.sharding import VocabShard
 
 
 class Distillation(nn.Module):
@@ -54,6 +55,7 @@ class Distillation(nn.Module):
         *,
         teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
         num_label_tokens: int | Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Tensor:
         """The loss; see the function."""
         return distillation(
@@ -70,6 +72,7 @@ class Distillation(nn.Module):
             fp32_upcast=self.fp32_upcast,
             reduction=self.reduction,
             chunk_size=self.chunk_size,
+            vocab_shard=vocab_shard,
         )
 
 
@@ -119,6 +122,7 @@ class LinearDistillation(nn.Module):
         *,
         teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
         num_label_tokens: int | Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Tensor:
         """The loss; see the function."""
         return linear_distillation(
@@ -136,4 +140,5 @@ class LinearDistillation(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             chunking=self.chunking,
+            vocab_shard=vocab_shard,
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.multi_token import multi_token_prediction
+from compiled_loss.sharding import VocabShard
 
 
 class MultiTokenPrediction(nn.Module):
@@ -51,6 +52,7 @@ class MultiTokenPrediction(nn.Module):
         cu_seqlens: Tensor | None = None,  # [sequences + 1]
         targets: Sequence[Tensor] | None = None,  # D of [...]
         num_label_tokens: int | Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Tensor:
         """The loss; see the function."""
         return multi_token_prediction(
@@ -65,4 +67,5 @@ class MultiTokenPrediction(nn.Module):
             ignore_index=self.ignore_index,
             softcap=self.softcap,
             chunking=self.chunking,
+            vocab_shard=vocab_shard,
         )

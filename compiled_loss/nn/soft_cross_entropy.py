@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.soft_cross_entropy import linear_soft_cross_entropy
+from compiled_loss.sharding import VocabShard
 
 
 class LinearSoftCrossEntropy(nn.Module):
@@ -44,6 +45,7 @@ class LinearSoftCrossEntropy(nn.Module):
         teacher_weight: Tensor | None = None,  # [V, H']
         draft_to_target: Tensor | None = None,  # [V]
         num_label_tokens: int | Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Tensor:
         """The loss; see the function."""
         return linear_soft_cross_entropy(
@@ -57,4 +59,5 @@ class LinearSoftCrossEntropy(nn.Module):
             num_label_tokens=num_label_tokens,
             temperature=self.temperature,
             chunking=self.chunking,
+            vocab_shard=vocab_shard,
         )
