@@ -1,0 +1,75 @@
+"""Processes of one program under gloo, with a limit in seconds: whoever fails or hangs, all stop, and say where."""
+
+import datetime
+import faulthandler
+import os
+import signal
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+GRACE = 15  # seconds in which ranks may notice that another has stopped
+
+
+def run(body, world, folder, *arguments, limit):
+    """What `body(*arguments)` returned on each of `world` ranks; raises, with each rank's last step and stack."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_rank, args=(body, rank, world, str(folder), arguments), daemon=True)
+        for rank in range(world)
+    ]
+    end = time.monotonic() + limit
+    try:
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):
+                end = min(end, time.monotonic() + GRACE)
+            time.sleep(0.05)
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            os.kill(process.pid, signal.SIGUSR1)  # writes its stack
+        if hanging or any(process.exitcode for process in processes):
+            time.sleep(1.0)
+            raise AssertionError("\n".join(_told(rank, process, folder) for rank, process in enumerate(processes)))
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def at(where):
+    """Remember the step a rank is at."""
+    Path(os.environ["RANK_WHERE"]).write_text(where)
+
+
+def _rank(body, rank, world, folder, arguments):
+    os.environ["RANK_WHERE"] = f"{folder}/{rank}.where"
+    at("start")
+    torch.set_num_threads(1)
+    with Path(folder, f"{rank}.stack").open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, stack)
+        try:
+            store = dist.FileStore(f"{folder}/store", world)
+            timeout = datetime.timedelta(seconds=60)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+            result = body(*arguments)
+            dist.barrier()
+            torch.save(result, f"{folder}/{rank}.pt")
+            dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=stack)
+            stack.flush()
+            os._exit(1)  # the group's threads may wait for ranks that never come
+
+
+def _told(rank, process, folder):
+    parts = [Path(folder, f"{rank}.{kind}") for kind in ("where", "stack")]
+    where, stack = (part.read_text() if part.exists() else "" for part in parts)
+    state = "hung" if process.exitcode is None else f"exited with {process.exitcode}"
+    return f"rank {rank} {state} at: {where}\n{stack}"
