@@ -104,12 +104,11 @@ def spread(reduction: str, dimensions: Sequence[str]) -> None:
         )
 
 
-def transforms(group: str | None) -> None:
-    """Raise where a functorch transform meets more than one rank."""
-    if group is not None:
-        raise NotImplementedError(
-            "torch.func: expected a vocabulary on one rank, got one over several: use autograd, with backward()"
-        )
+def transforms() -> None:
+    """Raise: functorch's transforms do not go over ranks."""
+    raise NotImplementedError(
+        "torch.func: expected a vocabulary on one rank, got one over several: use autograd, with backward()"
+    )
 
 
 def group_of(name: str, value: object) -> None:

@@ -26,6 +26,7 @@ from torch import distributed as dist
 
 from compiled_loss import checks, shard_checks
 from compiled_loss.engine.ranks import reduced
+from compiled_loss.reduction import traced
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -323,6 +324,13 @@ def _dimension(value: DTensor, i: int) -> str:
 
 def _vocabulary(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
     """The rank's part of the dimension `dim` of a tensor."""
+    part = _part(name, value, dim, vocab_shard)
+    if part.group is not None and traced():
+        shard_checks.transforms()
+    return part
+
+
+def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
     if not is_sharded(value):
         if vocab_shard is None:
             return Vocabulary(value.shape[dim], 0, value.shape[dim])
@@ -379,7 +387,7 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> di
         if groups[i] == part.members and (last is not None or placement.is_partial()):
             continue
         if type(placement) is not Shard or placement.dim == value.dim() - 1:
-            shard_checks.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens,")
+            shard_checks.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens")
         if groups[i] != part.members:
             over[groups[i]] = dimensions[i]
     return over

@@ -117,7 +117,6 @@ def cross_entropy(
     total = coefficients.total is not None
     own = vocabulary.labels(tokens.labels)
     if reductions.traced():
-        shard_checks.transforms(vocabulary.group)
         rows = logits_walk.plain_statistics(logits, own, head, total=total, entropy=False)
     else:
         # Flat where that is free; other strides stay as they are, for a reshape would copy.

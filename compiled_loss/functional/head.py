@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction, shard_checks, sharding
+from compiled_loss import checks, reduction, sharding
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
@@ -45,7 +45,6 @@ class LinearHead(NamedTuple):
         checks.instance("chunking", chunking, Chunking)
         hidden, weight, head, tokens, vocabulary = self
         if reduction.traced():
-            shard_checks.transforms(vocabulary.group)
             rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
         else:
             differentiable = any(self._wanted())

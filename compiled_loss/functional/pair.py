@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction, shard_checks
+from compiled_loss import checks, reduction
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Kind, Pair, Target
@@ -43,7 +43,6 @@ def on_logits(
     kind = cast(Kind, kind)
     labels = None if labels is None else vocabulary.labels(labels)
     if reduction.traced():
-        shard_checks.transforms(vocabulary.group)
         return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
     # Flat where that is free; other strides stay as they are, for a reshape would copy.
     shape = logits.shape[:-1]
@@ -77,7 +76,6 @@ def on_head(
     if weighted.labels is not None:
         weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
     if reduction.traced():
-        shard_checks.transforms(vocabulary.group)
         target_weight = pair.head(weight)
         if target_weight is not None:
             target = Target(target.values @ target_weight.detach().t())

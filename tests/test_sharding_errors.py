@@ -1,0 +1,197 @@
+"""What sharded losses refuse, on every rank and in the same words; and what is not refused: NaN, empty batches."""
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import compiled_loss as cl
+from compiled_loss import Chunking, VocabShard
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo for processes on CPUs"),
+    pytest.mark.xdist_group("sharding errors"),
+]
+N, H, V = 6, 4, 10
+WALKS = (Chunking(strategy="tokens", chunk_size=4), Chunking(strategy="vocab", chunk_size=2))
+
+
+def refused(mesh):
+    """By name: a call that raises on every rank, what, and how its text begins."""
+    rank, ranks_ = dist.get_rank(), dist.get_world_size()
+    group, device = mesh.get_group(), "cpu"
+    hidden, weight, labels = torch.ones(N, H), torch.ones(V, H), torch.zeros(N, dtype=torch.int64)
+    vocab = distribute_tensor(weight, mesh, [Shard(0)])
+    part = VocabShard.even(V, group)
+    own = weight[part.start : part.stop]
+    logits = distribute_tensor(torch.ones(N, V), mesh, [Shard(1)])
+    other = init_device_mesh(device, (ranks_, 1), mesh_dim_names=("rows", "one"))
+
+    def linear(hidden=hidden, weight=vocab, labels=labels, **keywords):
+        return cl.linear_cross_entropy(hidden, weight, labels, **keywords)
+
+    return {
+        "another V": (
+            lambda: VocabShard(rank * 5, rank * 5 + 5, V + rank, group),
+            "vocab_size: expected the same on every rank of the group, got by rank 0:5 of 10, 5:10 of 11",
+        ),
+        "a class twice": (
+            lambda: VocabShard(rank * 4, rank * 4 + 6, V, group),
+            "start, stop: expected that the 2 ranks of the group have each class of the vocabulary once",
+        ),
+        "a group of other ranks": (
+            lambda: VocabShard(rank * 2, rank * 2 + 2, V, group),
+            "start, stop: expected that the 2 ranks of the group have each class of the vocabulary once",
+        ),
+        "a group of parts that differ": (
+            lambda: cl.TEParallelCrossEntropy(tp_group=group)(torch.ones(N, 3 + rank), labels),
+            "vocab_size: expected the same on every rank",
+        ),
+        "a mesh for a group": (lambda: VocabShard.even(V, "tp"), "group: expected a process group, got str"),
+        "beyond V": (
+            lambda: VocabShard(0, V + 1, V, group),
+            "start, stop: expected 0 <= start <= stop <= V = 10, got 0 and 11",
+        ),
+        "rows of another part": (
+            lambda: linear(weight=own[1:], vocab_shard=part),
+            "weight: expected 5 classes, ",
+        ),
+        "twice": (lambda: linear(vocab_shard=part), "vocab_shard: expected None beside a DTensor"),
+        "no shard": (lambda: linear(weight=own, vocab_shard=3), "vocab_shard: expected a VocabShard, got int"),
+        "width": (
+            lambda: linear(distribute_tensor(hidden, mesh, [Shard(1)])),
+            "hidden: expected Replicate, or Shard over tokens, got S(1) over mesh dimension tp",
+        ),
+        "width of the weight": (
+            lambda: linear(weight=distribute_tensor(weight, mesh, [Shard(1)])),
+            "weight: expected Shard(0), over the vocabulary, or Replicate, got S(1) over mesh dimension tp",
+        ),
+        "a partial weight": (
+            lambda: linear(weight=DTensor.from_local(weight, mesh, [Partial()])),
+            "weight: expected Shard or Replicate, got P(sum) over mesh dimension tp",
+        ),
+        "partial labels": (
+            lambda: linear(labels=DTensor.from_local(labels, mesh, [Partial()])),
+            "labels: expected Shard or Replicate, got P(sum) over mesh dimension tp",
+        ),
+        "another mesh": (
+            lambda: linear(distribute_tensor(hidden, other["one"], [Replicate()])),
+            "hidden: expected a mesh that has the ranks 0, 1 along a dimension, got one of the dimensions one without",
+        ),
+        "a whole bias": (
+            lambda: linear(bias=distribute_tensor(torch.ones(V), mesh, [Replicate()])),
+            "bias: expected the classes ",
+        ),
+        "a whole teacher": (
+            lambda: cl.linear_distillation(
+                hidden, vocab, hidden, distribute_tensor(weight, mesh, [Replicate()]), labels
+            ),
+            "teacher_weight: expected the classes ",
+        ),
+        "a whole plain teacher": (
+            lambda: cl.distillation(logits, torch.ones(N, V), labels),
+            "teacher_logits: expected 5 classes, ",
+        ),
+        "the top of a teacher": (
+            lambda: cl.distillation(logits, None, labels, teacher_topk=(torch.zeros(N, 1), labels[:, None])),
+            "teacher_topk: expected None with a vocabulary over more than one rank, got one",
+        ),
+        "rows to pick": (
+            lambda: cl.linear_soft_cross_entropy(
+                hidden,
+                vocab,
+                torch.ones(N),
+                teacher_hidden=hidden,
+                teacher_weight=vocab,
+                draft_to_target=torch.arange(V),
+            ),
+            "teacher_weight: expected the whole [V', H'] on every rank beside draft_to_target, got a shard",
+        ),
+        "a mean over other tokens": (
+            lambda: linear(distribute_tensor(hidden, mesh, [Shard(0)]), weight, labels[:3]),
+            "num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over "
+            "tp, got None: a mean would divide by each rank's own",
+        ),
+        "labels out of range": (
+            lambda: linear(labels=labels + V),
+            "labels: expected 0 <= label < V = 10, or ignore_index = -100, got 10",
+        ),
+        "torch.func": (
+            lambda: torch.func.grad(linear)(hidden),
+            "torch.func: expected a vocabulary on one rank, got one over several",
+        ),
+        "another gather": (
+            lambda: cl.FusedLinearCrossEntropy.materialize_lm_weight(vocab, grad_reduce_group=other.get_group("one")),
+            "grad_reduce_group: expected a mesh that has the ranks ",
+        ),
+    }
+
+
+def texts():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    found = {}
+    for name, (call, expected) in refused(mesh).items():
+        ranks.at(name)
+        try:
+            found[name] = (f"nothing, but {call()}", expected)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            found[name] = (str(error), expected)
+    return found
+
+
+def test_every_rank_refuses_alike(tmp_path):
+    first, second = ranks.run(texts, 2, tmp_path, limit=120)
+    wrong = {name: (got, expected) for name, (got, expected) in first.items() if not got.startswith(expected)}
+    wrong |= {name: (got, expected) for name, (got, expected) in second.items() if not got.startswith(expected)}
+    assert not wrong
+
+
+def poisoned():
+    """Losses and gradients of a label that is no class, under compile."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(V, H), torch.randn(N, H)
+    labels = torch.tensor([0, 3, V, 9, -100, 2])
+    found = []
+    for chunking in WALKS:
+        h, w = hidden.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        loss = torch.compile(cl.linear_cross_entropy, backend="aot_eager", fullgraph=True)(
+            h, w, labels, chunking=chunking
+        )
+        loss.backward()
+        found.append((loss.detach(), h.grad.isnan().any(-1), w.grad.to_local().isnan().all()))
+    return found
+
+
+def test_a_label_out_of_range_is_nan_on_every_rank(tmp_path):
+    for found in zip(*ranks.run(poisoned, 2, tmp_path, limit=120), strict=True):
+        for loss, rows, weight in found:
+            assert loss.isnan() and weight
+            assert rows.tolist() == [False, False, True, False, False, False]
+
+
+def empty_batches():
+    """Many data-parallel steps in which one rank has no token, or none that counts."""
+    rank = dist.get_rank()
+    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    steps = []
+    for step in range(6):
+        tokens = 0 if (rank + step) % 2 else N
+        hidden = torch.randn(tokens, H, requires_grad=True)
+        labels = torch.randint(0, V, (tokens,)) if step < 4 else torch.full((tokens,), -100)
+        loss = cl.linear_cross_entropy(
+            hidden, weight, labels, reduction="sum", num_label_tokens=N, chunking=WALKS[step % 2]
+        )
+        loss.backward()
+        dist.all_reduce(weight.grad)
+        steps.append((loss.item() == 0, bool(weight.grad.isfinite().all()), hidden.grad.shape == hidden.shape))
+    return steps
+
+
+def test_a_rank_without_tokens(tmp_path):
+    for steps in ranks.run(empty_batches, 2, tmp_path, limit=120):
+        assert all(finite and shaped for _, finite, shaped in steps)
+        assert {zero for zero, *_ in steps[:4]} == {True, False}
+        assert all(zero for zero, *_ in steps[4:])
