@@ -40,10 +40,12 @@ def every_case(world, compiled):
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory):
-    return {
-        world: ranks.run(every_case, world, tmp_path_factory.mktemp("ranks"), world, False, limit=200)
-        for world in (2, 4)
-    }
+    return {w: ranks.run(every_case, w, tmp_path_factory.mktemp("ranks"), w, False, limit=200) for w in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return {w: ranks.run(every_case, w, tmp_path_factory.mktemp("ranks"), w, True, limit=900) for w in (2, 4)}
 
 
 @pytest.mark.parametrize("how", ["unshard", "shells"])
