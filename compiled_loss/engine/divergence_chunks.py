@@ -87,9 +87,7 @@ def _fold(
     run = hosts.choose(hidden.device, plan.compile)
     parts: list[Output] = []
     for rows in chunks(hidden.shape[0], plan):
-        states = rows.of(hidden)
-        if group is not None:
-            states = gemm.in_turn(states, parts[-1] if parts else [])
+        states = gemm.taking_turns(rows.of(hidden), group, parts[-1] if parts else [])
         operands = (*rows.of_each([labels]), *pair, *rows.of_each(target))
         parts.append(run(BODIES[kind].fold, states, weight, *operands, group=group))
     outputs = tuple([gemm.join(part) for part in zip(*parts, strict=True)])
@@ -124,12 +122,13 @@ class _WeightedSum(torch.autograd.Function):
             hard = hard / scale
         run = hosts.choose(hidden.device, plan.compile)
 
-        def chunk(rows: Rows, states: Tensor) -> Output:
+        def chunk(rows: Rows, formed: list[Tensor]) -> Output:
+            states = gemm.taking_turns(rows.of(hidden), group, formed)
             operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
             d, loss, *_ = run(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
             return d, loss
 
-        gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, chunk)
+        gradients, (losses,) = form_gradients(hidden, weight, None, plan, wanted, soft, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
@@ -185,14 +184,16 @@ class _Divergence(torch.autograd.Function):
                 soft, hard = soft / scale, None if hard is None else hard / scale
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
-            def chunk(rows: Rows, states: Tensor) -> Output:
-                alone = rows.last or ctx.plan.count == 2
-                states, targets = (hosts.again(run, v, alone, []) for v in (states, rows.of(target)))
+            def chunk(rows: Rows, formed: list[Tensor]) -> Output:
+                alone = sizes.count(rows.size) == 1
+                sources = (rows.of(hidden), rows.of(target))
+                states, targets = (hosts.again(run, v, alone, [soft, *formed]) for v in sources)
                 operands = (*rows.of_each([labels]), *pair, targets, *rows.of_each([indices, *known, soft, hard]))
                 return run(BODIES[ctx.kind].gradient, states, weight, *operands)
 
+            sizes = [rows.size for rows in chunks(hidden.shape[0], ctx.plan)]
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
-            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, None, wanted, soft, chunk)
+            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)
             if scale is not None:
                 gradients = scaled_gradients(gradients, scale, [hidden.dtype, weight.dtype, None])
         d_hidden, d_weight, _ = gradients

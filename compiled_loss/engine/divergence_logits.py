@@ -61,15 +61,15 @@ class _Divergence(torch.autograd.Function):
         checks.first_derivative()
         logits, target, indices, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
         pair, rows = Pair(inverse_temperature, jsd_weight, None), Rows(*saved)
-        # Opaque copies, for the partitioner finds the expressions of forward in backward, and may keep one of [N, V].
-        rows = rows._replace(maximum=gemm.in_turn(rows.maximum, []))
-        if rows.target_maximum is not None:
-            rows = rows._replace(target_maximum=gemm.in_turn(rows.target_maximum, []))
         d = d_target = None
         with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
             run = hosts.choose(logits.device, "auto", loop=False)
             # New tensors: Dynamo traces a backward with example gradients that alias each other.
             soft = torch.zeros_like(rows.log_sum) if g_soft is None else g_soft.to(rows.log_sum.dtype, copy=True)
+            # Opaque copies, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
+            rows = rows._replace(maximum=gemm.in_turn(rows.maximum, [soft]))
+            if rows.target_maximum is not None:
+                rows = rows._replace(target_maximum=gemm.in_turn(rows.target_maximum, [soft]))
             if ctx.needs_input_grad[0]:
                 hard = None
                 if labels is not None:

@@ -104,6 +104,11 @@ def _(x: Tensor, after: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def taking_turns(x: Tensor, group: str | None, after: Sequence[Tensor]) -> Tensor:
+    """A chunk of x where chunks reduce over a group: NOTE [Order]."""
+    return x if group is None else in_turn(x, after)
+
+
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient * factor in `dtype`, with one rounding; eager torch would first round the factor to gradient's dtype."""
     if torch.compiler.is_compiling():

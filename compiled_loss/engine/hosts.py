@@ -74,7 +74,7 @@ def again(run: Host, source: Tensor, alone: bool, after: Sequence[Tensor]) -> Te
     """What a backward makes a chunk's logits of, so that it makes them again; `alone` where no other is of its size.
 
     A region that is called once is no region: it is inlined, and of a GEMM that forward made as well the partitioner
-    keeps the result. That of a copy is not the same GEMM.
+    keeps the result. That of a copy is not the same GEMM; `after` holds an upstream gradient, or forward would copy.
     """
     return gemm.in_turn(source, after) if alone and run is region else source
 

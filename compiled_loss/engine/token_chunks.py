@@ -82,7 +82,6 @@ class Rows(NamedTuple):
 
     start: int
     size: int
-    last: bool  # whose size alone may differ
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its part of [N, ...]."""
@@ -96,9 +95,9 @@ class Rows(NamedTuple):
 def chunks(tokens: int, plan: Plan) -> Iterator[Rows]:
     """`plan.count` chunks, equal but for the last. The count is what a compiled graph is specialised to, not N."""
     for i in range(plan.count - 1):
-        yield Rows(i * plan.chunk, plan.chunk, False)
+        yield Rows(i * plan.chunk, plan.chunk)
     done = (plan.count - 1) * plan.chunk
-    yield Rows(done, tokens - done, True)
+    yield Rows(done, tokens - done)
 
 
 def form_gradients(
@@ -106,25 +105,22 @@ def form_gradients(
     weight: Tensor,
     bias: Tensor | None,
     plan: Plan,
-    group: str | None,
     wanted: Wanted,
     fenced: Tensor,
-    chunk: Callable[[Rows, Tensor], bodies.Output],
+    chunk: Callable[[Rows, list[Tensor]], bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """dH, dW and db, and what else `chunk`, of rows and their hidden states, returns after its logits' gradient.
+    """dH, dW and db, and what else `chunk`, of rows and what is formed so far, returns after its logits' gradient.
 
-    `fenced` is a tensor of a computation that every chunk reads: NOTE [Order]. The group is that of `chunk`.
+    `fenced` is the result of a computation that every chunk reads: NOTE [Order].
     """
     run = hosts.choose(hidden.device, plan.compile)
     d_hidden = torch.empty_like(hidden) if wanted.hidden else None
     d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
     d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
-    parts, gradients = [], [d_hidden, d_weight, d_bias]
+    parts: list[list[Tensor]] = []
+    formed: list[Tensor] = []
     for i, rows in enumerate(chunks(hidden.shape[0], plan)):
-        states = rows.of(hidden)
-        if group is not None:
-            states = gemm.in_turn(states, [v for v in gradients if i and v is not None])
-        d, *rest = chunk(rows, states)
+        d, *rest = chunk(rows, formed)
         parts.append(rest)
         if d_hidden is not None:
             gemm.mm_out(rows.of(d_hidden), d, weight)
@@ -133,9 +129,9 @@ def form_gradients(
         if d_bias is not None:
             (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
         del d  # or eager code holds two chunks
-        gradients = [d_hidden, d_weight, d_bias]
-        gemm.fence_(fenced, [v for v in gradients if v is not None])
-    return gradients, [gemm.join(part) for part in zip(*parts, strict=True)]
+        formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
+        gemm.fence_(fenced, formed)
+    return [d_hidden, d_weight, d_bias], [gemm.join(part) for part in zip(*parts, strict=True)]
 
 
 def scaled_gradients(
@@ -179,12 +175,13 @@ class _TokenChunks(torch.autograd.Function):
         state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
         labels = torch.where(active, labels, -1)  # to be fenced: NOTE [Order]
 
-        def chunk(rows: Rows, states: Tensor) -> bodies.Output:
+        def chunk(rows: Rows, formed: list[Tensor]) -> bodies.Output:
+            states = gemm.taking_turns(rows.of(hidden), group, formed)
             operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
             d, _, *rest = run(bodies.fold_and_gradient, states, weight, *operands, group=group)
             return d, *rest
 
-        gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, chunk)
+        gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, wanted, labels, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale

@@ -107,7 +107,7 @@ class _VocabChunks(torch.autograd.Function):
             for start, size, columns in walk:
                 chunk = weight.narrow(0, start, size)
                 operands = (labels, *columns, state.maximum, *upstream)
-                source = hosts.again(run, hidden, sizes.count(size) == 1, formed)
+                source = hosts.again(run, hidden, sizes.count(size) == 1, [upstream.nll, *formed])
                 (d,) = run(bodies.gradient, source, chunk, *operands)
                 if d_hidden is not None:
                     (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
