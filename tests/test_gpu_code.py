@@ -149,7 +149,7 @@ def test_kernels_of_the_token_walk(inspected):
 forward +1 +0C triton_red_fused_mul_ne_ones_scalar_tensor_sum_where
 forward +2 +0C triton_per_fused_mul_ne_ones_scalar_tensor_sum_where
 forward +2 +0C triton_poi_fused_full
-forward +1 +0C triton_poi_fused_as_strided_bitwise_and_bitwise_or_clone_eq_ge_lt_mul_ne_ones_reciprocal_scalar_tensor_where
+forward +1 +0C triton_poi_fused_bitwise_and_bitwise_or_eq_ge_lt_mul_ne_ones_reciprocal_scalar_tensor_where
 forward +1 +2C mm
 forward +0 +1C triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_ones_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
 forward -1 +1C addmm_
@@ -170,7 +170,7 @@ forward +1 +0C triton_red_fused_sum
 forward +1 +0C triton_per_fused_sum
 forward +1 +0C triton_red_fused__to_copy_bitwise_and_clamp_index_mul_ne_ones_scalar_tensor_sum_where
 forward +3 +0C triton_per_fused__to_copy_bitwise_and_clamp_index_mul_ne_ones_scalar_tensor_sum_where
-forward +1 +0C triton_poi_fused__to_copy_as_strided_bitwise_and_bitwise_or_clamp_clone_eq_ge_index_lt_mul_ne_neg_ones_reciprocal_scalar_tensor_where
+forward +1 +0C triton_poi_fused__to_copy_bitwise_and_bitwise_or_clamp_eq_ge_index_lt_mul_ne_neg_ones_reciprocal_scalar_tensor_where
 forward +1 +0C triton_poi_fused__to_copy_stack
 forward +1 +0C triton_poi_fused_div_mul_ones_stack
 forward +2 +0C triton_poi_fused_full
@@ -264,25 +264,29 @@ logits, loss only: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_a
 logits, loss only: forward 1 triton_red_fused_sum_2
 logits, soft: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_neg_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, soft: forward 1 triton_red_fused__to_copy_eq_mul_ne_reciprocal_scalar_tensor_sum_where_1
-logits, soft: backward 1 triton_poi_fused_as_strided_clone_0
-logits, soft: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_isnan_mul_ne_neg_scalar_tensor_sub_sum_unsqueeze_where_1
+logits, soft: backward 1 triton_poi_fused__to_copy_expand_in_turn_mul_ne_scalar_tensor_where_0
+logits, soft: backward 1 clone
+logits, soft: backward 1 triton_red_fused__to_copy_exp_expand_isnan_mul_ne_neg_scalar_tensor_sub_sum_unsqueeze_where_1
 logits, forward_kl: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, forward_kl: forward 1 triton_red_fused_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
-logits, forward_kl: backward 1 triton_poi_fused_as_strided_clone_0
-logits, forward_kl: backward 1 triton_poi_fused_as_strided_clone_1
-logits, forward_kl: backward 1 triton_red_fused__to_copy_as_strided_exp_expand_isnan_mul_neg_ones_scalar_tensor_sub_sum_unsqueeze_where_2
+logits, forward_kl: backward 1 triton_poi_fused_expand_in_turn_mul_ones_scalar_tensor_where_0
+logits, forward_kl: backward 2 clone
+logits, forward_kl: backward 1 triton_red_fused__to_copy_exp_expand_isnan_mul_neg_ones_scalar_tensor_sub_sum_unsqueeze_where_1
 logits, reverse_kl: forward 1 triton_red_fused__to_copy_amax_exp_gt_log_mul_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, reverse_kl: forward 1 triton_red_fused_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
-logits, reverse_kl: backward 2 triton_poi_fused_as_strided_clone_0
-logits, reverse_kl: backward 1 triton_poi_fused__to_copy_as_strided_exp_expand_gt_isnan_mul_ones_scalar_tensor_sub_unsqueeze_where_1
+logits, reverse_kl: backward 1 triton_poi_fused_expand_in_turn_mul_ones_scalar_tensor_where_0
+logits, reverse_kl: backward 2 clone
+logits, reverse_kl: backward 1 triton_poi_fused__to_copy_exp_expand_gt_isnan_mul_ones_scalar_tensor_sub_unsqueeze_where_1
 logits, jsd: forward 1 triton_red_fused__to_copy_amax_clamp_exp_expm1_gt_log_log1p_mul_neg_ones_rsub_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, jsd: forward 1 triton_red_fused_add_eq_mul_ne_ones_reciprocal_scalar_tensor_sum_where_1
-logits, jsd: backward 2 triton_poi_fused_as_strided_clone_0
-logits, jsd: backward 1 triton_poi_fused__to_copy_as_strided_clamp_exp_expand_expm1_gt_isnan_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1
+logits, jsd: backward 1 triton_poi_fused_expand_in_turn_mul_ones_scalar_tensor_where_0
+logits, jsd: backward 2 clone
+logits, jsd: backward 1 triton_poi_fused__to_copy_clamp_exp_expand_expm1_gt_isnan_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1
 logits, everything in two: forward 1 triton_red_fused__to_copy_amax_arange_bitwise_and_bitwise_or_clamp_div_eq_exp_expm1_ge_gt_log_log1p_lt_mul_ne_neg_ones_rsub_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, everything in two: forward 1 triton_red_fused_add_eq_log_mul_ones_reciprocal_scalar_tensor_sub_sum_where_1
-logits, everything in two: backward 2 triton_poi_fused_as_strided_clone_0
-logits, everything in two: backward 1 triton_poi_fused__to_copy_add_arange_as_strided_clamp_div_eq_exp_expand_expm1_gt_isnan_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1""",
+logits, everything in two: backward 1 triton_poi_fused_expand_mul_ones_scalar_tensor_where_0
+logits, everything in two: backward 2 clone
+logits, everything in two: backward 1 triton_poi_fused__to_copy_add_arange_clamp_div_eq_exp_expand_expm1_gt_isnan_log1p_mul_neg_ones_rsub_scalar_tensor_sub_unsqueeze_where_1""",
     )
 
 
@@ -330,18 +334,18 @@ logits, none: 1 launches of 1, 1 launches of 1
 logits, everything: 5 launches of 5, 2 launches of 2
 logits, loss only: 3 launches of 3
 teacher, soft: 27 launches of 7, 2 launches of 2
-logits, soft: 2 launches of 2, 2 launches of 2
+logits, soft: 2 launches of 2, 3 launches of 3
 teacher, forward_kl: 27 launches of 7, 2 launches of 2
-logits, forward_kl: 2 launches of 2, 3 launches of 3
+logits, forward_kl: 2 launches of 2, 4 launches of 3
 teacher, reverse_kl: 27 launches of 7, 2 launches of 2
-logits, reverse_kl: 2 launches of 2, 3 launches of 2
+logits, reverse_kl: 2 launches of 2, 4 launches of 3
 teacher, jsd: 28 launches of 8, 2 launches of 2
-logits, jsd: 2 launches of 2, 3 launches of 2
+logits, jsd: 2 launches of 2, 4 launches of 3
 teacher, none: 19 launches of 4, 21 launches of 4
 top, forward_kl: 56 launches of 16, 2 launches of 2
 top, everything: 58 launches of 17, 2 launches of 2
 teacher, everything: 29 launches of 8, 2 launches of 2
-logits, everything in two: 2 launches of 2, 3 launches of 2""",
+logits, everything in two: 2 launches of 2, 4 launches of 3""",
     )
 
 
