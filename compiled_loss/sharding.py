@@ -114,13 +114,13 @@ class Vocabulary(NamedTuple):
     start: int
     stop: int
     group: str | None = None
-    members: tuple[int, ...] = (0,)  # its ranks, by which meshes are told to be the same
+    members: tuple[int, ...] = ()  # its ranks, by which meshes are told to be the same
     spread: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
 
     @property
     def share(self) -> int:
         """V of a rank, if even: the same number on all, so that all plan alike."""
-        return -(-self.size // len(self.members))
+        return -(-self.size // max(1, len(self.members)))
 
     def own(self, vector: Tensor | None) -> Tensor | None:
         """The rank's part of a vector [V] that every rank has."""
@@ -335,8 +335,8 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) ->
         if vocab_shard is None:
             return Vocabulary(value.shape[dim], 0, value.shape[dim])
         checks.instance("vocab_shard", vocab_shard, VocabShard)
-        group = vocab_shard.group_name if len(vocab_shard.members) > 1 else None
-        return Vocabulary(vocab_shard.vocab_size, vocab_shard.start, vocab_shard.stop, group, vocab_shard.members)
+        over = (vocab_shard.group_name, vocab_shard.members) if len(vocab_shard.members) > 1 else ()
+        return Vocabulary(vocab_shard.vocab_size, vocab_shard.start, vocab_shard.stop, *over)
     if vocab_shard is not None:
         shard_checks.no_vocab_shard(name)
     mesh, size = value.device_mesh, value.shape[dim]

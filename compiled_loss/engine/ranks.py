@@ -22,7 +22,10 @@ def reduced(parts: Sequence[Tensor], how: Literal["max", "sum"], group: str | No
     if group is None:
         return list(parts)
     sent = [part.contiguous() for part in parts]
-    received = torch.ops._c10d_functional.all_reduce_coalesced(sent, how, group)
+    if len(sent) == 1:
+        received = [torch.ops._c10d_functional.all_reduce(sent[0], how, group)]
+    else:  # not stacked: no region returns views, and of a part that is kept Inductor lost where in the stack it was
+        received = torch.ops._c10d_functional.all_reduce_coalesced(sent, how, group)
     return [torch.ops._c10d_functional.wait_tensor(part) for part in received]
 
 

@@ -1,0 +1,87 @@
+"""What one rank of many runs: peak, collectives and their bytes as documented, and on every rank in the same order.
+
+Code alone is proved here, with torch's fake group and no GPU; test_sharding.py proves the numbers.
+"""
+
+import pytest
+from inspected_ranks import Part, distilled, linear, logits
+
+from compiled_loss import Chunking
+from compiled_loss.inspection import inspect
+from compiled_loss.testing import assert_assembles, assert_peak_below, assert_single_graph
+
+pytestmark = pytest.mark.xdist_group("GPU ranks")
+N, H, V = 8192, 4096, 262144  # bf16
+CHUNKS = 4
+FP32, BF16 = 4, 2
+
+
+def collectives(found):
+    """Their bytes, in order, of each pass."""
+    return [
+        [x.written_bytes for x in one.launches if x.kind == "collective" and "wait" not in x.kernel]
+        for one in found.passes
+    ]
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_token_walk(world):
+    """Two collectives a chunk of rows forward, and one of dH back."""
+    own = V // world
+    chunking = Chunking(strategy="tokens", chunk_size=N // CHUNKS)
+    inputs = f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"int64[{N}]:0..{V - 1}"
+    found = inspect(linear(Part(V, world, world - 1), chunking), *inputs)
+    assert_single_graph(found)
+    assert_assembles(found, ["cuda:sm_90"])
+    rows = N // CHUNKS
+    assert collectives(found) == [[FP32 * rows, 2 * FP32 * rows] * CHUNKS, [BF16 * N * H]]
+    outputs, chunk, turn = BF16 * (N * H + own * H), BF16 * rows * own, BF16 * rows * H
+    assert_peak_below(found, int(1.05 * (outputs + max(chunk + turn, BF16 * N * H))))
+    assert found.saved_bytes <= outputs + 64 * N
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_vocabulary_walk(world):
+    """Two collectives forward and one back, however many chunks there are."""
+    own = V // world
+    chunking = Chunking(strategy="vocab", chunk_size=own // CHUNKS)
+    inputs = f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"int64[{N}]:0..{V - 1}"
+    found = inspect(linear(Part(V, world, 0), chunking), *inputs)
+    assert_single_graph(found)
+    assert_assembles(found, ["cuda:sm_90"])
+    assert collectives(found) == [[FP32 * N, 2 * FP32 * N], [BF16 * N * H]]
+    outputs, chunk = BF16 * (N * H + own * H), BF16 * N * own // CHUNKS
+    assert_peak_below(found, int(1.05 * (outputs + max(chunk, BF16 * N * H))))
+    assert found.saved_bytes <= 64 * N
+
+
+def test_logits():
+    """Two collectives forward, none back, and nothing of [N, V] but the logits and their gradient."""
+    world, own = 8, V // 8
+    found = inspect(logits(Part(V, world, 0)), f"bf16[{N},{own}]:grad", f"int64[{N}]:0..{V - 1}")
+    assert_single_graph(found)
+    assert_assembles(found, ["cuda:sm_90"])
+    assert collectives(found) == [[FP32 * N, 2 * FP32 * N], []]
+    assert found.forward.peak_bytes <= 64 * N
+    assert_peak_below(found, int(1.05 * BF16 * N * own))
+
+
+@pytest.mark.parametrize("name", ["tokens", "vocab", "distillation"])
+def test_ranks_with_other_shapes_reduce_in_the_same_order(name):
+    """Of 7 classes over 4 ranks one has 2, one 1 or none: an order of its own, and ranks would wait for ever."""
+    tokens, width, orders = 12, 6, []
+    for vocab, rank in ((7, 0), (7, 3), (5, 0), (5, 3)):
+        start = min(vocab, -(-vocab // 4) * rank)
+        own = min(vocab, start + -(-vocab // 4)) - start
+        chunking = Chunking(strategy="vocab", chunk_size=1) if name == "vocab" else Chunking(chunk_size=5)
+        head = (f"f32[{tokens},{width}]:grad", f"f32[{own},{width}]:grad")
+        labels = f"int64[{tokens}]:0..{vocab - 1}"
+        part = Part(vocab, 4, rank)
+        if name == "distillation":
+            teacher = (f"f32[{tokens},{width}]", f"f32[{own},{width}]")
+            found = inspect(distilled(part, chunking), *head, *teacher, labels, assemble=False)
+        else:
+            found = inspect(linear(part, chunking), *head, labels, assemble=False)
+        orders.append(collectives(found))
+    assert orders[0] == orders[1] == orders[2] == orders[3]
+    assert all(orders[0])
