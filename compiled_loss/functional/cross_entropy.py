@@ -160,8 +160,9 @@ def linear_cross_entropy(
         mask, token_weights, class_weights, ignore_index, label_smoothing, z_loss, softcap, temperature, shift,
             reduction, num_label_tokens: see :func:`cross_entropy`.
         vocab_shard: which classes plain `weight` and `bias` have, where each rank has some: :class:`VocabShard`.
-            DTensors say so themselves. Hidden states and all else are alike on the group's ranks, and their gradients
-            complete on each; a DTensor of hidden states may be sharded over tokens.
+            DTensors say so themselves; one that fully_shard made has to be gathered first, by unshard() of its module,
+            for its ranks have other tokens. Hidden states and all else are alike on the group's ranks, and their
+            gradients complete on each; a DTensor of hidden states may be sharded over tokens.
         chunking: how to walk the [N, V] problem; see :class:`Chunking`. Never changes what is computed.
 
     Returns:
