@@ -185,13 +185,12 @@ class _Divergence(torch.autograd.Function):
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
             def chunk(rows: Rows, formed: list[Tensor]) -> Output:
-                alone = sizes.count(rows.size) == 1
+                alone = ctx.plan.alone(rows.number, hidden.shape[0])
                 sources = (rows.of(hidden), rows.of(target))
                 states, targets = (hosts.again(run, v, alone, [soft, *formed]) for v in sources)
                 operands = (*rows.of_each([labels]), *pair, targets, *rows.of_each([indices, *known, soft, hard]))
                 return run(BODIES[ctx.kind].gradient, states, weight, *operands)
 
-            sizes = [rows.size for rows in chunks(hidden.shape[0], ctx.plan)]
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
             gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)
             if scale is not None:

@@ -90,6 +90,11 @@ class Plan:
     accumulate_dtype: torch.dtype
     compile: bool | str
 
+    def alone(self, index: int, extent: int) -> bool:
+        """Whether no other chunk of so many tokens or columns has the size of this one."""
+        ragged = extent != self.count * self.chunk
+        return self.count == 1 or (ragged and (index + 1 == self.count or self.count == 2))
+
 
 def plan(
     tokens: int,

@@ -80,6 +80,7 @@ def weighted_sum(
 class Rows(NamedTuple):
     """A chunk of tokens."""
 
+    number: int  # of all chunks, from 0
     start: int
     size: int
 
@@ -95,9 +96,9 @@ class Rows(NamedTuple):
 def chunks(tokens: int, plan: Plan) -> Iterator[Rows]:
     """`plan.count` chunks, equal but for the last. The count is what a compiled graph is specialised to, not N."""
     for i in range(plan.count - 1):
-        yield Rows(i * plan.chunk, plan.chunk)
+        yield Rows(i, i * plan.chunk, plan.chunk)
     done = (plan.count - 1) * plan.chunk
-    yield Rows(done, tokens - done)
+    yield Rows(plan.count - 1, done, tokens - done)
 
 
 def form_gradients(

@@ -101,13 +101,12 @@ class _VocabChunks(torch.autograd.Function):
             d_weight = torch.empty_like(weight) if wants_weight else None
             d_biases: list[Tensor] = []
             starts = _starts(hidden, ctx.plan)
-            walk = list(_chunks(head, weight.shape[0], ctx.plan, starts))
-            sizes = [size for _, size, _ in walk]
             formed: list[Tensor] = []
-            for start, size, columns in walk:
+            for i, (start, size, columns) in enumerate(_chunks(head, weight.shape[0], ctx.plan, starts)):
                 chunk = weight.narrow(0, start, size)
                 operands = (labels, *columns, state.maximum, *upstream)
-                source = hosts.again(run, hidden, sizes.count(size) == 1, [upstream.nll, *formed])
+                alone = ctx.plan.alone(i, weight.shape[0])
+                source = hosts.again(run, hidden, alone, [upstream.nll, *formed])
                 (d,) = run(bodies.gradient, source, chunk, *operands)
                 if d_hidden is not None:
                     (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
