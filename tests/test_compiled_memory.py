@@ -11,7 +11,7 @@ from compiled_loss import Chunking, distillation, linear_cross_entropy, linear_d
 from compiled_loss.engine import hosts
 from compiled_loss.testing import head_inputs
 
-N, H, V = 24, 6, 50
+N, H, V = 24, 11, 50
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 ROWS = Chunking(strategy="tokens", chunk_size=5)
 COLUMNS = Chunking(strategy="vocab", chunk_size=20)
