@@ -53,13 +53,13 @@ from compiled_loss.pipeline import (  # noqa: E402
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
-from compiled_loss.sharding import VocabShard  # noqa: E402
 from compiled_loss.shells import (  # noqa: E402
     FusedLinearCrossEntropy,
     KDLoss,
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
 )
+from compiled_loss.vocabulary import VocabShard  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -79,6 +79,20 @@ def alike(name: str, like: str, got: tuple[int, int], expected: tuple[int, int])
         )
 
 
+def same(least: Sequence[int], most: Sequence[int]) -> None:
+    """Raise unless what ranks have between them of (N, V, a hash of their tokens) is one."""
+    for name, low, high in zip(("tokens", "classes"), least, most, strict=False):
+        if low != high:
+            raise ValueError(
+                f"{name}: expected as many on every rank that shares the vocabulary, got from {low} to {high}"
+            )
+    if least != most:
+        raise ValueError(
+            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others: a "
+            "weight that fully_shard holds is no sharded vocabulary; gather it first, by unshard() of its module"
+        )
+
+
 def top(group: str | None) -> None:
     """Raise where a cached teacher meets more than one rank."""
     if group is not None:

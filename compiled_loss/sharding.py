@@ -17,8 +17,7 @@ it for: the rank's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,113 +26,10 @@ from torch import distributed as dist
 from compiled_loss import checks, shard_checks
 from compiled_loss.engine.ranks import reduced
 from compiled_loss.reduction import traced
+from compiled_loss.vocabulary import VocabShard, Vocabulary, even, is_sharded
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-
-@dataclass(frozen=True, slots=True)
-class VocabShard:
-    """The classes `start` to `stop`, of `vocab_size`, that this rank of `group` has, where tensors are plain.
-
-    The ranks have each class once, in the order of the group; shards may differ in size, and be empty. Making one is a
-    collective, for the ranks compare what they have: make it once, outside of compiled code.
-
-    `start`: first class of this rank.
-    `stop`: the class after its last.
-    `vocab_size`: V, of all ranks.
-    `group`: the process group over which the vocabulary is sharded, such as mesh.get_group("tp").
-    `group_name`, `members`: the group's name and ranks, asked of it. Who gives them vouches for the ranks.
-
-    Example:
-        >>> import torch
-        >>> from compiled_loss import VocabShard
-        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        >>> shard = VocabShard.even(10, torch.distributed.group.WORLD)
-        >>> shard.start, shard.stop
-        (0, 10)
-        >>> torch.distributed.destroy_process_group()
-
-    """
-
-    start: int
-    stop: int
-    vocab_size: int
-    group: Any = field(repr=False)
-    group_name: str = field(default="", repr=False)
-    members: tuple[int, ...] = field(default=(), repr=False)
-
-    def __post_init__(self) -> None:
-        if self.group_name:
-            return
-        shard_checks.shard(self.start, self.stop, self.vocab_size, self.group)
-        object.__setattr__(self, "group_name", self.group.group_name)
-        object.__setattr__(self, "members", tuple(dist.get_process_group_ranks(self.group)))
-        if dist.get_backend(self.group) != "fake":  # whose ranks say nothing
-            known: list[Any] = [None] * len(self.members)
-            dist.all_gather_object(known, (self.start, self.stop, self.vocab_size), group=self.group)
-            shard_checks.shards(known)
-
-    @staticmethod
-    def even(vocab_size: int, group: Any) -> VocabShard:
-        """The shard that a DTensor would have: as many classes as the others, the last ranks fewer or none."""
-        shard_checks.shard(0, 0, vocab_size, group)
-        start, stop = _even(vocab_size, group.rank(), group.size())
-        return VocabShard(start, stop, vocab_size, group)
-
-
-class Ranks:
-    """A group whose ranks have equal parts of a vocabulary; asked once, for compiled code does not ask it."""
-
-    def __init__(self, group: Any) -> None:
-        shard_checks.group_of("tp_group", group)
-        self.group = group
-        self.rank, self.name = 0, ""
-        self.members: tuple[int, ...] = (0,)
-        if group is not None and group.size() > 1:
-            self.rank, self.name = group.rank(), group.group_name
-            self.members = tuple(dist.get_process_group_ranks(group))
-        self.compared: set[int] = set()
-
-    def shard(self, logits: Tensor) -> VocabShard | None:
-        """The rank's part, of plain logits over more than one rank."""
-        if len(self.members) == 1 or is_sharded(logits):
-            return None
-        size = logits.shape[-1]
-        part = (self.rank * size, (self.rank + 1) * size, len(self.members) * size, self.group)
-        if torch.compiler.is_compiling() or size in self.compared:
-            return VocabShard(*part, self.name, self.members)
-        self.compared.add(size)
-        return VocabShard(*part)
-
-
-class Vocabulary(NamedTuple):
-    """Of which a rank has the classes from start to stop: all, where nothing is sharded."""
-
-    size: int
-    start: int
-    stop: int
-    group: str | None = None
-    members: tuple[int, ...] = ()  # its ranks, by which meshes are told to be the same
-    spread: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
-
-    @property
-    def share(self) -> int:
-        """V of a rank, if even: the same number on all, so that all plan alike."""
-        return -(-self.size // max(1, len(self.members)))
-
-    def own(self, vector: Tensor | None) -> Tensor | None:
-        """The rank's part of a vector [V] that every rank has."""
-        return vector if vector is None or self.group is None else vector[self.start : self.stop]
-
-    def labels(self, labels: Tensor) -> Tensor:
-        """Counted from the rank's first class."""
-        return labels if self.start == 0 else labels - self.start
-
-
-def is_sharded(value: object) -> TypeGuard[DTensor]:
-    """Whether a tensor says itself how it lies on a mesh."""
-    return dist.is_available() and isinstance(value, DTensor)
 
 
 def vocabulary(weight: Tensor, vocab_shard: VocabShard | None) -> Vocabulary:
@@ -304,12 +200,6 @@ class _Replicated(torch.autograd.Function):
         return reduced([g], "sum", ctx.group)[0], None
 
 
-def _even(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The first and the last class of a rank and one, as a DTensor is split."""
-    share = -(-size // ranks)
-    return min(rank * share, size), min((rank + 1) * share, size)
-
-
 def _groups(value: DTensor) -> list[tuple[int, ...]]:
     """The ranks of the groups along a mesh; names would tell equal meshes apart."""
     mesh = value.device_mesh
@@ -357,7 +247,7 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) ->
     if not sharded:
         return Vocabulary(size, 0, size)
     (i,) = sharded
-    start, stop = _even(size, mesh.get_local_rank(i), mesh.size(i))
+    start, stop = even(size, mesh.get_local_rank(i), mesh.size(i))
     return Vocabulary(size, start, stop, mesh.get_group(i).group_name, _groups(value)[i])
 
 

@@ -15,6 +15,7 @@ from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
 from compiled_loss.functional.masked_cross_entropy import masked_cross_entropy
+from compiled_loss.vocabulary import Ranks
 
 
 class MaskedCrossEntropy(nn.Module):
@@ -144,7 +145,7 @@ class TEParallelCrossEntropy(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.tp_group = tp_group
-        self._ranks = sharding.Ranks(tp_group)
+        self._ranks = Ranks(tp_group)
 
     def forward(
         self,
@@ -197,7 +198,7 @@ class KDLoss(nn.Module):
         self.fp32_upcast = fp32_upcast
         self.tp_group = tp_group
         self.chunk_size = chunk_size
-        self._ranks = sharding.Ranks(tp_group)
+        self._ranks = Ranks(tp_group)
 
     def forward(
         self,

@@ -84,6 +84,7 @@ def running(pid):
         return False
 
 
+@pytest.mark.xdist_group("demo")
 def test_end_to_end(start, tmp_path):
     process = start(*TINY, "--steps", "3", "--output", "curves.png")
     output, errors = process.communicate(timeout=300)
@@ -98,6 +99,7 @@ def test_end_to_end(start, tmp_path):
     assert width > height > 500
 
 
+@pytest.mark.xdist_group("demo")  # after the other, whose compiled code torch finds in its cache
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
 @pytest.mark.parametrize(
     "send",

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.xdist_group("GPU ranks")
 N, H, V = 8192, 4096, 262144  # bf16
 CHUNKS = 4
 FP32, BF16 = 4, 2
+AGREED = 6 * 8  # by which ranks compare what they have
 
 
 def collectives(found):
@@ -26,7 +27,7 @@ def collectives(found):
 
 @pytest.mark.parametrize("world", [8, 64])
 def test_token_walk(world):
-    """Two collectives a chunk of rows forward, and one of dH back."""
+    """Two collectives a chunk of rows and one of 48 bytes forward, and one of dH back."""
     own = V // world
     chunking = Chunking(strategy="tokens", chunk_size=N // CHUNKS)
     inputs = f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"int64[{N}]:0..{V - 1}"
@@ -34,7 +35,7 @@ def test_token_walk(world):
     assert_single_graph(found)
     assert_assembles(found, ["cuda:sm_90"])
     rows = N // CHUNKS
-    assert collectives(found) == [[FP32 * rows, 2 * FP32 * rows] * CHUNKS, [BF16 * N * H]]
+    assert collectives(found) == [[*[FP32 * rows, 2 * FP32 * rows] * CHUNKS, AGREED], [BF16 * N * H]]
     outputs, chunk, turn = BF16 * (N * H + own * H), BF16 * rows * own, BF16 * rows * H
     assert_peak_below(found, int(1.05 * (outputs + max(chunk + turn, BF16 * N * H))))
     assert found.saved_bytes <= outputs + 64 * N
@@ -42,26 +43,26 @@ def test_token_walk(world):
 
 @pytest.mark.parametrize("world", [8, 64])
 def test_vocabulary_walk(world):
-    """Two collectives forward and one back, however many chunks there are."""
+    """Three collectives forward, one of 48 bytes, and one back, however many chunks there are."""
     own = V // world
     chunking = Chunking(strategy="vocab", chunk_size=own // CHUNKS)
     inputs = f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"int64[{N}]:0..{V - 1}"
     found = inspect(linear(Part(V, world, 0), chunking), *inputs)
     assert_single_graph(found)
     assert_assembles(found, ["cuda:sm_90"])
-    assert collectives(found) == [[FP32 * N, 2 * FP32 * N], [BF16 * N * H]]
+    assert collectives(found) == [[FP32 * N, 2 * FP32 * N, AGREED], [BF16 * N * H]]
     outputs, chunk = BF16 * (N * H + own * H), BF16 * N * own // CHUNKS
     assert_peak_below(found, int(1.05 * (outputs + max(chunk, BF16 * N * H))))
     assert found.saved_bytes <= 64 * N
 
 
 def test_logits():
-    """Two collectives forward, none back, and nothing of [N, V] but the logits and their gradient."""
+    """Three collectives forward, one of 48 bytes, none back, and nothing of [N, V] but the logits and their gradient."""
     world, own = 8, V // 8
     found = inspect(logits(Part(V, world, 0)), f"bf16[{N},{own}]:grad", f"int64[{N}]:0..{V - 1}")
     assert_single_graph(found)
     assert_assembles(found, ["cuda:sm_90"])
-    assert collectives(found) == [[FP32 * N, 2 * FP32 * N], []]
+    assert collectives(found) == [[FP32 * N, 2 * FP32 * N, AGREED], []]
     assert found.forward.peak_bytes <= 64 * N
     assert_peak_below(found, int(1.05 * BF16 * N * own))
 

@@ -1,14 +1,17 @@
 """What sharded losses refuse, on every rank and in the same words; and what is not refused: NaN, empty batches."""
 
+from functools import partial
+
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import compiled_loss as cl
-from compiled_loss import Chunking, VocabShard
+from compiled_loss import Chunking, VocabShard, vocabulary
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo for processes on CPUs"),
@@ -118,6 +121,29 @@ def refused(mesh):
             lambda: linear(labels=labels + V),
             "labels: expected 0 <= label < V = 10, or ignore_index = -100, got 10",
         ),
+        "other labels": (
+            lambda: linear(labels=labels + rank),
+            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others",
+        ),
+        "a mask of other positions": (
+            lambda: cl.masked_soft_cross_entropy(logits, logits, (torch.arange(N) != rank).float()),
+            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others",
+        ),
+        "what fully_shard holds": (
+            lambda: linear(
+                weight=fully_shard(torch.nn.Linear(H, V, bias=False), mesh=mesh).weight, labels=labels + rank
+            ),
+            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others: a "
+            "weight that fully_shard holds is no sharded vocabulary; gather it first, by unshard() of its module",
+        ),
+        "more tokens": (
+            lambda: linear(torch.ones(N + rank, H), labels=torch.zeros(N + rank, dtype=torch.int64)),
+            "tokens: expected as many on every rank that shares the vocabulary, got from 6 to 7",
+        ),
+        "another V of a DTensor": (
+            lambda: linear(weight=DTensor.from_local(own[rank:], mesh, [Shard(0)], shape=(V - rank, H), stride=(H, 1))),
+            "classes: expected as many on every rank that shares the vocabulary, got from 9 to 10",
+        ),
         "torch.func": (
             lambda: torch.func.grad(linear)(hidden),
             "torch.func: expected a vocabulary on one rank, got one over several",
@@ -170,6 +196,42 @@ def test_a_label_out_of_range_is_nan_on_every_rank(tmp_path):
         for loss, rows, weight in found:
             assert loss.isnan() and weight
             assert rows.tolist() == [False, False, True, False, False, False]
+
+
+def disagreeing():
+    """Losses and gradients where ranks have other labels, or another mask, and code cannot look: two under compile."""
+    vocabulary.readable = lambda tokens: False  # in this process, as on a GPU
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    rank, count = dist.get_rank(), {"reduction": "sum", "num_label_tokens": N}
+    torch.manual_seed(0)
+    labels, mask = torch.arange(N) + rank, (torch.arange(N) != rank).float()
+    teacher, states = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)]), torch.randn(N, H)
+    scores = distribute_tensor(torch.randn(N, V), mesh, [Shard(1)])
+    walked = [partial(cl.linear_cross_entropy, labels=labels, chunking=walk, **count) for walk in WALKS]
+    walked.append(partial(cl.linear_cross_entropy, labels=labels, reduction="none"))
+    walked.append(lambda h, w: sum(v.sum() for v in cl.linear_token_statistics(h, w, labels)[:3]))
+    walked.append(lambda h, w: cl.linear_distillation(h, w, states, teacher, labels))
+    walked.append(lambda h, w: cl.linear_soft_cross_entropy(h, w, mask, target_probs=scores))
+    given = [partial(cl.cross_entropy, labels=labels), lambda x: cl.distillation(x, scores, labels)]
+    given.append(lambda x: cl.masked_soft_cross_entropy(x, scores, mask))
+    found = []
+    for call in (*walked, *given):
+        vocab = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)])
+        inputs = [torch.randn(N, H), vocab] if call in walked else [scores.detach().clone()]
+        inputs = [value.requires_grad_() for value in inputs]
+        ranks.at(f"loss {len(found)}")
+        run = torch.compile(call, backend="aot_eager", fullgraph=True) if call in (walked[0], given[-1]) else call
+        loss = run(*inputs)
+        loss.sum().backward()
+        grads = [v.grad.to_local() if isinstance(v.grad, DTensor) else v.grad for v in inputs]
+        found.append([bool(v.isnan().any()) for v in (loss, *grads)])  # what a mask leaves out stays 0
+    return found
+
+
+def test_ranks_that_do_not_agree_are_nan_where_nobody_can_look(tmp_path):
+    for found in ranks.run(disagreeing, 2, tmp_path, limit=120):
+        assert len(found) == 9
+        assert all(all(nan) for nan in found), [nan for nan in found if not all(nan)]
 
 
 def empty_batches():

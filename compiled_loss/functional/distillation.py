@@ -32,7 +32,7 @@ from compiled_loss.engine.divergences import Target
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 def _weighted(
@@ -141,6 +141,7 @@ def distillation(
     checks.logits(student_logits, vocabulary.size, "student_logits")
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_logits", student_logits)
+    vocabulary.compare(labels)
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     if teacher_topk is None:
@@ -165,7 +166,8 @@ def distillation(
     )
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
     rows = pair.on_logits(student_logits, target, weighted.labels, divergence, scalars, vocabulary)
-    return reductions.reduced(weighted.of(*rows), reduction)
+    loss = reductions.reduced(weighted.of(*rows), reduction)
+    return vocabulary.agreed(loss, labels, loss)
 
 
 def linear_distillation(
@@ -234,6 +236,7 @@ def linear_distillation(
     checks.head(student_hidden, weight, None, vocabulary.size, names)
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_hidden", student_hidden)
+    vocabulary.compare(labels)
     shard_checks.spread(reduction, vocabulary.spread)
     hidden, weight = cast(student_hidden, weight)
     vocab, target_weight = vocabulary.size, None
@@ -266,4 +269,5 @@ def linear_distillation(
     scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
     scalars = scalars._replace(target_weight=target_weight)
     scalar = reduction != "none"
-    return pair.on_head(hidden, weight, target, divergence, scalars, weighted, vocabulary, chunking, scalar=scalar)
+    loss = pair.on_head(hidden, weight, target, divergence, scalars, weighted, vocabulary, chunking, scalar=scalar)
+    return vocabulary.agreed(loss, labels, loss)

@@ -18,7 +18,7 @@ from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.plan import Chunking, Plan, Strategy, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
-from compiled_loss.sharding import VocabShard, Vocabulary
+from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
 class LinearHead(NamedTuple):
@@ -82,10 +82,12 @@ class LinearHead(NamedTuple):
                         wanted,
                         entropy=entropy,
                     )
+                loss = vocabulary.agreed(loss, tokens.labels, loss)
                 return loss, rows.map(lambda v: v.reshape(tokens.labels.shape))
         total = coefficients.total is not None
         rows = self.statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
-        return reduction.reduced(combine(rows, coefficients), reduction_), rows
+        loss = reduction.reduced(combine(rows, coefficients), reduction_)
+        return self.vocabulary.agreed(loss, self.tokens.labels, loss), rows
 
     def _wanted(self) -> Wanted:
         """Whose gradients autograd may ask for."""
@@ -133,6 +135,7 @@ def linear_head(
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
     class_weights = sharding.vector(class_weights)
     checks.tokens(labels, mask, token_weights, "hidden", hidden)
+    vocabulary.compare(labels)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
     checks.transform(softcap, temperature)
     hidden, weight = cast(hidden, weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.functional.cross_entropy import cross_entropy
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 def masked_cross_entropy(

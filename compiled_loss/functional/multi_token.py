@@ -15,7 +15,7 @@ from compiled_loss import checks, shard_checks, sharding
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.functional.cross_entropy import linear_cross_entropy_with_statistics
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 class MultiTokenLosses(NamedTuple):

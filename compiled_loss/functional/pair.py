@@ -18,7 +18,7 @@ from compiled_loss.engine.divergences import Kind, Pair, Target
 from compiled_loss.engine.plan import Chunking, plan
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
-from compiled_loss.sharding import Vocabulary
+from compiled_loss.vocabulary import Vocabulary
 
 
 def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -> Pair:

@@ -16,7 +16,7 @@ from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 def masked_soft_cross_entropy(
@@ -65,12 +65,14 @@ def masked_soft_cross_entropy(
     checks.same_logits("target_probs", target_probs, "logits", logits)
     position_mask = sharding.rows("position_mask", position_mask, vocabulary)
     checks.position_mask(position_mask, "logits", logits)
+    vocabulary.compare(position_mask)
     shard_checks.spread("mean", vocabulary.spread)
     weight, active = _positions(position_mask, logits)
     scalars = pair.scalars(logits, 1.0)
     soft, _ = pair.on_logits(logits, Target(target_probs), None, "probabilities", scalars, vocabulary)
     losses = reductions.divided(weight, weight, "mean", None) * soft
-    return torch.where(active, losses, 0.0).sum()
+    loss = torch.where(active, losses, 0.0).sum()
+    return vocabulary.agreed(loss, position_mask, loss)
 
 
 def linear_soft_cross_entropy(
@@ -144,6 +146,7 @@ def linear_soft_cross_entropy(
     checks.transform(None, temperature)
     position_mask = sharding.rows("position_mask", position_mask, vocabulary)
     checks.position_mask(position_mask, "hidden", hidden)
+    vocabulary.compare(position_mask)
     target_probs, teacher_hidden, teacher_weight = sharding.targets(
         target_probs, teacher_hidden, teacher_weight, vocabulary, picked=draft_to_target is not None
     )
@@ -167,7 +170,8 @@ def linear_soft_cross_entropy(
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)
     weighted = Weighted(soft, None, None, active)
-    return pair.on_head(hidden, weight, Target(target), kind, scalars, weighted, vocabulary, chunking)
+    loss = pair.on_head(hidden, weight, Target(target), kind, scalars, weighted, vocabulary, chunking)
+    return vocabulary.agreed(loss, position_mask, loss)
 
 
 def _positions(mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:

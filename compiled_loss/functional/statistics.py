@@ -13,7 +13,7 @@ from compiled_loss import reduction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import RowStatistics
 from compiled_loss.functional.head import linear_head
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 class TokenStatistics(NamedTuple):
@@ -107,4 +107,6 @@ def linear_token_statistics(
         vocab_shard=vocab_shard,
     )
     rows = linear.statistics(chunking, total=False, entropy=True, what="differentiable statistics")
-    return token_statistics(rows, linear.tokens)
+    tokens = linear.tokens
+    poison = linear.vocabulary.agreed(tokens.poison, tokens.labels, rows.nll)
+    return token_statistics(rows, tokens._replace(poison=poison))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import cross_entropy, linear_cross_entropy
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 class CrossEntropy(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compiled_loss import checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.soft_cross_entropy import linear_soft_cross_entropy
-from compiled_loss.sharding import VocabShard
+from compiled_loss.vocabulary import VocabShard
 
 
 class LinearSoftCrossEntropy(nn.Module):
