@@ -7,6 +7,7 @@ import struct
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -204,13 +205,30 @@ def test_communication(width):
     assert row(text, "spread") == ["2.826", "ms"]  # 9 times the bytes' time, and 5 x (6.8 + 6 x 5.0)
     assert row(text, "all-reduce") == ["8", "2.00", "MiB", "4", "-", "14.00", "MiB", "0.093", "ms", "0.441", "ms"]
     assert re.search(r"^all-reduce +8 64.00 MiB +- +1 112.00 MiB 0.276 ms 2.386 ms *$", text, re.MULTILINE)
-    assert "packed: nodes of 8, NVLink at 450 GB/s; spread: one rank a node, InfiniBand at 50 GB/s" in (
-        " ".join(text.split())
-    )
+    assert "Collectives; NVLink at 450 GB/s, InfiniBand at 50 GB/s" in text
     unknown = shown(sharded(device="hip:gfx942"), width=width)
     assert row(unknown, "packed") == row(unknown, "spread") == ["-"]
     assert row(unknown, "all-reduce") == ["8", "2.00", "MiB", "4", "-", "14.00", "MiB", "-", "-"]
     assert "NVLink" not in unknown
+
+
+@needs_rich
+def test_communication_in_the_docs():
+    """The page's rows are what the report makes of their kind, ranks, bytes and counts."""
+    page = (Path(__file__).parents[1] / "docs" / "inspection.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^all-reduce +(\d+) +([\d.]+) ([KM])iB +(\d+|-) +(\d+|-) .*$", page, re.MULTILINE)
+    assert len(documented) >= 3
+    launch = Launch(kernel="k", kind="collective", read_bytes=0, written_bytes=0, live_bytes=0)
+    passes = ([], [])
+    for ranks, number, unit, *counts in documented:
+        whole = int(float(number) * {"K": 1024, "M": MIB}[unit])
+        one = replace(launch, collective=Collective(kind="all-reduce", size=whole, ranks=int(ranks)))
+        for launches, count in zip(passes, counts, strict=True):
+            launches += [one] * int(count.replace("-", "0"))
+    forward, backward = (Pass(launches=tuple(launches), peak_bytes=0) for launches in passes)
+    text = shown(made(forward=forward, backward=backward), width=100)
+    for line in re.search(r"^collectives.*?(?=```)", page, re.MULTILINE | re.DOTALL)[0].splitlines():
+        assert re.search(rf"^{re.escape(line)} *$", text, re.MULTILINE) or not line, line
 
 
 @needs_rich

@@ -209,11 +209,11 @@ class Inspection:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a rank sends in the collectives of both passes, where it is known: NOTE [Network model]."""
+        """Bytes that a rank sends at least in the collectives of both passes, as `network.py` counts them."""
         return sum(one.sent_bytes or 0 for p in self.passes for one in p.collectives)
 
     def communication_seconds(self, *, spread: bool = False) -> float | None:
-        """The sum of what each collective takes at least, one after the other; NOTE [Network model] has the formula.
+        """The sum of what each collective takes at least, one after the other, in the model of `network.py`.
 
         On as few nodes as hold a group's ranks, or with `spread` on as many as there are ranks. None where the device's
         network or a kind of collective is not in the model.

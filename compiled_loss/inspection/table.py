@@ -197,8 +197,7 @@ def _collectives(inspection: Inspection) -> Table:
     network, title = NETWORKS.get(inspection.device), "Collectives"
     if network is not None:
         within, across = (link.bytes_per_second / 1e9 for link in (network.within, network.across))
-        title += f"; packed: nodes of {network.node}, NVLink at {within:.0f} GB/s"
-        title += f"; spread: one rank a node, InfiniBand at {across:.0f} GB/s"
+        title += f"; NVLink at {within:.0f} GB/s, InfiniBand at {across:.0f} GB/s"
     counts: defaultdict[Collective, list[int]] = defaultdict(lambda: [0, 0])
     for i, one in enumerate(inspection.passes):
         for collective in one.collectives:
