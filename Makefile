@@ -9,7 +9,7 @@ TRITON := $(if $(filter 2.13.0,$(TORCH)),triton==3.7.0,triton)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all lint format docs bench clean
+.PHONY: demo test test-all lint format docs bench scaling clean
 
 demo: $(VENV)/.ready
 	$(BIN)/compiled-loss demo $(ARGS)
@@ -43,6 +43,10 @@ docs: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benches.linear_cross_entropy $(ARGS)
+	$(BIN)/python tools/figures.py
+
+scaling: $(VENV)/.ready
+	$(BIN)/python -m benches.scaling
 	$(BIN)/python tools/figures.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt

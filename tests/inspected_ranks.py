@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 import torch.distributed as dist
 
 import compiled_loss
@@ -42,6 +43,18 @@ def _distilled(hidden, weight, teacher_hidden, teacher_weight, labels, *, part, 
 
 def _logits(logits, labels, *, part):
     return compiled_loss.cross_entropy(logits, labels, vocab_shard=part, reduction="sum", num_label_tokens=1000)
+
+
+def _exchanged(rows, *, part):
+    """Each kind of collective, of the whole of which a rank has `rows`."""
+    ops, ranks, name = torch.ops._c10d_functional, len(part.members), part.group_name
+    whole = ops.wait_tensor(ops.all_gather_into_tensor(rows * 2, ranks, name))
+    own = ops.wait_tensor(ops.reduce_scatter_tensor(whole, "sum", ranks, name))
+    return ops.wait_tensor(ops.broadcast(own * 3, 0, name))
+
+
+def exchanged(part):
+    return partial(_exchanged, part=part)
 
 
 def linear(part, chunking):

@@ -7,10 +7,12 @@ import struct
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from compiled_loss.inspection.network import Collective
 from compiled_loss.inspection.record import (
     Break,
     Configuration,
@@ -99,7 +101,23 @@ def noisy():
     )
 
 
-EVERY = {"made": made(), "bare": bare(), "noisy": noisy(), "forward only": made(backward=None)}
+def sharded(ranks=8, **changes):
+    """Of a rank of many: an all-reduce of 2 MiB after each chunk, one of 64 MiB back."""
+    plain = made(**changes)
+    small, large = (Collective(kind="all-reduce", size=mib * MIB, ranks=ranks) for mib in (2, 64))
+    send = Launch(
+        kernel="all_reduce_", kind="collective", read_bytes=1, written_bytes=1, live_bytes=0, collective=small
+    )
+    back = (*plain.backward.launches, replace(send, collective=large))
+    forward = (*plain.forward.launches[:2], send) * 4
+    return replace(
+        plain,
+        forward=replace(plain.forward, launches=forward),
+        backward=replace(plain.backward, launches=back),
+    )
+
+
+EVERY = {"made": made(), "bare": bare(), "noisy": noisy(), "forward only": made(backward=None), "sharded": sharded()}
 
 
 # Data ---------------------------------------------------------------------------------------------------------------
@@ -174,6 +192,51 @@ def test_key_figures(width):
     assert "and 8 more, see --json" in text
     assert "measured" not in text
     assert "!" not in text
+
+
+@needs_rich
+@pytest.mark.parametrize("width", [80, 120])
+def test_communication(width):
+    """At 450 GB/s: 14/8 of 2 MiB take 8.156 us, of 64 MiB 260.979 us; a call and its 14 steps 15.2 us."""
+    text = shown(sharded(), width=width)
+    assert row(text, "collectives") == ["4", "+", "1"]
+    assert row(text, "sent") == ["126.00", "MiB"]  # 14/8 of 72
+    assert row(text, "packed") == ["0.370", "ms"]  # 4 x 23.356 + 276.179
+    assert row(text, "spread") == ["2.826", "ms"]  # 9 times the bytes' time, and 5 x (6.8 + 6 x 5.0)
+    assert row(text, "all-reduce") == ["8", "2.00", "MiB", "4", "-", "14.00", "MiB", "0.093", "ms", "0.441", "ms"]
+    assert re.search(r"^all-reduce +8 64.00 MiB +- +1 112.00 MiB 0.276 ms 2.386 ms *$", text, re.MULTILINE)
+    assert "Collectives; NVLink at 450 GB/s, InfiniBand at 50 GB/s" in text
+    unknown = shown(sharded(device="hip:gfx942"), width=width)
+    assert row(unknown, "packed") == row(unknown, "spread") == ["-"]
+    assert row(unknown, "all-reduce") == ["8", "2.00", "MiB", "4", "-", "14.00", "MiB", "-", "-"]
+    assert "NVLink" not in unknown
+
+
+@needs_rich
+def test_communication_in_the_docs():
+    """The page's rows are what the report makes of their kind, ranks, bytes and counts."""
+    page = (Path(__file__).parents[1] / "docs" / "inspection.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^all-reduce +(\d+) +([\d.]+) ([KM])iB +(\d+|-) +(\d+|-) .*$", page, re.MULTILINE)
+    assert len(documented) >= 3
+    launch = Launch(kernel="k", kind="collective", read_bytes=0, written_bytes=0, live_bytes=0)
+    passes = ([], [])
+    for ranks, number, unit, *counts in documented:
+        whole = int(float(number) * {"K": 1024, "M": MIB}[unit])
+        one = replace(launch, collective=Collective(kind="all-reduce", size=whole, ranks=int(ranks)))
+        for launches, count in zip(passes, counts, strict=True):
+            launches += [one] * int(count.replace("-", "0"))
+    forward, backward = (Pass(launches=tuple(launches), peak_bytes=0) for launches in passes)
+    text = shown(made(forward=forward, backward=backward), width=100)
+    for line in re.search(r"^collectives.*?(?=```)", page, re.MULTILINE | re.DOTALL)[0].splitlines():
+        assert re.search(rf"^{re.escape(line)} *$", text, re.MULTILINE) or not line, line
+
+
+@needs_rich
+def test_no_communication_is_not_reported():
+    alone = [shown(inspection) for name, inspection in EVERY.items() if name != "sharded"]
+    assert not [text for text in alone if re.search("collective|packed|spread|sent", text)]
+    assert made().communication_seconds() == made().sent_bytes == 0
+    assert row(shown(made(), sharded()), "sent") == ["-", "126.00", "MiB"]
 
 
 @needs_rich

@@ -4,10 +4,11 @@ Code alone is proved here, with torch's fake group and no GPU; test_sharding.py 
 """
 
 import pytest
-from inspected_ranks import Part, distilled, linear, logits
+from inspected_ranks import Part, distilled, exchanged, linear, logits
 
 from compiled_loss import Chunking
 from compiled_loss.inspection import inspect
+from compiled_loss.inspection.network import Collective
 from compiled_loss.testing import assert_assembles, assert_peak_below, assert_single_graph
 
 pytestmark = pytest.mark.xdist_group("GPU ranks")
@@ -19,10 +20,7 @@ AGREED = 6 * 8  # by which ranks compare what they have
 
 def collectives(found):
     """Their bytes, in order, of each pass."""
-    return [
-        [x.written_bytes for x in one.launches if x.kind == "collective" and "wait" not in x.kernel]
-        for one in found.passes
-    ]
+    return [[each.size for each in one.collectives] for one in found.passes]
 
 
 @pytest.mark.parametrize("world", [8, 64])
@@ -54,6 +52,20 @@ def test_vocabulary_walk(world):
     outputs, chunk = BF16 * (N * H + own * H), BF16 * N * own // CHUNKS
     assert_peak_below(found, int(1.05 * (outputs + max(chunk, BF16 * N * H))))
     assert found.saved_bytes <= 64 * N
+
+
+def test_every_kind():
+    """Of 8 rows of 128 bytes; who waits for a tensor holds no second one."""
+    found = inspect(exchanged(Part(8, 8, 3)), "f32[4,8]", backward=False, assemble=False)
+    assert found.forward.collectives == (
+        Collective(kind="all-gather", size=8 * 128, ranks=8),
+        Collective(kind="reduce-scatter", size=8 * 128, ranks=8),
+        Collective(kind="broadcast", size=128, ranks=8),
+    )
+    assert found.forward.peak_bytes == (1 + 8) * 128
+    assert len(found.forward.launches) == 5
+    assert found.sent_bytes == 2 * 7 * 128
+    assert found.communication_seconds() is None  # the model has no broadcast
 
 
 def test_logits():

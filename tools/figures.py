@@ -1,4 +1,4 @@
-"""Write README's tables of measured figures from the committed raw results: python tools/figures.py [--check]."""
+"""Write the tables and pictures of figures from the committed raw results: python tools/figures.py [--check]."""
 
 from __future__ import annotations
 
@@ -58,15 +58,22 @@ def figures() -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(START)
-    made = before + START + figures() + END + rest.split(END)[1]
-    if "--check" in sys.argv[1:]:
-        if made != text:
-            sys.exit("README.md: its figures are not those of the raw results: run python tools/figures.py")
-    else:
-        readme.write_text(made)
+    sys.path.insert(0, str(ROOT))  # of a checkout that is not installed
+    import scaling
+
+    check = "--check" in sys.argv[1:]
+    for path, make in ((ROOT / "README.md", figures), (ROOT / "docs" / "scaling.md", scaling.figures)):
+        text = path.read_text()
+        before, rest = text.split(START)
+        made = before + START + make() + END + rest.split(END)[1]
+        if not check:
+            path.write_text(made)
+        elif made != text:
+            sys.exit(f"{path.name}: its figures are not those of the raw results: run python tools/figures.py")
+    if scaling.digest() not in (scaling.PICTURE.read_bytes() if scaling.PICTURE.exists() else b""):
+        if check:
+            sys.exit(f"{scaling.PICTURE.name} is not drawn from the raw results: run python tools/figures.py")
+        scaling.plot()
 
 
 if __name__ == "__main__":

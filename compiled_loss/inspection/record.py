@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from compiled_loss.inspection.network import NETWORKS, Collective
 from compiled_loss.inspection.targets import GPUS, Gpu
 
 Kind = Literal["pointwise", "reduction", "gemm", "collective", "copy", "transfer", "sync", "other"]
@@ -58,6 +59,7 @@ class Launch:
     operations: int = 0
     dtype: str = ""
     shapes: str = ""
+    collective: Collective | None = None
 
     def seconds(self, gpu: Gpu) -> float:
         """At least what this takes: by its operations or by its bytes, whichever is more."""
@@ -81,6 +83,11 @@ class Pass:
     def gemms(self) -> tuple[Launch, ...]:
         """Launches that are GEMMs."""
         return tuple(launch for launch in self.launches if launch.kind == "gemm")
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """What is sent between ranks, in order."""
+        return tuple(launch.collective for launch in self.launches if launch.collective is not None)
 
     @property
     def operations(self) -> int:
@@ -199,6 +206,23 @@ class Inspection:
         else:
             chosen = GPUS[gpu]
         return sum(launch.seconds(chosen) for p in self.passes for launch in p.launches)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a rank sends at least in the collectives of both passes, as `network.py` counts them."""
+        return sum(one.sent_bytes or 0 for p in self.passes for one in p.collectives)
+
+    def communication_seconds(self, *, spread: bool = False) -> float | None:
+        """The sum of what each collective takes at least, one after the other, in the model of `network.py`.
+
+        On as few nodes as hold a group's ranks, or with `spread` on as many as there are ranks. None where the device's
+        network or a kind of collective is not in the model.
+        """
+        network = NETWORKS.get(self.device)
+        if network is None:
+            return None
+        found = [one.seconds(network, one.ranks if spread else None) for p in self.passes for one in p.collectives]
+        return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
     def kernel(self, name: str) -> Kernel:
         """The kernel of that name."""

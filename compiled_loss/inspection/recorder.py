@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from compiled_loss.inspection.network import Collective
 from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm")
@@ -139,6 +140,7 @@ class Recorder(FakeTensorMode):
         operations: int = 0,
         shapes: str = "",
         dtype: str = "",
+        collective: Collective | None = None,
     ) -> None:
         """Write down one launch, where anything is written down."""
         if not self.recording:
@@ -153,6 +155,7 @@ class Recorder(FakeTensorMode):
                 operations=operations,
                 dtype=dtype,
                 shapes=shapes,
+                collective=collective,
             )
         )
 
@@ -181,6 +184,8 @@ class Recorder(FakeTensorMode):
         name = func._schema.name.split("::")[-1]
         if name in ("_local_scalar_dense", "nonzero"):
             return self._value(name, args[0])
+        if name == "wait_tensor":  # gives what it is given; its fake gives a new one, and nothing is launched
+            return args[0]
         # An operator that is told where to write makes nothing new, and not each of them knows fake tensors.
         out = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         result = out[0] if len(out) == 1 else super().dispatch(func, types, args, kwargs)
@@ -217,7 +222,17 @@ class Recorder(FakeTensorMode):
         operations, shapes, dtype = _operations(func, name, args, kwargs, result)
         across = any(t.device.type != self.device.type for t in (*reads, *writes) if t.dim())
         kind = "transfer" if across else _kind(func, name, operations)
-        self.launch(_operator_name(func), kind, reads, writes, operations=operations, shapes=shapes, dtype=dtype)
+        group = {a.name: value for a, value in given}.get("group_name") if kind == "collective" else None
+        self.launch(
+            _operator_name(func),
+            kind,
+            reads,
+            writes,
+            operations=operations,
+            shapes=shapes,
+            dtype=dtype,
+            collective=None if group is None else _collective(name, group, reads, writes),
+        )
 
 
 def extent(tensor: Tensor) -> int:
@@ -246,6 +261,17 @@ def _operations(
         return 0, "", ""
     dtype = str(matrices[0].dtype).removeprefix("torch.") if matrices else ""
     return count, " @ ".join(str(list(t.shape)) for t in matrices), dtype
+
+
+def _collective(name: str, group: Any, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Collective:
+    """What an operator sends; its group comes by name, or in later versions of torch itself."""
+    from torch.distributed import distributed_c10d as c10d
+
+    if isinstance(group, str):
+        group = c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
+    kind = next((k for k in ("all_reduce", "all_gather", "reduce_scatter") if name.startswith(k)), name.rstrip("_"))
+    size = max(sum(map(extent, reads)), sum(map(extent, writes)))
+    return Collective(kind=kind.replace("_", "-"), size=size, ranks=group.size())
 
 
 def _kind(func: Any, name: str, operations: int) -> Kind:

@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
+from compiled_loss.inspection.network import NETWORKS, Collective
 from compiled_loss.inspection.picture import Skyline, scaled, size
 from compiled_loss.inspection.record import Configuration, Inspection, Kernel, Launch, Saved
 from compiled_loss.inspection.targets import GPUS
@@ -87,7 +88,7 @@ def warnings(inspection: Inspection) -> list[Text]:
 
 
 def tables(inspection: Inspection) -> list[Table]:
-    """Lay out what there is of summary, kernels, GEMMs, saved tensors and guards."""
+    """Lay out what there is of summary, kernels, GEMMs, collectives, saved tensors and guards."""
     large = _large(inspection)
     saved = [
         (f"{s.dtype}{list(s.shape)}", Cell(size(s.size), WARNING if s in large else ""), s.origin, s.location)
@@ -99,6 +100,7 @@ def tables(inspection: Inspection) -> list[Table]:
         _summary(inspection),
         _kernels(inspection),
         _gemms(inspection),
+        _collectives(inspection),
         _table("Kept for backward, beside inputs and results", ("tensor", ">bytes", "origin", "line"), saved),
         _table("Guards: compiled again unless", ("condition", "line"), guards, most=12),
     )
@@ -141,7 +143,19 @@ def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
     names = [name for name, gpu in GPUS.items() if gpu.target == inspection.device]
     times = {f"roofline on {name}": inspection.roofline_seconds(name) or 0.0 for name in names}
     times |= {"measured time": measured.seconds} if measured else {}
-    return found | {label: (seconds, f"{seconds * 1e3:,.3f} ms") for label, seconds in times.items()}
+    found |= {label: (seconds, _milliseconds(seconds)) for label, seconds in times.items()}
+    counts = [len(p.collectives) for p in passes]
+    if any(counts):
+        sent = inspection.sent_bytes
+        found |= {"collectives": (sum(counts), " + ".join(f"{n:,}" for n in counts)), "  sent": (sent, size(sent))}
+        for label, spread in (("  packed", False), ("  spread", True)):
+            seconds = inspection.communication_seconds(spread=spread)
+            found[label] = seconds or 0.0, _milliseconds(seconds)
+    return found
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.3f} ms"
 
 
 def _kernels(inspection: Inspection) -> Table:
@@ -176,6 +190,25 @@ def _gemms(inspection: Inspection) -> Table:
             count[2] += gemm.operations
     rows = [(*key, *(str(n or "-") for n in count[:2]), scaled(count[2], 1000, FLOP)) for key, count in counts.items()]
     return _table("GEMMs", ("operator", "shapes", "dtype", ">fwd", ">bwd", ">together"), rows)
+
+
+def _collectives(inspection: Inspection) -> Table:
+    """Count equal ones; what they send and how long it takes are of all of a row."""
+    network, title = NETWORKS.get(inspection.device), "Collectives"
+    if network is not None:
+        within, across = (link.bytes_per_second / 1e9 for link in (network.within, network.across))
+        title += f"; NVLink at {within:.0f} GB/s, InfiniBand at {across:.0f} GB/s"
+    counts: defaultdict[Collective, list[int]] = defaultdict(lambda: [0, 0])
+    for i, one in enumerate(inspection.passes):
+        for collective in one.collectives:
+            counts[collective][i] += 1
+    rows = []
+    for each, count in counts.items():
+        sent = "-" if each.sent_bytes is None else size(each.sent_bytes * sum(count))
+        seconds = (each.seconds(network, nodes) if network else None for nodes in (None, each.ranks))
+        times = (_milliseconds(None if one is None else one * sum(count)) for one in seconds)
+        rows.append((each.kind, str(each.ranks), size(each.size), *(str(n or "-") for n in count), sent, *times))
+    return _table(title, ("kind", ">ranks", ">bytes", ">fwd", ">bwd", ">sent", ">packed", ">spread"), rows)
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], most: int = 48) -> Table:
