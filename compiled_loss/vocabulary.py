@@ -154,7 +154,7 @@ def _between_ranks(tokens: Tensor, vocab: int, group: str, after: Sequence[Tenso
     if flat.is_floating_point():
         flat = flat.to(torch.float32).view(torch.int32)
     position = torch.arange(flat.shape[0], device=flat.device)
-    mixed = (flat.to(torch.int64) + position * 0x9E3779B1) * 0x27D4EB2F165667C5
+    mixed = ((flat.to(torch.int64) * 0x27D4EB2F165667C5) ^ position) * 0x165667B19E3779F9
     mixed = ((mixed ^ (mixed >> 32)).sum() & (2**62 - 1)).reshape(1)  # whose negative is a number too
     mine = torch.cat([torch.full_like(mixed, flat.shape[0]), torch.full_like(mixed, vocab), mixed])
     mine = in_turn(torch.cat([-mine, mine]), after)

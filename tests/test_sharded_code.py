@@ -69,7 +69,7 @@ def test_every_kind():
 
 
 def test_logits():
-    """Three collectives forward, one of 48 bytes, none back, and nothing of [N, V] but the logits and their gradient."""
+    """Three collectives forward, one of 48 bytes, none back; nothing of [N, V] but logits and their gradient."""
     world, own = 8, V // 8
     found = inspect(logits(Part(V, world, 0)), f"bf16[{N},{own}]:grad", f"int64[{N}]:0..{V - 1}")
     assert_single_graph(found)

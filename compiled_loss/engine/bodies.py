@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.gemm import dense, logits
 from compiled_loss.engine.ranks import largest
 from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, moved, statistics_dtype
 
@@ -109,7 +110,7 @@ class Upstream(NamedTuple):
 
 def _transform(source: Tensor, weight: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
     """z, and dz/d(raw logits) or None for 1."""
-    raw = source if weight is None else source @ weight.t()
+    raw = logits(source, weight)
     z = raw.to(statistics_dtype(raw.dtype))
     slope = None
     if head.bias is not None:
@@ -179,7 +180,8 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
     upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
     assert labels is not None and maximum is not None
     z, slope = _transform(source, weight, head)
-    return (_gradient(z, slope, labels, head, maximum, upstream).to(source.dtype),)
+    d = _gradient(z, slope, labels, head, maximum, upstream).to(source.dtype)
+    return (d if weight is None else dense(d),)
 
 
 def fold_and_gradient(

@@ -20,10 +20,10 @@ from compiled_loss.engine.divergences import (
     Pair,
     Rows,
     Target,
-    logits,
     row,
     warmed,
 )
+from compiled_loss.engine.gemm import dense, logits
 from compiled_loss.engine.statistics import after, statistics_dtype
 from compiled_loss.engine.top_divergences import TopCompared
 
@@ -55,7 +55,8 @@ def _bodies(kind: Kind) -> Bodies:
         rows, soft, hard = Rows(*operands[6:12]), operands[12], operands[13]  # type: ignore[arg-type]
         assert soft is not None
         rows_of = compared(source, weight, operands, fold=False)
-        return (rows_of.gradient(operands[0], rows, soft, hard, source.dtype),)
+        d = rows_of.gradient(operands[0], rows, soft, hard, source.dtype)
+        return (d if weight is None else dense(d),)
 
     def fold_and_gradient(
         source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None

@@ -125,7 +125,8 @@ class _WeightedSum(torch.autograd.Function):
         def chunk(rows: Rows, formed: list[Tensor]) -> Output:
             states = gemm.taking_turns(rows.of(hidden), group, formed)
             operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
-            d, loss, *_ = run(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
+            run_chunk = hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0]))
+            d, loss, *_ = run_chunk(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
             return d, loss
 
         gradients, (losses,) = form_gradients(hidden, weight, None, plan, wanted, soft, chunk)
@@ -185,11 +186,9 @@ class _Divergence(torch.autograd.Function):
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
             def chunk(rows: Rows, formed: list[Tensor]) -> Output:
-                alone = ctx.plan.alone(rows.number, hidden.shape[0])
-                sources = (rows.of(hidden), rows.of(target))
-                states, targets = (hosts.again(run, v, alone, [soft, *formed]) for v in sources)
-                operands = (*rows.of_each([labels]), *pair, targets, *rows.of_each([indices, *known, soft, hard]))
-                return run(BODIES[ctx.kind].gradient, states, weight, *operands)
+                run_chunk = hosts.of_chunk(run, ctx.plan.alone(rows.number, hidden.shape[0]))
+                operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
+                return run_chunk(BODIES[ctx.kind].gradient, rows.of(hidden), weight, *operands)
 
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
             gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.gemm import logits
 from compiled_loss.engine.ranks import largest, reduced
 from compiled_loss.engine.statistics import statistics_dtype
 
@@ -75,11 +76,6 @@ class Rows(NamedTuple):
 def row(values: Tensor) -> Tensor:
     """Beside each column."""
     return values.unsqueeze(-1)
-
-
-def logits(source: Tensor, weight: Tensor | None) -> Tensor:
-    """As they are, or of hidden states."""
-    return source if weight is None else source @ weight.t()
 
 
 def warmed(raw: Tensor, pair: Pair) -> Tensor:

@@ -12,10 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ANY_STRIDES = (torch.Tag.flexible_layout,)  # or what is padded is copied before it is read
 _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
 
 
-@torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"})
+def logits(source: Tensor, weight: Tensor | None) -> Tensor:
+    """As they are, or of hidden states."""
+    return source if weight is None else dense(source @ weight.t())
+
+
+def dense(x: Tensor) -> Tensor:
+    """[rows, columns], whose rows the compiler may not pad.
+
+    Of 50257 classes it pads them in logits, but not in what leaves a graph, or in backward the other way round; and a
+    gradient cannot be written over logits that lie otherwise.
+    """
+    return x.as_strided(x.shape, (x.shape[1], 1))
+
+
+@torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"}, tags=_ANY_STRIDES)
 def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Out = a @ b."""
     if out.dtype == a.dtype:
@@ -25,13 +40,13 @@ def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
         _add_product(out, a, b)
 
 
-@torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"})
+@torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"}, tags=_ANY_STRIDES)
 def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """Accumulator += a @ b, in the accumulator's dtype."""
     _add_product(accumulator, a, b)
 
 
-@torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"})
+@torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"}, tags=_ANY_STRIDES)
 def scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
     """Out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
     rows = max(1, _BLOCK // max(1, b.shape[1]))

@@ -8,6 +8,9 @@ So a body is behind a wall:
 - region:   `nested_compile_region`, under torch.compile on torch >= 2.13. Compiled once, called once a chunk, and the
             whole loss stays visible in Inductor's graph. (On 2.11 a region inside an autograd Function returns every
             intermediate: right numbers, several times the memory.)
+- lone:     a region for a chunk of its own size. Dynamo inlines what is called once, and ordinary code is undone: its
+            logits kept for backward, its gradient written twice beside them. So it is called twice, and the compiler
+            drops the call whose results nobody takes.
 - traced:   ordinary code after all, on the same torch, for logits that exist already. There is no loop to undo, and of
             a region that is called twice in a graph Inductor 2.13 wrote the result over its input, the caller's logits;
             with varying shapes Dynamo 2.13 and 2.15 could not trace the second call.
@@ -28,7 +31,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compiled_loss.engine import bodies, divergence_bodies, gemm
+from compiled_loss.engine import bodies, divergence_bodies
 from compiled_loss.engine.divergences import Pair
 
 Body = Callable[..., bodies.Output]
@@ -70,13 +73,17 @@ def traced(
     return body(source, weight, *operands, **_over(group))
 
 
-def again(run: Host, source: Tensor, alone: bool, after: Sequence[Tensor]) -> Tensor:
-    """What a backward makes a chunk's logits of, so that it makes them again; `alone` where no other is of its size.
+def lone(
+    body: Body, source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> bodies.Output:
+    """The body as a subgraph although nothing else calls it: NOTE [Hosts]."""
+    region(body, source, weight, *operands, group=group)
+    return region(body, source, weight, *operands, group=group)
 
-    A region that is called once is no region: it is inlined, and of a GEMM that forward made as well the partitioner
-    keeps the result. That of a copy is not the same GEMM; `after` holds an upstream gradient, or forward would copy.
-    """
-    return gemm.in_turn(source, after) if alone and run is region else source
+
+def of_chunk(run: Host, alone: bool) -> Host:
+    """The host for a chunk; `alone` where no other is of its size."""
+    return lone if alone and run is region else run
 
 
 def operator(

@@ -179,7 +179,8 @@ class _TokenChunks(torch.autograd.Function):
         def chunk(rows: Rows, formed: list[Tensor]) -> bodies.Output:
             states = gemm.taking_turns(rows.of(hidden), group, formed)
             operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
-            d, _, *rest = run(bodies.fold_and_gradient, states, weight, *operands, group=group)
+            run_chunk = hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0]))
+            d, _, *rest = run_chunk(bodies.fold_and_gradient, states, weight, *operands, group=group)
             return d, *rest
 
         gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, wanted, labels, chunk)

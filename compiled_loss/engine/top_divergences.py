@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.divergences import Compared, Kind, Pair, Rows, Target, hit, logits, over, row, warmed
+from compiled_loss.engine.divergences import Compared, Kind, Pair, Rows, Target, hit, over, row, warmed
+from compiled_loss.engine.gemm import logits
 from compiled_loss.engine.statistics import statistics_dtype
 
 

@@ -105,9 +105,8 @@ class _VocabChunks(torch.autograd.Function):
             for i, (start, size, columns) in enumerate(_chunks(head, weight.shape[0], ctx.plan, starts)):
                 chunk = weight.narrow(0, start, size)
                 operands = (labels, *columns, state.maximum, *upstream)
-                alone = ctx.plan.alone(i, weight.shape[0])
-                source = hosts.again(run, hidden, alone, [upstream.nll, *formed])
-                (d,) = run(bodies.gradient, source, chunk, *operands)
+                run_chunk = hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
+                (d,) = run_chunk(bodies.gradient, hidden, chunk, *operands)
                 if d_hidden is not None:
                     (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
                 if d_weight is not None:
