@@ -1,5 +1,6 @@
 """Each example runs, says what it promises, and explains itself, for every file of the folder."""
 
+import math
 import os
 import re
 import runpy
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo for processes on CPUs")
 
 # Lines in this order, with others between them.
 PROMISED = {
@@ -33,6 +36,10 @@ PROMISED = {
         r"main \d+, depth 0 \d+, depth 1 \d+",
         r"step +2/2 +main \d\.\d+ +depth 0 \d\.\d+ +depth 1 \d\.\d+",
     ],
+    "train_tensor_parallel": [
+        r"logits of a rank that are never held: \[2048, 4096\]",
+        r"step +2/2 +loss \d\.\d+",
+    ],
 }
 
 # Inductor stops after the partition, for g++ would take ten seconds and more; the slow test lets it finish.
@@ -47,17 +54,22 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+# Four processes, each of which ends itself: torchrun's are sessions of their own, so that no signal reaches them all.
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--no-python", sys.executable, "-c"]
+LIMITED = "import faulthandler; faulthandler.dump_traceback_later({}, exit=True)\n"
+WITH_CODE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
-def run(folder, *command):
+
+def run(folder, *command, options=("--steps", "2"), limit=300):
     """What it prints, from a folder that is not the project's."""
     device = ["--device", "cpu"] if has_device(command[-1]) else []
     process = subprocess.run(
-        [sys.executable, *map(str, command), *device, "--steps", "2"],
+        [sys.executable, *map(str, command), *device, *options],
         capture_output=True,
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # pytest-xdist fills the cores
-        timeout=300,
+        timeout=limit,
         check=False,
     )
     assert process.returncode == 0, process.stderr
@@ -85,6 +97,32 @@ def test_example(path, tmp_path):
 def test_example_with_generated_code(path, tmp_path):
     output = run(tmp_path, path)
     assert kept(path, output), output
+
+
+def compare_with_one_process(folder, code, compiled, limit):
+    """Losses of 2 x 2 ranks differ by rounding alone from those of one process.
+
+    A gradient sums products of 2048 tokens in fp32: either side's is off by about sqrt(2048) 2^-24 of itself, and what
+    the steps gain by as much. A loss near 8 has a spacing of 2^-20, and 6 digits are printed.
+    """
+    path, options = ROOT / "examples" / "train_tensor_parallel.py", ("--steps", "5", "--compile", compiled)
+    commands = ["-c", code], [*RANKS, LIMITED.format(limit) + code]
+    outputs = [run(folder, *command, path, options=options, limit=limit + 50) for command in commands]
+    one, ranks = ([float(loss) for loss in re.findall(r"loss (\d\.\d{6})", output)] for output in outputs)
+    assert len(one) == len(ranks) == 5 and one[-1] < one[0] - 0.5
+    for expected, loss in zip(one, ranks, strict=True):
+        assert abs(loss - expected) <= 2 * math.sqrt(2048) * 2**-24 * (one[0] - expected) + 2 * 2**-20 + 1e-6
+
+
+@needs_gloo
+def test_ranks_train_as_one_process(tmp_path):
+    compare_with_one_process(tmp_path, WITHOUT_CODE_GENERATION, "loss", limit=200)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_ranks_train_as_one_process_with_generated_code(tmp_path):
+    compare_with_one_process(tmp_path, WITH_CODE, "all", limit=900)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
