@@ -106,10 +106,10 @@ def with_soft_teacher(hidden, weight, teacher_hidden, teacher_weight, labels, **
     return compiled_loss.linear_soft_cross_entropy(hidden, weight, labels != 0, **teacher, **options)
 
 
-def two_heads(call, shape, **options):
-    """A student's head and its teacher's, half as wide, in 4 even chunks: each holds two of logits."""
+def two_heads(call, shape, size=None, **options):
+    """A student's head and its teacher's, half as wide, in 4 even chunks or of `size`: each holds two of logits."""
     tokens, width, vocab = shape
-    rows = tokens // 4
+    rows = size or tokens // 4
     inputs = (f"bf16[{tokens},{width}]:grad", f"bf16[{vocab},{width}]:grad")
     inputs += (f"bf16[{tokens},{width // 2}]", f"bf16[{vocab},{width // 2}]", f"int64[{tokens}]:0..{vocab - 1}")
     outputs = 2 * (tokens + vocab) * width

@@ -6,6 +6,7 @@ names are of torch 2.13: EXPECTTEST_ACCEPT=1 make test ARGS=tests/test_gpu_code.
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import gpu_cases
 import pytest
@@ -77,6 +78,23 @@ def test_contract(inspected, model, name):
         for (inside, outside), each in zip(by_chunk(found, case.chunks), case.generated, strict=False):
             assert inside == [case.chunks] * each
             assert outside <= 12
+
+
+@CONTRACTS
+@pytest.mark.parametrize("part", [1.0, 0.6], ids=["one chunk", "two, the last ragged"])
+@pytest.mark.parametrize("name", ["tokens, plain", "tokens, everything", "vocab, plain", "vocab, everything", "none"])
+def test_chunks_of_their_own_size_of_an_odd_vocabulary(inspected, name, part):
+    """Dynamo inlines what is called once, and Inductor pads rows of 50257: either was a second chunk."""
+    shape = tokens, width, vocab = 1024, 512, 50257
+    strategy, _, more = name.partition(", ")
+    size = int((vocab if strategy == "vocab" else tokens) * part)
+    if strategy == "none":
+        case = replace(gpu_cases.two_heads(gpu_cases.with_teacher, shape, size=size, reduction="none"), keeps=0)
+    else:
+        case = linear(strategy, shape, size=size, **keywords(tokens, vocab)[more])
+    found = inspection(inspected, case, assemble=False)
+    assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * tokens + 16 * vocab)
+    assert found.saved_bytes <= case.keeps + 64 * tokens
 
 
 @CONTRACTS
