@@ -161,13 +161,12 @@ def materialize(weight: Tensor, group: Any) -> Tensor:
     if not is_sharded(weight):
         return weight
     groups = _groups(weight)
-    gathered = [group is None or theirs == tuple(dist.get_process_group_ranks(group)) for theirs in groups]
+    members = () if group is None else tuple(dist.get_process_group_ranks(group))
+    gathered = [group is None or theirs == members for theirs in groups]
     if not any(gathered):
-        shard_checks.mesh(
-            "grad_reduce_group",
-            [_dimension(weight, i) for i in range(len(groups))],
-            tuple(dist.get_process_group_ranks(group)),
-        )
+        if all(len({*theirs} & {*members}) == 1 for theirs in groups):
+            return weight  # gathered before
+        shard_checks.mesh("grad_reduce_group", [_dimension(weight, i) for i in range(len(groups))], members)
     placements = [Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
     gradients = [Partial("avg") if here else p for here, p in zip(gathered, weight.placements, strict=True)]
     whole = weight.redistribute(placements=placements)

@@ -37,7 +37,7 @@ def _linear(hidden, weight, labels, *, part, chunking):
 def _distilled(hidden, weight, teacher_hidden, teacher_weight, labels, *, part, chunking):
     tensors = (hidden, weight, teacher_hidden, teacher_weight, labels)
     return compiled_loss.linear_distillation(
-        *tensors, vocab_shard=part, chunking=chunking, reduction="sum", num_label_tokens=1000
+        *tensors, vocab_shard=part, chunking=chunking, reduction="none", hard_label_weight=0.2
     )
 
 

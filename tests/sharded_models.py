@@ -69,17 +69,15 @@ def shells(model, hidden, further, labels, weight, group=None):
     """The same by the reference's Modules, one gathered weight for both."""
     loss_fn = FusedLinearCrossEntropy(chunking=CHUNKING)
     weight = loss_fn.materialize_lm_weight(weight, grad_reduce_group=group)
-    main = calculate_loss(
-        loss_fn, hidden_states=hidden, labels=labels, model=model, lm_weight=weight, num_label_tokens=COUNT
-    )
+    head = {"lm_weight": weight, "num_label_tokens": COUNT, "grad_reduce_group": group}
+    main = calculate_loss(loss_fn, hidden_states=hidden, labels=labels, model=model, **head)
     return main + calculate_mtp_loss(
         loss_fn,
         mtp_per_depth_h=[further],
         labels=labels,
         model=model,
         scaling_factor=0.3,
-        num_label_tokens=COUNT,
-        lm_weight=weight,
+        **head,
     )
 
 
@@ -166,12 +164,17 @@ def two_dimensions(how, compiled):
     loss_of = {"shells": functools.partial(shells, group=mesh.get_group("dp"))}.get(how, functional)
     if compiled:
         loss_of = torch.compile(loss_of, fullgraph=True)
-    hidden, further = model(tokens)
-    if how == "unshard":
-        model.lm_head.unshard()
-    loss = loss_of(model, hidden, further, labels, model.lm_head.weight)
-    (loss * 2).backward()
-    return errors(model, loss, mesh.get_group("dp"))
+
+    def step():
+        hidden, further = model(tokens)
+        if how == "unshard":
+            model.lm_head.unshard()
+        loss = loss_of(model, hidden, further, labels, model.lm_head.weight)
+        (loss * 2).backward()
+        return loss
+
+    loss, counts = collectives(step)
+    return errors(model, loss, mesh.get_group("dp")), counts
 
 
 def column_parallel(how):

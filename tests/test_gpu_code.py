@@ -85,7 +85,7 @@ def test_contract(inspected, model, name):
 @pytest.mark.parametrize("name", ["tokens, plain", "tokens, everything", "vocab, plain", "vocab, everything", "none"])
 def test_chunks_of_their_own_size_of_an_odd_vocabulary(inspected, name, part):
     """Dynamo inlines what is called once, and Inductor pads rows of 50257: either was a second chunk."""
-    shape = tokens, width, vocab = 1024, 512, 50257
+    tokens, _, vocab = shape = 1024, 512, 50257
     strategy, _, more = name.partition(", ")
     size = int((vocab if strategy == "vocab" else tokens) * part)
     if strategy == "none":

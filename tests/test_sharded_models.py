@@ -7,6 +7,10 @@ import pytest
 import ranks
 import sharded_models as models
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from compiled_loss import FusedLinearCrossEntropy
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo for processes on CPUs"),
@@ -71,9 +75,11 @@ def test_fsdp_in_bf16(eager):
 
 @pytest.mark.parametrize("how", TWO_DIMENSIONS)
 def test_fsdp_and_a_vocabulary_over_ranks(how, eager):
+    """One gather of a rank's part of the head, over the batches' ranks, and none over the vocabulary's."""
     for found in eager[4]:
-        errors = found["two_dimensions", how]
+        errors, counts = found["two_dimensions", how]
         assert max(errors.values()) <= TIGHT, errors
+        assert counts.get("all_gather_into_tensor", 0) == (how == "shells")
 
 
 @pytest.mark.parametrize("how", [name for kind, name in EAGER if kind == "column_parallel"])
@@ -95,5 +101,20 @@ def test_fsdp_under_compile(how, compiled):
 @pytest.mark.parametrize("how", TWO_DIMENSIONS)
 def test_two_dimensions_under_compile(how, compiled):
     for found in compiled[4]:
-        errors = found["two_dimensions", how]
+        errors, _ = found["two_dimensions", how]
         assert max(errors.values()) <= TIGHT, errors
+
+
+def other_gather():
+    """The words with which a group is refused that has two of a mesh's four ranks."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+    weight = distribute_tensor(torch.ones(8, 2), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="grad_reduce_group: expected a mesh that has the ranks ") as refused:
+        FusedLinearCrossEntropy.materialize_lm_weight(weight, grad_reduce_group=pairs.get_group("columns"))
+    return str(refused.value)
+
+
+def test_a_group_of_a_part_of_the_mesh(tmp_path):
+    first, *_, last = ranks.run(other_gather, 4, tmp_path, limit=60)
+    assert "the ranks 0, 1 along" in first and "the ranks 2, 3 along" in last

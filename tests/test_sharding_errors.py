@@ -148,10 +148,6 @@ def refused(mesh):
             lambda: torch.func.grad(linear)(hidden),
             "torch.func: expected a vocabulary on one rank, got one over several",
         ),
-        "another gather": (
-            lambda: cl.FusedLinearCrossEntropy.materialize_lm_weight(vocab, grad_reduce_group=other.get_group("one")),
-            "grad_reduce_group: expected a mesh that has the ranks ",
-        ),
     }
 
 

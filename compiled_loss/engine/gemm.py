@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_ANY_STRIDES = (torch.Tag.flexible_layout,)  # or what is padded is copied before it is read
 _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
 
 
@@ -30,7 +29,7 @@ def dense(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (x.shape[1], 1))
 
 
-@torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"}, tags=_ANY_STRIDES)
+@torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"})
 def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Out = a @ b."""
     if out.dtype == a.dtype:
@@ -40,13 +39,13 @@ def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
         _add_product(out, a, b)
 
 
-@torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"}, tags=_ANY_STRIDES)
+@torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"})
 def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """Accumulator += a @ b, in the accumulator's dtype."""
     _add_product(accumulator, a, b)
 
 
-@torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"}, tags=_ANY_STRIDES)
+@torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"})
 def scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
     """Out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
     rows = max(1, _BLOCK // max(1, b.shape[1]))
