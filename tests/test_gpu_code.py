@@ -169,7 +169,7 @@ forward +2 +0C triton_per_fused_mul_ne_ones_scalar_tensor_sum_where
 forward +2 +0C triton_poi_fused_full
 forward +1 +0C triton_poi_fused_bitwise_and_bitwise_or_eq_ge_lt_mul_ne_ones_reciprocal_scalar_tensor_where
 forward +1 +2C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_ones_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_ones_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
 forward -1 +1C addmm_
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_ne_scalar_tensor_sum_where
@@ -193,7 +193,7 @@ forward +1 +0C triton_poi_fused__to_copy_stack
 forward +1 +0C triton_poi_fused_div_mul_ones_stack
 forward +2 +0C triton_poi_fused_full
 forward +1 +2C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_neg_ones_pow_reciprocal_rsub_scalar_tensor_slice_stack_sub_sum_tanh_unbind_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_neg_ones_pow_reciprocal_rsub_scalar_tensor_slice_stack_sub_sum_tanh_unbind_unsqueeze_where
 forward +1 +0C triton_poi_fused_zeros_like
 forward +0 +1C triton_red_fused_add_sum_zeros_like
 forward -1 +1C addmm_
@@ -213,13 +213,13 @@ def test_kernels_of_the_vocabulary_walk(inspected):
 forward +1 +0C triton_poi_fused_arange_mul
 forward +2 +0C triton_poi_fused_full
 forward +0 +1C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_eq_exp_full_maximum_mul_scalar_tensor_select_slice_sub_sum_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_eq_exp_full_maximum_mul_scalar_tensor_select_slice_sub_sum_unsqueeze_where
 forward +1 +0C triton_poi_fused_log_sub
 forward +1 +0C triton_red_fused_bitwise_and_bitwise_or_eq_ge_lt_mul_ne_ones_reciprocal_scalar_tensor_sum_where
 backward +1 +0C triton_poi_fused_as_strided_clone
 backward +1 +0C triton_poi_fused_add_div_expand_mul_ones_scalar_tensor_where_zeros
 backward +1 +2C mm
-backward +0 +1C triton_poi_fused__to_copy_add_arange_eq_exp_expand_mul_ones_scalar_tensor_select_sub_unsqueeze_where
+backward +0 +1C triton_poi_fused__to_copy_add_arange_as_strided_eq_exp_expand_mul_ones_scalar_tensor_select_sub_unsqueeze_where
 backward -1 +1C addmm_""",
     )
 
@@ -238,13 +238,13 @@ forward +2 +0C triton_poi_fused_full
 forward +1 +0C triton_poi_fused_arange_mul
 forward +1 +0C triton_poi_fused_mul_ones
 forward +0 +1C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_div_eq_exp_full_maximum_mul_ones_scalar_tensor_select_slice_sub_sum_tanh_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_div_eq_exp_full_maximum_mul_ones_scalar_tensor_select_slice_sub_sum_tanh_unsqueeze_where
 forward +1 +0C triton_poi_fused_add_log_sub
 forward +1 +0C triton_red_fused__to_copy_add_bitwise_and_bitwise_or_clamp_eq_ge_index_lt_mul_ne_neg_ones_pow_reciprocal_scalar_tensor_sum_where
 backward +1 +0C triton_poi_fused__to_copy_add_div_expand_mul_neg_ones_scalar_tensor_where
 backward +1 +0C triton_poi_fused_as_strided_clone
 backward +1 +2C mm
-backward +0 +1C triton_poi_fused__to_copy_add_arange_div_eq_exp_expand_mul_rsub_scalar_tensor_select_sub_tanh_unsqueeze_where
+backward +0 +1C triton_poi_fused__to_copy_add_arange_as_strided_div_eq_exp_expand_mul_rsub_scalar_tensor_select_sub_tanh_unsqueeze_where
 backward +0 +1C triton_red_fused_sum
 backward -1 +1C addmm_
 backward +1 +0C cat
