@@ -115,8 +115,9 @@ class FusedLinearCrossEntropy(nn.Module):
         """The whole weight: gathered once where it is a DTensor, to be shared by the main loss and all MTP depths.
 
         Its gradient is reduce-scattered once as the ranks' mean, which is what FSDP makes of all others. The weight is
-        gathered over `grad_reduce_group`, which is once where `forward` is given both, or over all its mesh without.
-        What is sharded over another dimension than the group's stays so, and is a vocabulary over ranks.
+        gathered over `grad_reduce_group`, or without it over all its mesh. What is sharded over another dimension than
+        the group's stays so, and is a vocabulary over ranks; given to `forward` with the same group, it is not gathered
+        again.
         """
         shard_checks.group_of("grad_reduce_group", grad_reduce_group)
         return sharding.materialize(lm_weight, grad_reduce_group)

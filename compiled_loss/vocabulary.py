@@ -121,15 +121,15 @@ class Vocabulary(NamedTuple):
         return labels if self.start == 0 else labels - self.start
 
     def compare(self, tokens: Tensor) -> None:
-        """Raise, on every rank, unless all have the same labels, or mask, and the same V: in code that can look."""
+        """Raise, on every rank that comes here, unless all have the same tokens and V: in code that can look."""
         if self.group is not None and readable(tokens):
             least, most = _between_ranks(tokens, self.size, self.group)
             shard_checks.same(least.tolist(), most.tolist())
 
     def agreed(self, value: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
-        """The value, NaN with its gradient where ranks do not agree: in code that cannot look.
+        """The value, NaN with its gradient where ranks have other tokens: in code that cannot look.
 
-        They compare what they have when `after` is there: NOTE [Order].
+        They compare them once `after` is there, so that all collectives of a loss are in one order: NOTE [Order].
         """
         if self.group is None or readable(tokens):
             return value
@@ -154,6 +154,7 @@ def _between_ranks(tokens: Tensor, vocab: int, group: str, after: Sequence[Tenso
     if flat.is_floating_point():
         flat = flat.to(torch.float32).view(torch.int32)
     position = torch.arange(flat.shape[0], device=flat.device)
+    # Products wrap around, on every device.
     mixed = ((flat.to(torch.int64) * 0x27D4EB2F165667C5) ^ position) * 0x165667B19E3779F9
     mixed = ((mixed ^ (mixed >> 32)).sum() & (2**62 - 1)).reshape(1)  # whose negative is a number too
     mine = torch.cat([torch.full_like(mixed, flat.shape[0]), torch.full_like(mixed, vocab), mixed])

@@ -34,10 +34,10 @@ def _linear(hidden, weight, labels, *, part, chunking):
     )
 
 
-def _distilled(hidden, weight, teacher_hidden, teacher_weight, labels, *, part, chunking):
+def _distilled(hidden, weight, teacher_hidden, teacher_weight, labels, *, part, chunking, reduction):
     tensors = (hidden, weight, teacher_hidden, teacher_weight, labels)
     return compiled_loss.linear_distillation(
-        *tensors, vocab_shard=part, chunking=chunking, reduction="none", hard_label_weight=0.2
+        *tensors, vocab_shard=part, chunking=chunking, reduction=reduction, hard_label_weight=0.2
     )
 
 
@@ -61,8 +61,8 @@ def linear(part, chunking):
     return partial(_linear, part=part, chunking=chunking)
 
 
-def distilled(part, chunking):
-    return partial(_distilled, part=part, chunking=chunking)
+def distilled(part, chunking, reduction):
+    return partial(_distilled, part=part, chunking=chunking, reduction=reduction)
 
 
 def logits(part):

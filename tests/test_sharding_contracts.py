@@ -55,7 +55,7 @@ def truth(way, leaves, labels):
     return reference.linear_cross_entropy(*leaves[:2], labels, bias=leaves[2])
 
 
-def sharded(mesh, way, leaves, labels):
+def sharded(way, leaves, labels):
     if way == "logits":
         return cross_entropy(leaves[0], labels)
     return linear_cross_entropy(*leaves[:2], labels, bias=leaves[2], chunking=WAYS[way])
@@ -73,7 +73,7 @@ def budget():
             leaf if placement is None else distribute_tensor(leaf.detach(), mesh, [placement]).requires_grad_()
             for leaf, placement in zip(leaves, split, strict=True)
         ]
-        loss = sharded(mesh, way, own, labels)
+        loss = sharded(way, own, labels)
         found[way, dtype, confident] = [whole(v) for v in (loss.detach(), *torch.autograd.grad(loss, own))]
     return found
 
@@ -117,9 +117,8 @@ def varying(backend, reduction):
         loss = reference.linear_cross_entropy(*inputs[:3], reduction=reduction)
         expected = [loss, *torch.autograd.grad(loss, inputs[:2], upstream)]
         errors = [(whole(a) - b).abs().max().item() for a, b in zip(mine, expected, strict=True)]
-        found.append(
-            (errors, sum(len(graph.graph.nodes) > 0 for graph in counter.graphs))
-        )  # what is begun anew is empty
+        graphs = sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)  # what is begun anew is empty
+        found.append((errors, graphs))
     return found
 
 

@@ -185,7 +185,7 @@ class _Divergence(torch.autograd.Function):
                 soft, hard = soft / scale, None if hard is None else hard / scale
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
-            def chunk(rows: Rows, formed: list[Tensor]) -> Output:
+            def chunk(rows: Rows, _formed: list[Tensor]) -> Output:
                 run_chunk = hosts.of_chunk(run, ctx.plan.alone(rows.number, hidden.shape[0]))
                 operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
                 return run_chunk(BODIES[ctx.kind].gradient, rows.of(hidden), weight, *operands)

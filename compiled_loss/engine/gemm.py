@@ -21,7 +21,7 @@ def logits(source: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """[rows, columns], whose rows the compiler may not pad.
+    """A new tensor [rows, columns], no view, whose rows the compiler may not pad.
 
     Of 50257 classes it pads them in logits, but not in what leaves a graph, or in backward the other way round; and a
     gradient cannot be written over logits that lie otherwise.

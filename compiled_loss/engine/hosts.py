@@ -10,7 +10,7 @@ So a body is behind a wall:
             intermediate: right numbers, several times the memory.)
 - lone:     a region for a chunk of its own size. Dynamo inlines what is called once, and ordinary code is undone: its
             logits kept for backward, its gradient written twice beside them. So it is called twice, and the compiler
-            drops the call whose results nobody takes.
+            drops the call whose results nobody takes. (torch._dynamo.config.inline_single_use_invoke_subgraph.)
 - traced:   ordinary code after all, on the same torch, for logits that exist already. There is no loop to undo, and of
             a region that is called twice in a graph Inductor 2.13 wrote the result over its input, the caller's logits;
             with varying shapes Dynamo 2.13 and 2.15 could not trace the second call.

@@ -24,8 +24,9 @@ Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in mu
 
 NOTE [Buckets]
 The defaults see N only rounded up to a power of two, MIN_ROWS at least, and split N into a number of chunks that
-depends on that alone, so that a compiled caller sees at most one graph a bucket: six for N from 2 to 10000, within
-Dynamo's default limit of eight. With `chunk_size` not even that is looked at.
+depends on that alone, so that a compiled caller sees one graph a bucket: six for N from 2 to 10000, within Dynamo's
+default limit of eight; and one more for an N that its chunks divide evenly. With `chunk_size` not even that is looked
+at.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ class Plan:
 
     def alone(self, index: int, extent: int) -> bool:
         """Whether no other chunk of so many tokens or columns has the size of this one."""
-        ragged = extent != self.count * self.chunk
-        return self.count == 1 or (ragged and (index + 1 == self.count or self.count == 2))
+        if self.count == 1 or (self.count > 2 and index + 1 < self.count):  # asks nothing of a size
+            return self.count == 1
+        return extent != self.count * self.chunk
 
 
 def plan(

@@ -101,7 +101,6 @@ class _VocabChunks(torch.autograd.Function):
             d_weight = torch.empty_like(weight) if wants_weight else None
             d_biases: list[Tensor] = []
             starts = _starts(hidden, ctx.plan)
-            formed: list[Tensor] = []
             for i, (start, size, columns) in enumerate(_chunks(head, weight.shape[0], ctx.plan, starts)):
                 chunk = weight.narrow(0, start, size)
                 operands = (labels, *columns, state.maximum, *upstream)

@@ -80,6 +80,7 @@ def cross_entropy(
     Raises:
         ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
         TypeError: a dtype is off.
 
     Example:
@@ -97,11 +98,11 @@ def cross_entropy(
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
     class_weights = sharding.vector(class_weights)
     checks.tokens(labels, mask, token_weights, "logits", logits)
-    vocabulary.compare(labels)
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     checks.class_weights(class_weights, vocab, logits.device)
     checks.transform(softcap, temperature)
+    vocabulary.compare(labels)
     tokens = reductions.tokens(
         labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocab, dtype=logits.dtype
     )
@@ -184,7 +185,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, device, number or name is off, `strategy="tokens"` with `reduction="none"` where a gradient
             is wanted, or, in eager CPU code, a label is out of range; elsewhere its token's loss and gradients are NaN.
-            Likewise where the vocabulary's ranks have other labels; then all is NaN.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
         TypeError: a dtype is off.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 

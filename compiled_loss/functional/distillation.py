@@ -122,6 +122,7 @@ def distillation(
         ValueError: a shape, device, number or name is off, or, in eager CPU code with `hard_label_weight`, a label is
             out of range, or `teacher_topk` is no part of a distribution; elsewhere a token whose label or indices are
             out of range gives NaN.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
         TypeError: a dtype is off.
 
     Source:

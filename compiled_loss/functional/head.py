@@ -57,7 +57,10 @@ class LinearHead(NamedTuple):
             how = (chosen, vocabulary.group)
             with torch.autocast(hidden.device.type, enabled=False):
                 rows = walk.statistics(hidden, weight, self.labels, head, *how, total=total, entropy=entropy)
-        return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
+        rows = masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
+        if vocabulary.group is not None:
+            rows = _times(rows, vocabulary.agreed(rows.nll.new_ones(()), tokens.labels, rows.nll))
+        return rows
 
     def loss(
         self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
@@ -82,12 +85,14 @@ class LinearHead(NamedTuple):
                         wanted,
                         entropy=entropy,
                     )
-                loss = vocabulary.agreed(loss, tokens.labels, loss)
-                return loss, rows.map(lambda v: v.reshape(tokens.labels.shape))
+                rows = rows.map(lambda v: v.reshape(tokens.labels.shape))
+                if vocabulary.group is not None:
+                    agreed = vocabulary.agreed(torch.ones_like(loss), tokens.labels, loss)
+                    loss, rows = loss * agreed, _times(rows, agreed)
+                return loss, rows
         total = coefficients.total is not None
         rows = self.statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
-        loss = reduction.reduced(combine(rows, coefficients), reduction_)
-        return self.vocabulary.agreed(loss, self.tokens.labels, loss), rows
+        return reduction.reduced(combine(rows, coefficients), reduction_), rows
 
     def _wanted(self) -> Wanted:
         """Whose gradients autograd may ask for."""
@@ -114,6 +119,10 @@ class LinearHead(NamedTuple):
         return chosen
 
 
+def _times(rows: RowStatistics, factor: Tensor) -> RowStatistics:
+    return rows.map(lambda v: v * factor if v.is_floating_point() else v)
+
+
 def linear_head(
     hidden: Tensor,
     weight: Tensor,
@@ -135,10 +144,10 @@ def linear_head(
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
     class_weights = sharding.vector(class_weights)
     checks.tokens(labels, mask, token_weights, "hidden", hidden)
-    vocabulary.compare(labels)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
     checks.transform(softcap, temperature)
     hidden, weight = cast(hidden, weight)
+    vocabulary.compare(labels)
     tokens = reduction.tokens(
         labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocabulary.size, dtype=hidden.dtype
     )

@@ -43,6 +43,7 @@ def masked_cross_entropy(
     Raises:
         ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
         TypeError: a dtype is off.
 
     Source:

@@ -34,7 +34,8 @@ def masked_soft_cross_entropy(
         position_mask: the shape of the logits with 1 for V, or without its last dimension; no other, and nothing
             broadcasts. Bool, or numbers: 0 ignores a position, fractions weigh it, and the weights are what divides.
         vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
-            :class:`VocabShard`. DTensors say so themselves; the mask is alike on the group's ranks.
+            :class:`VocabShard`. DTensors say so themselves; the mask is alike on the group's ranks, which compare it
+            and nothing else.
 
     Returns:
         A scalar; fp32 (fp64 for fp64 logits). 0, attached to the graph, where the mask is empty.

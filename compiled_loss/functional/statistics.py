@@ -35,8 +35,8 @@ def token_statistics(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStat
     """Rows' statistics as a user sees them: NaN and False where the label is no class."""
     assert rows.entropy is not None
     poison = tokens.poison
-    correct = rows.correct & ~poison.isnan()
-    return TokenStatistics(-rows.nll * poison, rows.lse * poison, rows.entropy * poison, correct)
+    logprob = -rows.nll * poison
+    return TokenStatistics(logprob, rows.lse * poison, rows.entropy * poison, rows.correct & ~logprob.isnan())
 
 
 def linear_token_statistics(
@@ -78,6 +78,7 @@ def linear_token_statistics(
     Raises:
         ValueError: a shape, device or number is off, `strategy="tokens"` where a gradient is wanted, or, in eager CPU
             code, a label is out of range; elsewhere that token's numbers are NaN and its `correct` False.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
         TypeError: a dtype is off.
 
     Example:
@@ -107,6 +108,4 @@ def linear_token_statistics(
         vocab_shard=vocab_shard,
     )
     rows = linear.statistics(chunking, total=False, entropy=True, what="differentiable statistics")
-    tokens = linear.tokens
-    poison = linear.vocabulary.agreed(tokens.poison, tokens.labels, rows.nll)
-    return token_statistics(rows, tokens._replace(poison=poison))
+    return token_statistics(rows, linear.tokens)

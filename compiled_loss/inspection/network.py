@@ -107,7 +107,7 @@ class Collective:
         rate, across = network.within.bytes_per_second, nodes - 1
         if nodes > 1:
             rate = min(rate, each * network.across.bytes_per_second)
-        within = nodes * (each - 1)
+        within = self.ranks - nodes
         if self.kind == "all-reduce":
             within, across = 2 * (each - 1), 2 * (nodes - 1).bit_length()
         waited = within * network.within.step_seconds + across * network.across.step_seconds
