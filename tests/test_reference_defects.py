@@ -308,7 +308,10 @@ def test_soft_ce_142_the_gradient_is_rounded_once():
     torch.testing.assert_close(results[0].double(), results[1], rtol=2**-8, atol=2**-30)
 
 
-@pytest.mark.parametrize("name", [*ALL, "target_probs"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ("soft_ce", "linear_ce") else pytest.mark.slow) for n in (*ALL, "target_probs")],
+)
 def test_soft_ce_142_two_losses_in_one_compiled_graph(name):
     """Ours was wrong once: on torch 2.13 a region that is called twice writes over its input."""
     loss, (first, *rest) = losses()[name if name in ALL else "linear_ce"]
@@ -331,7 +334,7 @@ def test_soft_ce_142_two_losses_in_one_compiled_graph(name):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("name", ["masked_ce", "kd_loss"])
+@pytest.mark.parametrize("name", ["masked_ce", pytest.param("kd_loss", marks=pytest.mark.slow)])
 def test_soft_ce_142_two_losses_whose_shapes_vary(name):
     loss, inputs = losses()[name]
 
