@@ -216,12 +216,12 @@ def test_communication(width):
 def test_communication_in_the_docs():
     """The page's rows are what the report makes of their kind, ranks, bytes and counts."""
     page = (Path(__file__).parents[1] / "docs" / "inspection.md").read_text(encoding="utf-8")
-    documented = re.findall(r"^all-reduce +(\d+) +([\d.]+) ([KM])iB +(\d+|-) +(\d+|-) .*$", page, re.MULTILINE)
-    assert len(documented) >= 3
+    documented = re.findall(r"^all-reduce +(\d+) +([\d.]+) ([KM]i|)B +(\d+|-) +(\d+|-) .*$", page, re.MULTILINE)
+    assert len(documented) == 4
     launch = Launch(kernel="k", kind="collective", read_bytes=0, written_bytes=0, live_bytes=0)
     passes = ([], [])
     for ranks, number, unit, *counts in documented:
-        whole = int(float(number) * {"K": 1024, "M": MIB}[unit])
+        whole = int(float(number) * {"": 1, "Ki": 1024, "Mi": MIB}[unit])
         one = replace(launch, collective=Collective(kind="all-reduce", size=whole, ranks=int(ranks)))
         for launches, count in zip(passes, counts, strict=True):
             launches += [one] * int(count.replace("-", "0"))
