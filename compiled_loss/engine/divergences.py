@@ -90,7 +90,7 @@ def hit(raw: Tensor, labels: Tensor) -> Tensor:
 
 def _times(p: Tensor, x: Tensor) -> Tensor:
     """P x, 0 where p is 0, whatever x is."""
-    return p * torch.where(p > 0, x, 0.0)
+    return torch.where(p == 0, 0.0, p * x)
 
 
 def _terms(kind: Kind, a: Tensor, p: Tensor, b: Tensor | None, pair: Pair) -> tuple[Tensor | None, Tensor]:
