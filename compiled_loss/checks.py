@@ -465,6 +465,26 @@ def chunking(
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
 
 
+def max_label_tokens(value: float | None) -> None:
+    """Raise unless it is a number of tokens or a fraction of them."""
+    expected = "expected an int >= 1, a float above 0 and up to 1, or None"
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"max_label_tokens: {expected}, got {type(value).__name__}")
+    if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+        raise ValueError(f"max_label_tokens: {expected}, got {value}")
+
+
+def label_tokens_fit(count: int, rows: int, tokens: int) -> None:
+    """Raise unless the tokens that count are as few as `max_label_tokens` promised."""
+    if count > rows:
+        raise ValueError(
+            f"max_label_tokens: expected at least {count} of {tokens} tokens, so many count, got {rows}; "
+            "in compiled code and on accelerators the loss would be NaN"
+        )
+
+
 def chunk_size_counts_tokens(chunk_size: int) -> None:
     """Raise: under "auto" a chunk size is one of tokens, and only the vocabulary walk can do what is asked."""
     raise ValueError(

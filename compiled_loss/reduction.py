@@ -7,12 +7,15 @@ batch of zero coefficients: its loss is 0, attached to the graph, with zero grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.engine.compaction import Compaction
+from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import Coefficients, statistics_dtype
 
 
@@ -23,6 +26,10 @@ class Tokens(NamedTuple):
     weight: Tensor  # fp32; 0 where ignored
     active: Tensor  # False where ignored: by the label or by a mask of 0
     poison: Tensor  # 1, or NaN where an active token's label is no class
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """Each changed."""
+        return Tokens(*(change(v) for v in self))
 
 
 def tokens(
@@ -68,6 +75,17 @@ def readable(values: Tensor) -> bool:
 def traced() -> bool:
     """Whether a functorch transform (grad, vmap, jvp, ...) is at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
+    """Which of the tokens [...] are computed; None for all, as they are."""
+    active = active.reshape(-1)
+    rows = chunking.rows(active.shape[0])
+    if rows is None:
+        return None
+    if readable(active):
+        checks.label_tokens_fit(int(active.sum()), rows, active.shape[0])
+    return Compaction.of(active, rows)
 
 
 def coefficients(

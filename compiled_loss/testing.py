@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.plan import Chunking
 from compiled_loss.inspection import Inspection
 
 
@@ -202,6 +203,29 @@ def assert_saves_nothing_larger_than(inspection: Inspection, size: int) -> None:
     large = [t for t in inspection.saved if t.size > size]
     listed = "".join(f"\n  {t.dtype}{list(t.shape)}, {t.size} bytes: {t.origin} ({t.location})" for t in large)
     assert not large, f"{inspection.name}: saves for backward, of more than {size} bytes:{listed}"
+
+
+def assert_label_tokens_fit(
+    labels: Tensor, chunking: Chunking, *, mask: Tensor | None = None, ignore_index: int = -100
+) -> None:
+    """Fail unless the tokens of a batch that count are as few as `chunking.max_label_tokens` promises.
+
+    Labels [...] and the mask as the loss is given them, and as it would shift them: for the batches of a data set.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import Chunking
+        >>> from compiled_loss.testing import assert_label_tokens_fit
+        >>> assert_label_tokens_fit(torch.tensor([3, -100, -100, 5]), Chunking(max_label_tokens=0.5))
+
+    """
+    active = labels != ignore_index
+    if mask is not None:
+        active = active & (mask != 0)
+    count, rows = int(active.sum()), chunking.rows(active.numel())
+    assert rows is None or count <= rows, (
+        f"{count} of {active.numel()} tokens count, and max_label_tokens={chunking.max_label_tokens} computes {rows}"
+    )
 
 
 def assert_kernel_count(inspection: Inspection, count: int) -> None:

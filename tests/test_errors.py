@@ -304,6 +304,9 @@ def test_good_input_that_looks_bad(name):
             function(**{**arguments(function), **changed})
 
 
+MOST = "max_label_tokens: expected an int >= 1, a float above 0 and up to 1, or None, "
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "text"),
     [
@@ -320,6 +323,12 @@ def test_good_input_that_looks_bad(name):
             ValueError,
             "memory_budget: expected None where chunk_size is given, got both: they say the same thing",
         ),
+        ({"max_label_tokens": 0}, ValueError, MOST + "got 0"),
+        ({"max_label_tokens": 1.5}, ValueError, MOST + "got 1.5"),
+        ({"max_label_tokens": 0.0}, ValueError, MOST + "got 0.0"),
+        ({"max_label_tokens": float("nan")}, ValueError, MOST + "got nan"),
+        ({"max_label_tokens": True}, TypeError, MOST + "got bool"),
+        ({"max_label_tokens": "half"}, TypeError, MOST + "got str"),
         (
             {"accumulate_dtype": int64},
             TypeError,

@@ -221,6 +221,33 @@ def test_values_are_frozen_hashable_and_keyword_only(value):
     assert eval(repr(value), {type(value).__name__: type(value), "torch": torch}) == value  # what a log shows is code
 
 
+@pytest.mark.parametrize(
+    ("tokens", "part", "rows"),
+    [
+        (10, 0.3, 3),
+        (1000, 0.3, 300),
+        (1001, 0.3, 301),
+        (7, 0.5, 4),
+        (3, 1 / 3, 1),
+        (2, 1e-12, 1),
+        (32769, 0.999, 32737),
+    ],
+)
+def test_rows_of_a_fraction_are_rounded_up(tokens, part, rows):
+    assert Chunking(max_label_tokens=part).rows(tokens) == rows
+
+
+@pytest.mark.parametrize(("tokens", "part"), [(0, 0.5), (1, 0.1), (9, 1.0)])
+def test_a_fraction_that_is_all_tokens(tokens, part):
+    assert Chunking(max_label_tokens=part).rows(tokens) is None
+
+
+def test_rows_of_a_count():
+    assert Chunking(max_label_tokens=5).rows(6) == 5
+    assert Chunking(max_label_tokens=6).rows(6) is None
+    assert Chunking().rows(6) is None
+
+
 def test_fields_tell_chunkings_apart():
     distinct = [
         Chunking(),
@@ -228,6 +255,7 @@ def test_fields_tell_chunkings_apart():
         Chunking(chunk_size=1024),
         Chunking(memory_budget=1024),
         Chunking(accumulate_dtype=float32),
+        Chunking(max_label_tokens=0.5),
         Chunking(compile=True),
         Chunking(compile=False),
     ]

@@ -8,6 +8,7 @@ backward, 8 N H V and 4 N H' V, and keeps O(N). Both hold the student's [C, V] a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ class Weighted(NamedTuple):
     hard: Tensor | None
     labels: Tensor | None
     active: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Weighted:
+        """Each changed; what is None stays None."""
+        hard, labels = (None if v is None else change(v) for v in (self.hard, self.labels))
+        return Weighted(change(self.soft), hard, labels, change(self.active))
 
     def of(self, soft: Tensor, hard: Tensor | None) -> Tensor:
         """Each token's loss, of its divergence and cross-entropy."""

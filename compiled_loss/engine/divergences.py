@@ -16,6 +16,7 @@ at temperature 1. `raw` are the student's logits in fp32 before the temperature,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,6 +48,10 @@ class Target(NamedTuple):
 
     values: Tensor  # [rows, V] probabilities or logits, [rows, H of the target], or [rows, k] log-probabilities
     indices: Tensor | None = None  # [rows, k], of the classes whose log-probabilities alone are known
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Target:
+        """Each changed; what is None stays None."""
+        return Target(change(self.values), None if self.indices is None else change(self.indices))
 
 
 class Rows(NamedTuple):

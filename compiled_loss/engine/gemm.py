@@ -99,8 +99,10 @@ def fence_(x: Tensor, after: Sequence[Tensor]) -> None:
     Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
     regions of a backward before its GEMMs and held every chunk's gradient, and the partitioner moves the token walk's
     dW GEMMs into backward with their [C, V] inputs, the last one when N >= H and all of them when N < H. So each chunk
-    is fenced after the GEMMs of the one before, and the token walk's loss after all of them. Chunks that reduce over
-    ranks must do so in the same order on each, whose shapes may differ, or ranks wait for ever: they take turns.
+    is fenced after the GEMMs of the one before, and the token walk's loss after all of them; and after the chunk's
+    other results, for the list in which a region returns them holds the gradient until the last is taken out, which
+    Inductor may put off to the end. Chunks that reduce over ranks must do so in the same order on each, whose shapes
+    may differ, or ranks wait for ever: they take turns.
 
     x is the result of a computation, never a clone: of a slice's clone the compiler reads the slice, and where the
     fence is unfolded reads it from its storage's start (torch 2.11 to 2.15, silently).

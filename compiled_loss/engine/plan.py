@@ -43,6 +43,7 @@ BALANCE = 300.0  # operations a byte: 990 TFLOP/s and 3.35 TB/s, H100 SXM data s
 MIN_ROWS = 512
 MIN_COLUMNS = 2048
 COLUMN_MULTIPLE = 256
+_PARTS = 10**9  # of a fraction
 MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32
 
 Strategy = Literal["tokens", "vocab"]
@@ -64,21 +65,35 @@ class Chunking:
     `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
     states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
 
+    `max_label_tokens`: the most tokens of a call that count, as a number or as a fraction of its tokens: what is masked
+    beyond them costs no GEMM. Where more count, eager CPU code raises, and elsewhere the loss and its gradients are
+    NaN: no token is dropped. None computes all tokens.
+
     `compile`: whether eager calls run a chunk's elementwise work as a compiled kernel; "auto" does on accelerators.
     Under torch.compile it is compiled in any case.
 
     >>> Chunking(chunk_size=1024)
-    Chunking(strategy='auto', chunk_size=1024, memory_budget=None, accumulate_dtype=None, compile='auto')
+    Chunking(strategy='auto', chunk_size=1024, memory_budget=None, accumulate_dtype=None, max_label_tokens=None, \
+compile='auto')
     """
 
     strategy: Literal["auto", "tokens", "vocab"] = "auto"
     chunk_size: int | None = None
     memory_budget: int | None = None
     accumulate_dtype: torch.dtype | None = None
+    max_label_tokens: int | float | None = None
     compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         checks.chunking(self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile)
+        checks.max_label_tokens(self.max_label_tokens)
+
+    def rows(self, tokens: int) -> int | None:
+        """Of so many tokens, how many are computed; None for all of them as they are."""
+        most = self.max_label_tokens
+        if isinstance(most, float):  # a ratio of integers, for the tokens may be symbolic
+            most = -(-tokens * max(1, round(most * _PARTS)) // _PARTS)
+        return None if most is None or most >= tokens else most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,7 +131,7 @@ def form_gradients(
             (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
         del d  # or eager code holds two chunks
         formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
-        gemm.fence_(fenced, formed)
+        gemm.fence_(fenced, [*formed, *rest])
     return [d_hidden, d_weight, d_bias], [gemm.join(part) for part in zip(*parts, strict=True)]
 
 

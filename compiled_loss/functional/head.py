@@ -15,6 +15,7 @@ from compiled_loss import checks, reduction, sharding
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
+from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking, Plan, Strategy, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
@@ -43,6 +44,52 @@ class LinearHead(NamedTuple):
     def statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
         """Masked statistics [...], differentiable; `what` names what a token walk with gradients could not give."""
         checks.instance("chunking", chunking, Chunking)
+        compact = reduction.compacted(self.tokens.active, chunking)
+        head = self if compact is None else self._gathered(compact)
+        rows = head._statistics(chunking, total=total, entropy=entropy, what=what)
+        return self._back(rows, compact, rows.nll)[0]
+
+    def loss(
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
+    ) -> tuple[Tensor, RowStatistics]:
+        """The loss of coefficients [...], on the walk that suits it, and masked statistics [...]."""
+        checks.instance("chunking", chunking, Chunking)
+        coefficients = coefficients.map(lambda c: c.reshape(-1))
+        compact = reduction.compacted(self.tokens.active, chunking)
+        if compact is None:
+            loss, rows = self._loss(coefficients, reduction_, chunking, entropy=entropy)
+        else:
+            coefficients = coefficients.map(compact.gathered)
+            loss, rows = self._gathered(compact)._loss(coefficients, reduction_, chunking, entropy=entropy)
+            if reduction_ == "none":
+                loss = compact.scattered(loss)
+        rows, factor = self._back(rows, compact, loss)
+        if reduction_ == "none":
+            loss = loss.reshape(self.tokens.labels.shape)
+        return loss if factor is None else loss * factor, rows
+
+    def _gathered(self, compact: Compaction) -> LinearHead:
+        """Of the tokens that count."""
+        tokens = self.tokens.map(lambda v: compact.gathered(v.reshape(-1)))
+        return self._replace(hidden=compact.gathered(self.hidden), tokens=tokens)
+
+    def _back(
+        self, rows: RowStatistics, compact: Compaction | None, after: Tensor
+    ) -> tuple[RowStatistics, Tensor | None]:
+        """Statistics [...] of those of the rows, and a factor of all: NaN where tokens are not what was promised."""
+        factor = None if compact is None else compact.fits
+        if compact is not None:
+            rows = rows.map(compact.scattered)
+        if self.vocabulary.group is not None:
+            factor = after.new_ones(()) if factor is None else factor.to(after.dtype)
+            factor = self.vocabulary.agreed(factor, self.tokens.labels, after)
+        rows = rows.map(lambda v: v.reshape(self.tokens.labels.shape))
+        if factor is not None:
+            rows = rows.map(lambda v: v * factor.to(v.dtype) if v.is_floating_point() else v)
+        return rows, factor
+
+    def _statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
+        """Masked statistics of all rows that there are, [N]."""
         hidden, weight, head, tokens, vocabulary = self
         if reduction.traced():
             rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
@@ -57,41 +104,32 @@ class LinearHead(NamedTuple):
             how = (chosen, vocabulary.group)
             with torch.autocast(hidden.device.type, enabled=False):
                 rows = walk.statistics(hidden, weight, self.labels, head, *how, total=total, entropy=entropy)
-        rows = masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
-        if vocabulary.group is not None:
-            rows = _times(rows, vocabulary.agreed(rows.nll.new_ones(()), tokens.labels, rows.nll))
-        return rows
+        return masked(rows, tokens.active.reshape(-1))
 
-    def loss(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
+    def _loss(
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool
     ) -> tuple[Tensor, RowStatistics]:
-        """The loss of coefficients [...], on the walk that suits it, and masked statistics [...]."""
-        checks.instance("chunking", chunking, Chunking)
+        """The loss of coefficients [N], and masked statistics [N], of all rows that there are."""
         wanted = self._wanted()
         if reduction_ != "none" and any(wanted) and not reduction.traced():
             chosen = self._plan(chunking, ("tokens", "vocab"))
             if chosen.strategy == "tokens":
                 hidden, weight, head, tokens, vocabulary = self
                 with torch.autocast(hidden.device.type, enabled=False):
-                    loss, rows = token_chunks.weighted_sum(
+                    return token_chunks.weighted_sum(
                         hidden,
                         weight,
                         self.labels,
                         head,
                         chosen,
                         vocabulary.group,
-                        coefficients.map(lambda c: c.reshape(-1)),
+                        coefficients,
                         tokens.active.reshape(-1),
                         wanted,
                         entropy=entropy,
                     )
-                rows = rows.map(lambda v: v.reshape(tokens.labels.shape))
-                if vocabulary.group is not None:
-                    agreed = vocabulary.agreed(torch.ones_like(loss), tokens.labels, loss)
-                    loss, rows = loss * agreed, _times(rows, agreed)
-                return loss, rows
         total = coefficients.total is not None
-        rows = self.statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
+        rows = self._statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
         return reduction.reduced(combine(rows, coefficients), reduction_), rows
 
     def _wanted(self) -> Wanted:
@@ -117,10 +155,6 @@ class LinearHead(NamedTuple):
         if chosen.strategy == "vocab" and self.weight.shape[0] != share:  # one chunk where there is no column
             chosen = replace(chosen, count=max(1, -(-self.weight.shape[0] // chosen.chunk)))
         return chosen
-
-
-def _times(rows: RowStatistics, factor: Tensor) -> RowStatistics:
-    return rows.map(lambda v: v * factor if v.is_floating_point() else v)
 
 
 def linear_head(

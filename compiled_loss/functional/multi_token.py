@@ -6,6 +6,7 @@ B sequences of S tokens, N = B S, H width, V vocabulary, D depths, k a depth fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -178,6 +179,7 @@ def multi_token_losses(
 
     """
     checks.sequence("hidden", hidden)
+    checks.instance("chunking", chunking, Chunking)
     part = sharding.vocabulary(weight, vocab_shard)
     labels = sharding.rows("labels", labels, part)
     hidden = [sharding.replicated(states, part) for states in hidden]
@@ -189,6 +191,8 @@ def multi_token_losses(
             multi_token_targets(labels, k, ignore_index=ignore_index, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
             for k in range(len(hidden))
         ]
+    if isinstance(chunking.max_label_tokens, int):  # of each depth
+        chunking = replace(chunking, max_label_tokens=chunking.max_label_tokens * len(hidden))
     states = torch.stack(list(hidden))
     stacked = torch.stack([target.reshape(rows) for target in targets])
     counts = (stacked.flatten(1) != ignore_index).sum(-1, dtype=statistics_dtype(states.dtype))

@@ -69,10 +69,32 @@ def on_head(
     """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum."""
     checks.instance("chunking", chunking, Chunking)
     checks.walks_tokens(chunking.strategy)
-    kind = cast(Kind, kind)
     shape = hidden.shape[:-1]
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), _flat(target)
-    weighted = Weighted(*(None if v is None else v.reshape(-1) for v in weighted))  # type: ignore[arg-type]
+    weighted = weighted.map(lambda v: v.reshape(-1))
+    compact = reduction.compacted(weighted.active, chunking)
+    if compact is None:
+        loss = _on_rows(hidden, weight, target, kind, pair, weighted, vocabulary, chunking, scalar=scalar)
+        return loss if scalar else loss.reshape(shape)
+    hidden, target, weighted = compact.gathered(hidden), target.map(compact.gathered), weighted.map(compact.gathered)
+    loss = _on_rows(hidden, weight, target, kind, pair, weighted, vocabulary, chunking, scalar=scalar)
+    return (loss if scalar else compact.scattered(loss).reshape(shape)) * compact.fits
+
+
+def _on_rows(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,
+    target: Target,
+    kind: str,
+    pair: Pair,
+    weighted: Weighted,  # of [N]
+    vocabulary: Vocabulary,
+    chunking: Chunking,
+    *,
+    scalar: bool,
+) -> Tensor:
+    """`on_head`, [N], of all rows that there are."""
+    kind = cast(Kind, kind)
     if weighted.labels is not None:
         weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
     if reduction.traced():
@@ -82,7 +104,7 @@ def on_head(
             pair = pair._replace(target_weight=None)
         logits = hidden @ weight.t()
         losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
-        return losses.sum() if scalar else losses.reshape(shape)
+        return losses.sum() if scalar else losses
     (tokens, width), vocab, dtype = hidden.shape, vocabulary.share, hidden.dtype
     if chunking.accumulate_dtype is not None:
         checks.accumulator(chunking.accumulate_dtype, dtype)
@@ -96,7 +118,7 @@ def on_head(
             rows = divergence_chunks.divergence(
                 hidden, weight, target, weighted.labels, kind, pair, chosen, vocabulary.group
             )
-            return weighted.of(*rows).reshape(shape)
+            return weighted.of(*rows)
         enabled = torch.is_grad_enabled()
         wanted = Wanted(enabled and hidden.requires_grad, enabled and weight.requires_grad, False)
         return divergence_chunks.weighted_sum(
@@ -112,7 +134,7 @@ def apart(target: Tensor, source: Tensor) -> Tensor:
 
 
 def _flat(target: Target) -> Target:
-    return Target(*(None if v is None else _rows(v) for v in target))  # type: ignore[arg-type]
+    return target.map(_rows)
 
 
 def _rows(values: Tensor) -> Tensor:

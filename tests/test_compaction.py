@@ -1,0 +1,221 @@
+"""`max_label_tokens`: the losses and gradients of all tokens, for the price of those that count."""
+
+import functools
+
+import cases
+import pytest
+import torch
+from gpu_cases import linear
+
+import compiled_loss
+from compiled_loss import Chunking, reference
+from compiled_loss.testing import assert_label_tokens_fit, assert_single_graph, count_graphs, head_inputs
+
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+N, H, V = 29, 7, 17
+COUNTING = 11
+
+
+_random = torch.Generator().manual_seed(5)
+TEACHER = tuple(torch.randn(rows, 5, generator=_random, dtype=torch.float64) for rows in (N, V))
+
+
+def given(counting=COUNTING, seed=0):
+    """Of N tokens, so many count; weights that differ, so that a token in another's place shows."""
+    inputs = head_inputs(N, H, V, dtype=torch.float64, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    masked = torch.randperm(N, generator=random)[counting:]
+    labels = inputs.labels.clone()
+    labels[masked] = -100
+    weights = torch.linspace(0.3, 2, N, dtype=torch.float64).requires_grad_()
+    return inputs.hidden, inputs.weight, inputs.bias, weights, labels
+
+
+def cross_entropy(reduction, strategy):
+    def loss(where, h, w, b, t, y, **how):
+        options = {"bias": b, "token_weights": t, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": reduction}
+        return where.linear_cross_entropy(h, w, y, **options, **how)
+
+    return loss, {"strategy": strategy, "chunk_size": 5 if strategy == "tokens" else 9}
+
+
+def statistics(where, h, w, b, t, y, **how):
+    logprob, lse, entropy, correct = where.linear_token_statistics(h, w, y, bias=b, **how)
+    return (logprob + 2 * lse + 3 * entropy) * t + correct
+
+
+def distillation(**options):
+    def loss(where, h, w, b, t, y, **how):
+        return where.linear_distillation(h, w, *TEACHER, y, **options, **how)
+
+    return loss, {"chunk_size": 5}
+
+
+def cached(where, h, w, b, t, y, **how):
+    hidden, weight = TEACHER
+    top = (hidden @ weight.t()).log_softmax(-1).topk(4)
+    return where.linear_distillation(h, w, None, None, y, teacher_topk=tuple(top), hard_label_weight=0.3, **how)
+
+
+def soft(where, h, w, b, t, y, **how):
+    hidden, weight = TEACHER
+    return where.linear_soft_cross_entropy(h, w, (y != -100) * 0.5, teacher_hidden=hidden, teacher_weight=weight, **how)
+
+
+def probabilities(where, h, w, b, t, y, **how):
+    hidden, weight = TEACHER
+    target = (hidden @ weight.t()).softmax(-1)
+    return where.linear_soft_cross_entropy(h, w, (y != -100).unsqueeze(-1), target_probs=target, **how)
+
+
+def depths(where, h, w, b, t, y, **how):
+    return where.multi_token_prediction([h, 2 * h], w, y, targets=[y, y.flip(0)], **how)
+
+
+LOSSES = {
+    "tokens": cross_entropy("mean", "tokens"),
+    "vocab": cross_entropy("sum", "vocab"),
+    "none": cross_entropy("none", "vocab"),
+    "statistics": (statistics, {"strategy": "vocab", "chunk_size": 9}),
+    "distillation": distillation(divergence="jsd", temperature=0.7, hard_label_weight=0.4),
+    "distillation, none": distillation(divergence="reverse_kl", reduction="none"),
+    "cached teacher": (cached, {"chunk_size": 5}),
+    "soft": (soft, {"chunk_size": 5}),
+    "probabilities": (probabilities, {"chunk_size": 5}),
+    "multi-token": (depths, {"chunk_size": 5}),
+}
+
+
+def gradients(loss, inputs):
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    return torch.autograd.grad(loss, inputs, upstream, allow_unused=True)
+
+
+def results(call, inputs):
+    loss = call(*inputs)
+    return loss.detach(), *gradients(loss, inputs[:4])
+
+
+def agree(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("most", [COUNTING, COUNTING / N, 20], ids=["exact", "fraction", "room"])
+def test_values(name, most, compiled):
+    if compiled and most != COUNTING:
+        pytest.skip("the same code")
+    loss, how = LOSSES[name]
+    inputs = given()
+    call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
+    if compiled:
+        call = torch.compile(call, fullgraph=True)
+    agree(results(call, inputs), results(functools.partial(loss, reference), inputs))
+
+
+@pytest.mark.parametrize("keywords", cases.KEYWORDS)
+def test_keywords(keywords):
+    """Masks, shifts and other ignored labels decide what counts, not the labels alone."""
+    options = cases.KEYWORDS[keywords](N, V)
+    inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.3, ignore_index=options.get("ignore_index", -100))
+    walk = Chunking(strategy="vocab", chunk_size=5, max_label_tokens=N - 1)
+
+    def call(h, w, b, y):
+        return compiled_loss.linear_cross_entropy(h, w, y, bias=b, chunking=walk, **options)
+
+    def plain(h, w, b, y):
+        return reference.linear_cross_entropy(h, w, y, bias=b, **options)
+
+    for seed in range(3):
+        labels = inputs.labels.roll(seed)
+        labels[0] = options.get("ignore_index", -100)
+        arguments = (inputs.hidden, inputs.weight, inputs.bias)
+        mine, theirs = (f(*arguments, labels) for f in (call, plain))
+        agree([mine, *gradients(mine, arguments)], [theirs, *gradients(theirs, arguments)])
+
+
+@pytest.mark.parametrize("counting", [0, 1, N])
+@pytest.mark.parametrize("name", ["tokens", "none", "distillation"])
+def test_none_one_and_all(name, counting):
+    loss, how = LOSSES[name]
+    inputs = given(counting)
+    for most in (1, 0.01) if counting < 2 else (N, 1.0, 10 * N):
+        call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
+        for mine, theirs in zip(
+            results(call, inputs), results(functools.partial(loss, reference), inputs), strict=True
+        ):
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_token_is_dropped_silently(name):
+    """Eager CPU code raises; compiled code makes the loss and the gradients of the head NaN."""
+    loss, how = LOSSES[name]
+    call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING - 1))
+    inputs = given()
+    with pytest.raises(ValueError, match=r"max_label_tokens: expected at least \d+ of \d+ tokens, so many count, got"):
+        call(*inputs)
+    value, d_hidden, d_weight, *_ = results(torch.compile(call, fullgraph=True), inputs)
+    assert value.isnan().all() if value.dim() == 0 else value[inputs[4] != -100].isnan().all()
+    assert d_weight.isnan().all()
+    assert d_hidden[inputs[4] != -100].isnan().all()
+
+
+def test_one_graph_whatever_counts():
+    """Counts and places change from step to step, and N with a fraction of it."""
+    call = functools.partial(LOSSES["vocab"][0], compiled_loss)
+    chunking = Chunking(strategy="vocab", chunk_size=9, max_label_tokens=0.7)
+    steps = [given(counting, seed) for seed, counting in enumerate((3, 20, 11))]
+    assert count_graphs(functools.partial(call, chunking=chunking), steps) == 1
+
+
+def test_under_functorch():
+    hidden, *rest = (v.detach() for v in given())
+    batch = torch.stack([hidden, 2 * hidden])
+    call = functools.partial(LOSSES["tokens"][0], compiled_loss, chunking=Chunking(max_label_tokens=COUNTING))
+    plain = functools.partial(LOSSES["tokens"][0], reference)
+    found, expected = (
+        torch.func.vmap(torch.func.grad(f, (0, 1)), in_dims=(0, None, None, None, None))(batch, *rest)
+        for f in (call, plain)
+    )
+    torch.testing.assert_close(found, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+@pytest.mark.xdist_group(name="GPU code")
+def test_masked_tokens_cost_no_gemm(inspected, strategy):
+    """GPU code: a quarter of the operations and no synchronisation, for a copy of the hidden states that count."""
+    tokens, width, vocab = 8192, 4096, 131072
+    case = linear(strategy, (tokens // 4, width, vocab), 4, size=512 if strategy == "tokens" else None)
+    chunking = case.call.keywords["chunking"]
+    chunking = Chunking(
+        strategy=strategy, chunk_size=chunking.chunk_size, accumulate_dtype=torch.bfloat16, max_label_tokens=0.25
+    )
+    call = functools.partial(compiled_loss.linear_cross_entropy, chunking=chunking)
+    inputs = [f"bf16[{tokens},{width}]:grad", *case.inputs[1:2], f"int64[{tokens}]:-100..{vocab - 1}"]
+    found = inspected(call, *inputs, assemble=False)
+    assert_single_graph(found)
+    assert not [x for p in found.passes for x in p.launches if x.kind in ("sync", "transfer")]
+    unit = 2 * tokens // 4 * width * vocab
+    operations = [p.operations / unit for p in found.passes]
+    assert operations == pytest.approx([case.forward, case.backward], rel=0.01, abs=0.01)
+    moved = 2 * (tokens // 4) * width  # the hidden states that count
+    whole = case.outputs + 2 * (tokens - tokens // 4) * width  # the gradient of all
+    assert found.forward.peak_bytes <= 1.05 * (case.keeps + case.chunk + moved) + 64 * tokens + 16 * vocab
+    assert found.peak_bytes <= 1.05 * (whole + case.chunk + moved) + 64 * tokens + 16 * vocab
+
+
+def test_labels_of_a_data_set_are_asserted_to_fit():
+    *_, labels = given()
+    assert_label_tokens_fit(labels, Chunking(max_label_tokens=COUNTING))
+    assert_label_tokens_fit(labels, Chunking())
+    with pytest.raises(AssertionError, match=f"{COUNTING} of {N} tokens count, and max_label_tokens=0.1 computes 3"):
+        assert_label_tokens_fit(labels, Chunking(max_label_tokens=0.1))
+    with pytest.raises(AssertionError, match="of 29 tokens count"):
+        assert_label_tokens_fit(labels, Chunking(max_label_tokens=3), mask=labels != labels.max())
+    assert_label_tokens_fit(labels, Chunking(max_label_tokens=3), mask=torch.zeros(N))
