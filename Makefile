@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Where torch, built for CPUs, does not bring its own.
 TRITON := $(if $(filter 2.13.0,$(TORCH)),triton==3.7.0,triton)
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15
 
 .PHONY: demo test test-all lint format docs bench scaling clean
 

@@ -153,7 +153,7 @@ def test_compiled(name):
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [FORMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FORMS[1:])])
 def test_compiled_as_operators(name, monkeypatch):
     """The host of torch 2.11, and of eager code on accelerators."""
     monkeypatch.setattr(hosts, "_REGIONS_WORK", False)

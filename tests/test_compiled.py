@@ -28,7 +28,7 @@ def host(request, monkeypatch):
         monkeypatch.setattr(hosts, "_REGIONS_WORK", False)
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 def test_values_of_the_operator(walk, monkeypatch):
     monkeypatch.setattr(hosts, "_REGIONS_WORK", False)
     check_values(walk, "everything")
@@ -153,7 +153,7 @@ def test_autocast_inside_and_outside(walk):
         assert all(g.dtype == torch.float32 for g in cases.gradients(loss, inputs, None))
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 def test_backward_twice(walk):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
     loss = torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True)(*inputs)
@@ -236,7 +236,15 @@ def test_graphs_over_lengths_with_a_chunk_size():
     assert count_graphs(loss("vocab", 9), lengths(11, 30, 17, 57, 100)) == 2
 
 
-@pytest.mark.parametrize("loss", ["linear", "statistics", "none", "logits"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "linear",
+        pytest.param("statistics", marks=pytest.mark.slow),
+        "none",
+        pytest.param("logits", marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_a_bucket_with_defaults(loss):
     fn = {
         "linear": linear_cross_entropy,
@@ -250,7 +258,7 @@ def test_one_graph_a_bucket_with_defaults(loss):
     assert count_graphs(fn, lengths(*counts), dynamic=True) <= len(buckets)
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("walk", [pytest.param("tokens", marks=pytest.mark.slow), "vocab"])
 def test_first_ever_call_is_compiled_in_a_fresh_process(walk):
     program = f"""
         import torch
