@@ -65,9 +65,10 @@ class Chunking:
     `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
     states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
 
-    `max_label_tokens`: the most tokens of a call that count, as a number or as a fraction of its tokens: what is masked
-    beyond them costs no GEMM. Where more count, eager CPU code raises, and elsewhere the loss and its gradients are
-    NaN: no token is dropped. None computes all tokens.
+    `max_label_tokens`: the most tokens of a call that count, as a number or as a fraction of its tokens: those that are
+    masked cost no GEMM beyond. Where more count, eager CPU code raises, and elsewhere the loss and its gradients are
+    NaN: no token is dropped. Costs a copy of the hidden states that count, and of targets that are probabilities. None
+    computes all tokens.
 
     `compile`: whether eager calls run a chunk's elementwise work as a compiled kernel; "auto" does on accelerators.
     Under torch.compile it is compiled in any case.
