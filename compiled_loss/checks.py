@@ -445,12 +445,12 @@ def count(num_label_tokens: int | Tensor | None, value: str, device: torch.devic
 
 
 def chunking(
-    strategy: str, chunk_size: int | None, memory_budget: int | None, accumulate_dtype: object, compile: object
+    strategy: str, chunk_size: int | None, memory_budget: int | str | None, accumulate_dtype: object, compile: object
 ) -> None:
     """Raise unless the fields of a `Chunking` are each valid and go together."""
     if strategy not in _STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, _STRATEGIES))}, got {strategy!r}")
-    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+    for name, value in (("chunk_size", chunk_size), ("memory_budget", size("memory_budget", memory_budget))):
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
@@ -463,6 +463,17 @@ def chunking(
         raise TypeError(f"accumulate_dtype: expected a floating torch.dtype or None, got {accumulate_dtype!r}")
     if not isinstance(compile, bool) and compile != "auto":
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+
+
+def size(name: str, value: int | str | None) -> int | None:
+    """Bytes, of a number of them or of a text such as "512MiB"; whatever else it is is left to be found out."""
+    if not isinstance(value, str):
+        return value
+    for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)):
+        number = value.strip().removesuffix(unit).rstrip()
+        if number != value.strip() and number.replace(".", "", 1).isdigit():
+            return int(float(number) * 2**power)
+    raise ValueError(f"{name}: expected a number of bytes or a text such as '512MiB' or '1.5 GiB', got {value!r}")
 
 
 def max_label_tokens(value: float | None) -> None:

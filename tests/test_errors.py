@@ -304,6 +304,7 @@ def test_good_input_that_looks_bad(name):
             function(**{**arguments(function), **changed})
 
 
+TEXT = "memory_budget: expected a number of bytes or a text such as '512MiB' or '1.5 GiB', "
 MOST = "max_label_tokens: expected an int >= 1, a float above 0 and up to 1, or None, "
 
 
@@ -317,6 +318,11 @@ MOST = "max_label_tokens: expected an int >= 1, a float above 0 and up to 1, or 
         ({"chunk_size": True}, TypeError, "chunk_size: expected an int >= 1 or None, got bool"),
         ({"chunk_size": 8.0}, TypeError, "chunk_size: expected an int >= 1 or None, got float"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected an int >= 1 or None, got 0"),
+        ({"memory_budget": "0MiB"}, ValueError, "memory_budget: expected an int >= 1 or None, got 0"),
+        ({"memory_budget": "1GB"}, ValueError, TEXT + "got '1GB'"),
+        ({"memory_budget": "GiB"}, ValueError, TEXT + "got 'GiB'"),
+        ({"memory_budget": "-1GiB"}, ValueError, TEXT + "got '-1GiB'"),
+        ({"memory_budget": "1024"}, ValueError, TEXT + "got '1024'"),
         ({"memory_budget": 1e9}, TypeError, "memory_budget: expected an int >= 1 or None, got float"),
         (
             {"memory_budget": 1 << 20, "chunk_size": 8},

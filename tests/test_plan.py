@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import bfloat16, float16, float32, float64
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compiled_loss import Chunking
+from compiled_loss import Chunking, linear_cross_entropy
 from compiled_loss.engine.plan import COLUMN_MULTIPLE, MAX_ROUNDINGS, MIN_COLUMNS, MIN_ROWS, Plan, plan
 
 DTYPES = st.sampled_from([float16, bfloat16, float32, float64])
@@ -240,6 +240,27 @@ def test_rows_of_a_fraction_are_rounded_up(tokens, part, rows):
 @pytest.mark.parametrize(("tokens", "part"), [(0, 0.5), (1, 0.1), (9, 1.0)])
 def test_a_fraction_that_is_all_tokens(tokens, part):
     assert Chunking(max_label_tokens=part).rows(tokens) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("3KiB", 3 << 10), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), (" 2GiB ", 2 << 30), (77, 77)]
+)
+def test_a_budget_in_words(text, size):
+    assert Chunking(memory_budget=text).budget == size
+    sizes = (8192, 4096, 131072, bfloat16)
+    if size >= 1 << 20:
+        assert plan(*sizes, Chunking(memory_budget=text)) == plan(*sizes, Chunking(memory_budget=size))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("budget", ["1KiB", 1 << 12])
+@pytest.mark.parametrize("strategy", ["auto", "tokens", "vocab"])
+def test_a_budget_is_traced(strategy, budget, gradient):
+    def loss(h, w, y):
+        return linear_cross_entropy(h, w, y, chunking=Chunking(strategy=strategy, memory_budget=budget))
+
+    h, w, y = torch.randn(40, 4, requires_grad=gradient), torch.randn(11, 4), torch.randint(11, (40,))
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(h, w, y), loss(h, w, y))
 
 
 def test_rows_of_a_count():

@@ -59,8 +59,8 @@ class Chunking:
 
     `chunk_size`: tokens a chunk, with "vocab" columns of the vocabulary; None lets the planner choose.
 
-    `memory_budget`: most bytes the chunk of logits may take, instead of `chunk_size`; with "auto" also chooses the
-    strategy that is faster within it.
+    `memory_budget`: most bytes the chunk of logits may take, a number or a text such as "512MiB", instead of
+    `chunk_size`; with "auto" also chooses the strategy that is faster within it.
 
     `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
     states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
@@ -80,7 +80,7 @@ compile='auto')
 
     strategy: Literal["auto", "tokens", "vocab"] = "auto"
     chunk_size: int | None = None
-    memory_budget: int | None = None
+    memory_budget: int | str | None = None
     accumulate_dtype: torch.dtype | None = None
     max_label_tokens: int | float | None = None
     compile: bool | Literal["auto"] = "auto"
@@ -88,6 +88,11 @@ compile='auto')
     def __post_init__(self) -> None:
         checks.chunking(self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile)
         checks.max_label_tokens(self.max_label_tokens)
+
+    @property
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return checks.size("memory_budget", self.memory_budget)
 
     def rows(self, tokens: int) -> int | None:
         """Of so many tokens, how many are computed; None for all of them as they are."""
@@ -128,11 +133,14 @@ def plan(
         strategies = (chunking.strategy,)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
     strategy = strategies[0]
-    if chunking.memory_budget is not None and len(strategies) > 1:
+    if chunking.budget is not None and len(strategies) > 1:
         least = {"tokens": vocab * dtype.itemsize, "vocab": tokens * dtype.itemsize}
-        fitting = [s for s in strategies if least[s] <= chunking.memory_budget]
-        strategy = min(fitting or strategies, key=lambda s: _cost(s, bucket, width, vocab, dtype, chunking))
-    fixed = chunking.chunk_size is not None or chunking.memory_budget is not None
+        fitting = [s for s in strategies if least[s] <= chunking.budget]
+        strategy, *others = fitting or strategies
+        for other in others:  # no min(key=...), which Dynamo does not trace
+            costs = [_cost(s, bucket, width, vocab, dtype, chunking) for s in (strategy, other)]
+            strategy = other if costs[1] < costs[0] else strategy
+    fixed = chunking.chunk_size is not None or chunking.budget is not None
     if strategy == "vocab":
         chunk = _columns(bucket, width, vocab, dtype, chunking)
         count = -(-vocab // chunk)
@@ -158,8 +166,8 @@ def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chu
     """Most tokens a chunk: NOTE [Default chunk]."""
     if chunking.chunk_size is not None:
         return chunking.chunk_size
-    if chunking.memory_budget is not None:
-        return max(1, chunking.memory_budget // (vocab * dtype.itemsize))
+    if chunking.budget is not None:
+        return max(1, chunking.budget // (vocab * dtype.itemsize))
     return min(bucket, max(MIN_ROWS, min(width, max(1024, width // 4))))
 
 
@@ -167,8 +175,8 @@ def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: 
     """Most columns a chunk, spread evenly: NOTE [Default chunk]."""
     if chunking.chunk_size is not None:
         return min(vocab, chunking.chunk_size)
-    if chunking.memory_budget is not None:
-        return max(1, min(vocab, chunking.memory_budget // (bucket * dtype.itemsize)))
+    if chunking.budget is not None:
+        return max(1, min(vocab, chunking.budget // (bucket * dtype.itemsize)))
     most = max(MIN_COLUMNS, _rows(bucket, width, vocab, dtype, chunking) * vocab // bucket)
     even = -(-vocab // -(-vocab // most))
     return min(vocab, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)

@@ -149,9 +149,9 @@ class LinearHead(NamedTuple):
             checks.accumulator(chunking.accumulate_dtype, dtype)
         share = self.vocabulary.share
         chosen = plan(tokens, width, share, dtype, chunking, strategies=strategies)
-        if chunking.memory_budget is not None:
+        if chunking.budget is not None:
             unit, size = ("token", share) if chosen.strategy == "tokens" else ("column", tokens)
-            checks.memory_budget(chunking.memory_budget, unit, size * dtype.itemsize)
+            checks.memory_budget(chunking.budget, unit, size * dtype.itemsize)
         if chosen.strategy == "vocab" and self.weight.shape[0] != share:  # one chunk where there is no column
             chosen = replace(chosen, count=max(1, -(-self.weight.shape[0] // chosen.chunk)))
         return chosen

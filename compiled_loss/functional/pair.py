@@ -111,8 +111,8 @@ def _on_rows(
     one = pair.target_weight is None and target.indices is None
     columns = vocab if one else 2 * vocab  # that a chunk holds
     chosen = plan(tokens, width, columns, dtype, chunking, strategies=("tokens",))
-    if chunking.memory_budget is not None:
-        checks.memory_budget(chunking.memory_budget, "token", columns * dtype.itemsize)
+    if chunking.budget is not None:
+        checks.memory_budget(chunking.budget, "token", columns * dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
         if not scalar:
             rows = divergence_chunks.divergence(
