@@ -5,6 +5,7 @@ B sequences, S positions, H width, V vocabulary. Everything is fp64.
 
 from collections.abc import Callable
 from types import ModuleType
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,7 @@ LOSSES = {
         "mask",
         "class_weights",
     ),
+    "compacted": linear(counted, replace(ROWS, max_label_tokens=9)),  # of 12 tokens, 3 of which are masked
     "mean": linear(lambda t: {"label_smoothing": 0.2}, Chunking())._replace(counted=False),
     "none": Loss(
         lambda lib, t, how: (
