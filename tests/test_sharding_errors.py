@@ -188,7 +188,7 @@ def poisoned():
 
 
 def test_a_label_out_of_range_is_nan_on_every_rank(tmp_path):
-    for found in zip(*ranks.run(poisoned, 2, tmp_path, limit=120), strict=True):
+    for found in zip(*ranks.run(poisoned, 2, tmp_path, limit=240), strict=True):
         for loss, rows, weight in found:
             assert loss.isnan() and weight
             assert rows.tolist() == [False, False, True, False, False, False]
@@ -227,7 +227,7 @@ def disagreeing():
 
 
 def test_ranks_that_do_not_agree_are_nan_where_nobody_can_look(tmp_path):
-    for found in ranks.run(disagreeing, 2, tmp_path, limit=120):
+    for found in ranks.run(disagreeing, 2, tmp_path, limit=240):
         assert len(found) == 10
         assert all(all(nan) for nan in found), [nan for nan in found if not all(nan)]
 
@@ -251,7 +251,7 @@ def empty_batches():
 
 
 def test_a_rank_without_tokens(tmp_path):
-    for steps in ranks.run(empty_batches, 2, tmp_path, limit=120):
+    for steps in ranks.run(empty_batches, 2, tmp_path, limit=240):
         assert all(finite and shaped for _, finite, shaped in steps)
         assert {zero for zero, *_ in steps[:4]} == {True, False}
         assert all(zero for zero, *_ in steps[4:])

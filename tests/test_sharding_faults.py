@@ -65,7 +65,7 @@ def none_is_left(folder):
 
 def test_a_rank_that_lives_on_but_takes_no_part(tmp_path):
     """The group's timeout ends the wait; whoever waits for a rank that gave up sees its connection close."""
-    ranks.run(two_steps, WORLD, tmp_path, tmp_path, WALKS, True, limit=120)
+    ranks.run(two_steps, WORLD, tmp_path, tmp_path, WALKS, True, limit=240)
     for walk in WALKS:
         found = told(tmp_path, walk)
         assert all(seconds < PATIENCE + SLACK for seconds, _ in found)
