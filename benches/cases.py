@@ -28,15 +28,15 @@ HEADS = {
     "2048 x 8192": Head(2048, 8192),
 }
 
-# What is asked of the loss, and how many GEMMs of 2 N H V operations that takes at least.
+# What is asked of the loss, and the GEMMs of 2 N H V operations that takes at least: of logits, and of gradients.
 WANTS = {
-    "gradients": 3,  # the mean and both gradients
-    "loss": 1,  # the mean alone
-    "none": 4,  # each token's loss, and both gradients of any weights of them
-    "statistics": 1,  # log-probability, log-sum-exp, entropy, correctness
-    "distillation": 4,  # forward KL from a teacher's head as wide, and both gradients
-    "soft": 4,  # cross-entropy with a teacher's head as wide, and both gradients
-    "multi-token": 6,  # two depths, and all gradients
+    "gradients": (1, 2),  # the mean and both gradients
+    "loss": (1, 0),  # the mean alone
+    "none": (1, 2),  # each token's loss, and both gradients of any weights of them
+    "statistics": (1, 0),  # log-probability, log-sum-exp, entropy, correctness
+    "distillation": (2, 2),  # forward KL from a teacher's head as wide, and both gradients
+    "soft": (2, 2),  # cross-entropy with a teacher's head as wide, and both gradients
+    "multi-token": (2, 4),  # two depths of the same hidden states, other labels, and all gradients
 }
 
 

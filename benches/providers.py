@@ -51,7 +51,7 @@ def _ours(case: Case, **chunking: Any) -> Loss:
         if case.wants == "soft":
             return ours.linear_soft_cross_entropy(h, w, y != -100, teacher_hidden=th, teacher_weight=tw, **how)
         if case.wants == "multi-token":
-            return ours.multi_token_prediction([h, h], w, y, targets=[y, y], softcap=softcap, **how)
+            return ours.multi_token_prediction([h, 2 * h], w, y, targets=[y, y.flip(0)], softcap=softcap, **how)
         reduction = "none" if case.wants == "none" else "mean"
         return ours.linear_cross_entropy(h, w, y, softcap=softcap, reduction=reduction, **how)
 
@@ -92,7 +92,7 @@ def _plain(case: Case) -> Callable[..., Tensor]:
         reduction = "none" if case.wants == "none" else "mean"
         value = F.cross_entropy(logits(h, w), y, reduction=reduction)
         if case.wants == "multi-token":
-            value = (value + F.cross_entropy(logits(h, w), y)) * 0.05
+            value = (value + F.cross_entropy(logits(2 * h, w), y.flip(0))) * 0.05
         return value
 
     return loss

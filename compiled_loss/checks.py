@@ -471,7 +471,7 @@ def size(name: str, value: int | str | None) -> int | None:
         return value
     for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)):
         number = value.strip().removesuffix(unit).rstrip()
-        if number != value.strip() and number.replace(".", "", 1).isdigit():
+        if number != value.strip() and number.replace(".", "", 1).isdecimal():
             return int(float(number) * 2**power)
     raise ValueError(f"{name}: expected a number of bytes or a text such as '512MiB' or '1.5 GiB', got {value!r}")
 

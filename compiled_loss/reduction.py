@@ -17,6 +17,7 @@ from compiled_loss import checks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import Coefficients, statistics_dtype
+from compiled_loss.engine.transforms import traced
 
 
 class Tokens(NamedTuple):
@@ -70,11 +71,6 @@ def tokens(
 def readable(values: Tensor) -> bool:
     """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
     return values.device.type == "cpu" and type(values) is Tensor and not (traced() or torch.compiler.is_compiling())
-
-
-def traced() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, ...) is at work."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:

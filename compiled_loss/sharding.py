@@ -25,7 +25,7 @@ from torch import distributed as dist
 
 from compiled_loss import checks, shard_checks
 from compiled_loss.engine.ranks import reduced
-from compiled_loss.reduction import traced
+from compiled_loss.engine.transforms import traced
 from compiled_loss.vocabulary import VocabShard, Vocabulary, even, is_sharded
 
 if dist.is_available():

@@ -206,11 +206,11 @@ def assert_saves_nothing_larger_than(inspection: Inspection, size: int) -> None:
 
 
 def assert_label_tokens_fit(
-    labels: Tensor, chunking: Chunking, *, mask: Tensor | None = None, ignore_index: int = -100
+    labels: Tensor, chunking: Chunking, *, mask: Tensor | None = None, ignore_index: int = -100, shift: int = 0
 ) -> None:
     """Fail unless the tokens of a batch that count are as few as `chunking.max_label_tokens` promises.
 
-    Labels [...] and the mask as the loss is given them, and as it would shift them: for the batches of a data set.
+    For the batches of a data set; all else as the loss is given it.
 
     Example:
         >>> import torch
@@ -222,6 +222,7 @@ def assert_label_tokens_fit(
     active = labels != ignore_index
     if mask is not None:
         active = active & (mask != 0)
+    active = torch.nn.functional.pad(active[..., shift:], (0, min(shift, active.shape[-1])))
     count, rows = int(active.sum()), chunking.rows(active.numel())
     assert rows is None or count <= rows, (
         f"{count} of {active.numel()} tokens count, and max_label_tokens={chunking.max_label_tokens} computes {rows}"

@@ -92,7 +92,7 @@ def test_an_error_of_ours_fails_the_run(monkeypatch):
 
 
 def test_the_command_appends_lines_and_prints_a_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(cases.SUITES, "cpu", [SMALL, dataclasses.replace(SMALL, tokens=64)])
+    monkeypatch.setitem(cases.SUITES, "cpu", [SMALL, dataclasses.replace(SMALL, masked=0.0)])
     asked = []
 
     def child(_function, *, environment, names, case, **_arguments):

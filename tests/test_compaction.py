@@ -9,6 +9,7 @@ from gpu_cases import linear
 
 import compiled_loss
 from compiled_loss import Chunking, reference
+from compiled_loss.engine import hosts
 from compiled_loss.testing import assert_label_tokens_fit, assert_single_graph, count_graphs, head_inputs
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -145,12 +146,12 @@ def test_keywords(keywords):
         agree([mine, *gradients(mine, arguments)], [theirs, *gradients(theirs, arguments)])
 
 
-@pytest.mark.parametrize("counting", [0, 1, N])
+@pytest.mark.parametrize("counting", [0, 1, N - 1, N])
 @pytest.mark.parametrize("name", ["tokens", "none", "distillation"])
 def test_none_one_and_all(name, counting):
     loss, how = LOSSES[name]
     inputs = given(counting)
-    for most in (1, 0.01) if counting < 2 else (N, 1.0, 10 * N):
+    for most in (1, 0.01) if counting < 2 else (N, 1.0, 10 * N) if counting == N else (N - 1,):
         call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
         for mine, theirs in zip(
             results(call, inputs), results(functools.partial(loss, reference), inputs), strict=True
@@ -177,8 +178,36 @@ def test_one_graph_whatever_counts():
     """Counts and places change from step to step, and N with a fraction of it."""
     call = functools.partial(LOSSES["vocab"][0], compiled_loss)
     chunking = Chunking(strategy="vocab", chunk_size=9, max_label_tokens=0.7)
-    steps = [given(counting, seed) for seed, counting in enumerate((3, 20, 11))]
-    assert count_graphs(functools.partial(call, chunking=chunking), steps) == 1
+    call = functools.partial(call, chunking=chunking)
+    assert count_graphs(call, [given(counting, seed) for seed, counting in enumerate((3, 20, 11))]) == 1
+
+
+def lengths():
+    for tokens in (29, 23, 19, 26):
+        hidden, weight, bias, weights, labels = given()
+        rows = (v[:tokens].detach().requires_grad_(v.is_floating_point()) for v in (hidden, weights, labels))
+        hidden, weights, labels = rows
+        yield hidden, weight, bias, weights, labels
+
+
+@pytest.mark.skipif(
+    not hosts._REGIONS_WORK, reason="torch 2.11 traces no dynamic mark_non_differentiable, bound or not"
+)
+def test_one_graph_whatever_n():
+    """A fraction of N is symbolic, and the fraction itself no input of the graph."""
+    call, how = LOSSES["vocab"]
+    call = functools.partial(call, compiled_loss, chunking=Chunking(**how, max_label_tokens=0.7))
+    assert count_graphs(call, list(lengths()), dynamic=True) == 1
+
+
+def test_one_compiled_function_of_two_fractions():
+    def call(chunking, *inputs):
+        return LOSSES["tokens"][0](compiled_loss, *inputs, chunking=chunking)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    expected = LOSSES["tokens"][0](reference, *given())
+    for part in (0.6, 0.7, 0.8):
+        torch.testing.assert_close(compiled(Chunking(max_label_tokens=part), *given()), expected, **TIGHT)
 
 
 def test_under_functorch():
@@ -191,6 +220,27 @@ def test_under_functorch():
         for f in (call, plain)
     )
     torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_forward_mode_and_second_derivatives():
+    hidden, *rest = (v.detach() for v in given())
+    call = functools.partial(LOSSES["tokens"][0], compiled_loss, chunking=Chunking(max_label_tokens=COUNTING))
+    plain = functools.partial(LOSSES["tokens"][0], reference)
+    for transform in (torch.func.jacfwd, torch.func.hessian):
+        found, expected = (transform(lambda h, f=f: f(h, *rest))(hidden) for f in (call, plain))
+        torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_the_loss_has_its_dtype_whatever_the_default_is():
+    hidden, weight, _, _, labels = given()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = compiled_loss.linear_cross_entropy(
+            hidden.float(), weight.float(), labels, chunking=Chunking(max_label_tokens=COUNTING)
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
@@ -226,3 +276,6 @@ def test_labels_of_a_data_set_are_asserted_to_fit():
     with pytest.raises(AssertionError, match="of 29 tokens count"):
         assert_label_tokens_fit(labels, Chunking(max_label_tokens=3), mask=labels != labels.max())
     assert_label_tokens_fit(labels, Chunking(max_label_tokens=3), mask=torch.zeros(N))
+    shifted = torch.tensor([1, 2, -100, -100])
+    assert_label_tokens_fit(shifted, Chunking(max_label_tokens=1), shift=1)
+    assert_label_tokens_fit(shifted, Chunking(max_label_tokens=1), shift=9)

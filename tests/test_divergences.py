@@ -165,6 +165,8 @@ def test_tokens_that_both_forbid():
         torch.testing.assert_close(loss, expected)
         (d,) = torch.autograd.grad(loss, z)
         assert d.isfinite().all() and (d[:, :4] == 0).all()
+        traced = torch.func.grad(lambda z, keywords=keywords: distillation(z, teacher, labels, **keywords))(student)
+        torch.testing.assert_close(traced, d)
 
 
 def test_distributions_far_apart():

@@ -319,6 +319,7 @@ MOST = "max_label_tokens: expected an int >= 1, a float above 0 and up to 1, or 
         ({"chunk_size": 8.0}, TypeError, "chunk_size: expected an int >= 1 or None, got float"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected an int >= 1 or None, got 0"),
         ({"memory_budget": "0MiB"}, ValueError, "memory_budget: expected an int >= 1 or None, got 0"),
+        ({"memory_budget": "\N{SUPERSCRIPT TWO}GiB"}, ValueError, TEXT + "got '\N{SUPERSCRIPT TWO}GiB'"),
         ({"memory_budget": "1GB"}, ValueError, TEXT + "got '1GB'"),
         ({"memory_budget": "GiB"}, ValueError, TEXT + "got 'GiB'"),
         ({"memory_budget": "-1GiB"}, ValueError, TEXT + "got '-1GiB'"),

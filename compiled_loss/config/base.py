@@ -49,14 +49,14 @@ class Typed:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Chunking):
-        fields = dataclasses.asdict(value)
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         dtype = fields["accumulate_dtype"]
         return fields | {"accumulate_dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
     return value
 
 
 def _chunking(fields: dict[str, Any]) -> Chunking:
-    shell_checks.fields("Chunking", fields, [f.name for f in dataclasses.fields(Chunking)])
+    shell_checks.fields("Chunking", fields, [f.name for f in dataclasses.fields(Chunking) if f.init])
     dtype = fields.get("accumulate_dtype")
     return Chunking(**fields | {"accumulate_dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype})
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.transforms import traced
+
 
 class Compaction(NamedTuple):
     """Which token each row has, and which row each token."""
@@ -29,7 +31,7 @@ class Compaction(NamedTuple):
         last = torch.where(active, row, rows).clamp(max=rows)  # the row behind the last is for all others
         token = torch.zeros_like(row[:1]).expand(rows + 1).scatter(0, last, torch.arange(tokens, device=device))
         count = active.sum()
-        fits = torch.where(count > rows, float("nan"), 1.0)
+        fits = torch.where(count > rows, float("nan"), 1.0).to(torch.float32)
         taken = torch.arange(rows, device=device) < count
         return Compaction(token[:rows], taken, row.clamp(0, max(0, rows - 1)), active, fits)
 
@@ -43,25 +45,23 @@ class Compaction(NamedTuple):
 
 
 def _moved(values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:
+    if traced():
+        return values.index_select(0, source).masked_fill(~_beside(there, values), 0)
     moved: Tensor = _Moved.apply(values, source, there, back, here)
     return moved
+
+
+def _beside(there: Tensor, values: Tensor) -> Tensor:
+    return there.reshape(-1, *(1,) * (values.dim() - 1))
 
 
 class _Moved(torch.autograd.Function):
     """Some rows of a tensor in other places, 0 elsewhere: either direction of either pass gathers, and adds nothing."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:
-        rows = values.index_select(0, source)
-        there = there.reshape(-1, *(1,) * (values.dim() - 1))
-        return rows & there if rows.dtype == torch.bool else torch.where(there, rows, torch.zeros_like(rows[:1]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, *how = inputs
-        ctx.save_for_backward(*how)
+    def forward(ctx: Any, values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:
+        ctx.save_for_backward(source, there, back, here)
+        return values.index_select(0, source).masked_fill_(~_beside(there, values), 0)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

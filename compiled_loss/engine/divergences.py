@@ -25,6 +25,7 @@ from torch import Tensor
 from compiled_loss.engine.gemm import logits
 from compiled_loss.engine.ranks import largest, reduced
 from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.engine.transforms import traced
 
 Kind = Literal["probabilities", "cross_entropy", "forward_kl", "reverse_kl", "jsd"]
 Output = tuple[Tensor, ...]
@@ -95,6 +96,8 @@ def hit(raw: Tensor, labels: Tensor) -> Tensor:
 
 def _times(p: Tensor, x: Tensor) -> Tensor:
     """P x, 0 where p is 0, whatever x is."""
+    if traced():  # or autograd would multiply the derivative of what is not taken by 0; two selections spill registers
+        x = torch.where(p == 0, 0.0, x)
     return torch.where(p == 0, 0.0, p * x)
 
 

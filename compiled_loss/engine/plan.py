@@ -31,7 +31,7 @@ at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import Literal
 
@@ -43,7 +43,7 @@ BALANCE = 300.0  # operations a byte: 990 TFLOP/s and 3.35 TB/s, H100 SXM data s
 MIN_ROWS = 512
 MIN_COLUMNS = 2048
 COLUMN_MULTIPLE = 256
-_PARTS = 10**9  # of a fraction
+_WHOLE = 10**9
 MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32
 
 Strategy = Literal["tokens", "vocab"]
@@ -65,10 +65,10 @@ class Chunking:
     `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
     states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
 
-    `max_label_tokens`: the most tokens of a call that count, as a number or as a fraction of its tokens: those that are
-    masked cost no GEMM beyond. Where more count, eager CPU code raises, and elsewhere the loss and its gradients are
-    NaN: no token is dropped. Costs a copy of the hidden states that count, and of targets that are probabilities. None
-    computes all tokens.
+    `max_label_tokens`: the most tokens of a call (with several depths, of each) that count, as a number or as a
+    fraction of its tokens: those that are masked cost no GEMM beyond. Where more count, eager CPU code raises, and
+    elsewhere the loss and its gradients are NaN: no token is dropped. Costs a copy of the hidden states that count, and
+    of targets that are probabilities. None computes all tokens.
 
     `compile`: whether eager calls run a chunk's elementwise work as a compiled kernel; "auto" does on accelerators.
     Under torch.compile it is compiled in any case.
@@ -85,9 +85,13 @@ compile='auto')
     max_label_tokens: int | float | None = None
     compile: bool | Literal["auto"] = "auto"
 
+    _parts: int = field(init=False, repr=False, compare=False, default=0)  # of _WHOLE, where a fraction is given
+
     def __post_init__(self) -> None:
         checks.chunking(self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile)
         checks.max_label_tokens(self.max_label_tokens)
+        if isinstance(self.max_label_tokens, float):  # now, for of a float Dynamo makes a symbol
+            object.__setattr__(self, "_parts", max(1, round(self.max_label_tokens * _WHOLE)))
 
     @property
     def budget(self) -> int | None:
@@ -96,10 +100,11 @@ compile='auto')
 
     def rows(self, tokens: int) -> int | None:
         """Of so many tokens, how many are computed; None for all of them as they are."""
-        most = self.max_label_tokens
-        if isinstance(most, float):  # a ratio of integers, for the tokens may be symbolic
-            most = -(-tokens * max(1, round(most * _PARTS)) // _PARTS)
-        return None if most is None or most >= tokens else most
+        if self.max_label_tokens is None:
+            return None
+        # Rounded up, but for what the fraction was rounded by.
+        most = -((tokens - 2 * tokens * self._parts) // (2 * _WHOLE)) if self._parts else int(self.max_label_tokens)
+        return None if most >= tokens else most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from compiled_loss import reduction as reductions
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import combine, masked
+from compiled_loss.engine.transforms import traced
 from compiled_loss.functional.head import linear_head, transform
 from compiled_loss.functional.statistics import TokenStatistics, token_statistics
 from compiled_loss.vocabulary import VocabShard
@@ -118,7 +119,7 @@ def cross_entropy(
     head = transform(logits, None, vocabulary.own(class_weights), softcap, temperature)
     total = coefficients.total is not None
     own = vocabulary.labels(tokens.labels)
-    if reductions.traced():
+    if traced():
         rows = logits_walk.plain_statistics(logits, own, head, total=total, entropy=False)
     else:
         # Flat where that is free; other strides stay as they are, for a reshape would copy.
@@ -166,7 +167,8 @@ def linear_cross_entropy(
             DTensors say so themselves; one that fully_shard made has to be gathered first, by unshard() of its module,
             for its ranks have other tokens. Hidden states and all else are alike on the group's ranks, and their
             gradients complete on each; a DTensor of hidden states may be sharded over tokens.
-        chunking: how to walk the [N, V] problem; see :class:`Chunking`. Never changes what is computed.
+        chunking: how to walk the [N, V] problem; see :class:`Chunking`. Changes nothing of what is computed, but where
+            more tokens count than `max_label_tokens` says: an error in eager CPU code, else NaN.
 
     Returns:
         A scalar, or for "none" the shape of `labels`; fp32 (fp64 for fp64 inputs).

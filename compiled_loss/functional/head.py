@@ -19,6 +19,7 @@ from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking, Plan, Strategy, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
+from compiled_loss.engine.transforms import traced
 from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
@@ -91,7 +92,7 @@ class LinearHead(NamedTuple):
     def _statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
         """Masked statistics of all rows that there are, [N]."""
         hidden, weight, head, tokens, vocabulary = self
-        if reduction.traced():
+        if traced():
             rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
         else:
             differentiable = any(self._wanted())
@@ -111,7 +112,7 @@ class LinearHead(NamedTuple):
     ) -> tuple[Tensor, RowStatistics]:
         """The loss of coefficients [N], and masked statistics [N], of all rows that there are."""
         wanted = self._wanted()
-        if reduction_ != "none" and any(wanted) and not reduction.traced():
+        if reduction_ != "none" and any(wanted) and not traced():
             chosen = self._plan(chunking, ("tokens", "vocab"))
             if chosen.strategy == "tokens":
                 hidden, weight, head, tokens, vocabulary = self

@@ -18,6 +18,7 @@ from compiled_loss.engine.divergences import Kind, Pair, Target
 from compiled_loss.engine.plan import Chunking, plan
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
+from compiled_loss.engine.transforms import traced
 from compiled_loss.vocabulary import Vocabulary
 
 
@@ -42,7 +43,7 @@ def on_logits(
     """Each token's divergence and, with labels, cross-entropy, [...] each."""
     kind = cast(Kind, kind)
     labels = None if labels is None else vocabulary.labels(labels)
-    if reduction.traced():
+    if traced():
         return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
     # Flat where that is free; other strides stay as they are, for a reshape would copy.
     shape = logits.shape[:-1]
@@ -97,7 +98,7 @@ def _on_rows(
     kind = cast(Kind, kind)
     if weighted.labels is not None:
         weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
-    if reduction.traced():
+    if traced():
         target_weight = pair.head(weight)
         if target_weight is not None:
             target = Target(target.values @ target_weight.detach().t())
