@@ -17,6 +17,7 @@ from compiled_loss import (
     linear_cross_entropy,
     multi_token_prediction,
 )
+from compiled_loss.engine import hosts
 from compiled_loss.testing import inputs_unchanged
 
 B, S, H, V = 2, 6, 4, 11
@@ -157,8 +158,10 @@ def test_module_compile(fused):
     compiled = PipelineCausalLMLoss(loss.loss_fn, model)
     compiled.compile(fullgraph=True)
     wanted = [first, *per_depth, model.lm_head.weight]
-    for count, stance in ((torch.tensor(7), "default"), (torch.tensor(9), "fail_on_recompile")):
-        call = ((first, *per_depth, seq_idx), labels, count)
+    warm = 1 if hosts._REGIONS_WORK else 2  # torch 2.11 compiles bodies once more in the second step
+    for count in range(warm + 2):
+        stance = "default" if count < warm else "fail_on_recompile"
+        call = ((first, *per_depth, seq_idx), labels, torch.tensor(7 + count))
         with inputs_unchanged(*wanted, labels), torch.compiler.set_stance(stance):
             found = compiled(*call)
             gradients = torch.autograd.grad(found, wanted)

@@ -74,7 +74,7 @@ def weighted_sum(
     """sum(combine(statistics, coefficients)), differentiable, and the masked statistics themselves, detached."""
     how = (plan, group, wanted, entropy)
     loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, *how)
-    return loss, RowStatistics(*rest)
+    return loss, RowStatistics(*rest).map(Tensor.detach)
 
 
 class Rows(NamedTuple):
@@ -192,7 +192,6 @@ class _TokenChunks(torch.autograd.Function):
         ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
         per_row = result[:3] if any(ctx.needs_input_grad[7:11]) else (None, None, None)
         ctx.save_for_backward(*gradients, scale, *per_row)
-        ctx.mark_non_differentiable(*(v for v in result if v is not None))
         ctx.set_materialize_grads(False)
         return loss, *result
 
