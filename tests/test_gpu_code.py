@@ -39,6 +39,17 @@ for (_model, _name), _case in CASES.items():  # all GPUs where registers are sho
     CASES[_model, _name] = replace(_case, options={**_case.options, "assemble": _targets})
 
 
+# What CI inspects: a case for each kind of body and each way to walk. The slow tests inspect all.
+CI = {"plain", "everything", "none", "statistics", "loss only", "frozen hidden", "frozen weight", "soft", "jsd"}
+
+
+def parameters():
+    for model, name in CASES:
+        walk, _, kind = name.partition(", ")
+        every = walk == "logits" or (model == "8B" and kind in CI) or (model, name) == ("N < H", "tokens, plain")
+        yield pytest.param(model, name, marks=() if every else pytest.mark.slow, id=f"{model}-{name}")
+
+
 # Bytes a thread: of kernels that sum a call's losses, on torch 2.11.
 SPILLS = {} if hosts._REGIONS_WORK else {"vocab, everything": 8, "logits, everything": 8}
 
@@ -55,7 +66,7 @@ def by_chunk(inspection, chunks):
 
 
 @CONTRACTS
-@pytest.mark.parametrize(("model", "name"), CASES, ids=lambda v: v)
+@pytest.mark.parametrize(("model", "name"), list(parameters()))
 def test_contract(inspected, model, name):
     case = CASES[model, name]
     tokens, width, vocab = SHAPES[model]
@@ -108,7 +119,7 @@ def test_one_pass_over_logits_each_way(inspected, name):
 
 
 @CONTRACTS
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", ["8B", "N < H", pytest.param("Gemma", marks=pytest.mark.slow)])
 def test_half_of_the_memory_of_the_unchunked_loss_or_less(inspected, model):
     """What it is all for; and the unchunked loss shows that the peak is not always low."""
     tokens, width, vocab = SHAPES[model]
@@ -308,6 +319,7 @@ logits, everything in two: backward 1 triton_poi_fused__to_copy_add_arange_clamp
     )
 
 
+@pytest.mark.slow
 @CONTRACTS
 @REGIONS
 @NAMES
