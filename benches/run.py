@@ -32,12 +32,12 @@ from compiled_loss.measure import run_in_child
 
 RESULTS = Path(__file__).parent / "results"
 LEADERS = [*OURS, next(iter(PLAIN))]  # where all the others have been measured once
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures are figures of."""
-    versions = {}
+    versions: dict[str, str | None] = {"torch": torch.__version__}  # which names the build
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
