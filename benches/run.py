@@ -5,7 +5,7 @@
     python -m benches.run --suite masked --only 70%
 
 Times are ratios to the bare GEMMs of the same run. Results are appended to benches/results, one JSON object a line,
-with every sample and what they were measured on; `python tools/figures.py` makes the tables and pictures.
+with every sample and what they were measured on.
 """
 
 from __future__ import annotations
