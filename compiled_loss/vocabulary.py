@@ -108,9 +108,14 @@ class Vocabulary(NamedTuple):
     spread: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
 
     @property
+    def ranks(self) -> int:
+        """Over how many ranks it lies."""
+        return max(1, len(self.members))
+
+    @property
     def share(self) -> int:
         """V of a rank, if even: the same number on all, so that all plan alike."""
-        return -(-self.size // max(1, len(self.members)))
+        return -(-self.size // self.ranks)
 
     def own(self, vector: Tensor | None) -> Tensor | None:
         """The rank's part of a vector [V] that every rank has."""

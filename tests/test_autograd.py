@@ -220,7 +220,7 @@ def test_autocast_around_backward_alone_changes_nothing(walk):
     assert actual[0].equal(expected[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("walk", WALKS)
 def test_autocast(dtype, walk):
     inputs = head_inputs(64, 16, 50, ignored=0.1)

@@ -145,7 +145,10 @@ def call(name):
 FORMS = ["head jsd", "none reverse_kl", "logits forward_kl"]
 
 
-@pytest.mark.parametrize("name", FORMS)
+FIRST = [FORMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FORMS[1:])]
+
+
+@pytest.mark.parametrize("name", FIRST)
 def test_compiled(name):
     function, inputs = call(name)
     wanted = [v for v in inputs if v.requires_grad]
@@ -153,7 +156,8 @@ def test_compiled(name):
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
-@pytest.mark.parametrize("name", [FORMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FORMS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
 def test_compiled_as_operators(name, monkeypatch):
     """The host of torch 2.11, and of eager code on accelerators."""
     monkeypatch.setattr(hosts, "_REGIONS_WORK", False)

@@ -115,7 +115,7 @@ def test_values(name, most):
 
 @pytest.mark.parametrize(
     "name",
-    ["tokens", "none", *(pytest.param(n, marks=pytest.mark.slow) for n in LOSSES if n not in ("tokens", "none"))],
+    ["tokens", *(pytest.param(n, marks=pytest.mark.slow) for n in LOSSES if n != "tokens")],
 )
 def test_compiled(name):
     loss, how = LOSSES[name]
@@ -160,7 +160,10 @@ def test_none_one_and_all(name, counting):
                 torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+FIRST = ("tokens", "vocab", "none", "distillation")
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES])
 def test_no_token_is_dropped_silently(name):
     """Eager CPU code raises; traced code makes the loss and the gradients of the head NaN."""
     loss, how = LOSSES[name]
@@ -243,7 +246,7 @@ def test_the_loss_has_its_dtype_whatever_the_default_is():
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 @pytest.mark.xdist_group(name="GPU code")
 def test_masked_tokens_cost_no_gemm(inspected, strategy):
     """GPU code: a quarter of the operations and no synchronisation, for a copy of the hidden states that count."""

@@ -35,7 +35,13 @@ class Ours:
     linear_cross_entropy, linear_distillation, distillation = linear_cross_entropy, linear_distillation, distillation
 
 
-@pytest.mark.parametrize("name", ["tokens", "vocab", "distillation", "distillation, none", "logits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokens",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vocab", "distillation", "distillation, none", "logits")),
+    ],
+)
 def test_arguments_that_are_slices_inside_the_graph(name):
     """A fence on a clone of a slice read the slice's storage from its start: the loss of other labels, silently."""
     inputs = head_inputs(2 * N, H, V, dtype=torch.float64)
@@ -56,7 +62,7 @@ def test_arguments_that_are_slices_inside_the_graph(name):
         torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
-@pytest.mark.parametrize("name", ["distillation", "distillation, none"])
+@pytest.mark.parametrize("name", ["distillation", pytest.param("distillation, none", marks=pytest.mark.slow)])
 def test_a_head_that_student_and_teacher_share(name):
     """No region takes a tensor twice: compiled code raised where both had one weight, as an EAGLE draft has."""
     inputs = head_inputs(N, H, V, dtype=torch.float64)

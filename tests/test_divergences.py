@@ -277,7 +277,10 @@ def everything(name):
 ALL = [*DIVERGENCES, *(f"logits {d}" for d in DIVERGENCES), "soft logits", *TARGETS]
 
 
-@pytest.mark.parametrize("name", ALL)
+CI = ("jsd", "logits forward_kl", "target_probs")  # with Inductor, whose C++ takes its time
+
+
+@pytest.mark.parametrize("name", [n if n in CI else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_compiled(name):
     """One graph, the eager numbers, and another mask compiles nothing."""
     function, inputs = everything(name)

@@ -34,20 +34,21 @@ for _model in ("Gemma", "N < H"):
         for _name in ("plain", "everything"):
             _options = keywords(SHAPES[_model][0], SHAPES[_model][2])[_name]
             CASES[_model, f"{_strategy}, {_name}"] = linear(_strategy, SHAPES[_model], **_options)
-for (_model, _name), _case in CASES.items():  # all GPUs where registers are short; the slow tests do all of all
-    _targets = NVIDIA if "everything" in _name else NVIDIA[1:2]
-    CASES[_model, _name] = replace(_case, options={**_case.options, "assemble": _targets})
+for (_model, _name), _case in CASES.items():  # one GPU; a slow test assembles for all
+    CASES[_model, _name] = replace(_case, options={**_case.options, "assemble": NVIDIA[1:2]})
 
 
 # What CI inspects: a case for each kind of body and each way to walk. The slow tests inspect all.
-CI = {"plain", "everything", "none", "statistics", "loss only", "frozen hidden", "frozen weight", "soft", "jsd"}
+CI = {
+    *(("8B", f"{walk}, {kind}") for walk in ("tokens", "vocab", "logits") for kind in ("plain", "everything")),
+    *(("8B", name) for name in ("tokens, statistics", "vocab, none", "teacher, jsd", "logits, jsd", "logits, soft")),
+    ("8B", "top, forward_kl"),
+    ("N < H", "tokens, plain"),
+}
 
 
-def parameters():
-    for model, name in CASES:
-        walk, _, kind = name.partition(", ")
-        every = walk == "logits" or (model == "8B" and kind in CI) or (model, name) == ("N < H", "tokens, plain")
-        yield pytest.param(model, name, marks=() if every else pytest.mark.slow, id=f"{model}-{name}")
+def parameters(cases=CASES, ci=CI):
+    return [pytest.param(*case, marks=() if case in ci else pytest.mark.slow, id="-".join(case)) for case in cases]
 
 
 # Bytes a thread: of kernels that sum a call's losses, on torch 2.11.
@@ -66,7 +67,7 @@ def by_chunk(inspection, chunks):
 
 
 @CONTRACTS
-@pytest.mark.parametrize(("model", "name"), list(parameters()))
+@pytest.mark.parametrize(("model", "name"), parameters())
 def test_contract(inspected, model, name):
     case = CASES[model, name]
     tokens, width, vocab = SHAPES[model]
@@ -93,7 +94,13 @@ def test_contract(inspected, model, name):
 
 @CONTRACTS
 @pytest.mark.parametrize("part", [1.0, 0.6], ids=["one chunk", "two, the last ragged"])
-@pytest.mark.parametrize("name", ["tokens, plain", "tokens, everything", "vocab, plain", "vocab, everything", "none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokens, plain", "vocab, plain"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tokens, everything", "vocab, everything", "none")),
+    ],
+)
 def test_chunks_of_their_own_size_of_an_odd_vocabulary(inspected, name, part):
     """Dynamo inlines what is called once, and Inductor pads rows of 50257: either was a second chunk."""
     tokens, _, vocab = shape = 1024, 512, 50257
@@ -109,10 +116,10 @@ def test_chunks_of_their_own_size_of_an_odd_vocabulary(inspected, name, part):
 
 
 @CONTRACTS
-@pytest.mark.parametrize("name", [name for _, name in CASES if name.startswith("logits")])
-def test_one_pass_over_logits_each_way(inspected, name):
-    tokens, _, vocab = SHAPES["8B"]
-    found = inspection(inspected, CASES["8B", name])
+@pytest.mark.parametrize(("model", "name"), parameters([case for case in CASES if case[1].startswith("logits")]))
+def test_one_pass_over_logits_each_way(inspected, model, name):
+    tokens, _, vocab = SHAPES[model]
+    found = inspection(inspected, CASES[model, name])
     for p in found.passes:
         assert sum(x.read_bytes >= 2 * tokens * vocab for x in p.launches) == 1
     assert sum(x.written_bytes >= 2 * tokens * vocab for x in found.forward.launches) == 0
@@ -188,6 +195,7 @@ backward +2 +0C triton_poi_fused__to_copy_expand_mul""",
     )
 
 
+@pytest.mark.slow
 @COUNTS
 @REGIONS
 @NAMES
@@ -214,6 +222,7 @@ backward +3 +0C triton_poi_fused__to_copy_expand_mul""",
     )
 
 
+@pytest.mark.slow
 @COUNTS
 @REGIONS
 @NAMES
@@ -235,6 +244,7 @@ backward -1 +1C addmm_""",
     )
 
 
+@pytest.mark.slow
 @COUNTS
 @REGIONS
 @NAMES
@@ -263,6 +273,7 @@ backward +1 +0C triton_poi_fused__to_copy""",
     )
 
 
+@pytest.mark.slow
 @CONTRACTS
 @REGIONS
 @NAMES
@@ -379,6 +390,7 @@ logits, everything in two: 2 launches of 2, 4 launches of 3""",
     )
 
 
+@pytest.mark.slow
 @CONTRACTS
 @REGIONS
 def test_few_rows_split_the_reductions(inspected):
@@ -393,7 +405,7 @@ def test_few_rows_split_the_reductions(inspected):
 # --- other GPUs ----------------------------------------------------------------------------------------------------------------
 
 
-AMD = [name for model, name in CASES if model == "8B"]
+AMD = [case for case in CASES if case[0] == "8B"]
 
 
 @pytest.mark.slow
@@ -405,18 +417,20 @@ def test_every_nvidia_gpu(inspected, model, name):
 
 
 @COUNTS
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (", everything" not in n)) for n in AMD])
-def test_amd(inspected, name):
+@pytest.mark.parametrize(
+    ("model", "name"), parameters(AMD, [("8B", "vocab, everything"), ("8B", "logits, everything")])
+)
+def test_amd(inspected, model, name):
     """From sources of its own, for wavefronts of 64."""
-    case = CASES["8B", name]
+    case = CASES[model, name]
     found = inspection(inspected, case, device="hip:gfx942", assemble=("hip:gfx942",))
     assert_assembles(found, ["hip:gfx942"])
-    assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * SHAPES["8B"][0] + 16 * SHAPES["8B"][2])
+    assert_peak_below(found, 1.05 * (case.outputs + case.chunk) + 64 * SHAPES[model][0] + 16 * SHAPES[model][2])
     assert any("'warp_size': 64" in k.source or "warp_size=64" in k.source for k in found.kernels)
 
 
 @CONTRACTS
 def test_kernel_count_names_the_kernels(inspected):
-    found = inspection(inspected, CASES["8B", "logits, none"])
+    found = inspection(inspected, CASES["8B", "logits, plain"])
     with pytest.raises(AssertionError, match="triton_"):
         assert_kernel_count(found, 100)

@@ -148,7 +148,7 @@ def test_pipeline_loss(form, fused):
         torch.testing.assert_close(zero(output, labels), linear_cross_entropy(hidden, weight, labels), **TIGHT)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_module_compile(fused):
     """One graph with multi-token prediction, whose losses are several of one kind; a tensor's count changes freely."""
     model = Model()

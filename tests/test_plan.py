@@ -31,26 +31,27 @@ def covers(made, tokens, vocab):
     assert (made.count - 1) * made.chunk < max(whole, 1)
 
 
-def most_rows(width):
-    """NOTE [Default chunk]: C <= H, at most max(1024, H / 4), at least MIN_ROWS."""
-    return max(MIN_ROWS, min(width, max(1024, width // 4)))
+def most_rows(width, ranks=1):
+    """NOTE [Default chunk]: C <= H, at most max(1024, H / 4) times the ranks, at least MIN_ROWS."""
+    return max(MIN_ROWS, min(width, ranks * max(1024, width // 4)))
 
 
 @settings(max_examples=300, deadline=None)
-@given(**SIZES)
-@example(tokens=0, width=1, vocab=1, dtype=float32)
-@example(tokens=513, width=768, vocab=50_257, dtype=bfloat16)
-@example(tokens=131_073, width=512, vocab=32_000, dtype=bfloat16)
-@example(tokens=200_000, width=512, vocab=32_000, dtype=bfloat16)
-def test_default_token_walk(tokens, width, vocab, dtype):
-    made = plan(tokens, width, vocab, dtype, Chunking())
+@given(**SIZES, ranks=st.sampled_from([1, 2, 3, 8, 64]))
+@example(tokens=0, width=1, vocab=1, dtype=float32, ranks=1)
+@example(tokens=513, width=768, vocab=50_257, dtype=bfloat16, ranks=1)
+@example(tokens=131_073, width=512, vocab=32_000, dtype=bfloat16, ranks=1)
+@example(tokens=200_000, width=512, vocab=32_000, dtype=bfloat16, ranks=1)
+def test_default_token_walk(tokens, width, vocab, dtype, ranks):
+    made = plan(tokens, width, vocab, dtype, Chunking(), ranks=ranks)
     assert made.strategy == "tokens"
     covers(made, tokens, vocab)
     if tokens <= MIN_ROWS:
         assert (made.count, made.chunk) == (1, tokens)
-    # The chunk [C, V] is at most most_rows long, so no larger than dW [V, H] where H >= MIN_ROWS. From EVEN tokens on
+    # The chunk [C, V] has `most` rows, so no larger than dW [V, H] where H >= MIN_ROWS. From EVEN tokens on
     # there are too few chunks for that: with more, the last one could be empty.
-    limit = most_rows(width) if tokens <= EVEN else max(most_rows(width), tokens / 362 + 1)
+    most = most_rows(width, ranks)
+    limit = most if tokens <= EVEN else max(most, tokens / 362 + 1)
     assert made.chunk <= limit
     if width >= MIN_ROWS and tokens <= EVEN:
         assert made.chunk <= width
@@ -171,6 +172,12 @@ def test_accumulate_dtype_at_the_limit():
 def test_production_shapes(sizes, strategy, chunk, count, accumulate):
     expected = Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate, compile="auto")
     assert plan(*sizes, Chunking(), strategies=(strategy,)) == expected
+
+
+@pytest.mark.parametrize(("ranks", "chunk"), [(1, 1024), (2, 2048), (3, 8192 // 3 + 1), (4, 4096), (64, 4096)])
+def test_ranks_take_longer_chunks(ranks, chunk):
+    """Which wait for each other less often; up to H = 4096 rows, the bytes of dW."""
+    assert plan(8192, 4096, 131072 // ranks, bfloat16, Chunking(), ranks=ranks).chunk == chunk
 
 
 @pytest.mark.parametrize(

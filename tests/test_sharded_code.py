@@ -23,11 +23,19 @@ def collectives(found):
     return [[each.size for each in one.collectives] for one in found.passes]
 
 
-@pytest.mark.parametrize(("world", "chunks"), [(8, 4), (64, 4), (64, 1)])
-def test_token_walk(world, chunks):
+@pytest.mark.parametrize(
+    ("world", "chunks", "size"),
+    [
+        (8, 4, N // 4),
+        (64, 2, None),  # the default's: H rows
+        pytest.param(64, 4, N // 4, marks=pytest.mark.slow),
+        pytest.param(64, 1, N, marks=pytest.mark.slow),
+    ],
+)
+def test_token_walk(world, chunks, size):
     """Two collectives a chunk of rows and one of 48 bytes forward, and one of dH back."""
     own = V // world
-    chunking = Chunking(strategy="tokens", chunk_size=N // chunks)
+    chunking = Chunking(strategy="tokens", chunk_size=size)
     inputs = f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"int64[{N}]:0..{V - 1}"
     found = inspect(linear(Part(V, world, world - 1), chunking), *inputs)
     assert_single_graph(found)
@@ -39,7 +47,7 @@ def test_token_walk(world, chunks):
     assert found.saved_bytes <= outputs + 64 * N
 
 
-@pytest.mark.parametrize("world", [8, 64])
+@pytest.mark.parametrize("world", [pytest.param(8, marks=pytest.mark.slow), 64])
 def test_vocabulary_walk(world):
     """Three collectives forward, one of 48 bytes, and one back, however many chunks there are."""
     own = V // world
@@ -79,7 +87,13 @@ def test_logits():
     assert_peak_below(found, int(1.05 * BF16 * N * own))
 
 
-@pytest.mark.parametrize("name", ["tokens", "vocab", "distillation, sum", "distillation, none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokens",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vocab", "distillation, sum", "distillation, none")),
+    ],
+)
 def test_ranks_with_other_shapes_reduce_in_the_same_order(name):
     """Of 7 classes over 4 ranks one has 2, one 1 or none: an order of its own, and ranks would wait for ever."""
     tokens, width, orders = 12, 6, []

@@ -17,7 +17,8 @@ budget leaves it fewer.
 NOTE [Default chunk]
 Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
 least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
-1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win.
+1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win. Over R
+ranks R times as many buy speed: each chunk waits for two collectives, and its GEMMs are R times shorter.
 N is then spread evenly over the chunks that takes, which halves them at worst, just above a power of two; and past
 N = 2**17 there are no more chunks than rows in each, so that the last one is never empty.
 Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in multiples of COLUMN_MULTIPLE.
@@ -131,9 +132,10 @@ def plan(
     dtype: torch.dtype,
     chunking: Chunking,
     *,
+    ranks: int = 1,
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
 ) -> Plan:
-    """The walk for [tokens, width] @ [vocab, width].T, among `strategies`: those that can do it, best first."""
+    """The walk for [tokens, width] @ [vocab, width].T, a rank's part, among `strategies`: those that can, best first."""
     if chunking.strategy != "auto":
         strategies = (chunking.strategy,)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
@@ -153,7 +155,8 @@ def plan(
         chunk = _rows(bucket, width, vocab, dtype, chunking)
         count = max(1, -(-tokens // chunk))
     else:  # an even split, whose last chunk has a row as long as N > (count - 1) * count
-        count = min(-(-bucket // _rows(bucket, width, vocab, dtype, chunking)), max(1, isqrt(bucket // 2)))
+        most = _rows(bucket, width, vocab, dtype, chunking, ranks)
+        count = min(-(-bucket // most), max(1, isqrt(bucket // 2)))
         chunk = -(-tokens // count)
     accumulate = chunking.accumulate_dtype or _accumulate_dtype(dtype, count)
     return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate, compile=chunking.compile)
@@ -167,13 +170,13 @@ def _bucket(tokens: int) -> int:
     return bucket
 
 
-def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:
+def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, ranks: int = 1) -> int:
     """Most tokens a chunk: NOTE [Default chunk]."""
     if chunking.chunk_size is not None:
         return chunking.chunk_size
     if chunking.budget is not None:
         return max(1, chunking.budget // (vocab * dtype.itemsize))
-    return min(bucket, max(MIN_ROWS, min(width, max(1024, width // 4))))
+    return min(bucket, max(MIN_ROWS, min(width, ranks * max(1024, width // 4))))
 
 
 def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:

@@ -149,7 +149,7 @@ class LinearHead(NamedTuple):
         if chunking.accumulate_dtype is not None:
             checks.accumulator(chunking.accumulate_dtype, dtype)
         share = self.vocabulary.share
-        chosen = plan(tokens, width, share, dtype, chunking, strategies=strategies)
+        chosen = plan(tokens, width, share, dtype, chunking, ranks=self.vocabulary.ranks, strategies=strategies)
         if chunking.budget is not None:
             unit, size = ("token", share) if chosen.strategy == "tokens" else ("column", tokens)
             checks.memory_budget(chunking.budget, unit, size * dtype.itemsize)

@@ -111,7 +111,7 @@ def _on_rows(
         checks.accumulator(chunking.accumulate_dtype, dtype)
     one = pair.target_weight is None and target.indices is None
     columns = vocab if one else 2 * vocab  # that a chunk holds
-    chosen = plan(tokens, width, columns, dtype, chunking, strategies=("tokens",))
+    chosen = plan(tokens, width, columns, dtype, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     if chunking.budget is not None:
         checks.memory_budget(chunking.budget, "token", columns * dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
