@@ -289,7 +289,8 @@ def test_compiled(name):
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
-@pytest.mark.parametrize("name", ["jsd", pytest.param("logits reverse_kl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jsd", "logits reverse_kl"])
 def test_compiled_as_operators(name, monkeypatch):
     """The host of torch 2.11, and of eager code on accelerators."""
     monkeypatch.setattr(hosts, "_REGIONS_WORK", False)

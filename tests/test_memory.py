@@ -70,6 +70,7 @@ def test_bf16_with_a_wide_accumulator(strategy):
     assert memory["peak"] <= 1.05 * (OUTPUTS // 2 + accumulator + chunk_bytes(strategy, chunk) // 2) + 16 * MIB
 
 
+@pytest.mark.slow
 def test_the_naive_loop_fails_this_bound():
     """A test of the test, at half of the vocabulary."""
     vocab, chunk = VOCAB // 2, CHUNKS["vocab", "dW"]

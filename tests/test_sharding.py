@@ -21,7 +21,7 @@ TABLE = {  # world, layout: losses, eager
     (4, "empty"): list(LOSSES),
     (4, "data"): BY_DATA,
 }
-COMPILED = {(2, "dtensor"): ["linear_cross_entropy, tokens"], (2, "plain"): ["linear_cross_entropy, vocab"]}  # Inductor
+COMPILED = {(2, "dtensor"): ["linear_cross_entropy, tokens"]}  # the same under Inductor
 FURTHER = {  # and all others, in the slow tests
     key: [name for name in names if name not in COMPILED.get(key, ())] for key, names in TABLE.items()
 }

@@ -135,7 +135,7 @@ def plan(
     ranks: int = 1,
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
 ) -> Plan:
-    """The walk for [tokens, width] @ [vocab, width].T, a rank's part, among `strategies`: those that can, best first."""
+    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first."""
     if chunking.strategy != "auto":
         strategies = (chunking.strategy,)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
