@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compiled_loss import checks, shell_checks
+from compiled_loss import depth_checks, shell_checks
 from compiled_loss.functional.multi_token import multi_token_targets
 
 
@@ -165,7 +165,7 @@ def calculate_mtp_losses(
 
     """
     outputs = shell_checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
-    checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor)
+    depth_checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor)
     shell_checks.same_ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
     if fused and lm_weight is None:

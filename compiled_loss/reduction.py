@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks
+from compiled_loss import checks, chunk_checks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import Coefficients, statistics_dtype
@@ -80,7 +80,7 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
     if rows is None:
         return None
     if readable(active):
-        checks.label_tokens_fit(int(active.sum()), rows, active.shape[0])
+        chunk_checks.label_tokens_fit(int(active.sum()), rows, active.shape[0])
     return Compaction.of(active, rows)
 
 

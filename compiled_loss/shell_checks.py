@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from compiled_loss import checks
+from compiled_loss import checks, depth_checks
 
 
 def softcapping(value: float) -> None:
@@ -68,7 +68,7 @@ def loss_target(loss: object, base: type, known: list[str]) -> None:
 def scaling(scaling_factor: float | None, ignore_index: int) -> None:
     """Raise unless the numbers of an auxiliary loss are in range."""
     if scaling_factor is not None:
-        checks.scaling(scaling_factor, " or None")
+        depth_checks.scaling(scaling_factor, " or None")
     checks.alignment(0, ignore_index, 1)
 
 

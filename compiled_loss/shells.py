@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compiled_loss import checks, shard_checks, sharding, shell_checks
+from compiled_loss import checks, shard_checks, sharding, shell_checks, target_checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
@@ -193,7 +193,7 @@ class KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.alignment(0, ignore_index, 1)
-        checks.distillation("forward_kl", 0.5, temperature, 0.0, fp32_upcast, chunk_size)
+        target_checks.distillation("forward_kl", 0.5, temperature, 0.0, fp32_upcast, chunk_size)
         self.ignore_index = ignore_index
         self.temperature = temperature
         self.fp32_upcast = fp32_upcast

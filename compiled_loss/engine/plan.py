@@ -38,7 +38,7 @@ from typing import Literal
 
 import torch
 
-from compiled_loss import checks
+from compiled_loss import chunk_checks
 
 BALANCE = 300.0  # operations a byte: 990 TFLOP/s and 3.35 TB/s, H100 SXM data sheet, bf16 dense
 MIN_ROWS = 512
@@ -89,15 +89,15 @@ compile='auto')
     _parts: int = field(init=False, repr=False, compare=False, default=0)  # of _WHOLE, where a fraction is given
 
     def __post_init__(self) -> None:
-        checks.chunking(self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile)
-        checks.max_label_tokens(self.max_label_tokens)
+        chunk_checks.chunking(self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile)
+        chunk_checks.max_label_tokens(self.max_label_tokens)
         if isinstance(self.max_label_tokens, float):  # now, for of a float Dynamo makes a symbol
             object.__setattr__(self, "_parts", max(1, round(self.max_label_tokens * _WHOLE)))
 
     @property
     def budget(self) -> int | None:
         """`memory_budget` in bytes."""
-        return checks.size("memory_budget", self.memory_budget)
+        return chunk_checks.size("memory_budget", self.memory_budget)
 
     def rows(self, tokens: int) -> int | None:
         """Of so many tokens, how many are computed; None for all of them as they are."""

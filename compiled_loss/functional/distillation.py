@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, shard_checks, sharding
+from compiled_loss import checks, shard_checks, sharding, target_checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
@@ -67,7 +67,7 @@ def _top(teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocab: int, ignore
     values, indices = teacher_topk
     if reductions.readable(values):
         active = labels != ignore_index
-        checks.teacher_topk_values(values[active], indices[active], vocab)
+        target_checks.teacher_topk_values(values[active], indices[active], vocab)
     return Target(values.detach(), indices.clamp(0, vocab - 1))
 
 
@@ -137,7 +137,7 @@ def distillation(
         tensor([0.1120, 0.0000])
 
     """
-    checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
+    target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
     student_logits, vocabulary = sharding.logits("student_logits", student_logits, vocab_shard)
     checks.logits(student_logits, vocabulary.size, "student_logits")
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
@@ -146,13 +146,13 @@ def distillation(
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     if teacher_topk is None:
-        teacher_logits = checks.teacher_given("teacher_logits", teacher_logits)
+        teacher_logits = target_checks.teacher_given("teacher_logits", teacher_logits)
         teacher_logits = sharding.beside("teacher_logits", teacher_logits, "student_logits", vocabulary, -1)
-        checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+        target_checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
         target = Target(teacher_logits.detach())
     else:
         shard_checks.top(vocabulary.group)
-        checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
+        target_checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
         target = _top(teacher_topk, labels, vocab, ignore_index)
     weighted = _weighted(
         labels,
@@ -231,7 +231,7 @@ def linear_distillation(
         tensor(0.1120)
 
     """
-    checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
+    target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
     names, shared = ("student_hidden", "student_weight"), teacher_weight is student_weight
     student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
     checks.head(student_hidden, weight, None, vocabulary.size, names)
@@ -242,11 +242,11 @@ def linear_distillation(
     hidden, weight = cast(student_hidden, weight)
     vocab, target_weight = vocabulary.size, None
     if teacher_topk is None:
-        teacher_hidden = checks.teacher_given("teacher_hidden", teacher_hidden)
-        teacher_weight = checks.teacher_given("teacher_weight", teacher_weight)
+        teacher_hidden = target_checks.teacher_given("teacher_hidden", teacher_hidden)
+        teacher_weight = target_checks.teacher_given("teacher_weight", teacher_weight)
         teacher_hidden = sharding.rows("teacher_hidden", teacher_hidden, vocabulary)
         teacher_weight = sharding.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
-        checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
+        target_checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
         states, target_weight = cast(pair.apart(teacher_hidden, student_hidden), teacher_weight.detach())
         if shared:
             target_weight = weight.new_empty(0)
@@ -254,7 +254,7 @@ def linear_distillation(
     else:
         shard_checks.top(vocabulary.group)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
+        target_checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
         target = _top(teacher_topk, labels, vocab, ignore_index)
     weighted = _weighted(
         labels,

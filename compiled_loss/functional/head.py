@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction, sharding
+from compiled_loss import checks, chunk_checks, reduction, sharding
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
@@ -97,9 +97,9 @@ class LinearHead(NamedTuple):
         else:
             differentiable = any(self._wanted())
             if differentiable and chunking.strategy == "tokens":
-                checks.tokens_strategy(what)
+                chunk_checks.tokens_strategy(what)
             if differentiable and chunking.strategy == "auto" and chunking.chunk_size is not None:
-                checks.chunk_size_counts_tokens(chunking.chunk_size)
+                chunk_checks.chunk_size_counts_tokens(chunking.chunk_size)
             chosen = self._plan(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
             walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
             how = (chosen, vocabulary.group)
@@ -147,12 +147,12 @@ class LinearHead(NamedTuple):
         """The walk, and the errors that only the sizes can tell."""
         (tokens, width), dtype = self.hidden.shape, self.hidden.dtype
         if chunking.accumulate_dtype is not None:
-            checks.accumulator(chunking.accumulate_dtype, dtype)
+            chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
         share = self.vocabulary.share
         chosen = plan(tokens, width, share, dtype, chunking, ranks=self.vocabulary.ranks, strategies=strategies)
         if chunking.budget is not None:
             unit, size = ("token", share) if chosen.strategy == "tokens" else ("column", tokens)
-            checks.memory_budget(chunking.budget, unit, size * dtype.itemsize)
+            chunk_checks.memory_budget(chunking.budget, unit, size * dtype.itemsize)
         if chosen.strategy == "vocab" and self.weight.shape[0] != share:  # one chunk where there is no column
             chosen = replace(chosen, count=max(1, -(-self.weight.shape[0] // chosen.chunk)))
         return chosen

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, shard_checks, sharding
+from compiled_loss import checks, depth_checks, shard_checks, sharding
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.functional.cross_entropy import linear_cross_entropy_with_statistics
@@ -66,7 +66,7 @@ def multi_token_targets(
         tensor([   1,    2,    3, -100,    5, -100])
 
     """
-    checks.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens)
+    depth_checks.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens)
     segments = None
     if seq_idx is not None:
         segments = seq_idx.reshape(labels.shape) if seq_idx.numel() == labels.numel() else seq_idx.expand(labels.shape)
@@ -178,12 +178,14 @@ def multi_token_losses(
         MultiTokenLosses(loss=tensor(0.8047), per_depth=tensor([1.6094, 1.6094]))
 
     """
-    checks.sequence("hidden", hidden)
+    depth_checks.sequence("hidden", hidden)
     checks.instance("chunking", chunking, Chunking)
     part = sharding.vocabulary(weight, vocab_shard)
     labels = sharding.rows("labels", labels, part)
     hidden = [sharding.replicated(states, part) for states in hidden]
-    rows = checks.depths([sharding.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor)
+    rows = depth_checks.depths(
+        [sharding.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor
+    )
     reduction = "mean" if num_label_tokens is None else "sum"
     shard_checks.spread(reduction, sharding.spread(hidden[0], part))
     if targets is None:

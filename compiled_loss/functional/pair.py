@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction
+from compiled_loss import checks, chunk_checks, reduction
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Kind, Pair, Target
@@ -69,7 +69,7 @@ def on_head(
 ) -> Tensor:
     """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum."""
     checks.instance("chunking", chunking, Chunking)
-    checks.walks_tokens(chunking.strategy)
+    chunk_checks.walks_tokens(chunking.strategy)
     shape = hidden.shape[:-1]
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), _flat(target)
     weighted = weighted.map(lambda v: v.reshape(-1))
@@ -108,12 +108,12 @@ def _on_rows(
         return losses.sum() if scalar else losses
     (tokens, width), vocab, dtype = hidden.shape, vocabulary.share, hidden.dtype
     if chunking.accumulate_dtype is not None:
-        checks.accumulator(chunking.accumulate_dtype, dtype)
+        chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
     one = pair.target_weight is None and target.indices is None
     columns = vocab if one else 2 * vocab  # that a chunk holds
     chosen = plan(tokens, width, columns, dtype, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     if chunking.budget is not None:
-        checks.memory_budget(chunking.budget, "token", columns * dtype.itemsize)
+        chunk_checks.memory_budget(chunking.budget, "token", columns * dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
         if not scalar:
             rows = divergence_chunks.divergence(

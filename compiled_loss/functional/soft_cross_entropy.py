@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, shard_checks, sharding
+from compiled_loss import checks, shard_checks, sharding, target_checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
@@ -63,9 +63,9 @@ def masked_soft_cross_entropy(
     logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
     target_probs = sharding.beside("target_probs", target_probs, "logits", vocabulary, -1)
-    checks.same_logits("target_probs", target_probs, "logits", logits)
+    target_checks.same_logits("target_probs", target_probs, "logits", logits)
     position_mask = sharding.rows("position_mask", position_mask, vocabulary)
-    checks.position_mask(position_mask, "logits", logits)
+    target_checks.position_mask(position_mask, "logits", logits)
     vocabulary.compare(position_mask)
     shard_checks.spread("mean", vocabulary.spread)
     weight, active = _positions(position_mask, logits)
@@ -146,13 +146,15 @@ def linear_soft_cross_entropy(
     checks.head(hidden, weight, None, vocabulary.size)
     checks.transform(None, temperature)
     position_mask = sharding.rows("position_mask", position_mask, vocabulary)
-    checks.position_mask(position_mask, "hidden", hidden)
+    target_checks.position_mask(position_mask, "hidden", hidden)
     vocabulary.compare(position_mask)
     target_probs, teacher_hidden, teacher_weight = sharding.targets(
         target_probs, teacher_hidden, teacher_weight, vocabulary, picked=draft_to_target is not None
     )
     columns = weight.shape[0]
-    checks.soft_target(target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size)
+    target_checks.soft_target(
+        target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
+    )
     shard_checks.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
     checks.count(num_label_tokens, "sum", hidden.device)
     weights, active = _positions(position_mask, hidden)

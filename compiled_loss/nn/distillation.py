@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from compiled_loss import checks
+from compiled_loss import checks, target_checks
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.distillation import distillation, linear_distillation
 from compiled_loss.vocabulary import VocabShard
@@ -35,7 +35,7 @@ class Distillation(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
+        target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
         checks.alignment(0, ignore_index, 1)
         checks.reduction(reduction)
         self.divergence = divergence
@@ -100,7 +100,7 @@ class LinearDistillation(nn.Module):
         chunking: Chunking = Chunking(),
     ) -> None:
         super().__init__()
-        checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
+        target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
         checks.alignment(0, ignore_index, 1)
         checks.reduction(reduction)
         checks.instance("chunking", chunking, Chunking)

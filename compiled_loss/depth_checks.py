@@ -1,0 +1,85 @@
+"""The errors of multi-token prediction: depths, their targets, packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+
+
+def multi_token(
+    labels_: Tensor, depth: int, ignore_index: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raise unless targets of a depth can be made of the labels."""
+    checks.tensor("labels", labels_)
+    checks.labels(labels_, "hidden", labels_.shape, labels_.device)
+    if labels_.dim() not in (1, 2):
+        raise ValueError(f"labels: expected [B, S] or [S], got {checks.sizes(labels_.shape)}")
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"depth: expected an int >= 0, got {type(depth).__name__}")
+    if depth < 0:
+        raise ValueError(f"depth: expected an int >= 0, got {depth}")
+    checks.alignment(0, ignore_index, labels_.dim())
+    length = labels_.shape[-1:]
+    for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
+        if value is None:
+            continue
+        checks.tensor(name, value)
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+        checks.same_device(name, value, labels_.device)
+    if seq_idx is not None and seq_idx.shape not in (labels_.shape, length, torch.Size([1, *length])):
+        raise ValueError(
+            f"seq_idx: expected the labels' shape {checks.sizes(labels_.shape)} or {checks.sizes(length)}, "
+            f"got {checks.sizes(seq_idx.shape)}: under pipelining give each microbatch its own"
+        )
+    if cu_seqlens is not None and (cu_seqlens.numel() < 2 or cu_seqlens.numel() != cu_seqlens.shape[-1]):
+        raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {checks.sizes(cu_seqlens.shape)}")
+
+
+def sequence(name: str, value: Sequence[Tensor]) -> None:
+    """Raise unless there is something for each depth."""
+    if isinstance(value, Tensor) or not len(value):
+        raise ValueError(f"{name}: expected a sequence of each depth's hidden states, one at least, got a tensor or []")
+
+
+def depths(
+    hidden: Sequence[Tensor],
+    labels_: Tensor,
+    targets: Sequence[Tensor] | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling_factor: float,
+) -> torch.Size:
+    """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
+    sequence("hidden", hidden)
+    checks.tensor("labels", labels_)
+    for k, states in enumerate(hidden):
+        checks.tensor(f"hidden[{k}]", states)
+        if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
+            raise ValueError(
+                f"hidden[{k}]: expected the labels' {checks.sizes(labels_.shape)} tokens and one width, "
+                f"got {checks.sizes(states.shape)}"
+            )
+    scaling(scaling_factor)
+    if targets is None:
+        return hidden[0].shape[:-1]
+    if seq_idx is not None or cu_seqlens is not None:
+        raise ValueError("targets: expected None beside seq_idx or cu_seqlens, which they know already, got both")
+    if len(targets) != len(hidden):
+        raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
+    for k, target in enumerate(targets):
+        checks.labels(target, "hidden", labels_.shape, labels_.device)
+        if target.shape != labels_.shape:
+            raise ValueError(f"targets[{k}]: expected {checks.sizes(labels_.shape)}, got {checks.sizes(target.shape)}")
+    return hidden[0].shape[:-1]
+
+
+def scaling(scaling_factor: float, alternative: str = "") -> None:
+    """Raise unless an auxiliary loss can be weighed so."""
+    checks.number("scaling_factor", scaling_factor, alternative)
+    if not scaling_factor >= 0:
+        raise ValueError(f"scaling_factor: expected a number >= 0{alternative}, got {scaling_factor}")
