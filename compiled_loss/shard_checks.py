@@ -93,15 +93,6 @@ def same(least: Sequence[int], most: Sequence[int]) -> None:
         )
 
 
-def top(group: str | None) -> None:
-    """Raise where a cached teacher meets more than one rank."""
-    if group is not None:
-        raise ValueError(
-            "teacher_topk: expected None with a vocabulary over more than one rank, got one: give the teacher's logits "
-            "or head, sharded as the student's"
-        )
-
-
 def whole(name: str, group: str | None) -> None:
     """Raise where rows are to be picked from a weight that other ranks hold."""
     if group is not None:

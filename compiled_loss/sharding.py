@@ -117,6 +117,13 @@ def targets(
     return probs, hidden, weight
 
 
+def top(teacher_topk: Any, part: Vocabulary) -> Any:
+    """A rank's own rows of a cached teacher, whose classes are counted from the first of all, if it is one."""
+    if not isinstance(teacher_topk, tuple):
+        return teacher_topk
+    return tuple([rows(f"teacher_topk[{i}]", value, part) for i, value in enumerate(teacher_topk)])
+
+
 def rows(name: str, value: Tensor, part: Vocabulary) -> Tensor:
     """A rank's own of one of them."""
     if not is_sharded(value):

@@ -41,6 +41,12 @@ def _distilled(hidden, weight, teacher_hidden, teacher_weight, labels, *, part, 
     )
 
 
+def _cached(hidden, weight, values, indices, labels, *, part, chunking, reduction):
+    top = {"teacher_topk": (values, indices), "divergence": "jsd", "hard_label_weight": 0.2}
+    tensors = (hidden, weight, None, None, labels)
+    return compiled_loss.linear_distillation(*tensors, vocab_shard=part, chunking=chunking, reduction=reduction, **top)
+
+
 def _logits(logits, labels, *, part):
     return compiled_loss.cross_entropy(logits, labels, vocab_shard=part, reduction="sum", num_label_tokens=1000)
 
@@ -63,6 +69,10 @@ def linear(part, chunking):
 
 def distilled(part, chunking, reduction):
     return partial(_distilled, part=part, chunking=chunking, reduction=reduction)
+
+
+def cached(part, chunking, reduction):
+    return partial(_cached, part=part, chunking=chunking, reduction=reduction)
 
 
 def logits(part):

@@ -19,7 +19,10 @@ from compiled_loss import Chunking, VocabShard, reference
 
 B, S, H = 2, 6, 5
 VOCAB = {"weight": 0, "bias": 0, "teacher_weight": 0, "logits": -1, "teacher_logits": -1, "target_probs": -1}
-TOKENS = ("hidden", "further", "teacher_hidden", "labels", "mask", "token_weights", "position_mask")
+TOKENS = (
+    *("hidden", "further", "teacher_hidden", "labels", "mask", "token_weights", "position_mask"),
+    *("top_values", "top_indices"),
+)
 TOKENS_AND_VOCAB = ("logits", "teacher_logits", "target_probs")
 ROWS = Chunking(strategy="tokens", chunk_size=5)
 COLUMNS = Chunking(strategy="vocab", chunk_size=3)
@@ -80,6 +83,28 @@ def distillation(divergence: str, **keywords: Any) -> Loss:
         ("logits",),
         ("teacher_logits", "labels"),
     )
+
+
+def cached_teacher(divergence: str, **keywords: Any) -> Loss:
+    keywords["divergence"] = divergence
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        top = {"teacher_topk": (t["top_values"], t["top_indices"]), **keywords, **counted(t), **how}
+        return lib.distillation(t["logits"], None, t["labels"], **top)
+
+    return Loss(call, ("logits",), ("top_values", "top_indices", "labels"))
+
+
+def linear_cached_teacher(divergence: str, **keywords: Any) -> Loss:
+    keywords["divergence"] = divergence
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        reduction = {} if "reduction" in keywords else counted(t)
+        top = {"teacher_topk": (t["top_values"], t["top_indices"]), **keywords, **reduction, **how}
+        loss = lib.linear_distillation(t["hidden"], t["weight"], None, None, t["labels"], **top)
+        return loss.square().sum() if loss.dim() else loss
+
+    return Loss(call, ("hidden", "weight"), ("top_values", "top_indices", "labels"), ROWS)
 
 
 def linear_distillation(divergence: str, **keywords: Any) -> Loss:
@@ -149,6 +174,9 @@ LOSSES = {
     "linear_distillation, reverse_kl": linear_distillation("reverse_kl", hard_label_weight=0.3),
     "linear_distillation, jsd": linear_distillation("jsd", jsd_weight=0.3, temperature=0.7, hard_label_weight=0.4),
     "linear_distillation, none": linear_distillation("forward_kl", reduction="none", hard_label_weight=0.2),
+    "distillation, cached teacher": cached_teacher("jsd", temperature=1.5, hard_label_weight=0.3),
+    "linear_distillation, cached teacher": linear_cached_teacher("jsd", temperature=1.5, hard_label_weight=0.3),
+    "linear_distillation, cached teacher, none": linear_cached_teacher("reverse_kl", reduction="none"),
     "masked_soft_cross_entropy": Loss(
         lambda lib, t, how: lib.masked_soft_cross_entropy(t["logits"], t["target_probs"], t["position_mask"], **how),
         ("logits", "target_probs"),
@@ -177,6 +205,7 @@ def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
 
     labels = torch.randint(0, vocab, (B, S), generator=random)
     labels[0, 1] = labels[1, -2:] = -100
+    top = normal(B, S, vocab).log_softmax(-1).topk(min(5, vocab))
     return {
         "hidden": normal(B, S, H),
         "further": normal(B, S, H),
@@ -190,6 +219,8 @@ def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
         "logits": normal(B, S, vocab),
         "teacher_logits": normal(B, S, vocab),
         "target_probs": normal(B, S, vocab).softmax(-1),
+        "top_values": top.values,
+        "top_indices": top.indices,
         "teacher_hidden": normal(B, S, H + 2),
         "teacher_weight": normal(vocab, H + 2),
         "whole_teacher_weight": normal(2 * vocab, H + 2),

@@ -4,7 +4,7 @@ Code alone is proved here, with torch's fake group and no GPU; test_sharding.py 
 """
 
 import pytest
-from inspected_ranks import Part, distilled, exchanged, linear, logits
+from inspected_ranks import Part, cached, distilled, exchanged, linear, logits
 
 from compiled_loss import Chunking
 from compiled_loss.inspection import inspect
@@ -92,6 +92,7 @@ def test_logits():
     [
         "tokens",
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("vocab", "distillation, sum", "distillation, none")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("cached teacher, sum", "cached teacher, none")),
     ],
 )
 def test_ranks_with_other_shapes_reduce_in_the_same_order(name):
@@ -107,9 +108,13 @@ def test_ranks_with_other_shapes_reduce_in_the_same_order(name):
         if name.startswith("distillation"):
             teacher = (f"f32[{tokens},{width}]", f"f32[{own},{width}]")
             found = inspect(distilled(part, chunking, name[-4:].strip()), *head, *teacher, labels, assemble=False)
+        elif name.startswith("cached"):
+            top = (f"f32[{tokens},3]", f"int64[{tokens},3]:0..{vocab - 1}")
+            found = inspect(cached(part, chunking, name[-4:].strip()), *head, *top, labels, assemble=False)
         else:
             found = inspect(linear(part, chunking), *head, labels, assemble=False)
         orders.append(collectives(found))
     assert orders[0] == orders[1] == orders[2] == orders[3]
     chunks, each = {"tokens": (3, 2), "vocab": (1, 2)}.get(name, (3, 3))
-    assert len(orders[0][0]) == chunks * each + 1 and len(orders[0][1]) == 1
+    assert len(orders[0][0]) == chunks * each + 1
+    assert len(orders[0][1]) == (chunks + 1 if name == "cached teacher, none" else 1)  # each looks its top up again

@@ -97,10 +97,6 @@ def refused(mesh):
             lambda: cl.distillation(logits, torch.ones(N, V), labels),
             "teacher_logits: expected 5 classes, ",
         ),
-        "the top of a teacher": (
-            lambda: cl.distillation(logits, None, labels, teacher_topk=(torch.zeros(N, 1), labels[:, None])),
-            "teacher_topk: expected None with a vocabulary over more than one rank, got one",
-        ),
         "rows to pick": (
             lambda: cl.linear_soft_cross_entropy(
                 hidden,

@@ -38,23 +38,28 @@ class Bodies(NamedTuple):
 
 def _bodies(kind: Kind) -> Bodies:
     def compared(
-        source: Tensor, weight: Tensor | None, operands: tuple[Tensor | None, ...], *, fold: bool = True
+        source: Tensor,
+        weight: Tensor | None,
+        operands: tuple[Tensor | None, ...],
+        group: str | None,
+        *,
+        fold: bool = True,
     ) -> Compared | TopCompared:
         pair, target = Pair(*operands[1:4]), Target(*operands[4:6])  # type: ignore[arg-type]
         if target.indices is None:
             return Compared.of(kind, source, weight, target.values, pair)
-        return TopCompared.of(kind, source, weight, target, pair, fold=fold)
+        return TopCompared.of(kind, source, weight, target, pair, group, fold=fold)
 
     def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None) -> Output:
         """(labels, *Pair, *Target) -> (*Rows, divergence[, cross-entropy])."""
-        rows, divergence, hard = compared(source, weight, operands).fold(operands[0], group)
+        rows, divergence, hard = compared(source, weight, operands, group).fold(operands[0], group)
         return (*rows.present(), divergence) if hard is None else (*rows.present(), divergence, hard)
 
-    def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-        """(labels, *Pair, *Target, *Rows, soft, hard) -> (d,), like source."""
+    def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None) -> Output:
+        """(labels, *Pair, *Target, *Rows, soft, hard) -> (d,), like source; a top is looked up again."""
         rows, soft, hard = Rows(*operands[6:12]), operands[12], operands[13]  # type: ignore[arg-type]
         assert soft is not None
-        rows_of = compared(source, weight, operands, fold=False)
+        rows_of = compared(source, weight, operands, group, fold=False)
         d = rows_of.gradient(operands[0], rows, soft, hard, source.dtype)
         return (d if weight is None else dense(d),)
 
@@ -67,7 +72,7 @@ def _bodies(kind: Kind) -> Bodies:
         """
         labels, indices, soft, hard = operands[0], *operands[5:8]
         assert soft is not None
-        rows_of = compared(source, weight, operands)
+        rows_of = compared(source, weight, operands, group)
         rows, divergence, cross_entropy = rows_of.fold(labels, group)
         loss = soft * divergence
         if cross_entropy is not None and hard is not None:

@@ -175,7 +175,7 @@ class _Divergence(torch.autograd.Function):
         known, soft, hard = _fold(hidden, weight, Target(target, indices), labels, kind, pair, plan, group)
         ctx.save_for_backward(hidden, weight, target, indices, labels, *pair, *known)
         ctx.set_materialize_grads(False)
-        ctx.kind, ctx.plan = kind, plan
+        ctx.kind, ctx.plan, ctx.group = kind, plan, group if indices is not None else None
         return soft, hard
 
     @staticmethod
@@ -191,10 +191,11 @@ class _Divergence(torch.autograd.Function):
                 soft, hard = soft / scale, None if hard is None else hard / scale
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
-            def chunk(rows: Rows, _formed: list[Tensor]) -> Output:
+            def chunk(rows: Rows, formed: list[Tensor]) -> Output:
                 run_chunk = hosts.of_chunk(run, ctx.plan.alone(rows.number, hidden.shape[0]))
+                states = gemm.taking_turns(rows.of(hidden), ctx.group, formed)
                 operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
-                return run_chunk(BODIES[ctx.kind].gradient, rows.of(hidden), weight, *operands)
+                return run_chunk(BODIES[ctx.kind].gradient, states, weight, *operands, group=ctx.group)
 
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
             gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)

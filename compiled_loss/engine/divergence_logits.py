@@ -53,7 +53,7 @@ class _Divergence(torch.autograd.Function):
         rows, (soft, *hard) = Rows.of(outputs, kind, labels, indices)
         ctx.save_for_backward(logits, target, indices, labels, *pair[:2], *rows)
         ctx.set_materialize_grads(False)
-        ctx.kind = kind
+        ctx.kind, ctx.group = kind, group if indices is not None else None
         return soft, hard[0] if hard else None
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Divergence(torch.autograd.Function):
                 if labels is not None:
                     hard = torch.zeros_like(soft) if g_hard is None else g_hard.to(soft.dtype, copy=True)
                 operands = (labels, *pair, target, indices, *rows, soft, hard)
-                (d,) = run(BODIES[ctx.kind].gradient, logits, None, *operands)
+                (d,) = run(BODIES[ctx.kind].gradient, logits, None, *operands, group=ctx.group)
             if ctx.needs_input_grad[1] and ctx.kind == "probabilities":
                 known = (target, rows.maximum, rows.log_sum, soft)
                 (d_target,) = run(target_gradient, logits, None, None, *pair, *known)

@@ -4,6 +4,8 @@ NOTE [Tail]
 All other classes are compared as one, the tail: its probability is the sum of theirs on either side. That is the
 divergence of the two distributions over k + 1 classes, at most that over all (data processing), and equal to it where k
 is V. Within the tail the target says nothing, and the gradient leaves the student's proportions as they are.
+
+Over ranks each looks up those of the k that it has, and the ranks sum [rows, k]: then every rank knows the whole top.
 """
 
 from __future__ import annotations
@@ -15,7 +17,45 @@ from torch import Tensor
 
 from compiled_loss.engine.divergences import Compared, Kind, Pair, Rows, Target, hit, over, row, warmed
 from compiled_loss.engine.gemm import logits
+from compiled_loss.engine.ranks import largest, reduced
 from compiled_loss.engine.statistics import statistics_dtype
+
+
+class Place(NamedTuple):
+    """Where a top lies among the columns that a rank has."""
+
+    columns: Tensor  # [rows, k]; of a class that is another's, one of ours that is in the top, or 0 where none is
+    ours: Tensor | None  # [rows, k], which are; None without a group, for then all are
+
+    @staticmethod
+    def of(indices: Tensor, columns: int, group: str | None) -> Place:
+        if group is None:
+            return Place(indices, None)
+        ours = (indices >= 0) & (indices < columns)
+        found = torch.where(ours, indices, 0)
+        return Place(torch.where(ours, indices, row(found.amax(-1))), ours)
+
+    def take(self, base: Tensor) -> Tensor:
+        """Of [rows, columns], those of the top that are ours; 0 for the others."""
+        if self.ours is None:
+            return base.gather(-1, self.columns)
+        if base.shape[-1] == 0:
+            return base.new_zeros(self.columns.shape)
+        return torch.where(self.ours, base.gather(-1, self.columns), 0.0)
+
+    def put(self, base: Tensor, values: Tensor) -> Tensor:
+        """A copy of [rows, columns] with those of the top that are ours.
+
+        A scatter writes all k: what is another's writes again what is written where it points.
+        """
+        if self.ours is None:
+            return base.scatter(-1, self.columns, values)
+        if base.shape[-1] == 0:
+            return base.clone()
+        pointed = self.ours & (self.columns == row(self.columns.amax(-1)))
+        again = torch.where(pointed, values, 0.0).sum(-1)
+        again = torch.where(self.ours.any(-1), again, base[..., 0])
+        return base.scatter(-1, self.columns, torch.where(self.ours, values, row(again)))
 
 
 class TopCompared(NamedTuple):
@@ -24,37 +64,49 @@ class TopCompared(NamedTuple):
     kind: Kind
     pair: Pair
     rest: Tensor  # [rows, V], the student's logits before the temperature, in fp32
-    top: Tensor  # [rows, k], of them
-    indices: Tensor  # [rows, k]
+    top: Tensor  # [rows, k], of them, of all ranks
+    indices: Tensor  # [rows, k], counted from a rank's first class
+    place: Place
     values: Tensor  # [rows, k], the target's log-probabilities, in fp32
 
     @staticmethod
-    def of(kind: Kind, source: Tensor, weight: Tensor | None, target: Target, pair: Pair, *, fold: bool) -> TopCompared:
+    def of(
+        kind: Kind,
+        source: Tensor,
+        weight: Tensor | None,
+        target: Target,
+        pair: Pair,
+        group: str | None,
+        *,
+        fold: bool,
+    ) -> TopCompared:
         """From logits, or from hidden states and a weight; `fold` needs a copy of the logits without the top."""
         assert target.indices is not None
         raw = logits(source, weight)
         dtype = statistics_dtype(raw.dtype)
-        top = raw.gather(-1, target.indices)
+        place = Place.of(target.indices, raw.shape[-1], group)
+        top = place.take(raw)
         if fold:
-            raw = raw.scatter(-1, target.indices, float("-inf"))
-        return TopCompared(kind, pair, raw.to(dtype), top.to(dtype), target.indices, target.values.to(dtype))
+            raw = place.put(raw, torch.full_like(top, float("-inf")))
+        (top,) = reduced([top.to(dtype)], "sum", group)
+        return TopCompared(kind, pair, raw.to(dtype), top, target.indices, place, target.values.to(dtype))
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
-        """The rows, their divergence, and their cross-entropy with the labels; no rank has but some columns."""
-        assert group is None
-        maximum = torch.maximum(self.rest.detach().amax(-1), self.top.detach().amax(-1))
+        """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
+        (maximum,) = reduced([largest(self.rest.detach())], "max", group)
+        maximum = torch.maximum(maximum, self.top.detach().amax(-1))
         rest, top = self.rest - row(maximum), self.top - row(maximum)
-        rows = Rows(maximum, warmed(rest, self.pair).exp().sum(-1).log(), None, None, None, None)
+        sums = [warmed(rest, self.pair).exp().sum(-1)]
+        if labels is not None:
+            sums += [rest.exp().sum(-1), torch.where(hit(rest, labels), rest, 0.0).sum(-1)]
+        log_sum, *hard = reduced(sums, "sum", group)
+        rows = Rows(maximum, log_sum.log(), None, None, None, None)
         _, divergence, _ = self._coarse(rows).fold(None, None)
         if labels is None:
             return rows, divergence, None
-        hard_log_sum = (rest.exp().sum(-1) + top.exp().sum(-1)).log()
+        hard_log_sum = (hard[0] + top.exp().sum(-1)).log()
         known = self.indices == row(labels)
-        picked = torch.where(
-            known.any(-1),
-            torch.where(known, top, 0.0).sum(-1),
-            torch.where(hit(rest, labels), rest, 0.0).sum(-1),
-        )
+        picked = torch.where(known.any(-1), torch.where(known, top, 0.0).sum(-1), hard[1])
         return rows._replace(hard_log_sum=hard_log_sum), divergence, hard_log_sum - picked
 
     def gradient(
@@ -74,13 +126,13 @@ class TopCompared(NamedTuple):
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
             rest = rest - row(rows.hard_log_sum)
             d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
-        return over(self.rest, d_rest).to(dtype).scatter(-1, self.indices, d_top.to(dtype))
+        return self.place.put(over(self.rest, d_rest).to(dtype), d_top.to(dtype))
 
     def _coarse(self, rows: Rows) -> Compared:
         """The k classes and the tail, which is not there where k is V."""
         z = warmed(self.top - row(rows.maximum), self.pair)
         t = self.values
-        if self.indices.shape[-1] < self.rest.shape[-1]:
+        if self.place.ours is not None or self.indices.shape[-1] < self.rest.shape[-1]:
             # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
             largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))
             left = torch.where(largest, -torch.expm1(t), -t.exp()).sum(-1)

@@ -32,7 +32,7 @@ from compiled_loss.engine.divergences import Target
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
 def _weighted(
@@ -62,13 +62,13 @@ def _weighted(
     return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
 
 
-def _top(teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocab: int, ignore_index: int) -> Target:
-    """The cached teacher, its indices where the logits have columns: `_weighted` knows which had none."""
+def _top(teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocabulary: Vocabulary, ignore_index: int) -> Target:
+    """The cached teacher, its indices clamped to the classes there are: `_weighted` knows which were none."""
     values, indices = teacher_topk
     if reductions.readable(values):
         active = labels != ignore_index
-        target_checks.teacher_topk_values(values[active], indices[active], vocab)
-    return Target(values.detach(), indices.clamp(0, vocab - 1))
+        target_checks.teacher_topk_values(values[active], indices[active], vocabulary.size)
+    return Target(values.detach(), vocabulary.labels(indices.clamp(0, vocabulary.size - 1)))
 
 
 def distillation(
@@ -107,7 +107,7 @@ def distillation(
         reduction: "mean" over the tokens that count, "sum" or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
-            say so themselves; all else is alike on the group's ranks. Not with `teacher_topk`.
+            say so themselves; all else is alike on the group's ranks.
         chunk_size: kept for its callers, an int >= 0. What it bounds elsewhere, temporaries of [N, V], is never held.
 
     Returns:
@@ -151,9 +151,9 @@ def distillation(
         target_checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
         target = Target(teacher_logits.detach())
     else:
-        shard_checks.top(vocabulary.group)
+        teacher_topk = sharding.top(teacher_topk, vocabulary)
         target_checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
-        target = _top(teacher_topk, labels, vocab, ignore_index)
+        target = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
         student_logits,
@@ -200,7 +200,7 @@ def linear_distillation(
             num_label_tokens: see :func:`distillation`.
         vocab_shard: which classes plain weights of both have, where each rank has some: :class:`VocabShard`. DTensors
             say so themselves; hidden states and all else are alike on the group's ranks, and the student's gradient
-            complete on each. Not with `teacher_topk`.
+            complete on each.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for both logits of a chunk.
 
     Returns:
@@ -252,10 +252,10 @@ def linear_distillation(
             target_weight = weight.new_empty(0)
         target = Target(states)
     else:
-        shard_checks.top(vocabulary.group)
+        teacher_topk = sharding.top(teacher_topk, vocabulary)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
         target_checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
-        target = _top(teacher_topk, labels, vocab, ignore_index)
+        target = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
         hidden,
