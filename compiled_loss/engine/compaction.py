@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss import checks
 from compiled_loss.engine.transforms import traced
 
 
@@ -46,13 +47,14 @@ class Compaction(NamedTuple):
 
 def _moved(values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:
     if traced():
-        return values.index_select(0, source).masked_fill(~_beside(there, values), 0)
+        return _picked(values, source, there)
     moved: Tensor = _Moved.apply(values, source, there, back, here)
     return moved
 
 
-def _beside(there: Tensor, values: Tensor) -> Tensor:
-    return there.reshape(-1, *(1,) * (values.dim() - 1))
+def _picked(values: Tensor, source: Tensor, there: Tensor) -> Tensor:
+    # Not filled in place: Dynamo 2.11 returns what was written from forward as well, and the gradient is lost.
+    return values.index_select(0, source).masked_fill(~there.reshape(-1, *(1,) * (values.dim() - 1)), 0)
 
 
 class _Moved(torch.autograd.Function):
@@ -60,10 +62,10 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:
-        ctx.save_for_backward(source, there, back, here)
-        return values.index_select(0, source).masked_fill_(~_beside(there, values), 0)
+        ctx.save_for_backward(back, here)
+        return _picked(values, source, there)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        source, there, back, here = ctx.saved_tensors
-        return _moved(g, back, here, source, there), None, None, None, None
+        checks.first_derivative()
+        return _picked(g, *ctx.saved_tensors), None, None, None, None
