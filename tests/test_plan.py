@@ -32,8 +32,8 @@ def covers(made, tokens, vocab):
 
 
 def most_rows(width, ranks=1):
-    """NOTE [Default chunk]: C <= H, at most max(1024, H / 4) times the ranks, at least MIN_ROWS."""
-    return max(MIN_ROWS, min(width, ranks * max(1024, width // 4)))
+    """NOTE [Default chunk]: C <= H, at most max(1024, H / 4) for each node of 8 ranks, at least MIN_ROWS."""
+    return max(MIN_ROWS, min(width, (ranks + 7) // 8 * max(1024, width // 4)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -174,9 +174,9 @@ def test_production_shapes(sizes, strategy, chunk, count, accumulate):
     assert plan(*sizes, Chunking(), strategies=(strategy,)) == expected
 
 
-@pytest.mark.parametrize(("ranks", "chunk"), [(1, 1024), (2, 2048), (3, 8192 // 3 + 1), (4, 4096), (64, 4096)])
-def test_ranks_take_longer_chunks(ranks, chunk):
-    """Which wait for each other less often; up to H = 4096 rows, the bytes of dW."""
+@pytest.mark.parametrize(("ranks", "chunk"), [(1, 1024), (8, 1024), (9, 2048), (24, 8192 // 3 + 1), (32, 4096), (64, 4096)])
+def test_nodes_take_longer_chunks(ranks, chunk):
+    """And so wait for each other less often; up to H = 4096 rows, the bytes of dW."""
     assert plan(8192, 4096, 131072 // ranks, bfloat16, Chunking(), ranks=ranks).chunk == chunk
 
 

@@ -62,6 +62,20 @@ def test_vocabulary_walk(world):
     assert found.saved_bytes <= 64 * N
 
 
+def test_a_cached_teacher():
+    """Three collectives a chunk of rows, the top's of [rows, k], and one of 48 bytes; logits and a copy of them."""
+    world, k, own = 8, 64, V // 8
+    inputs = (f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"bf16[{N},{k}]", f"int64[{N},{k}]:0..{V - 1}")
+    call = cached(Part(V, world, 3), Chunking(chunk_size=N // CHUNKS), "sum")
+    found = inspect(call, *inputs, f"int64[{N}]:0..{V - 1}", assemble=False)
+    assert_single_graph(found)
+    rows = N // CHUNKS
+    assert collectives(found) == [[*[FP32 * rows * k, FP32 * rows, 3 * FP32 * rows] * CHUNKS, AGREED], [BF16 * N * H]]
+    outputs, chunk, turn = BF16 * (N * H + own * H), BF16 * rows * own, BF16 * rows * H
+    assert_peak_below(found, int(1.05 * (outputs + max(2 * chunk + turn, BF16 * N * H))))
+    assert found.saved_bytes <= outputs + 64 * N
+
+
 def test_every_kind():
     """Of 8 rows of 128 bytes; who waits for a tensor holds no second one."""
     found = inspect(exchanged(Part(8, 8, 3)), "f32[4,8]", backward=False, assemble=False)

@@ -77,11 +77,14 @@ def _bodies(kind: Kind) -> Bodies:
         loss = soft * divergence
         if cross_entropy is not None and hard is not None:
             loss = loss + hard * cross_entropy
-        present = rows.present()
-        packed = torch.stack([*present, after(soft, *present, loss), *([] if hard is None else [hard])])
+        present, top = rows.present(), rows_of if isinstance(rows_of, TopCompared) else None
+        first = None if top is None else top.first
+        packed = torch.stack([*present, after(soft, *present, loss), *(v for v in (hard, first) if v is not None)])
         rows, (soft, *rest) = Rows.of(packed.unbind(), kind, labels, indices)
+        if top is not None and first is not None:
+            rows_of = top._replace(first=rest.pop())
         d = rows_of.gradient(labels, rows, soft, rest[0] if rest else None, source.dtype)
-        return (d, loss, packed, rows_of.top) if isinstance(rows_of, TopCompared) else (d, loss, packed)
+        return (d, loss, packed) if top is None else (d, loss, packed, top.top)
 
     return Bodies(*(_named(body, f"{body.__name__}_{kind}") for body in (fold, gradient, fold_and_gradient)))
 

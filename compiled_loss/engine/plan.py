@@ -17,8 +17,8 @@ budget leaves it fewer.
 NOTE [Default chunk]
 Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
 least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
-1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win. Over R
-ranks R times as many buy speed: each chunk waits for two collectives, and its GEMMs are R times shorter.
+1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win. A chunk
+waits for two collectives; ranks on n nodes take n times as many rows, for their GEMMs soon take no longer than that.
 N is then spread evenly over the chunks that takes, which halves them at worst, just above a power of two; and past
 N = 2**17 there are no more chunks than rows in each, so that the last one is never empty.
 Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in multiples of COLUMN_MULTIPLE.
@@ -42,6 +42,7 @@ from compiled_loss import chunk_checks
 
 BALANCE = 300.0  # operations a byte: 990 TFLOP/s and 3.35 TB/s, H100 SXM data sheet, bf16 dense
 MIN_ROWS = 512
+RANKS_A_NODE = 8  # which NVLink joins
 MIN_COLUMNS = 2048
 COLUMN_MULTIPLE = 256
 _WHOLE = 10**9
@@ -176,7 +177,8 @@ def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chu
         return chunking.chunk_size
     if chunking.budget is not None:
         return max(1, chunking.budget // (vocab * dtype.itemsize))
-    return min(bucket, max(MIN_ROWS, min(width, ranks * max(1024, width // 4))))
+    nodes = -(-ranks // RANKS_A_NODE)
+    return min(bucket, max(MIN_ROWS, min(width, nodes * max(1024, width // 4))))
 
 
 def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:

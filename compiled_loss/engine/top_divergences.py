@@ -43,18 +43,18 @@ class Place(NamedTuple):
             return base.new_zeros(self.columns.shape)
         return torch.where(self.ours, base.gather(-1, self.columns), 0.0)
 
-    def put(self, base: Tensor, values: Tensor) -> Tensor:
-        """A copy of [rows, columns] with those of the top that are ours.
+    def put(self, base: Tensor, values: Tensor, first: Tensor | None) -> Tensor:
+        """A copy of [rows, columns] with those of the top that are ours; `first` is its first column.
 
         A scatter writes all k: what is another's writes again what is written where it points.
         """
         if self.ours is None:
             return base.scatter(-1, self.columns, values)
-        if base.shape[-1] == 0:
+        if first is None:
             return base.clone()
         pointed = self.ours & (self.columns == row(self.columns.amax(-1)))
         again = torch.where(pointed, values, 0.0).sum(-1)
-        again = torch.where(self.ours.any(-1), again, base[..., 0])
+        again = torch.where(self.ours.any(-1), again, first)
         return base.scatter(-1, self.columns, torch.where(self.ours, values, row(again)))
 
 
@@ -64,6 +64,7 @@ class TopCompared(NamedTuple):
     kind: Kind
     pair: Pair
     rest: Tensor  # [rows, V], the student's logits before the temperature, in fp32
+    first: Tensor | None  # [rows], of them, before the top was taken out; None without a group or a column
     top: Tensor  # [rows, k], of them, of all ranks
     indices: Tensor  # [rows, k], counted from a rank's first class
     place: Place
@@ -86,10 +87,12 @@ class TopCompared(NamedTuple):
         dtype = statistics_dtype(raw.dtype)
         place = Place.of(target.indices, raw.shape[-1], group)
         top = place.take(raw)
+        first = None if group is None or raw.shape[-1] == 0 else raw[..., 0]
         if fold:
-            raw = place.put(raw, torch.full_like(top, float("-inf")))
+            raw = place.put(raw, torch.full_like(top, float("-inf")), first)
         (top,) = reduced([top.to(dtype)], "sum", group)
-        return TopCompared(kind, pair, raw.to(dtype), top, target.indices, place, target.values.to(dtype))
+        first = None if first is None else first.to(dtype)
+        return TopCompared(kind, pair, raw.to(dtype), first, top, target.indices, place, target.values.to(dtype))
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
         """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
@@ -117,16 +120,24 @@ class TopCompared(NamedTuple):
         known, _, _ = coarse.fold(None, None)
         inverse = self.pair.inverse_temperature
         d = coarse.gradient(None, known, soft if inverse is None else soft * inverse, None, soft.dtype)
-        rest, d_top = self.rest - row(rows.maximum), d[..., : self.indices.shape[-1]]
+        d_top = d[..., : self.indices.shape[-1]]
         last = torch.arange(d.shape[-1], device=d.device) == d.shape[-1] - 1
         d_tail = torch.where(last, d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
-        d_rest = row(d_tail) * (warmed(rest, self.pair) - row(_finite(rows.log_sum))).exp()
+
+        def of_rest(logits: Tensor) -> Tensor:
+            rest = logits - row(rows.maximum)
+            d_rest = row(d_tail) * (warmed(rest, self.pair) - row(_finite(rows.log_sum))).exp()
+            if labels is not None and hard is not None and rows.hard_log_sum is not None:
+                rest = rest - row(rows.hard_log_sum)
+                d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
+            return over(logits, d_rest).to(dtype)
+
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
             top = (self.top - row(rows.maximum)) - row(rows.hard_log_sum)
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
-            rest = rest - row(rows.hard_log_sum)
-            d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
-        return self.place.put(over(self.rest, d_rest).to(dtype), d_top.to(dtype))
+        # Not read from the whole, or that could not be written over the logits.
+        first = None if self.first is None else of_rest(row(self.first)).squeeze(-1)
+        return self.place.put(of_rest(self.rest), d_top.to(dtype), first)
 
     def _coarse(self, rows: Rows) -> Compared:
         """The k classes and the tail, which is not there where k is V."""
