@@ -174,9 +174,7 @@ def test_production_shapes(sizes, strategy, chunk, count, accumulate):
     assert plan(*sizes, Chunking(), strategies=(strategy,)) == expected
 
 
-@pytest.mark.parametrize(
-    ("ranks", "chunk"), [(1, 1024), (8, 1024), (9, 2048), (24, 2731), (32, 4096), (64, 4096)]
-)
+@pytest.mark.parametrize(("ranks", "chunk"), [(1, 1024), (8, 1024), (9, 2048), (24, 2731), (32, 4096), (64, 4096)])
 def test_nodes_take_longer_chunks(ranks, chunk):
     """And so wait for each other less often; up to H = 4096 rows, the bytes of dW."""
     assert plan(8192, 4096, 131072 // ranks, bfloat16, Chunking(), ranks=ranks).chunk == chunk

@@ -207,6 +207,8 @@ def disagreeing():
     walked.append(lambda h, w: torch.stack([(found := seen(h, w)).loss, *(v.sum() for v in found.statistics[:3])]))
     walked.append(lambda h, w: cl.linear_distillation(h, w, states, teacher, labels))
     walked.append(lambda h, w: cl.linear_soft_cross_entropy(h, w, mask, target_probs=scores))
+    same, top = torch.arange(N), (torch.full((N, 2), -2.0), torch.tensor([[1, 3]] * N) + rank)
+    walked.append(lambda h, w: cl.linear_distillation(h, w, None, None, same, teacher_topk=top))
     given = [partial(cl.cross_entropy, labels=labels), lambda x: cl.distillation(x, scores, labels)]
     given.append(lambda x: cl.masked_soft_cross_entropy(x, scores, mask))
     found = []
@@ -225,7 +227,7 @@ def disagreeing():
 
 def test_ranks_that_do_not_agree_are_nan_where_nobody_can_look(tmp_path):
     for found in ranks.run(disagreeing, 2, tmp_path, limit=240):
-        assert len(found) == 10
+        assert len(found) == 11
         assert all(all(nan) for nan in found), [nan for nan in found if not all(nan)]
 
 

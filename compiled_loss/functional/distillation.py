@@ -62,13 +62,22 @@ def _weighted(
     return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
 
 
-def _top(teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocabulary: Vocabulary, ignore_index: int) -> Target:
-    """The cached teacher, its indices clamped to the classes there are: `_weighted` knows which were none."""
+def _top(
+    teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocabulary: Vocabulary, ignore_index: int
+) -> tuple[Target, Tensor]:
+    """The cached teacher, its indices clamped to the classes there are, and what ranks must have alike.
+
+    `_weighted` knows which indices were none.
+    """
     values, indices = teacher_topk
     if reductions.readable(values):
         active = labels != ignore_index
         target_checks.teacher_topk_values(values[active], indices[active], vocabulary.size)
-    return Target(values.detach(), vocabulary.labels(indices.clamp(0, vocabulary.size - 1)))
+    alike = labels
+    if vocabulary.group is not None:
+        alike = torch.cat([labels.reshape(-1), indices.reshape(-1)])
+        vocabulary.compare(alike)
+    return Target(values.detach(), vocabulary.labels(indices.clamp(0, vocabulary.size - 1))), alike
 
 
 def distillation(
@@ -143,6 +152,7 @@ def distillation(
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_logits", student_logits)
     vocabulary.compare(labels)
+    alike = labels
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     if teacher_topk is None:
@@ -153,7 +163,7 @@ def distillation(
     else:
         teacher_topk = sharding.top(teacher_topk, vocabulary)
         target_checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
-        target = _top(teacher_topk, labels, vocabulary, ignore_index)
+        target, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
         student_logits,
@@ -168,7 +178,7 @@ def distillation(
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
     rows = pair.on_logits(student_logits, target, weighted.labels, divergence, scalars, vocabulary)
     loss = reductions.reduced(weighted.of(*rows), reduction)
-    return vocabulary.agreed(loss, labels, loss)
+    return vocabulary.agreed(loss, alike, loss)
 
 
 def linear_distillation(
@@ -238,6 +248,7 @@ def linear_distillation(
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_hidden", student_hidden)
     vocabulary.compare(labels)
+    alike = labels
     shard_checks.spread(reduction, vocabulary.spread)
     hidden, weight = cast(student_hidden, weight)
     vocab, target_weight = vocabulary.size, None
@@ -255,7 +266,7 @@ def linear_distillation(
         teacher_topk = sharding.top(teacher_topk, vocabulary)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
         target_checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
-        target = _top(teacher_topk, labels, vocabulary, ignore_index)
+        target, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
         hidden,
@@ -271,4 +282,4 @@ def linear_distillation(
     scalars = scalars._replace(target_weight=target_weight)
     scalar = reduction != "none"
     loss = pair.on_head(hidden, weight, target, divergence, scalars, weighted, vocabulary, chunking, scalar=scalar)
-    return vocabulary.agreed(loss, labels, loss)
+    return vocabulary.agreed(loss, alike, loss)
