@@ -29,6 +29,7 @@ class Place(NamedTuple):
 
     @staticmethod
     def of(indices: Tensor, columns: int, group: str | None) -> Place:
+        """Of classes counted from the rank's first, among so many columns."""
         if group is None:
             return Place(indices, None)
         ours = (indices >= 0) & (indices < columns)
