@@ -1,6 +1,7 @@
 """Two stages of two ranks each: losses and all gradients are those of one process and full logits.
 
-The last stage's head is a vocabulary over "tp", and every perceptron is split there. fp64, as in test_pipelining.py.
+The two share the last stage's head as a vocabulary, and every perceptron; or FSDP shards each stage over them, and each
+has half of every microbatch. fp64, as in test_pipelining.py.
 """
 
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from test_pipelining import TIGHT, plain
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -23,14 +25,14 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo for processes on CPUs"),
     pytest.mark.xdist_group("pipelining ranks"),
 ]
-PIPELINE, TENSOR = 2, 2
+PIPELINE, SHARING = 2, 2  # stages, and ranks of each
 
 
 class Way(NamedTuple):
     """What the stages run under, and how the loss takes the head."""
 
     case: child.Case
-    head: str  # its weight as it lies, "by functions"; gathered, "by shells"; or its "logits", DTensors
+    head: str  # its weight as it lies, "by functions"; gathered, "by shells" or of "FSDP"; or its "logits", DTensors
 
 
 WAYS = {
@@ -38,6 +40,8 @@ WAYS = {
     "GPipe, by functions": Way(child.Case(ScheduleGPipe, fused=True), "by functions"),
     "1F1B, by shells": Way(child.Case(Schedule1F1B, fused=True), "by shells"),
     "GPipe, logits": Way(child.Case(ScheduleGPipe, fused=False), "logits"),
+    "1F1B, FSDP": Way(child.Case(Schedule1F1B, fused=True), "FSDP"),
+    "GPipe, FSDP": Way(child.Case(ScheduleGPipe, fused=True), "FSDP"),
 }
 COMPILED = ("1F1B, by functions", "GPipe, by functions")
 
@@ -52,21 +56,36 @@ def by_functions(case, stage, output, labels, num_label_tokens):
     )
 
 
-def split(stage, mesh):
-    """Perceptrons, and in the last stage the head, over "tp"."""
+def split(way, stage, mesh):
+    """Perceptrons, and in the last stage the head, over a stage's ranks; or all of it, the head apart."""
+    if way.head == "FSDP":
+        if hasattr(stage, "lm_head"):
+            fully_shard(stage.lm_head, mesh=mesh)
+        return fully_shard(stage, mesh=mesh)
     plan = {"lm_head": ColwiseParallel(use_local_output=False)} if hasattr(stage, "lm_head") else {}
     for name, _ in stage.named_modules():
         if name.endswith("perceptron"):
             plan |= {f"{name}.1": ColwiseParallel(), f"{name}.3": RowwiseParallel()}
-    return parallelize_module(stage, mesh["tp"], plan)
+    return parallelize_module(stage, mesh, plan)
+
+
+def mine(way, batch, rank):
+    """A rank's half of every microbatch, or all of it."""
+    if way.head != "FSDP":
+        return batch
+    return [torch.cat([part.chunk(SHARING)[rank] for part in t.chunk(child.MICROBATCHES)]) for t in batch]
 
 
 def step(way, mesh, compiled):
     """The losses of a step's microbatches, and this stage's whole gradients."""
-    case, rank = way.case, mesh["pp"].get_local_rank()
-    stage = split(child.stages(case)[rank], mesh)
-    tokens, labels, seq_idx = child.batch(case)
-    loss = PipelineCausalLMLoss(case.loss(), stage, scaling_factor=child.SCALING)
+    case, rank, fsdp = way.case, mesh["pp"].get_local_rank(), way.head == "FSDP"
+    sharing = mesh["sharing"]
+    stage = split(way, child.stages(case)[rank], sharing)
+    batch = child.batch(case)
+    count = (batch[1] != -100).sum()
+    tokens, labels, seq_idx = mine(way, batch, sharing.get_local_rank())
+    group = sharing.get_group() if fsdp else None
+    loss = PipelineCausalLMLoss(case.loss(), stage, scaling_factor=child.SCALING, grad_reduce_group=group)
     if way.head == "by functions":
         loss = partial(by_functions, case, stage)
     if compiled:
@@ -74,18 +93,21 @@ def step(way, mesh, compiled):
     schedule = case.schedule(
         PipelineStage(stage, rank, PIPELINE, torch.device("cpu"), group=mesh.get_group("pp")),
         child.MICROBATCHES,
-        loss_fn=partial(loss, num_label_tokens=(labels != -100).sum()),
+        loss_fn=partial(loss, num_label_tokens=count / SHARING if fsdp else count),  # FSDP takes the ranks' mean
         scale_grads=False,
     )
     losses = []
     schedule.step(*((tokens,) if rank == 0 else ()), seq_idx=seq_idx, target=labels, losses=losses)
     gradients = {name: parameter.grad for name, parameter in stage.named_parameters()}
     whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
-    return rank, [loss.detach() for loss in losses], whole
+    losses = [loss.detach() for loss in losses]
+    for part in losses if fsdp else ():
+        dist.all_reduce(part.div_(SHARING), group=group)
+    return rank, losses, whole
 
 
 def steps(names, compiled):
-    mesh = init_device_mesh("cpu", (PIPELINE, TENSOR), mesh_dim_names=("pp", "tp"))
+    mesh = init_device_mesh("cpu", (PIPELINE, SHARING), mesh_dim_names=("pp", "sharing"))
     found = {}
     for name in names:
         ranks.at(name)
@@ -96,12 +118,12 @@ def steps(names, compiled):
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory):
-    return ranks.run(steps, PIPELINE * TENSOR, tmp_path_factory.mktemp("ranks"), list(WAYS), False, limit=240)
+    return ranks.run(steps, PIPELINE * SHARING, tmp_path_factory.mktemp("ranks"), list(WAYS), False, limit=240)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    return ranks.run(steps, PIPELINE * TENSOR, tmp_path_factory.mktemp("ranks"), COMPILED, True, limit=900)
+    return ranks.run(steps, PIPELINE * SHARING, tmp_path_factory.mktemp("ranks"), COMPILED, True, limit=900)
 
 
 def check(name, found):
