@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benches.cases import HEADS, WANTS, Case, Inputs, inputs
-from benches.providers import FLOOR, OURS, PROVIDERS, Loss, MissingError
+from benches.providers import FLOOR, Loss, MissingError, find, is_ours
 from compiled_loss.measure import PeakMemory
 
 SAMPLE = 64
@@ -61,7 +61,7 @@ def prepared(
 ) -> tuple[dict[str, Any], Step | None]:
     """What there is to say before it is timed, and the step; a peer's failure is a row, one of ours is ours."""
     try:
-        loss = PROVIDERS[name](case)
+        loss = find(name)(case)
         step = stepping(case, loss, given)
         start = time.perf_counter()
         value, *gradients = step()
@@ -78,7 +78,7 @@ def prepared(
         torch.get_device_module(device).empty_cache()
         return {"out_of_memory": True}, None
     except Exception as error:
-        if name in OURS:
+        if is_ours(name):
             raise
         text = str(error).strip().splitlines()
         kind = "missing" if isinstance(error, ImportError) else "failed"

@@ -162,3 +162,20 @@ PEERS: dict[str, Callable[[Case], Loss]] = {
 }
 PROVIDERS = OURS | PLAIN | PEERS
 FLOOR = "bare GEMMs"
+
+
+def sized(strategy: str, chunk_size: int) -> str:
+    """The name of ours with chunks of a size."""
+    return f"{strategy}, {chunk_size} a chunk"
+
+
+def find(name: str) -> Callable[[Case], Loss]:
+    """Who is called so."""
+    strategy, _, size = name.partition(", ")
+    if strategy in OURS and size:
+        return functools.partial(_ours, strategy=strategy, chunk_size=int(size.split()[0]))
+    return PROVIDERS[name]
+
+
+def is_ours(name: str) -> bool:
+    return name.partition(", ")[0] in OURS

@@ -15,6 +15,7 @@ WALKS = {
     "tokens, compiled": Chunking(strategy="tokens", chunk_size=5, compile=True),
     "vocab, compiled": Chunking(strategy="vocab", chunk_size=9, compile=True),
 }
+EAGER_FIRST = [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in WALKS]
 WAYS = [*list(WALKS)[:3], pytest.param("vocab, compiled", marks=pytest.mark.slow)]
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -23,7 +24,7 @@ def inputs_of(tokens=11):
     return head_inputs(tokens, 4, 23, dtype=torch.float64, ignored=0.2)
 
 
-@pytest.mark.parametrize("walk", [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in WALKS])
+@pytest.mark.parametrize("walk", EAGER_FIRST)
 def test_gradcheck(walk):
     inputs = inputs_of()
     keywords = cases.everything(11, 23)
@@ -211,7 +212,7 @@ def test_second_derivative_is_an_error(walk):
         torch.autograd.grad(cases.linear(WALKS[walk])(*inputs), inputs.hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("walk", WAYS)
+@pytest.mark.parametrize("walk", EAGER_FIRST)
 def test_autocast_around_backward_alone_changes_nothing(walk):
     inputs = head_inputs(64, 16, 50)
     loss = cases.linear(WALKS[walk])(*inputs)

@@ -241,9 +241,7 @@ def test_graphs_over_lengths_with_a_chunk_size():
     "loss",
     [
         "linear",
-        pytest.param("statistics", marks=pytest.mark.slow),
-        "none",
-        pytest.param("logits", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("statistics", "none", "logits")),
     ],
 )
 def test_one_graph_a_bucket_with_defaults(loss):

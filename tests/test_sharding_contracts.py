@@ -128,6 +128,7 @@ def check_varying(folder, backend, reduction, limit):
         assert [graphs for _, graphs in steps] == [1] * len(SIZES)
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_n(tmp_path):
     check_varying(tmp_path, "aot_eager", "none", limit=200)
 
