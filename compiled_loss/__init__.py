@@ -53,6 +53,7 @@ from compiled_loss.pipeline import (  # noqa: E402
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
+from compiled_loss.planning import Explanation, plan  # noqa: E402
 from compiled_loss.shells import (  # noqa: E402
     FusedLinearCrossEntropy,
     KDLoss,
@@ -68,6 +69,7 @@ __all__ = [
     "Chunking",
     "CrossEntropyConfig",
     "DistillationConfig",
+    "Explanation",
     "FusedLinearCEConfig",
     "FusedLinearCrossEntropy",
     "KDLoss",
@@ -107,5 +109,6 @@ __all__ = [
     "multi_token_prediction",
     "multi_token_targets",
     "nn",
+    "plan",
     "register_loss_config",
 ]

@@ -73,6 +73,14 @@ def chunk_size_counts_tokens(chunk_size: int) -> None:
     )
 
 
+def positive(name: str, value: int) -> None:
+    """Raise unless `value` is an int, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
 def memory_budget(value: int, chunk: str, needed: int) -> None:
     """Raise unless the budget holds the least chunk."""
     if value < needed:

@@ -2,18 +2,6 @@
 
 N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
 
-NOTE [Cost model]
-Bytes a call holds beyond its inputs, e bytes an element, a bytes an accumulated element:
-
-    token walk        e N H + a V H + e C V      dH, dW, one chunk of logits; dH and dW stay until backward
-    vocabulary walk   e N H + e V H + e N C      dH, dW, one chunk of logits, in backward; O(N) until then
-
-Time, in bytes that a device could have moved meanwhile, is the sum over the GEMMs of
-max(operations / BALANCE, bytes moved), BALANCE operations a byte. The token walk runs 3 GEMMs of C rows and moves W
-twice and dW twice a chunk; the vocabulary walk runs 4 of C columns and moves H four times and dH twice a chunk. So the
-token walk is cheaper as long as its chunk has rows enough to feed the GEMMs, and the vocabulary walk where a memory
-budget leaves it fewer.
-
 NOTE [Default chunk]
 Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
 least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
@@ -39,16 +27,14 @@ from typing import Literal
 import torch
 
 from compiled_loss import chunk_checks
+from compiled_loss.engine.cost import Strategy, chunk_bytes, rates, seconds
 
-BALANCE = 300.0  # operations a byte: 990 TFLOP/s and 3.35 TB/s, H100 SXM data sheet, bf16 dense
 MIN_ROWS = 512
 RANKS_A_NODE = 8  # which NVLink joins
 MIN_COLUMNS = 2048
 COLUMN_MULTIPLE = 256
 _WHOLE = 10**9
 MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32
-
-Strategy = Literal["tokens", "vocab"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,21 +119,24 @@ def plan(
     dtype: torch.dtype,
     chunking: Chunking,
     *,
+    device: str = "cuda",
     ranks: int = 1,
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
 ) -> Plan:
-    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first."""
+    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first.
+
+    `device` is a type of device, whose rates tell which walk is faster within a budget.
+    """
     if chunking.strategy != "auto":
         strategies = (chunking.strategy,)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
     strategy = strategies[0]
     if chunking.budget is not None and len(strategies) > 1:
-        least = {"tokens": vocab * dtype.itemsize, "vocab": tokens * dtype.itemsize}
-        fitting = [s for s in strategies if least[s] <= chunking.budget]
+        fitting = [s for s in strategies if chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) <= chunking.budget]
         strategy, *others = fitting or strategies
         for other in others:  # no min(key=...), which Dynamo does not trace
-            costs = [_cost(s, bucket, width, vocab, dtype, chunking) for s in (strategy, other)]
-            strategy = other if costs[1] < costs[0] else strategy
+            times = [_seconds(s, bucket, width, vocab, dtype, chunking, device) for s in (strategy, other)]
+            strategy = other if times[1] < times[0] else strategy
     fixed = chunking.chunk_size is not None or chunking.budget is not None
     if strategy == "vocab":
         chunk = _columns(bucket, width, vocab, dtype, chunking)
@@ -192,17 +181,13 @@ def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: 
     return min(vocab, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
 
 
-def _cost(strategy: Strategy, tokens: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> float:
-    """Bytes a device could move in the time of the walk's GEMMs: NOTE [Cost model]."""
-    if strategy == "tokens":
-        size, whole, fixed, gemms = _rows(tokens, width, vocab, dtype, chunking), tokens, vocab, 3
-    else:
-        size, whole, fixed, gemms = _columns(tokens, width, vocab, dtype, chunking), vocab, tokens, 4
-    operations = 2 * size * width * fixed
-    moved = dtype.itemsize * (size * width + size * fixed + width * fixed)
-    accumulated = moved + dtype.itemsize * width * fixed
-    one = (gemms - 1) * max(operations / BALANCE, moved) + max(operations / BALANCE, accumulated)
-    return one * whole / size
+def _seconds(
+    strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, device: str
+) -> float:
+    """Of the walk, in the longest chunks it may take: NOTE [Cost model]."""
+    longest = _rows if strategy == "tokens" else _columns
+    size = longest(bucket, width, vocab, dtype, chunking)
+    return seconds(strategy, size, bucket, width, vocab, dtype.itemsize, rates(device))
 
 
 def _accumulate_dtype(dtype: torch.dtype, count: int) -> torch.dtype:

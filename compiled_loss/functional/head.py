@@ -16,7 +16,8 @@ from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.compaction import Compaction
-from compiled_loss.engine.plan import Chunking, Plan, Strategy, plan
+from compiled_loss.engine.cost import Strategy, chunk_bytes
+from compiled_loss.engine.plan import Chunking, Plan, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
 from compiled_loss.engine.transforms import traced
@@ -149,10 +150,11 @@ class LinearHead(NamedTuple):
         if chunking.accumulate_dtype is not None:
             chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
         share = self.vocabulary.share
-        chosen = plan(tokens, width, share, dtype, chunking, ranks=self.vocabulary.ranks, strategies=strategies)
+        device, ranks = self.hidden.device.type, self.vocabulary.ranks
+        chosen = plan(tokens, width, share, dtype, chunking, device=device, ranks=ranks, strategies=strategies)
         if chunking.budget is not None:
-            unit, size = ("token", share) if chosen.strategy == "tokens" else ("column", tokens)
-            chunk_checks.memory_budget(chunking.budget, unit, size * dtype.itemsize)
+            least = chunk_bytes(chosen.strategy, 1, tokens, share, dtype.itemsize)
+            chunk_checks.memory_budget(chunking.budget, "token" if chosen.strategy == "tokens" else "column", least)
         if chosen.strategy == "vocab" and self.weight.shape[0] != share:  # one chunk where there is no column
             chosen = replace(chosen, count=max(1, -(-self.weight.shape[0] // chosen.chunk)))
         return chosen

@@ -1,0 +1,70 @@
+"""What a walk takes: seconds at a device's rates, and bytes. Pure.
+
+N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
+
+NOTE [Cost model]
+Bytes a call holds beyond its inputs, e bytes an element, a bytes an accumulated element:
+
+    token walk        e N H + a V H + e C V      dH, dW, one chunk of logits; dH and dW stay until backward
+    vocabulary walk   a N H + e V H + e N C      dH, dW, one chunk of logits, in backward; O(N) until then
+
+Seconds are the sum over chunks of
+
+    each GEMM         the larger of its operations and of the bytes it moves, at the device's rates; the token walk runs
+                      3 of C rows, which read W twice, and read and write dW; the vocabulary walk 4 of C columns, which
+                      read H three times, and read and write dH
+    the bodies        PASSES over the chunk's logits, at the memory's rate
+    a constant        what a chunk costs besides, in launches and in the operators around it
+
+So the token walk is faster as long as its chunk has rows enough to feed the GEMMs, and the vocabulary walk where a
+memory budget leaves it fewer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Strategy = Literal["tokens", "vocab"]
+PASSES = 4  # three that read, for maximum, sum and gradient, and one that writes; either walk's
+
+
+class Rates(NamedTuple):
+    """What a device does at most."""
+
+    half: float  # operations a second of GEMMs of 16-bit numbers
+    single: float  # and of fp32
+    memory: float  # bytes a second
+    chunk: float  # seconds a chunk costs besides
+
+
+RATES = {
+    # H100 SXM, data sheet: bf16 dense, fp32 without TF32. A chunk's is assumed: five launches of 4 us.
+    "cuda": Rates(990e12, 67e12, 3.35e12, 2e-5),
+}
+
+
+def rates(device: str) -> Rates:
+    """Of a type of device; an accelerator that was not looked at is taken for the one that was."""
+    return RATES.get(device, RATES["cuda"])
+
+
+def seconds(strategy: Strategy, size: int, tokens: int, width: int, vocab: int, itemsize: int, device: Rates) -> float:
+    """Of loss and both gradients, in chunks of `size` tokens or columns: NOTE [Cost model]."""
+    whole, other, gemms = (tokens, vocab, 3) if strategy == "tokens" else (vocab, tokens, 4)
+    operations = 2 * size * width * other / (device.half if itemsize == 2 else device.single)
+    moved = itemsize * (size * width + size * other + width * other) / device.memory
+    added = moved + itemsize * width * other / device.memory
+    bodies = PASSES * itemsize * size * other / device.memory
+    one = (gemms - 1) * max(operations, moved) + max(operations, added) + bodies + device.chunk
+    return one * whole / size
+
+
+def chunk_bytes(strategy: Strategy, size: int, tokens: int, vocab: int, itemsize: int) -> int:
+    """Of a chunk of logits."""
+    return size * (vocab if strategy == "tokens" else tokens) * itemsize
+
+
+def gradient_bytes(strategy: Strategy, tokens: int, width: int, vocab: int, itemsize: int, accumulated: int) -> int:
+    """Of dH and dW, one of which is accumulated over chunks."""
+    dh, dw = (itemsize, accumulated) if strategy == "tokens" else (accumulated, itemsize)
+    return width * (tokens * dh + vocab * dw)

@@ -1,0 +1,157 @@
+"""Why the planner chunks a linear loss as it does: every alternative with its predicted seconds and bytes.
+
+N tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compiled_loss import chunk_checks
+from compiled_loss.engine import cost
+from compiled_loss.engine import plan as planner
+from compiled_loss.engine.cost import Strategy
+from compiled_loss.engine.plan import Chunking, Plan
+
+PARTS = (1, 2, 4, 8, 16, 32, 64)  # alternatives are that many chunks of either walk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """A walk of loss and both gradients, and what it is predicted to take.
+
+    `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
+    `peak_bytes` over the inputs; `seconds` at the rates of the device.
+    """
+
+    strategy: Strategy
+    chunk_size: int
+    count: int
+    chunk_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    r"""What was chosen, and between what; prints as a table.
+
+    `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds; `budget`
+    is the most bytes that a chunk's logits may take, and `device` says at whose rates times are predicted.
+
+    Example:
+        >>> from compiled_loss import Chunking, plan
+        >>> found = plan(512, 4096, 128256, chunking=Chunking(memory_budget="64MiB", strategy="tokens"))
+        >>> print("\n".join(str(found).splitlines()[:4]))
+                     strategy   chunks   logits       peak     time
+        over budget  tokens    1 x 512  125 MiB  1,131 MiB   1.9 ms
+        chosen       tokens    2 x 261   64 MiB  1,070 MiB   2.8 ms
+                     tokens    2 x 256   63 MiB  1,069 MiB   2.8 ms
+
+    """
+
+    chosen: Alternative
+    alternatives: tuple[Alternative, ...]
+    budget: int | None  # most bytes of a chunk's logits
+    device: str
+
+    def __str__(self) -> str:
+        rows = [("", "strategy", "chunks", "logits", "peak", "time")]
+        for one in sorted((self.chosen, *self.alternatives), key=lambda a: (a.strategy, -a.chunk_size)):
+            over = self.budget is not None and one.chunk_bytes > self.budget
+            mark = "chosen" if one is self.chosen else "over budget" if over else ""
+            time = f"{one.seconds * 1e3:,.1f} ms"
+            chunks = f"{one.count} x {one.chunk_size}"
+            rows.append((mark, one.strategy, chunks, _mib(one.chunk_bytes), _mib(one.peak_bytes), time))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(_aligned(row, widths)).rstrip() for row in rows)
+
+
+def plan(
+    tokens: int,
+    width: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    chunking: Chunking = Chunking(),
+    device: str = "cuda",
+    ranks: int = 1,
+) -> Explanation:
+    r"""How a linear loss of these sizes would be chunked, and why: the alternatives with their predicted cost.
+
+    Args:
+        tokens: N.
+        width: H.
+        vocab: V, of a vocabulary over ranks the rank's own.
+        dtype: of hidden states and weight.
+        chunking: what the loss would be given.
+        device: the type of the device, "cuda" or "cpu", at whose rates times are predicted: an H100's data sheet, and
+            a CPU of two cores whose rates were fitted to measurements. Ratios carry over, seconds do not.
+        ranks: that share the vocabulary.
+
+    Returns:
+        An :class:`Explanation`, of loss and both gradients. Print it.
+
+    Memory:
+        None: nothing is asked of a device, nothing allocated.
+
+    Raises:
+        ValueError: a size is below 1, or `chunking` is at odds with the sizes or the dtype.
+        TypeError: a size is no int.
+
+    Source:
+        The model stands in `compiled_loss/engine/cost.py`.
+
+    Example:
+        >>> from compiled_loss import Chunking, plan
+        >>> found = plan(8192, 4096, 128256, chunking=Chunking(memory_budget="512MiB"))
+        >>> found.chosen.strategy, found.chosen.count
+        ('tokens', 4)
+
+    """
+    for name, value in (("tokens", tokens), ("width", width), ("vocab", vocab), ("ranks", ranks)):
+        chunk_checks.positive(name, value)
+    if chunking.accumulate_dtype is not None:
+        chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
+    made = planner.plan(tokens, width, vocab, dtype, chunking, device=device, ranks=ranks)
+    if chunking.budget is not None:
+        least = cost.chunk_bytes(made.strategy, 1, tokens, vocab, dtype.itemsize)
+        chunk_checks.memory_budget(chunking.budget, "token" if made.strategy == "tokens" else "column", least)
+    walks: tuple[Strategy, ...] = ("tokens", "vocab")
+
+    def costing(one: Plan) -> Alternative:
+        sizes = (tokens, width, vocab, dtype.itemsize)
+        logits = cost.chunk_bytes(one.strategy, one.chunk, tokens, vocab, dtype.itemsize)
+        gradients = cost.gradient_bytes(one.strategy, *sizes, one.accumulate_dtype.itemsize)
+        return Alternative(
+            strategy=one.strategy,
+            chunk_size=one.chunk,
+            count=one.count,
+            chunk_bytes=logits,
+            peak_bytes=gradients + logits,
+            seconds=cost.seconds(one.strategy, one.chunk, *sizes, cost.rates(device)),
+        )
+
+    chosen = costing(made)
+    others = []
+    for strategy in walks if chunking.strategy == "auto" else (chunking.strategy,):
+        extent = tokens if strategy == "tokens" else vocab
+        for size in dict.fromkeys(-(-extent // parts) for parts in PARTS):
+            fixed = Chunking(strategy=strategy, chunk_size=size, accumulate_dtype=chunking.accumulate_dtype)
+            one = costing(planner.plan(tokens, width, vocab, dtype, fixed))
+            if (one.strategy, one.chunk_size) != (chosen.strategy, chosen.chunk_size):
+                others.append(one)
+    return Explanation(chosen=chosen, alternatives=tuple(others), budget=chunking.budget, device=device)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """Words to the left, numbers to the right."""
+    for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        yield cell.ljust(width) if i < 2 else cell.rjust(width)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
