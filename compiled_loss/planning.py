@@ -39,8 +39,8 @@ class Alternative:
 class Explanation:
     r"""What was chosen, and between what; prints as a table.
 
-    `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds; `budget`
-    is the most bytes that a chunk's logits may take, and `device` says at whose rates times are predicted.
+    `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds;
+    `budget` is the most bytes a chunk's logits may take, and `device` says at whose rates times are predicted.
 
     Example:
         >>> from compiled_loss import Chunking, plan

@@ -77,7 +77,7 @@ def test_a_table():
             LLAMA,
             {"chunking": Chunking(memory_budget=100)},
             ValueError,
-            "memory_budget: expected at least 256512 bytes, one token",
+            "memory_budget: expected at least 256512 bytes",
         ),
         (LLAMA, {"chunking": Chunking(accumulate_dtype=torch.float16)}, ValueError, "accumulate_dtype: expected "),
     ],
