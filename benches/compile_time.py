@@ -43,7 +43,7 @@ def seconds(strategy: str, chunks: int, device: str) -> float:
             return F.cross_entropy((h @ w.t()).float(), y)
     else:
         size = (tokens if strategy == "tokens" else vocab) // chunks
-        chunking = Chunking(strategy=strategy, chunk_size=size)  # type: ignore[arg-type]
+        chunking = Chunking(strategy=strategy, chunk_size=size)
 
         def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
             return linear_cross_entropy(h, w, y, chunking=chunking)

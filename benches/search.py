@@ -1,15 +1,18 @@
 """Every walk and many chunk sizes of the CPU's grid, timed: what the planner's cost model is fitted to and judged by.
 
-    python -m benches.search                    # measures, and prints the planner's regret
-    python -m benches.search --regret           # of the results there are
+    python -m benches.search                    # measures, fits, and prints the planner's regret
+    python -m benches.search --read             # of the results there are
 
 The regret of a plan under a memory budget is its time over that of the fastest that was found within the budget.
+Fitted are the rates of `compiled_loss/engine/cost.py`: of GEMMs as the bare ones' time says, the others by least
+squares of the logarithm of each time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -21,11 +24,14 @@ from typing import Any
 import torch
 
 from benches.cases import HEADS, SUITES, Case
-from benches.providers import sized
+from benches.providers import FLOOR, sized
 from benches.run import RESULTS, machine, measured
 from compiled_loss import Chunking
+from compiled_loss.engine import cost
 from compiled_loss.engine.plan import plan
 
+MEMORY = [1e9 * 1.15**i for i in range(40)]  # bytes a second, of which the fit takes one
+CHUNK = [0.0, *(1e-5 * 1.5**i for i in range(20))]  # seconds
 PARTS = (2, 4, 8, 16, 32)  # of the logits; a budget is as many bytes as one of them
 
 
@@ -36,36 +42,54 @@ def sizes(case: Case) -> Iterator[tuple[str, int]]:
         yield "vocab", HEADS[case.head].vocab // parts
 
 
+def times(rows: list[dict[str, Any]]) -> Iterator[tuple[Case, dict[str, float]]]:
+    """Each case with the medians of who ran it."""
+    for about in {row["case"]: row for row in rows}.values():
+        case = Case(**{key: about[key] for key in ("head", "tokens", "dtype", "masked", "wants")})
+        mine = (row for row in rows if row["case"] == about["case"])
+        yield case, {row["provider"]: statistics.median(row["seconds"]) for row in mine}
+
+
+def fitted(rows: list[dict[str, Any]]) -> tuple[cost.Rates, float]:
+    """The rates, and by what factor a time is missed on average."""
+    gemms: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    known = []
+    for case, seconds in times(rows):
+        sizes_ = (case.tokens, *HEADS[case.head][:2])
+        gemms[case.dtype].append(6 * case.tokens * sizes_[1] * sizes_[2] / seconds[FLOOR])
+        known += [((*one, *sizes_, getattr(torch, case.dtype).itemsize), seconds[sized(*one)]) for one in sizes(case)]
+    half, single = (statistics.median(gemms[dtype]) for dtype in ("bfloat16", "float32"))
+
+    def missed(rates: cost.Rates) -> float:
+        logs = (math.log(cost.seconds(*shape, rates) / seconds) for shape, seconds in known)
+        return math.exp(math.sqrt(statistics.fmean(log * log for log in logs)))
+
+    best = min((cost.Rates(half, single, memory, chunk) for memory in MEMORY for chunk in CHUNK), key=missed)
+    return best, missed(best)
+
+
 def regrets(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, float]]:
     """Case, parts of a budget, what was planned, and its regret."""
-    cases = {row["case"]: row for row in rows}
-    for name, about in cases.items():
-        case = Case(**{key: about[key] for key in ("head", "tokens", "dtype", "masked", "wants")})
+    for case, seconds in times(rows):
         head, dtype = HEADS[case.head], getattr(torch, case.dtype)
-        seconds = {r["provider"]: statistics.median(r["seconds"]) for r in rows if r["case"] == name}
+        shape = (case.tokens, head.vocab, dtype.itemsize)
         for parts in PARTS:
-            budget = case.tokens * head.vocab * dtype.itemsize // parts
-            within = [sized(*one) for one in sizes(case) if _bytes(case, *one) <= budget]
-            chosen = plan(case.tokens, head.width, head.vocab, dtype, Chunking(memory_budget=budget))
+            budget = math.prod(shape) // parts
+            within = [sized(*one) for one in sizes(case) if cost.chunk_bytes(*one, *shape) <= budget]
+            chosen = plan(case.tokens, head.width, head.vocab, dtype, Chunking(memory_budget=budget), device="cpu")
             mine = sized(chosen.strategy, chosen.chunk)
-            yield name, parts, mine, seconds[mine] / min(seconds[each] for each in within)
-
-
-def _bytes(case: Case, strategy: str, size: int) -> int:
-    """Of a chunk of logits."""
-    other = HEADS[case.head].vocab if strategy == "tokens" else case.tokens
-    return size * other * getattr(torch, case.dtype).itemsize
+            yield str(case), parts, mine, seconds[mine] / min(seconds[each] for each in within)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regret", action="store_true", help="measure nothing")
+    parser.add_argument("--read", action="store_true", help="measure nothing")
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each time (default: 5)")
     parser.add_argument("--output", type=Path, help="a .jsonl file (default: one named after torch)")
     options = parser.parse_args()
     output = options.output or RESULTS / f"search-{torch.__version__.split('+')[0]}-cpu.jsonl"
-    cases = [] if options.regret else [case for case in SUITES["cpu"] if options.only in str(case)]
+    cases = [] if options.read else [case for case in SUITES["cpu"] if options.only in str(case)]
     about, start = machine("cpu"), time.monotonic()
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}, {time.monotonic() - start:.0f} s] {case}", file=sys.stderr, flush=True)
@@ -73,8 +97,11 @@ def main() -> None:
         with output.open("a") as lines:
             for row in rows:
                 lines.write(json.dumps({"case": str(case), **asdict(case)} | row | about) + "\n")
-    for name, parts, chosen, regret in regrets([json.loads(line) for line in output.read_text().splitlines()]):
+    known = [json.loads(line) for line in output.read_text().splitlines()]
+    for name, parts, chosen, regret in regrets(known):
         print(f"{name}, 1/{parts} of the logits: {chosen}, {regret:.3f} of the fastest")
+    rates, missed = fitted(known)
+    print(f"fitted: {rates}, times missed by a factor of {missed:.2f}")
 
 
 if __name__ == "__main__":

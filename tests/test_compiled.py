@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 import compiled_loss
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, reference
 from compiled_loss.engine import hosts
-from compiled_loss.testing import count_graphs, head_inputs, inputs_unchanged
+from compiled_loss.testing import assert_within_error_budget, count_graphs, head_inputs, inputs_unchanged
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 REGIONS = pytest.mark.skipif(
@@ -133,6 +133,25 @@ def test_narrow_dtypes(dtype, walk):
     assert abs(loss.item() - truth.item()) < 4 * torch.finfo(dtype).eps
     for mine, theirs in zip(cases.gradients(loss, inputs, None), cases.gradients(truth, exact, None), strict=True):
         assert (mine - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes(mode, walk):
+    inputs = head_inputs(48, 32, 96)
+    exact = inputs.to(torch.float64)
+    fast = torch.compile(cases.linear(Chunking(strategy=walk, chunk_size=10)), fullgraph=True, mode=mode)
+    results = [
+        (loss, *cases.gradients(loss, arguments, None))
+        for loss, arguments in (
+            (fast(*inputs), inputs),
+            (reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias), inputs),
+            (reference.linear_cross_entropy(*exact[:3], bias=exact.bias), exact),
+        )
+    ]
+    for name, mine, baseline, truth in zip(("loss", "dH", "dW", "db"), *results, strict=True):
+        assert_within_error_budget(mine, baseline, truth, name=name)
 
 
 @pytest.mark.slow
