@@ -1,6 +1,6 @@
 """Time, memory and error of the losses beside what else there is, on this machine.
 
-    python -m benches.run                       # the CPU's grid, in less than ten minutes
+    python -m benches.run                       # the CPU's grid
     python -m benches.run --suite gpu           # needs torch with CUDA and nothing else
     python -m benches.run --suite masked --only 70%
 
