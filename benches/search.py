@@ -76,7 +76,7 @@ def regrets(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, float]]
         for parts in PARTS:
             budget = math.prod(shape) // parts
             within = [sized(*one) for one in sizes(case) if cost.chunk_bytes(*one, *shape) <= budget]
-            chosen = plan(case.tokens, head.width, head.vocab, dtype, Chunking(memory_budget=budget), device="cpu")
+            chosen = plan(case.tokens, head.width, head.vocab, dtype, Chunking(memory_budget=budget))
             mine = sized(chosen.strategy, chosen.chunk)
             yield str(case), parts, mine, seconds[mine] / min(seconds[each] for each in within)
 

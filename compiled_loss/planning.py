@@ -40,7 +40,7 @@ class Explanation:
     r"""What was chosen, and between what; prints as a table.
 
     `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds;
-    `budget` is the most bytes a chunk's logits may take, and `device` says at whose rates times are predicted.
+    `budget` is the most bytes a chunk's logits may take. Seconds are predicted at an H100's rates.
 
     Example:
         >>> from compiled_loss import Chunking, plan
@@ -56,7 +56,6 @@ class Explanation:
     chosen: Alternative
     alternatives: tuple[Alternative, ...]
     budget: int | None  # most bytes of a chunk's logits
-    device: str
 
     def __str__(self) -> str:
         rows = [("", "strategy", "chunks", "logits", "peak", "time")]
@@ -77,7 +76,6 @@ def plan(
     *,
     dtype: torch.dtype = torch.bfloat16,
     chunking: Chunking = Chunking(),
-    device: str = "cuda",
     ranks: int = 1,
 ) -> Explanation:
     r"""How a linear loss of these sizes would be chunked, and why: the alternatives with their predicted cost.
@@ -88,8 +86,6 @@ def plan(
         vocab: V, of a vocabulary over ranks the rank's own.
         dtype: of hidden states and weight.
         chunking: what the loss would be given.
-        device: the type of the device, "cuda" or "cpu", at whose rates times are predicted: an H100's data sheet, and
-            a CPU of two cores whose rates were fitted to measurements. Ratios carry over, seconds do not.
         ranks: that share the vocabulary.
 
     Returns:
@@ -103,7 +99,8 @@ def plan(
         TypeError: a size is no int.
 
     Source:
-        The model stands in `compiled_loss/engine/cost.py`.
+        The model stands in `compiled_loss/engine/cost.py`. Its rates are those of an H100's data sheet, never measured:
+        read its times as ratios.
 
     Example:
         >>> from compiled_loss import Chunking, plan
@@ -116,7 +113,7 @@ def plan(
         chunk_checks.positive(name, value)
     if chunking.accumulate_dtype is not None:
         chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
-    made = planner.plan(tokens, width, vocab, dtype, chunking, device=device, ranks=ranks)
+    made = planner.plan(tokens, width, vocab, dtype, chunking, ranks=ranks)
     if chunking.budget is not None:
         least = cost.chunk_bytes(made.strategy, 1, tokens, vocab, dtype.itemsize)
         chunk_checks.memory_budget(chunking.budget, "token" if made.strategy == "tokens" else "column", least)
@@ -132,7 +129,7 @@ def plan(
             count=one.count,
             chunk_bytes=logits,
             peak_bytes=gradients + logits,
-            seconds=cost.seconds(one.strategy, one.chunk, *sizes, cost.rates(device)),
+            seconds=cost.seconds(one.strategy, one.chunk, *sizes),
         )
 
     chosen = costing(made)
@@ -144,7 +141,7 @@ def plan(
             one = costing(planner.plan(tokens, width, vocab, dtype, fixed))
             if (one.strategy, one.chunk_size) != (chosen.strategy, chosen.chunk_size):
                 others.append(one)
-    return Explanation(chosen=chosen, alternatives=tuple(others), budget=chunking.budget, device=device)
+    return Explanation(chosen=chosen, alternatives=tuple(others), budget=chunking.budget)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

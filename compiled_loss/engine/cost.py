@@ -1,4 +1,4 @@
-"""What a walk takes: seconds at a device's rates, and bytes. Pure.
+"""What a walk takes: seconds at a GPU's rates, and bytes. Pure.
 
 N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
 
@@ -37,18 +37,13 @@ class Rates(NamedTuple):
     chunk: float  # seconds a chunk costs besides
 
 
-RATES = {
-    # H100 SXM, data sheet: bf16 dense, fp32 without TF32. A chunk's is assumed: five launches of 4 us.
-    "cuda": Rates(990e12, 67e12, 3.35e12, 2e-5),
-}
+# SXM, data sheet: bf16 dense, fp32 without TF32. A chunk's constant is assumed: five launches of 4 us. Not measured.
+H100 = Rates(half=990e12, single=67e12, memory=3.35e12, chunk=2e-5)
 
 
-def rates(device: str) -> Rates:
-    """Of a type of device; an accelerator that was not looked at is taken for the one that was."""
-    return RATES.get(device, RATES["cuda"])
-
-
-def seconds(strategy: Strategy, size: int, tokens: int, width: int, vocab: int, itemsize: int, device: Rates) -> float:
+def seconds(
+    strategy: Strategy, size: int, tokens: int, width: int, vocab: int, itemsize: int, device: Rates = H100
+) -> float:
     """Of loss and both gradients, in chunks of `size` tokens or columns: NOTE [Cost model]."""
     whole, other, gemms = (tokens, vocab, 3) if strategy == "tokens" else (vocab, tokens, 4)
     operations = 2 * size * width * other / (device.half if itemsize == 2 else device.single)

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 from compiled_loss import chunk_checks
-from compiled_loss.engine.cost import Strategy, chunk_bytes, rates, seconds
+from compiled_loss.engine.cost import Strategy, chunk_bytes, seconds
 
 MIN_ROWS = 512
 RANKS_A_NODE = 8  # which NVLink joins
@@ -119,14 +119,10 @@ def plan(
     dtype: torch.dtype,
     chunking: Chunking,
     *,
-    device: str = "cuda",
     ranks: int = 1,
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
 ) -> Plan:
-    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first.
-
-    `device` is a type of device, whose rates tell which walk is faster within a budget.
-    """
+    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first."""
     if chunking.strategy != "auto":
         strategies = (chunking.strategy,)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
@@ -135,7 +131,7 @@ def plan(
         fitting = [s for s in strategies if chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) <= chunking.budget]
         strategy, *others = fitting or strategies
         for other in others:  # no min(key=...), which Dynamo does not trace
-            times = [_seconds(s, bucket, width, vocab, dtype, chunking, device) for s in (strategy, other)]
+            times = [_seconds(s, bucket, width, vocab, dtype, chunking) for s in (strategy, other)]
             strategy = other if times[1] < times[0] else strategy
     fixed = chunking.chunk_size is not None or chunking.budget is not None
     if strategy == "vocab":
@@ -181,13 +177,11 @@ def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: 
     return min(vocab, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
 
 
-def _seconds(
-    strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, device: str
-) -> float:
+def _seconds(strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> float:
     """Of the walk, in the longest chunks it may take: NOTE [Cost model]."""
     longest = _rows if strategy == "tokens" else _columns
     size = longest(bucket, width, vocab, dtype, chunking)
-    return seconds(strategy, size, bucket, width, vocab, dtype.itemsize, rates(device))
+    return seconds(strategy, size, bucket, width, vocab, dtype.itemsize)
 
 
 def _accumulate_dtype(dtype: torch.dtype, count: int) -> torch.dtype:

@@ -150,8 +150,7 @@ class LinearHead(NamedTuple):
         if chunking.accumulate_dtype is not None:
             chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
         share = self.vocabulary.share
-        device, ranks = self.hidden.device.type, self.vocabulary.ranks
-        chosen = plan(tokens, width, share, dtype, chunking, device=device, ranks=ranks, strategies=strategies)
+        chosen = plan(tokens, width, share, dtype, chunking, ranks=self.vocabulary.ranks, strategies=strategies)
         if chunking.budget is not None:
             least = chunk_bytes(chosen.strategy, 1, tokens, share, dtype.itemsize)
             chunk_checks.memory_budget(chunking.budget, "token" if chosen.strategy == "tokens" else "column", least)
