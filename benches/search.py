@@ -1,11 +1,11 @@
-"""Every walk and many chunk sizes of the CPU's grid, timed: what the planner's cost model is fitted to and judged by.
+"""Both walks of the CPU's grid in chunks of five sizes, timed: what the planner is judged by, and a model fitted to.
 
-    python -m benches.search                    # measures, fits, and prints the planner's regret
+    python -m benches.search                    # measures, and prints the planner's regret and the fit
     python -m benches.search --read             # of the results there are
 
 The regret of a plan under a memory budget is its time over that of the fastest that was found within the budget.
-Fitted are the rates of `compiled_loss/engine/cost.py`: of GEMMs as the bare ones' time says, the others by least
-squares of the logarithm of each time.
+The fit gives this CPU's rates for `compiled_loss/engine/cost.py`, which so far has an H100's alone: of GEMMs as the
+bare ones' time says, the others by least squares of the logarithm of each time; it needs both dtypes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def fitted(rows: list[dict[str, Any]]) -> tuple[cost.Rates, float]:
     for case, seconds in times(rows):
         sizes_ = (case.tokens, *HEADS[case.head][:2])
         gemms[case.dtype].append(6 * case.tokens * sizes_[1] * sizes_[2] / seconds[FLOOR])
-        known += [((*one, *sizes_, getattr(torch, case.dtype).itemsize), seconds[sized(*one)]) for one in sizes(case)]
+        for strategy, size in sizes(case):
+            one = plan(*sizes_, getattr(torch, case.dtype), Chunking(strategy=strategy, chunk_size=size))
+            itemsizes = (getattr(torch, case.dtype).itemsize, one.accumulate_dtype.itemsize)
+            known.append(((strategy, size, *sizes_, *itemsizes), seconds[sized(strategy, size)]))
     half, single = (statistics.median(gemms[dtype]) for dtype in ("bfloat16", "float32"))
 
     def missed(rates: cost.Rates) -> float:
@@ -100,8 +103,9 @@ def main() -> None:
     known = [json.loads(line) for line in output.read_text().splitlines()]
     for name, parts, chosen, regret in regrets(known):
         print(f"{name}, 1/{parts} of the logits: {chosen}, {regret:.3f} of the fastest")
-    rates, missed = fitted(known)
-    print(f"fitted: {rates}, times missed by a factor of {missed:.2f}")
+    if {row["dtype"] for row in known} == {"float32", "bfloat16"}:
+        rates, missed = fitted(known)
+        print(f"fitted: {rates}, times missed by a factor of {missed:.2f}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,13 @@ def tensor(name: str, value: object) -> None:
 
 def floating(name: str, value: Tensor) -> None:
     """Raise unless `value` is of a floating dtype that gradients are computed in."""
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    floating_dtype(name, value.dtype)
+
+
+def floating_dtype(name: str, value: object) -> None:
+    """Raise unless `value` is one that gradients are computed in."""
+    if value not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value}")
 
 
 def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compiled_loss import chunk_checks
+from compiled_loss import checks, chunk_checks
 from compiled_loss.engine import cost
 from compiled_loss.engine import plan as planner
 from compiled_loss.engine.cost import Strategy
@@ -24,7 +24,7 @@ class Alternative:
     """A walk of loss and both gradients, and what it is predicted to take.
 
     `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
-    `peak_bytes` over the inputs; `seconds` at the rates of the device.
+    `peak_bytes` over the inputs, of compiled code; `seconds` at an H100's rates.
     """
 
     strategy: Strategy
@@ -46,10 +46,10 @@ class Explanation:
         >>> from compiled_loss import Chunking, plan
         >>> found = plan(512, 4096, 128256, chunking=Chunking(memory_budget="64MiB", strategy="tokens"))
         >>> print("\n".join(str(found).splitlines()[:4]))
-                     strategy   chunks   logits       peak     time
-        over budget  tokens    1 x 512  125 MiB  1,131 MiB   1.9 ms
-        chosen       tokens    2 x 261   64 MiB  1,070 MiB   2.8 ms
-                     tokens    2 x 256   63 MiB  1,069 MiB   2.8 ms
+                     strategy   chunks     logits       peak     time
+        over budget  tokens    1 x 512    125 MiB  1,131 MiB   1.9 ms
+        chosen       tokens    2 x 261     64 MiB  1,070 MiB   2.8 ms
+                     tokens    2 x 256     63 MiB  1,069 MiB   2.8 ms
 
     """
 
@@ -62,9 +62,9 @@ class Explanation:
         for one in sorted((self.chosen, *self.alternatives), key=lambda a: (a.strategy, -a.chunk_size)):
             over = self.budget is not None and one.chunk_bytes > self.budget
             mark = "chosen" if one is self.chosen else "over budget" if over else ""
-            time = f"{one.seconds * 1e3:,.1f} ms"
+            time = f"{one.seconds * 1e3:,.3f} ms" if one.seconds < 1e-3 else f"{one.seconds * 1e3:,.1f} ms"
             chunks = f"{one.count} x {one.chunk_size}"
-            rows.append((mark, one.strategy, chunks, _mib(one.chunk_bytes), _mib(one.peak_bytes), time))
+            rows.append((mark, one.strategy, chunks, _size(one.chunk_bytes), _size(one.peak_bytes), time))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(_aligned(row, widths)).rstrip() for row in rows)
 
@@ -85,7 +85,8 @@ def plan(
         width: H.
         vocab: V, of a vocabulary over ranks the rank's own.
         dtype: of hidden states and weight.
-        chunking: what the loss would be given.
+        chunking: what the loss would be given; with `max_label_tokens` the plan is of the tokens that count, the copy
+            of their hidden states not in its bytes.
         ranks: that share the vocabulary.
 
     Returns:
@@ -96,11 +97,11 @@ def plan(
 
     Raises:
         ValueError: a size is below 1, or `chunking` is at odds with the sizes or the dtype.
-        TypeError: a size is no int.
+        TypeError: a size is no int, or `dtype` is none that gradients are computed in.
 
     Source:
-        The model stands in `compiled_loss/engine/cost.py`. Its rates are those of an H100's data sheet, never measured:
-        read its times as ratios.
+        The model stands in `compiled_loss/engine/cost.py`. Its rates are those of an H100's data sheet, with 20 us a
+        chunk assumed, and nothing of it was measured on a GPU: read its times as ratios.
 
     Example:
         >>> from compiled_loss import Chunking, plan
@@ -111,8 +112,11 @@ def plan(
     """
     for name, value in (("tokens", tokens), ("width", width), ("vocab", vocab), ("ranks", ranks)):
         chunk_checks.positive(name, value)
+    checks.instance("chunking", chunking, Chunking)
+    checks.floating_dtype("dtype", dtype)
     if chunking.accumulate_dtype is not None:
         chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
+    tokens = chunking.rows(tokens) or tokens
     made = planner.plan(tokens, width, vocab, dtype, chunking, ranks=ranks)
     if chunking.budget is not None:
         least = cost.chunk_bytes(made.strategy, 1, tokens, vocab, dtype.itemsize)
@@ -120,16 +124,15 @@ def plan(
     walks: tuple[Strategy, ...] = ("tokens", "vocab")
 
     def costing(one: Plan) -> Alternative:
-        sizes = (tokens, width, vocab, dtype.itemsize)
-        logits = cost.chunk_bytes(one.strategy, one.chunk, tokens, vocab, dtype.itemsize)
-        gradients = cost.gradient_bytes(one.strategy, *sizes, one.accumulate_dtype.itemsize)
+        size = min(one.chunk, tokens if one.strategy == "tokens" else vocab)
+        sizes = (tokens, width, vocab, dtype.itemsize, one.accumulate_dtype.itemsize)
         return Alternative(
             strategy=one.strategy,
-            chunk_size=one.chunk,
+            chunk_size=size,
             count=one.count,
-            chunk_bytes=logits,
-            peak_bytes=gradients + logits,
-            seconds=cost.seconds(one.strategy, one.chunk, *sizes),
+            chunk_bytes=cost.chunk_bytes(one.strategy, size, tokens, vocab, dtype.itemsize),
+            peak_bytes=cost.peak_bytes(one.strategy, size, *sizes),
+            seconds=cost.seconds(one.strategy, size, *sizes),
         )
 
     chosen = costing(made)
@@ -150,5 +153,8 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         yield cell.ljust(width) if i < 2 else cell.rjust(width)
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+def _size(size: int) -> str:
+    for unit, power in (("MiB", 20), ("KiB", 10)):
+        if size >= 10 << power:
+            return f"{size / 2**power:,.0f} {unit}"
+    return f"{size} B"

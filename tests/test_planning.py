@@ -1,4 +1,4 @@
-"""The planner's table: what is chosen is what a call takes, its bytes those of the arithmetic, nothing faster fits."""
+"""The planner's table: what is chosen is what the engine takes, bytes are the arithmetic's, nothing faster fits."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ POWERS = {"tokens": st.sampled_from([512, 2048, 8192, 32768]), "width": st.sampl
 
 @pytest.mark.parametrize("chunking", [Chunking(), Chunking(strategy="vocab"), Chunking(memory_budget="64MiB")])
 @pytest.mark.parametrize("ranks", [1, 64])
-def test_what_is_chosen_is_what_a_call_takes(chunking, ranks):
+def test_what_is_chosen_is_what_the_engine_takes(chunking, ranks):
     found = plan(*LLAMA, chunking=chunking, ranks=ranks)
     made = planner.plan(*LLAMA, torch.bfloat16, chunking, ranks=ranks)
     chosen = found.chosen
@@ -23,14 +23,27 @@ def test_what_is_chosen_is_what_a_call_takes(chunking, ranks):
 
 
 def test_bytes():
-    """8 chunks accumulate in bf16, 16 in fp32."""
+    """8 chunks accumulate in bf16; 16 in fp32, of which backward makes a copy in bf16."""
     found = plan(*LLAMA)
     tokens, width, vocab = LLAMA
     assert found.chosen.chunk_bytes == 1024 * vocab * 2
     assert found.chosen.peak_bytes == 2 * (tokens * width + vocab * width + 1024 * vocab)
     by_count = {(one.strategy, one.count): one for one in found.alternatives}
-    assert by_count["tokens", 16].peak_bytes == 2 * (tokens * width + 512 * vocab) + 4 * vocab * width
+    assert by_count["tokens", 16].peak_bytes == 2 * tokens * width + (4 + 2) * vocab * width
     assert by_count["vocab", 16].peak_bytes == 2 * (vocab * width + tokens * 8016) + 4 * tokens * width
+    assert by_count["vocab", 64].peak_bytes == 2 * vocab * width + (4 + 2) * tokens * width
+
+
+@pytest.mark.parametrize("chunking", [Chunking(memory_budget="4GiB"), Chunking(chunk_size=100_000)])
+def test_no_chunk_is_longer_than_what_there_is(chunking):
+    chosen = plan(512, *LLAMA[1:], chunking=chunking).chosen
+    assert (chosen.count, chosen.chunk_size, chosen.chunk_bytes) == (1, 512, 512 * LLAMA[2] * 2)
+
+
+def test_tokens_that_count():
+    found = plan(*LLAMA, chunking=Chunking(max_label_tokens=0.25))
+    assert found.chosen == plan(2048, *LLAMA[1:]).chosen
+    assert found.chosen.count == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,18 +56,20 @@ def test_nothing_that_fits_is_faster(tokens, width, vocab, budget):
 
 
 def test_seconds_by_hand():
-    """Two chunks of 2 of 4 tokens: GEMMs are bound by operations but the last, which reads and writes dW."""
+    """Chunks of 2 of 4 tokens and of 25 of 50 columns: bound by operations, or by memory."""
     device = cost.Rates(half=1.0, single=10.0, memory=100.0, chunk=7.0)
-    gemm = 2 * 2 * 3 * 50 / 10.0
-    moved = 4 * (2 * 3 + 2 * 50 + 2 * 3 * 50) / 100.0
-    bodies = cost.PASSES * 4 * 2 * 50 / 100.0
-    assert gemm > moved
-    assert cost.seconds("tokens", 2, 4, 3, 50, 4, device) == pytest.approx(2 * (3 * gemm + bodies + 7.0))
+    shape, gemm, passes = (4, 3, 50), 2 * 2 * 3 * 50 / 10.0, cost.PASSES * 4 * 2 * 50
+    assert cost.seconds("tokens", 2, *shape, 4, 4, device) == pytest.approx(2 * (3 * gemm + passes / 100 + 7.0))
     slow = device._replace(memory=1.0)
-    moved, added = (4 * (2 * 3 + 2 * 50 + times * 3 * 50) for times in (1, 2))
-    bodies = cost.PASSES * 4 * 2 * 50
-    assert cost.seconds("tokens", 2, 4, 3, 50, 4, slow) == pytest.approx(2 * (2 * moved + added + bodies + 7.0))
-    assert cost.seconds("vocab", 50, 4, 3, 50, 2, device._replace(memory=1e9)) == pytest.approx(4 * 2 * 4 * 150 + 7)
+    moved = 4 * (2 * 3 + 2 * 50 + 3 * 50)
+    for accumulated in (4, 8):
+        added = 4 * (2 * 3 + 2 * 50) + 2 * accumulated * 3 * 50
+        found = cost.seconds("tokens", 2, *shape, 4, accumulated, slow)
+        assert found == pytest.approx(2 * (2 * moved + added + passes + 7.0))
+    moved, added = (2 * (25 * 3 + 25 * 4) + times * 3 * 4 for times in (2, 2 * 4))
+    found = cost.seconds("vocab", 25, *shape, 2, 4, slow._replace(half=1e9))
+    assert found == pytest.approx(2 * (3 * moved + added + cost.PASSES * 2 * 25 * 4 + 7.0))
+    assert cost.seconds("vocab", 50, *shape, 2, 2, device._replace(memory=1e9)) == pytest.approx(4 * 2 * 4 * 150 + 7)
 
 
 def test_a_table():
@@ -72,12 +87,14 @@ def test_a_table():
     [
         ((0, 1, 1), {}, ValueError, "tokens: expected an int >= 1, got 0"),
         ((1, 2.0, 1), {}, TypeError, "width: expected an int >= 1, got float"),
+        ((1, 1, 1), {"dtype": torch.int8}, TypeError, "dtype: expected float32, bfloat16, .*, got torch.int8"),
+        ((1, 1, 1), {"chunking": None}, TypeError, "chunking: expected "),
         ((1, 1, 1), {"ranks": -1}, ValueError, "ranks: expected an int >= 1, got -1"),
         (
             LLAMA,
             {"chunking": Chunking(memory_budget=100)},
             ValueError,
-            "memory_budget: expected at least 256512 bytes",
+            "memory_budget: expected at least 16384 bytes, one col",
         ),
         (LLAMA, {"chunking": Chunking(accumulate_dtype=torch.float16)}, ValueError, "accumulate_dtype: expected "),
     ],

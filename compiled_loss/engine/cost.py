@@ -3,16 +3,17 @@
 N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
 
 NOTE [Cost model]
-Bytes a call holds beyond its inputs, e bytes an element, a bytes an accumulated element:
+Bytes that compiled code holds beyond the inputs, e bytes an element, a bytes an accumulated element:
 
     token walk        e N H + a V H + e C V      dH, dW, one chunk of logits; dH and dW stay until backward
     vocabulary walk   a N H + e V H + e N C      dH, dW, one chunk of logits, in backward; O(N) until then
 
+and where a is not e, at the end, what was accumulated beside its copy in the input's dtype instead of the chunk.
 Seconds are the sum over chunks of
 
     each GEMM         the larger of its operations and of the bytes it moves, at the device's rates; the token walk runs
                       3 of C rows, which read W twice, and read and write dW; the vocabulary walk 4 of C columns, which
-                      read H three times, and read and write dH
+                      read the hidden states three times, and read and write dH
     the bodies        PASSES over the chunk's logits, at the memory's rate
     a constant        what a chunk costs besides, in launches and in the operators around it
 
@@ -42,16 +43,22 @@ H100 = Rates(half=990e12, single=67e12, memory=3.35e12, chunk=2e-5)
 
 
 def seconds(
-    strategy: Strategy, size: int, tokens: int, width: int, vocab: int, itemsize: int, device: Rates = H100
+    strategy: Strategy,
+    size: int,
+    tokens: int,
+    width: int,
+    vocab: int,
+    itemsize: int,
+    accumulated: int,
+    device: Rates = H100,
 ) -> float:
     """Of loss and both gradients, in chunks of `size` tokens or columns: NOTE [Cost model]."""
     whole, other, gemms = (tokens, vocab, 3) if strategy == "tokens" else (vocab, tokens, 4)
     operations = 2 * size * width * other / (device.half if itemsize == 2 else device.single)
-    moved = itemsize * (size * width + size * other + width * other) / device.memory
-    added = moved + itemsize * width * other / device.memory
-    bodies = PASSES * itemsize * size * other / device.memory
-    one = (gemms - 1) * max(operations, moved) + max(operations, added) + bodies + device.chunk
-    return one * whole / size
+    chunk = itemsize * (size * width + size * other)
+    moved, added = chunk + itemsize * width * other, chunk + 2 * accumulated * width * other
+    one = (gemms - 1) * max(operations, moved / device.memory) + max(operations, added / device.memory)
+    return (one + PASSES * itemsize * size * other / device.memory + device.chunk) * whole / size
 
 
 def chunk_bytes(strategy: Strategy, size: int, tokens: int, vocab: int, itemsize: int) -> int:
@@ -59,7 +66,11 @@ def chunk_bytes(strategy: Strategy, size: int, tokens: int, vocab: int, itemsize
     return size * (vocab if strategy == "tokens" else tokens) * itemsize
 
 
-def gradient_bytes(strategy: Strategy, tokens: int, width: int, vocab: int, itemsize: int, accumulated: int) -> int:
-    """Of dH and dW, one of which is accumulated over chunks."""
-    dh, dw = (itemsize, accumulated) if strategy == "tokens" else (accumulated, itemsize)
-    return width * (tokens * dh + vocab * dw)
+def peak_bytes(
+    strategy: Strategy, size: int, tokens: int, width: int, vocab: int, itemsize: int, accumulated: int
+) -> int:
+    """Over the inputs: NOTE [Cost model]."""
+    summed, other = (vocab, tokens) if strategy == "tokens" else (tokens, vocab)
+    copy = 0 if accumulated == itemsize else summed * width * itemsize
+    gradients = width * (accumulated * summed + itemsize * other)
+    return gradients + max(copy, chunk_bytes(strategy, size, tokens, vocab, itemsize))

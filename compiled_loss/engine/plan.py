@@ -128,8 +128,9 @@ def plan(
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
     strategy = strategies[0]
     if chunking.budget is not None and len(strategies) > 1:
-        fitting = [s for s in strategies if chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) <= chunking.budget]
-        strategy, *others = fitting or strategies
+        least = [chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) for s in strategies]
+        fitting = [s for s, size in zip(strategies, least, strict=True) if size <= chunking.budget]
+        strategy, *others = fitting or [strategies[least.index(min(least))]]  # whose least an error will name
         for other in others:  # no min(key=...), which Dynamo does not trace
             times = [_seconds(s, bucket, width, vocab, dtype, chunking) for s in (strategy, other)]
             strategy = other if times[1] < times[0] else strategy
@@ -179,9 +180,10 @@ def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: 
 
 def _seconds(strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> float:
     """Of the walk, in the longest chunks it may take: NOTE [Cost model]."""
-    longest = _rows if strategy == "tokens" else _columns
-    size = longest(bucket, width, vocab, dtype, chunking)
-    return seconds(strategy, size, bucket, width, vocab, dtype.itemsize)
+    longest, whole = (_rows, bucket) if strategy == "tokens" else (_columns, vocab)
+    size = min(whole, longest(bucket, width, vocab, dtype, chunking))
+    accumulated = chunking.accumulate_dtype or _accumulate_dtype(dtype, -(-whole // size))
+    return seconds(strategy, size, bucket, width, vocab, dtype.itemsize, accumulated.itemsize)
 
 
 def _accumulate_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
