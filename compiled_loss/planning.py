@@ -46,10 +46,10 @@ class Explanation:
         >>> from compiled_loss import Chunking, plan
         >>> found = plan(512, 4096, 128256, chunking=Chunking(memory_budget="64MiB", strategy="tokens"))
         >>> print("\n".join(str(found).splitlines()[:4]))
-                     strategy   chunks     logits       peak     time
-        over budget  tokens    1 x 512    125 MiB  1,131 MiB   1.9 ms
-        chosen       tokens    2 x 261     64 MiB  1,070 MiB   2.8 ms
-                     tokens    2 x 256     63 MiB  1,069 MiB   2.8 ms
+                     strategy   chunks     logits       peak      time
+        over budget  tokens    1 x 512    125 MiB  1,131 MiB    1.9 ms
+        chosen       tokens    2 x 261     64 MiB  1,070 MiB    2.8 ms
+                     tokens    2 x 256     63 MiB  1,069 MiB    2.8 ms
 
     """
 
