@@ -82,7 +82,7 @@ def _bodies(kind: Kind) -> Bodies:
         packed = torch.stack([*present, after(soft, *present, loss), *(v for v in (hard, first) if v is not None)])
         rows, (soft, *rest) = Rows.of(packed.unbind(), kind, labels, indices)
         if top is not None and first is not None:
-            rows_of = top._replace(first=rest.pop())
+            rows_of, rest = top._replace(first=rest[-1]), rest[:-1]  # no pop: Dynamo 2.11 makes a tuple of the rest
         d = rows_of.gradient(labels, rows, soft, rest[0] if rest else None, source.dtype)
         return (d, loss, packed) if top is None else (d, loss, packed, top.top)
 
