@@ -125,9 +125,12 @@ def measure_compile(strategy, chunks, device, tokens, width, vocab, dtype):
     arguments = inputs(tokens, width, vocab, dtype, device)
     warm = torch.compile(lambda v: (v.exp() * 2).sum(), fullgraph=True)  # the compiler's own start is not ours
     torch.autograd.grad(warm(arguments[0]), arguments[0])
-    size = (tokens if strategy == "tokens" else vocab) // chunks
-    chunking = Chunking(strategy=strategy, chunk_size=size)
-    loss = torch.compile(lambda h, w, y: linear_cross_entropy(h, w, y, chunking=chunking), fullgraph=True)
+    if strategy == "unchunked":
+        loss = torch.compile(ordinary, fullgraph=True)
+    else:
+        size = (tokens if strategy == "tokens" else vocab) // chunks
+        chunking = Chunking(strategy=strategy, chunk_size=size)
+        loss = torch.compile(lambda h, w, y: linear_cross_entropy(h, w, y, chunking=chunking), fullgraph=True)
     start = time.perf_counter()
     step(loss, *arguments)
     first = time.perf_counter() - start
@@ -202,8 +205,8 @@ def main():
         if options.only in (None, "compile"):
             shape = {"tokens": 4096, "width": 256, "vocab": 16384, "dtype": "float32"}
             print(f"compile seconds, cold: {shape}", file=sys.stderr)
-            for strategy in ("tokens", "vocab"):
-                for chunks in (2, 8, 32, 64):
+            for strategy, counts in {"unchunked": (1,), "tokens": (2, 8, 32, 64), "vocab": (2, 8, 32, 64)}.items():
+                for chunks in counts:
                     seconds = run_in_child(
                         "benches.linear_cross_entropy:measure_compile",
                         environment=child,
