@@ -62,11 +62,6 @@ def _ours(case: Case, **chunking: Any) -> Loss:
     return lambda given: compiled(*given)
 
 
-def _tokens(case: Case) -> Loss:
-    _needs(case.wants not in ("none", "statistics"), f"{case.wants} walks the vocabulary")
-    return _ours(case, strategy="tokens")
-
-
 def _vocab(case: Case) -> Loss:
     _needs(case.wants in ("gradients", "loss"), "is the default, or walks tokens")
     return _ours(case, strategy="vocab")
@@ -152,7 +147,8 @@ def _quack(case: Case) -> Loss:
     return lambda given: peer(*given[:3])
 
 
-OURS: dict[str, Callable[[Case], Loss]] = {"defaults": _ours, "tokens": _tokens, "vocab": _vocab}
+# By default they are the token walk, but for reduction "none" and statistics.
+OURS: dict[str, Callable[[Case], Loss]] = {"defaults": _ours, "vocab": _vocab}
 PLAIN: dict[str, Callable[[Case], Loss]] = {"F.cross_entropy, compiled": _compiled, "F.cross_entropy, eager": _eager}
 PEERS: dict[str, Callable[[Case], Loss]] = {
     "F.linear_cross_entropy": _torch,
@@ -175,10 +171,10 @@ def sized(strategy: str, chunk_size: int) -> str:
 def find(name: str) -> Callable[[Case], Loss]:
     """Who is called so."""
     strategy, _, size = name.partition(", ")
-    if strategy in OURS and size:
+    if size.endswith(" a chunk"):
         return functools.partial(_ours, strategy=strategy, chunk_size=int(size.split()[0]))
     return PROVIDERS[name]
 
 
 def is_ours(name: str) -> bool:
-    return name.partition(", ")[0] in OURS
+    return name in OURS or name.endswith(" a chunk")

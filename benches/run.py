@@ -32,6 +32,7 @@ from compiled_loss.measure import run_in_child
 
 RESULTS = Path(__file__).parent / "results"
 LEADERS = [*OURS, next(iter(PLAIN))]  # where all the others have been measured once
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch asks for them for each large tensor
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
@@ -67,10 +68,14 @@ def asked(command: list[str]) -> str | None:
         return None
 
 
-def measured(case: Case, names: list[str], device: str, rounds: int, seed: int) -> list[dict[str, Any]]:
-    # Compile times are cold on a CPU; on a GPU they would be all there is time for.
-    fresh = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"} if device == "cpu" else {}
-    environment = {"PYTHONWARNINGS": "ignore", **fresh}
+def measured(
+    case: Case, names: list[str], device: str, rounds: int, seed: int, *, huge_pages: bool = False
+) -> list[dict[str, Any]]:
+    environment = {"PYTHONWARNINGS": "ignore"}
+    if device == "cpu":  # compile times are cold; on a GPU they would be all there is time for
+        environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    if huge_pages:
+        environment[HUGE_PAGES] = "1"
     found: list[dict[str, Any]] = run_in_child(
         "benches.meter:measure",
         environment=environment,
@@ -83,12 +88,16 @@ def measured(case: Case, names: list[str], device: str, rounds: int, seed: int) 
     return found
 
 
+def quartiles(seconds: list[float]) -> list[float]:
+    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+
+
 def line(row: dict[str, Any]) -> str:
     """A provider, in a line of a table."""
     for key in ("missing", "failed", "out_of_memory"):
         if key in row:
             return f"  {row['provider']:34} {key.replace('_', ' ')}: {row[key]}"
-    low, middle, high = (s * 1e3 for s in statistics.quantiles(row["seconds"], n=4, method="inclusive"))
+    low, middle, high = (s * 1e3 for s in quartiles(row["seconds"]))
     text = f"  {row['provider']:34} {row['ratio']:6.3f} {middle:9.2f} ms ({low:.2f} to {high:.2f})"
     if "peak_mib" in row:
         text += f" {row['peak_mib']:9.0f} MiB"
@@ -104,6 +113,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--rounds", type=int, default=None, help="samples of each time (default: 5, on a GPU 20)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--huge-pages", action="store_true", help=f"with {HUGE_PAGES}=1: fewer page faults on a CPU")
     parser.add_argument("--output", type=Path, help="a .jsonl file (default: one named after the suite and torch)")
     options = parser.parse_args()
     device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
@@ -119,10 +129,16 @@ def main() -> None:
         everyone = (case.head, case.dtype) not in seen or case.masked  # some skip masked tokens
         seen.add((case.head, case.dtype))
         names = list(PROVIDERS) if everyone else LEADERS
-        rows = measured(case, names, device, rounds, options.seed)
+        rows = measured(case, names, device, rounds, options.seed, huge_pages=options.huge_pages)
         with output.open("a") as lines:
             for row in rows:
-                what = {"suite": options.suite, "case": str(case), **asdict(case), "seed": options.seed}
+                what = {
+                    "suite": options.suite,
+                    "case": str(case),
+                    **asdict(case),
+                    "seed": options.seed,
+                    "huge_pages": options.huge_pages,
+                }
                 lines.write(json.dumps(what | row | about) + "\n")
         table += [str(case), *map(line, rows)]
     print("\n".join(table))

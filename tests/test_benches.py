@@ -86,9 +86,9 @@ def test_memory_that_runs_out_is_a_row(monkeypatch):
 
 
 def test_an_error_of_ours_fails_the_run(monkeypatch):
-    monkeypatch.setitem(providers.PROVIDERS, "tokens", failing(RuntimeError("ours")))
+    monkeypatch.setitem(providers.PROVIDERS, "vocab", failing(RuntimeError("ours")))
     with pytest.raises(RuntimeError, match="ours"):
-        measured(SMALL, "tokens")
+        measured(SMALL, "vocab")
 
 
 def test_the_command_appends_lines_and_prints_a_table(monkeypatch, tmp_path, capsys):
