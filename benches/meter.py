@@ -1,8 +1,9 @@
 """Times, peaks and errors of all providers of a case, interleaved in one process: `measure` runs in a child of `run`.
 
 A round times every provider once, in turn (A B A B), so that what else the machine does meets all of them; who takes
-several times as long as the floor is timed once. CUDA is timed by events. Memory is over the inputs and comes last, for what makes a CPU's resident set exact slows allocation.
-Errors are against fp64, of the loss and of the gradients of 64 tokens and of their labels' classes.
+several times as long as the floor is timed once. CUDA is timed by events. Memory is over the inputs and comes last, for
+what makes a CPU's resident set exact slows allocation. Errors are against fp64, of the loss and of the gradients of 64
+tokens and of their labels' classes.
 """
 
 from __future__ import annotations
