@@ -26,6 +26,8 @@ HEADS = {
     "1024 x 32768": Head(1024, 32768),
     "256 x 65536": Head(256, 65536),
     "2048 x 8192": Head(2048, 8192),
+    "256 x 16384": Head(256, 16384),
+    "256 x 262144": Head(256, 262144),
 }
 
 # What is asked of the loss, and the GEMMs of 2 N H V operations that takes at least: of logits, and of gradients.
@@ -108,11 +110,18 @@ def _gpu() -> list[Case]:
 
 
 def _masked() -> list[Case]:
-    return [Case(head="1024 x 32768", tokens=2048, dtype="float32", masked=masked) for masked in MASKED]
+    return [Case(head="2048 x 8192", tokens=2048, dtype="float32", masked=masked) for masked in MASKED]
 
 
 def _wants() -> list[Case]:
-    return [Case(head="1024 x 32768", tokens=1024, dtype="float32", wants=wants) for wants in WANTS]
+    return [Case(head="256 x 65536", tokens=1024, dtype="float32", wants=wants) for wants in WANTS]
 
 
-SUITES = {"cpu": _cpu(), "gpu": _gpu(), "masked": _masked(), "wants": _wants()}
+def _scaling() -> list[Case]:
+    """In tokens, and in classes."""
+    tokens = [Case(head="256 x 65536", tokens=tokens, dtype="float32") for tokens in (256, 512, 1024, 2048, 4096)]
+    classes = [Case(head=head, tokens=1024, dtype="float32") for head in ("256 x 16384", "256 x 262144")]
+    return [*tokens, *classes]
+
+
+SUITES = {"cpu": _cpu(), "gpu": _gpu(), "masked": _masked(), "wants": _wants(), "scaling": _scaling()}

@@ -147,11 +147,9 @@ def timed(step: Step, device: str) -> float:
 
 
 def peak(step: Step, device: str) -> int:
-    """Bytes over the inputs. Once before in the same way: only then is the resident set exact."""
-    watch = PeakMemory(torch.device(device))
-    for _ in range(2 if device == "cpu" else 1):
-        with watch:
-            step()
+    """Bytes over the inputs."""
+    with PeakMemory(torch.device(device)) as watch:
+        step()
     return watch.peak
 
 

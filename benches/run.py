@@ -111,13 +111,14 @@ def main() -> None:
     parser.add_argument("--suite", choices=list(SUITES), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--device", default=None, help="default: cuda for the suite gpu, else cpu")
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each time (default: 5, on a GPU 20)")
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="default: all, then the leaders")
+    parser.add_argument("--rounds", type=int, default=None, help="samples of each time (default: 3, on a GPU 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--huge-pages", action="store_true", help=f"with {HUGE_PAGES}=1: fewer page faults on a CPU")
     parser.add_argument("--output", type=Path, help="a .jsonl file (default: one named after the suite and torch)")
     options = parser.parse_args()
     device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
-    rounds = options.rounds or (5 if device == "cpu" else 20)
+    rounds = options.rounds or (3 if device == "cpu" else 20)
     version = torch.__version__.split("+")[0]
     output = options.output or RESULTS / f"{options.suite}-{version}-{device}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ def main() -> None:
         print(f"[{number}/{len(cases)}, {time.monotonic() - start:.0f} s] {case}", file=sys.stderr, flush=True)
         everyone = (case.head, case.dtype) not in seen or case.masked  # some skip masked tokens
         seen.add((case.head, case.dtype))
-        names = list(PROVIDERS) if everyone else LEADERS
+        names = options.providers or (list(PROVIDERS) if everyone else LEADERS)
         rows = measured(case, names, device, rounds, options.seed, huge_pages=options.huge_pages)
         with output.open("a") as lines:
             for row in rows:

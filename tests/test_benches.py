@@ -35,7 +35,8 @@ def failing(error):
     return make
 
 
-def test_a_row_has_samples_a_peak_and_errors():
+def test_a_row_has_samples_a_peak_and_errors(monkeypatch):
+    monkeypatch.setattr(meter, "SLOW", float("inf"))
     rows = measured(SMALL, "F.cross_entropy, eager")
     assert rows[providers.FLOOR]["ratio"] == 1
     row = rows["F.cross_entropy, eager"]
@@ -43,6 +44,13 @@ def test_a_row_has_samples_a_peak_and_errors():
     assert {"compile", "peak_mib", "ratio"} <= row.keys()
     assert all(0 < error < 1e-5 for error in row["error"].values())
     assert "ms" in run.line({"provider": "any", **row})
+
+
+def test_who_is_slow_is_timed_once(monkeypatch):
+    monkeypatch.setattr(meter, "SLOW", 0)
+    rows = measured(SMALL, "F.cross_entropy, eager")
+    assert [len(row["seconds"]) for row in rows.values()] == [1, 1]
+    assert "ms" in run.line({"provider": "any", **rows["F.cross_entropy, eager"]})
 
 
 def test_errors_see_a_wrong_gradient():
@@ -96,17 +104,19 @@ def test_the_command_appends_lines_and_prints_a_table(monkeypatch, tmp_path, cap
     asked = []
 
     def child(_function, *, environment, names, case, **_arguments):
-        asked.append((case["tokens"], names, environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"]))
+        asked.append((case["tokens"], names, environment))
         return [{"provider": name, "ratio": 1.5, "seconds": [1.0, 2.0]} for name in names]
 
     monkeypatch.setattr(run, "run_in_child", child)
     output = tmp_path / "results.jsonl"
-    monkeypatch.setattr(sys, "argv", ["run", "--suite", "cpu", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["run", "--suite", "cpu", "--huge-pages", "--output", str(output)])
     run.main()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [names for _, names, _ in asked] == [list(providers.PROVIDERS), run.LEADERS]
+    assert all(environment[run.HUGE_PAGES] == "1" for _, _, environment in asked)
+    assert all(environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] == "1" for _, _, environment in asked)
     assert rows[0]["versions"]["torch"] == torch.__version__
-    assert {"revision", "date", "device", "seed", "masked", "head"} <= rows[0].keys()
+    assert {"revision", "date", "device", "seed", "masked", "head", "huge_pages"} <= rows[0].keys()
     printed = capsys.readouterr().out
     assert "small, N=96 float32, gradients, 25% masked" in printed
     assert "1500.00 ms (1250.00 to 1750.00)" in printed

@@ -162,7 +162,7 @@ def digest() -> bytes:
     return sha256(figures().encode()).hexdigest().encode()
 
 
-def plot() -> None:
+def draw() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
