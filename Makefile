@@ -44,7 +44,7 @@ docs: $(VENV)/.ready
 	$(BIN)/python tools/docs.py build/docs
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m benches.linear_cross_entropy $(ARGS)
+	$(BIN)/python -m benches.run $(ARGS)
 	$(BIN)/python tools/figures.py
 
 scaling: $(VENV)/.ready

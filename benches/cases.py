@@ -26,6 +26,7 @@ HEADS = {
     "1024 x 32768": Head(1024, 32768),
     "256 x 65536": Head(256, 65536),
     "2048 x 8192": Head(2048, 8192),
+    "8 x 64": Head(8, 64),
     "256 x 16384": Head(256, 16384),
     "256 x 262144": Head(256, 262144),
 }
@@ -125,3 +126,4 @@ def _scaling() -> list[Case]:
 
 
 SUITES = {"cpu": _cpu(), "gpu": _gpu(), "masked": _masked(), "wants": _wants(), "scaling": _scaling()}
+SUITES["overhead"] = [Case(head="8 x 64", tokens=8, dtype="float32")]  # what a call costs besides

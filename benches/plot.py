@@ -67,9 +67,9 @@ def figures() -> str:
         f"{about['device']} ({about['processor']}), torch {versions['torch'].split('+')[0]}, {peers}, {about['date']};",
         "raw results in `benches/results`, written by `python -m benches.run`, `make bench` among them.",
         "",
-        "Loss and both gradients on a grid of heads H x V: time over three bare GEMMs that write into buffers that exist",
-        "already (1.00, the floor), medians of interleaved rounds / peak over the inputs in MiB. The first two rows are",
-        "ours; by default it is the token walk.",
+        "Loss and both gradients on a grid of heads H x V: time over three GEMMs into buffers that exist already",
+        "(1.00, the floor), medians of interleaved rounds, and peak over the inputs in MiB. Ours are the defaults,",
+        "which walk tokens, and vocab.",
         "",
         *grid(rows, huge),
         "",
@@ -98,16 +98,15 @@ def grid(rows: Rows, huge: Rows) -> list[str]:
     return [
         *table("", columns, body),
         "",
-        "Huge pages are the environment variable `THP_MEM_ALLOC_ENABLE=1`, with which torch asks Linux for pages of 2 MiB:",
-        "most of what a loss costs over the floor on a CPU is the first touch of new memory.",
+        "Huge pages are the environment variable `THP_MEM_ALLOC_ENABLE=1`, with which torch asks for 2 MiB pages: on",
+        "a CPU much of what any of these costs over the floor is the first touch of new memory.",
     ]
 
 
 def absent(rows: Rows) -> list[str]:
     there = {provider for (_, provider), row in rows.items() if "ratio" in row}
-    return [
-        f"Without a GPU these do not run, or are not installed: {', '.join(p for p in PROVIDERS if p not in there)}."
-    ]
+    missing = ", ".join(provider for provider in PROVIDERS if provider not in there)
+    return [f"Without a GPU these do not run, or are not installed: {missing}."]
 
 
 def wants(rows: Rows) -> list[str]:
@@ -120,8 +119,7 @@ def wants(rows: Rows) -> list[str]:
         if what in asked
     }
     return [
-        f"What else is asked of a loss, {one['head']}, N={one['tokens']}, fp32, over as many bare GEMMs as the brackets "
-        "say:",
+        f"What else is asked of a loss, {one['head']}, N={one['tokens']}, fp32, over as many GEMMs as in brackets:",
         "",
         *table("", ("ours", named(COMPILED)), body),
     ]
@@ -198,9 +196,10 @@ def draw() -> None:
         axes[1, 2].plot([100 * share for share in MASKED], line, marker=".", color=color, label=provider)
     axes[1, 2].set(title="as tokens are masked", xlabel="masked tokens, %", ylabel="time over that of none", ylim=0)
     axes[1, 2].grid(visible=True, alpha=0.2)
-    entries = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
+    entries: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False)
     about = next(reversed(rows.values()))
     figure.suptitle(

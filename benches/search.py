@@ -4,8 +4,8 @@
     python -m benches.search --read             # of the results there are
 
 The regret of a plan under a memory budget is its time over that of the fastest that was found within the budget.
-The fit gives this CPU's rates for `compiled_loss/engine/cost.py`, which so far has an H100's alone: of GEMMs as the
-bare ones' time says, the others by least squares of the logarithm of each time; it needs both dtypes.
+The fit gives this CPU's rates for `compiled_loss/engine/cost.py`: of GEMMs as the bare ones' time says, the others by
+least squares of the logarithm of each time; it needs both dtypes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def regrets(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, float]]
         for parts in PARTS:
             budget = math.prod(shape) // parts
             within = [sized(*one) for one in sizes(case) if cost.chunk_bytes(*one, *shape) <= budget]
-            chosen = plan(case.tokens, head.width, head.vocab, dtype, Chunking(memory_budget=budget))
+            chosen = plan(case.tokens, head.width, head.vocab, dtype, Chunking(memory_budget=budget), device="cpu")
             mine = sized(chosen.strategy, chosen.chunk)
             yield str(case), parts, mine, seconds[mine] / min(seconds[each] for each in within)
 

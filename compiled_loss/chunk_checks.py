@@ -81,6 +81,12 @@ def positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
 
 
+def rates(device: str) -> None:
+    """Raise unless there are rates of the type of device."""
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device: expected 'cuda' or 'cpu', got {device!r}")
+
+
 def memory_budget(value: int, chunk: str, needed: int) -> None:
     """Raise unless the budget holds the least chunk."""
     if value < needed:

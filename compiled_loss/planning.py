@@ -24,7 +24,8 @@ class Alternative:
     """A walk of loss and both gradients, and what it is predicted to take.
 
     `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
-    `peak_bytes` over the inputs, of compiled code; `seconds` at an H100's rates.
+    `peak_bytes` over the inputs, of compiled code; `seconds` at the rates
+    of :func:`plan`'s device.
     """
 
     strategy: Strategy
@@ -40,7 +41,8 @@ class Explanation:
     r"""What was chosen, and between what; prints as a table.
 
     `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds;
-    `budget` is the most bytes a chunk's logits may take. Seconds are predicted at an H100's rates.
+    `budget` is the most bytes a chunk's logits may take. Seconds are predicted at the rates
+    of :func:`plan`'s device.
 
     Example:
         >>> from compiled_loss import Chunking, plan
@@ -77,6 +79,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     chunking: Chunking = Chunking(),
     ranks: int = 1,
+    device: str = "cuda",
 ) -> Explanation:
     r"""How a linear loss of these sizes would be chunked, and why: the alternatives with their predicted cost.
 
@@ -88,6 +91,7 @@ def plan(
         chunking: what the loss would be given; with `max_label_tokens` the plan is of the tokens that count, the copy
             of their hidden states not in its bytes.
         ranks: that share the vocabulary.
+        device: type of device whose rates are taken: "cuda" for an H100's, "cpu" for two cores'.
 
     Returns:
         An :class:`Explanation`, of loss and both gradients. Print it.
@@ -96,12 +100,13 @@ def plan(
         None: nothing is asked of a device, nothing allocated.
 
     Raises:
-        ValueError: a size is below 1, or `chunking` is at odds with the sizes or the dtype.
+        ValueError: a size is below 1, `device` is neither "cuda" nor "cpu", or `chunking` is at odds with the sizes or
+            the dtype.
         TypeError: a size is no int, or `dtype` is none that gradients are computed in.
 
     Source:
-        The model stands in `compiled_loss/engine/cost.py`. Its rates are those of an H100's data sheet, with 20 us a
-        chunk assumed, and nothing of it was measured on a GPU: read its times as ratios.
+        The model stands in `compiled_loss/engine/cost.py`. Its rates of a CPU are fitted to the times of two cores; an
+        H100's are those of its data sheet, with 20 us a chunk assumed. Read its times as ratios.
 
     Example:
         >>> from compiled_loss import Chunking, plan
@@ -113,11 +118,12 @@ def plan(
     for name, value in (("tokens", tokens), ("width", width), ("vocab", vocab), ("ranks", ranks)):
         chunk_checks.positive(name, value)
     checks.instance("chunking", chunking, Chunking)
+    chunk_checks.rates(device)
     checks.floating_dtype("dtype", dtype)
     if chunking.accumulate_dtype is not None:
         chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
     tokens = chunking.rows(tokens) or tokens
-    made = planner.plan(tokens, width, vocab, dtype, chunking, ranks=ranks)
+    made = planner.plan(tokens, width, vocab, dtype, chunking, ranks=ranks, device=device)
     if chunking.budget is not None:
         least = cost.chunk_bytes(made.strategy, 1, tokens, vocab, dtype.itemsize)
         chunk_checks.memory_budget(chunking.budget, "token" if made.strategy == "tokens" else "column", least)
@@ -132,7 +138,7 @@ def plan(
             count=one.count,
             chunk_bytes=cost.chunk_bytes(one.strategy, size, tokens, vocab, dtype.itemsize),
             peak_bytes=cost.peak_bytes(one.strategy, size, *sizes),
-            seconds=cost.seconds(one.strategy, size, *sizes),
+            seconds=cost.seconds(one.strategy, size, *sizes, cost.rates(device)),
         )
 
     chosen = costing(made)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiled_loss import Chunking, plan
+from compiled_loss import Chunking, linear_cross_entropy, plan
 from compiled_loss.engine import cost
 from compiled_loss.engine import plan as planner
 
@@ -15,11 +15,23 @@ POWERS = {"tokens": st.sampled_from([512, 2048, 8192, 32768]), "width": st.sampl
 
 @pytest.mark.parametrize("chunking", [Chunking(), Chunking(strategy="vocab"), Chunking(memory_budget="64MiB")])
 @pytest.mark.parametrize("ranks", [1, 64])
-def test_what_is_chosen_is_what_the_engine_takes(chunking, ranks):
-    found = plan(*LLAMA, chunking=chunking, ranks=ranks)
-    made = planner.plan(*LLAMA, torch.bfloat16, chunking, ranks=ranks)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_what_is_chosen_is_what_the_engine_takes(chunking, ranks, device):
+    found = plan(*LLAMA, chunking=chunking, ranks=ranks, device=device)
+    made = planner.plan(*LLAMA, torch.bfloat16, chunking, ranks=ranks, device=device)
     chosen = found.chosen
     assert (chosen.strategy, chosen.chunk_size, chosen.count) == (made.strategy, made.chunk, made.count)
+
+
+def test_a_budget_is_spent_at_the_rates_of_the_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(planner, "rates", lambda device: asked.append(device) or cost.H100)
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(100, 8)
+    linear_cross_entropy(hidden, weight, torch.arange(64), chunking=Chunking(memory_budget=6400))
+    assert set(asked) == {"cpu"}
+    assert cost.rates("cpu") != cost.rates("cuda")
+    slower = plan(*LLAMA, device="cpu").chosen.seconds / plan(*LLAMA, device="cuda").chosen.seconds
+    assert slower > 100
 
 
 def test_bytes():
@@ -89,6 +101,7 @@ def test_a_table():
         ((1, 2.0, 1), {}, TypeError, "width: expected an int >= 1, got float"),
         ((1, 1, 1), {"dtype": torch.int8}, TypeError, "dtype: expected float32, bfloat16, .*, got torch.int8"),
         ((1, 1, 1), {"chunking": None}, TypeError, "chunking: expected "),
+        ((1, 1, 1), {"device": "cuda:0"}, ValueError, "device: expected 'cuda' or 'cpu', got 'cuda:0'"),
         ((1, 1, 1), {"ranks": -1}, ValueError, "ranks: expected an int >= 1, got -1"),
         (
             LLAMA,

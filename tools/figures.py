@@ -12,6 +12,7 @@ START, END = "<!-- figures: tools/figures.py -->\n", "<!-- end of figures -->"
 def main() -> None:
     sys.path.insert(0, str(ROOT))  # of a checkout that is not installed
     import scaling
+
     from benches import plot
 
     check = "--check" in sys.argv[1:]

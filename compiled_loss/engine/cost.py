@@ -38,8 +38,15 @@ class Rates(NamedTuple):
     chunk: float  # seconds a chunk costs besides
 
 
+# Fitted by benches/search.py to benches/results/search-2.13.0-cpu.jsonl: two cores of an AMD EPYC with AVX-512.
+CPU = Rates(half=400e9, single=100e9, memory=2e10, chunk=1e-3)
 # SXM, data sheet: bf16 dense, fp32 without TF32. A chunk's constant is assumed: five launches of 4 us. Not measured.
 H100 = Rates(half=990e12, single=67e12, memory=3.35e12, chunk=2e-5)
+
+
+def rates(device: str) -> Rates:
+    """Of a type of device."""
+    return CPU if device == "cpu" else H100
 
 
 def seconds(
@@ -50,7 +57,7 @@ def seconds(
     vocab: int,
     itemsize: int,
     accumulated: int,
-    device: Rates = H100,
+    device: Rates,
 ) -> float:
     """Of loss and both gradients, in chunks of `size` tokens or columns: NOTE [Cost model]."""
     whole, other, gemms = (tokens, vocab, 3) if strategy == "tokens" else (vocab, tokens, 4)

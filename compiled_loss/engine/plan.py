@@ -16,6 +16,16 @@ The defaults see N only rounded up to a power of two, MIN_ROWS at least, and spl
 depends on that alone, so that a compiled caller sees one graph a bucket: six for N from 2 to 10000, within Dynamo's
 default limit of eight; and one more for an N that its chunks divide evenly. With `chunk_size` not even that is looked
 at.
+
+NOTE [Accumulator]
+A sum over chunks in bf16 rounds once a chunk. The error of dW over that of the unchunked loss, N=8192 (CPU,
+benches/accumulation.py; the error budget is 2):
+
+    chunks               1    2    4    8   16   32   64  256  1024
+    bf16 accumulator   1.0  1.2  1.5  2.0  2.8  3.8  5.5   13    22
+    fp32 accumulator   1.0  1.4  1.4  1.4  1.4  1.4  1.4  1.3   1.2
+
+An fp32 accumulator costs two more bytes an element, and on a GPU more traffic a chunk.
 """
 
 from __future__ import annotations
@@ -27,14 +37,14 @@ from typing import Literal
 import torch
 
 from compiled_loss import chunk_checks
-from compiled_loss.engine.cost import Strategy, chunk_bytes, seconds
+from compiled_loss.engine.cost import Strategy, chunk_bytes, rates, seconds
 
 MIN_ROWS = 512
 RANKS_A_NODE = 8  # which NVLink joins
 MIN_COLUMNS = 2048
 COLUMN_MULTIPLE = 256
 _WHOLE = 10**9
-MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32
+MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32: NOTE [Accumulator]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,8 +131,12 @@ def plan(
     *,
     ranks: int = 1,
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
+    device: str = "cuda",
 ) -> Plan:
-    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first."""
+    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first.
+
+    `device` is a type, at whose rates a memory budget is spent.
+    """
     if chunking.strategy != "auto":
         strategies = (chunking.strategy,)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
@@ -132,7 +146,7 @@ def plan(
         fitting = [s for s, size in zip(strategies, least, strict=True) if size <= chunking.budget]
         strategy, *others = fitting or [strategies[least.index(min(least))]]  # whose least an error will name
         for other in others:  # no min(key=...), which Dynamo does not trace
-            times = [_seconds(s, bucket, width, vocab, dtype, chunking) for s in (strategy, other)]
+            times = [_seconds(s, bucket, width, vocab, dtype, chunking, device) for s in (strategy, other)]
             strategy = other if times[1] < times[0] else strategy
     fixed = chunking.chunk_size is not None or chunking.budget is not None
     if strategy == "vocab":
@@ -178,12 +192,15 @@ def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: 
     return min(vocab, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
 
 
-def _seconds(strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> float:
+def _seconds(
+    strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, device: str
+) -> float:
     """Of the walk, in the longest chunks it may take: NOTE [Cost model]."""
     longest, whole = (_rows, bucket) if strategy == "tokens" else (_columns, vocab)
     size = min(whole, longest(bucket, width, vocab, dtype, chunking))
     accumulated = chunking.accumulate_dtype or _accumulate_dtype(dtype, -(-whole // size))
-    return seconds(strategy, size, bucket, width, vocab, dtype.itemsize, accumulated.itemsize)
+    sizes = (bucket, width, vocab, dtype.itemsize, accumulated.itemsize)
+    return seconds(strategy, size, *sizes, rates(device))
 
 
 def _accumulate_dtype(dtype: torch.dtype, count: int) -> torch.dtype:

@@ -150,7 +150,8 @@ class LinearHead(NamedTuple):
         if chunking.accumulate_dtype is not None:
             chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
         share = self.vocabulary.share
-        chosen = plan(tokens, width, share, dtype, chunking, ranks=self.vocabulary.ranks, strategies=strategies)
+        ranks, device = self.vocabulary.ranks, self.hidden.device.type
+        chosen = plan(tokens, width, share, dtype, chunking, ranks=ranks, strategies=strategies, device=device)
         if chunking.budget is not None:
             least = chunk_bytes(chosen.strategy, 1, tokens, share, dtype.itemsize)
             chunk_checks.memory_budget(chunking.budget, "token" if chosen.strategy == "tokens" else "column", least)
