@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benches.cases import SUITES, Case
-from benches.providers import OURS, PLAIN, PROVIDERS
+from benches.providers import MODES, OURS, PLAIN, PROVIDERS
 from compiled_loss.measure import run_in_child
 
 RESULTS = Path(__file__).parent / "results"
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=list(SUITES), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--device", default=None, help="default: cuda for the suite gpu, else cpu")
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="default: all, then the leaders")
+    parser.add_argument("--providers", nargs="+", choices=[*PROVIDERS, *MODES], help="default: all, then the leaders")
     parser.add_argument("--rounds", type=int, default=None, help="samples of each time (default: 3, on a GPU 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--huge-pages", action="store_true", help=f"with {HUGE_PAGES}=1: fewer page faults on a CPU")
