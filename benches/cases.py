@@ -118,12 +118,18 @@ def _wants() -> list[Case]:
     return [Case(head="256 x 65536", tokens=1024, dtype="float32", wants=wants) for wants in WANTS]
 
 
-def _scaling() -> list[Case]:
+def _sizes() -> list[Case]:
     """In tokens, and in classes."""
     tokens = [Case(head="256 x 65536", tokens=tokens, dtype="float32") for tokens in (256, 512, 1024, 2048, 4096)]
     classes = [Case(head=head, tokens=1024, dtype="float32") for head in ("256 x 16384", "256 x 262144")]
     return [*tokens, *classes]
 
 
-SUITES = {"cpu": _cpu(), "gpu": _gpu(), "masked": _masked(), "wants": _wants(), "scaling": _scaling()}
-SUITES["overhead"] = [Case(head="8 x 64", tokens=8, dtype="float32")]  # what a call costs besides
+SUITES = {
+    "cpu": _cpu(),
+    "gpu": _gpu(),
+    "masked": _masked(),
+    "wants": _wants(),
+    "sizes": _sizes(),
+    "overhead": [Case(head="8 x 64", tokens=8, dtype="float32")],  # what a call costs besides its GEMMs
+}

@@ -1,7 +1,7 @@
 """Times, peaks and errors of all providers of a case, interleaved in one process: `measure` runs in a child of `run`.
 
 A round times every provider once, in turn (A B A B), so that what else the machine does meets all of them; who takes
-several times as long as the floor is timed once. CUDA is timed by events. Memory is over the inputs and comes last, for
+seconds, and several times as long as the floor, is timed once. CUDA is timed by events. Memory is over the inputs and comes last, for
 what makes a CPU's resident set exact slows allocation. Errors are against fp64, of the loss and of the gradients of 64
 tokens and of their labels' classes.
 """
@@ -23,7 +23,7 @@ from benches.providers import FLOOR, Loss, MissingError, find, is_ours
 from compiled_loss.measure import PeakMemory
 
 SAMPLE = 64
-SLOW = 3  # times the floor
+SLOW = (1.0, 3)  # seconds, and times the floor
 Step = Callable[[], Any]
 
 
@@ -46,17 +46,26 @@ def measure(case: dict[str, Any], names: list[str], device: str, rounds: int, se
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            if not seconds[name] or min(seconds[name]) < SLOW * min(seconds[FLOOR]):
+            if not seconds[name] or not is_slow(seconds[name][0], seconds[FLOOR][0]):
                 seconds[name].append(timed(step, device))
     for name, samples in seconds.items():
-        rows[name]["seconds"] = [round(s, 6) for s in samples]
-        rows[name]["ratio"] = round(statistics.median(samples) / statistics.median(seconds[FLOOR]), 4)
+        rows[name]["seconds"] = [round(s, 9) for s in samples]
+        rows[name]["ratio"] = round(ratio(samples, seconds[FLOOR]), 4)
         if "first" in rows[name]:
-            rows[name]["compile"] = round(rows[name].pop("first") - statistics.median(samples), 2)
+            rows[name]["compile"] = round(rows[name].pop("first") - 2 * statistics.median(samples), 2)
     del steps[FLOOR]
     for name, step in steps.items():
         rows[name]["peak_mib"] = round(peak(step, device) / 2**20, 1)
     return [{"provider": name, **row} for name, row in rows.items()]
+
+
+def is_slow(seconds: float, floor: float) -> bool:
+    return seconds > SLOW[0] and seconds > SLOW[1] * floor
+
+
+def ratio(seconds: list[float], floor: list[float]) -> float:
+    """To the floor: the median over rounds, each with its own floor."""
+    return statistics.median(one / least for one, least in zip(seconds, floor, strict=False))
 
 
 def prepared(
@@ -69,11 +78,10 @@ def prepared(
         start = time.perf_counter()
         value, *gradients = step()
         synchronize(device)
-        first = round(time.perf_counter() - start, 3)
-        row = {"first": first}
+        row: dict[str, Any] = {"first": time.perf_counter() - start}
         if truth is not None:
             row["error"] = truth.errors(value, *gradients)
-        step()  # a second call may compile again
+        row["first"] += timed(step, device)  # a second call may compile again
         return row, step
     except MissingError as why:
         return {"missing": str(why)}, None

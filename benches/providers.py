@@ -63,7 +63,7 @@ def _ours(case: Case, *, mode: str | None = None, **chunking: Any) -> Loss:
 
 
 def _vocab(case: Case) -> Loss:
-    _needs(case.wants in ("gradients", "loss"), "is the default, or walks tokens")
+    _needs(case.wants in ("gradients", "loss", "statistics"), "is the default, or walks tokens")
     return _ours(case, strategy="vocab")
 
 
@@ -147,7 +147,7 @@ def _quack(case: Case) -> Loss:
     return lambda given: peer(*given[:3])
 
 
-# By default they are the token walk, but for reduction "none" and statistics.
+# By default they are the token walk, but for reduction "none".
 OURS: dict[str, Callable[[Case], Loss]] = {"defaults": _ours, "vocab": _vocab}
 PLAIN: dict[str, Callable[[Case], Loss]] = {"F.cross_entropy, compiled": _compiled, "F.cross_entropy, eager": _eager}
 PEERS: dict[str, Callable[[Case], Loss]] = {

@@ -46,7 +46,7 @@ def machine(device: str) -> dict[str, Any]:
             versions[name] = None
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "revision": asked(["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]),
+        "revision": asked(["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]),
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -54,7 +54,9 @@ def machine(device: str) -> dict[str, Any]:
         cores = Path("/proc/cpuinfo")
         names = [n for n in cores.read_text().splitlines() if n.startswith("model name")] if cores.exists() else []
         model = names[0].split(":")[1].strip() if names else platform.processor()
-        return found | {"device": f"{os.cpu_count()} CPU cores", "processor": model or platform.machine()}
+        pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "never" makes nothing of HUGE_PAGES
+        what = {"device": f"{os.cpu_count()} CPU cores", "processor": model or platform.machine()}
+        return found | what | {"huge_pages_of_linux": pages.read_text().strip() if pages.exists() else None}
     module = torch.get_device_module(device)
     query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
     about = asked(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
@@ -71,11 +73,9 @@ def asked(command: list[str]) -> str | None:
 def measured(
     case: Case, names: list[str], device: str, rounds: int, seed: int, *, huge_pages: bool = False
 ) -> list[dict[str, Any]]:
-    environment = {"PYTHONWARNINGS": "ignore"}
+    environment = {"PYTHONWARNINGS": "ignore", HUGE_PAGES: str(int(huge_pages))}
     if device == "cpu":  # compile times are cold; on a GPU they would be all there is time for
         environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    if huge_pages:
-        environment[HUGE_PAGES] = "1"
     found: list[dict[str, Any]] = run_in_child(
         "benches.meter:measure",
         environment=environment,

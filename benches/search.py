@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benches.cases import HEADS, SUITES, Case
+from benches.meter import ratio
 from benches.providers import FLOOR, sized
 from benches.run import RESULTS, machine, measured
 from compiled_loss import Chunking
@@ -43,11 +44,12 @@ def sizes(case: Case) -> Iterator[tuple[str, int]]:
 
 
 def times(rows: list[dict[str, Any]]) -> Iterator[tuple[Case, dict[str, float]]]:
-    """Each case with the medians of who ran it."""
+    """Each case with the seconds of who ran it: of the floor, times the ratio to it."""
     for about in {row["case"]: row for row in rows}.values():
         case = Case(**{key: about[key] for key in ("head", "tokens", "dtype", "masked", "wants")})
-        mine = (row for row in rows if row["case"] == about["case"])
-        yield case, {row["provider"]: statistics.median(row["seconds"]) for row in mine}
+        mine = {row["provider"]: row["seconds"] for row in rows if row["case"] == about["case"]}
+        floor = statistics.median(mine[FLOOR])
+        yield case, {provider: floor * ratio(seconds, mine[FLOOR]) for provider, seconds in mine.items()}
 
 
 def fitted(rows: list[dict[str, Any]]) -> tuple[cost.Rates, float]:

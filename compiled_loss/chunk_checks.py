@@ -81,7 +81,7 @@ def positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
 
 
-def rates(device: str) -> None:
+def device_type(device: str) -> None:
     """Raise unless there are rates of the type of device."""
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device: expected 'cuda' or 'cpu', got {device!r}")

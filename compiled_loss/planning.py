@@ -24,8 +24,8 @@ class Alternative:
     """A walk of loss and both gradients, and what it is predicted to take.
 
     `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
-    `peak_bytes` over the inputs, of compiled code; `seconds` at the rates
-    of :func:`plan`'s device.
+    `peak_bytes` over the inputs, of compiled code; `seconds` at the
+    rates of the device that was asked for.
     """
 
     strategy: Strategy
@@ -118,7 +118,7 @@ def plan(
     for name, value in (("tokens", tokens), ("width", width), ("vocab", vocab), ("ranks", ranks)):
         chunk_checks.positive(name, value)
     checks.instance("chunking", chunking, Chunking)
-    chunk_checks.rates(device)
+    chunk_checks.device_type(device)
     checks.floating_dtype("dtype", dtype)
     if chunking.accumulate_dtype is not None:
         chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
