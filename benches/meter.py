@@ -1,9 +1,9 @@
 """Times, peaks and errors of all providers of a case, interleaved in one process: `measure` runs in a child of `run`.
 
 A round times every provider once, in turn (A B A B), so that what else the machine does meets all of them; who takes
-seconds, and several times as long as the floor, is timed once. CUDA is timed by events. Memory is over the inputs and comes last, for
-what makes a CPU's resident set exact slows allocation. Errors are against fp64, of the loss and of the gradients of 64
-tokens and of their labels' classes.
+seconds, and several times as long as the floor, is timed once. CUDA is timed by events. Memory is over the inputs and
+comes last, for what makes a CPU's resident set exact slows allocation. Errors are against fp64, of the loss and of the
+gradients of 64 tokens and of their labels' classes.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def stepping(case: Case, loss: Loss, given: Inputs) -> Step:
 
 
 def floor(case: Case, given: Inputs) -> Step:
-    """The GEMMs alone, of the tokens that count, into buffers that exist already."""
-    h, w = given.hidden.detach()[: case.counting], given.weight.detach()
+    """The GEMMs alone, of all tokens, into buffers that exist already."""
+    h, w = given.hidden.detach(), given.weight.detach()
     x, dh, dw = (torch.empty(size, dtype=h.dtype, device=h.device) for size in ((len(h), len(w)), h.shape, w.shape))
     x.normal_().mul_(1e-3)  # denormal or zero logits would flatter it
 

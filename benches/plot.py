@@ -1,4 +1,4 @@
-"""The README's tables of times and peaks, and the pictures beside them, from the committed raw results.
+"""The README's tables of times and peaks, and the picture beside them, from the committed raw results.
 
 Measures nothing. tools/figures.py writes them.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from benches.cases import HEADS, MASKED, WANTS
+from benches.meter import ratio
 from benches.providers import FLOOR, OURS, PLAIN, PROVIDERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,14 +30,22 @@ COLORS = {
     "F.linear_cross_entropy": "#2166ac",
     "Inductor's auto chunker": "#b8860b",
     "cut-cross-entropy, torch_compile": "#8c510a",
+    FLOOR: "black",
 }
+OTHER = "#999999"
+
+
+def lines_of(name: str) -> list[Row]:
+    return [json.loads(line) for line in (RESULTS / f"{name}-2.13.0-cpu.jsonl").read_text().splitlines()]
 
 
 def last(name: str, *, huge_pages: bool = False) -> Rows:
-    """The last row of each case and provider, in the order of the file."""
-    lines = (RESULTS / f"{name}-2.13.0-cpu.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row.get("huge_pages", False) == huge_pages]
-    return {(row["case"], row["provider"]): row for row in rows}
+    """The last row of each case and provider that was timed, in the order of the file."""
+    rows = [row for row in lines_of(name) if row["huge_pages"] == huge_pages and "seconds" in row]
+    found = {(row["case"], row["provider"]): row for row in rows}
+    for (case, _), row in found.items():
+        row["ratio"] = ratio(row["seconds"], found[case, FLOOR]["seconds"])
+    return found
 
 
 def table(first: str, columns: Iterable[str], rows: dict[str, list[str]]) -> list[str]:
@@ -52,34 +61,35 @@ def named(provider: str) -> str:
 
 def cell(row: Row | None) -> str:
     """A ratio and a peak."""
-    if row is None or "ratio" not in row:
-        return ""
-    return f"{row['ratio']:.2f} / {row['peak_mib']:,.0f}"
+    return "" if row is None else f"{row['ratio']:.2f} / {row['peak_mib']:,.0f}"
 
 
 def figures() -> str:
     """All tables."""
-    rows, huge = last("cpu"), last("cpu", huge_pages=True)
+    rows = last("cpu")
     about = next(reversed(rows.values()))
-    versions = about["versions"]
-    peers = ", ".join(f"{name} {versions[name]}" for name in versions if "-" in name and versions[name])
+    versions = {name: version for row in rows.values() for name, version in row["versions"].items() if version}
+    versions.pop("triton", None)  # nothing here runs it
+    machine = f"{about['device']} ({about['processor']})"
     lines = [
-        f"{about['device']} ({about['processor']}), torch {versions['torch'].split('+')[0]}, {peers}, {about['date']};",
-        "raw results in `benches/results`, written by `python -m benches.run`, `make bench` among them.",
+        f"{machine}, {', '.join(f'{n} {v}' for n, v in versions.items())}, {about['date']}; raw results in",
+        "`benches/results`, written by `make bench`, other suites of `benches.run`, and `benches.compile_time`.",
         "",
         "Loss and both gradients on a grid of heads H x V: time over three GEMMs into buffers that exist already",
         "(1.00, the floor), medians of interleaved rounds, and peak over the inputs in MiB. Ours are the defaults,",
         "which walk tokens, and vocab.",
         "",
-        *grid(rows, huge),
+        *grid(rows, last("cpu", huge_pages=True)),
         "",
-        *absent(rows),
+        *sizes(last("sizes")),
         "",
         *wants(last("wants")),
         "",
         *curve(last("masked")),
         "",
         *compiling(),
+        "",
+        *overhead(last("overhead")),
     ]
     return "\n".join(lines) + "\n"
 
@@ -89,24 +99,27 @@ def grid(rows: Rows, huge: Rows) -> list[str]:
     columns = [f"{r['head']}, N={r['tokens']}, {'fp32' if r['dtype'] == 'float32' else 'bf16'}" for r in cases.values()]
     body = {}
     for provider in PROVIDERS:
-        cells = [cell(rows.get((case, provider))) for case in cases]
-        if any(cells):
-            body[named(provider)] = cells
-        if any((case, provider) in huge for case in cases) and provider in ("defaults", COMPILED):
-            cells = [cell(huge.get((case, provider))) for case in cases]
-            body[named(provider) + ", huge pages"] = cells
+        for found, how in ((rows, ""), (huge, ", huge pages")):
+            cells = [cell(found.get((case, provider))) for case in cases]
+            if any(cells):
+                body[named(provider) + how] = cells
+    absent = "; ".join(provider for provider in PROVIDERS if named(provider) not in body)
     return [
         *table("", columns, body),
         "",
-        "Huge pages are the environment variable `THP_MEM_ALLOC_ENABLE=1`, with which torch asks for 2 MiB pages: on",
-        "a CPU much of what any of these costs over the floor is the first touch of new memory.",
+        "With huge pages, for which torch asks where `THP_MEM_ALLOC_ENABLE=1` is set, the floor is measured again: on",
+        "a CPU much of what these cost over it is the first touch of new memory. Not run, for want of a GPU or of what",
+        f"they need: {absent}.",
     ]
 
 
-def absent(rows: Rows) -> list[str]:
-    there = {provider for (_, provider), row in rows.items() if "ratio" in row}
-    missing = ", ".join(provider for provider in PROVIDERS if provider not in there)
-    return [f"Without a GPU these do not run, or are not installed: {missing}."]
+def sizes(rows: Rows) -> list[str]:
+    """As tokens grow."""
+    tokens = sorted({row["tokens"] for row in rows.values() if row["head"] == "256 x 65536"})
+    found = {(row["tokens"], row["provider"]): row for row in rows.values() if row["head"] == "256 x 65536"}
+    providers = [provider for provider in PROVIDERS if (tokens[0], provider) in found]
+    body = {named(provider): [cell(found.get((n, provider))) for n in tokens] for provider in providers}
+    return ["The same as tokens grow, 256 x 65536, fp32:", "", *table("tokens", map(str, tokens), body)]
 
 
 def wants(rows: Rows) -> list[str]:
@@ -128,51 +141,59 @@ def wants(rows: Rows) -> list[str]:
 def curve(rows: Rows) -> list[str]:
     """Time over that without masked tokens, a provider a line."""
     one = next(iter(rows.values()))
-    ratios = masked(rows)
+    columns = [f"{share:.0%}" for share in MASKED]
+    body = {named(provider): [f"{one:.2f}" for one in ratios] for provider, ratios in masked(rows).items()}
     return [
         f"Time as tokens are masked, over that of none, {one['head']}, N={one['tokens']}, fp32; ours is told how many "
         "count:",
         "",
-        *table(
-            "masked",
-            (f"{share:.0%}" for share in MASKED),
-            {named(provider): [f"{ratio:.2f}" for ratio in line] for provider, line in ratios.items()},
-        ),
+        *table("masked", columns, body),
     ]
 
 
 def masked(rows: Rows) -> dict[str, list[float]]:
-    seconds = {(r["masked"], r["provider"]): statistics.median(r["seconds"]) for r in rows.values() if "seconds" in r}
+    ratios = {(row["masked"], row["provider"]): row["ratio"] for row in rows.values()}
     return {
-        provider: [seconds[share, provider] / seconds[0.0, provider] for share in MASKED]
-        for provider in (*PROVIDERS, FLOOR)
-        if all((share, provider) in seconds for share in MASKED)
+        provider: [ratios[share, provider] / ratios[0.0, provider] for share in MASKED]
+        for provider in PROVIDERS
+        if all((share, provider) in ratios for share in MASKED)
     }
 
 
 def compiling() -> list[str]:
     """Seconds to compile."""
-    lines = (RESULTS / "compile_time-2.13.0-cpu.jsonl").read_text().splitlines()
-    rows = {(row["strategy"], row["chunks"]): row for row in map(json.loads, lines)}
+    rows = {(row["strategy"], row["chunks"]): row for row in lines_of("compile_time")}
     one = rows["unchunked", 1]
     counts = sorted({chunks for strategy, chunks in rows if strategy != "unchunked"})
-    ratio = {kind: f"{row['ratio']:.2f}" for kind, row in rows.items()}
+    ratios = {kind: f"{row['ratio']:.2f}" for kind, row in rows.items()}
     return [
         f"Time to compile, cold, over that of `F.cross_entropy` ({statistics.median(one['seconds']):.1f} s), "
         f"N={one['tokens']} H={one['width']} V={one['vocab']} fp32:",
         "",
-        *table("chunks", map(str, counts), {s: [ratio.get((s, c), "") for c in counts] for s in ("tokens", "vocab")}),
+        *table("chunks", map(str, counts), {s: [ratios.get((s, c), "") for c in counts] for s in ("tokens", "vocab")}),
+    ]
+
+
+def overhead(rows: Rows) -> list[str]:
+    """Of a call."""
+    one = next(iter(rows.values()))
+    ours, theirs, floor = (
+        statistics.median(rows[one["case"], provider]["seconds"]) * 1e6 for provider in ("defaults", COMPILED, FLOOR)
+    )
+    return [
+        f"A call of 8 tokens, 8 x 64, in which all but nothing is computed: {ours:.0f} us, of {named(COMPILED)}"
+        f" {theirs:.0f} us, of the GEMMs {floor:.0f} us.",
     ]
 
 
 def digest() -> bytes:
     """Of what the picture is drawn from, which it carries."""
-    scaling = json.dumps([(*key, row.get("seconds"), row.get("peak_mib")) for key, row in last("scaling").items()])
-    return sha256((figures() + scaling).encode()).hexdigest().encode()
+    drawn = [(*key, row["peak_mib"]) for key, row in last("sizes").items() if "peak_mib" in row]
+    return sha256((figures() + json.dumps(drawn)).encode()).hexdigest().encode()
 
 
 def draw() -> None:
-    """Time against memory, a head a panel, with the floor; below, scaling in N and V, and the masked fraction."""
+    """Time against memory, a head a panel, with the floor; below, peaks as N and V grow, and time as masks do."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -185,21 +206,21 @@ def draw() -> None:
         scatter(axis, [row for row in rows.values() if row["head"] == head and "peak_mib" in row])
         axis.set(title=f"H x V = {head}")
     axes[0, 0].set_ylabel("time over three bare GEMMs")
-    scaling = last("scaling").values()
+    grown = [row for row in last("sizes").values() if "peak_mib" in row]
     tokens, classes = axes[1, 0], axes[1, 1]
-    lines(tokens, [row for row in scaling if row["head"] == "256 x 65536"], lambda row: row["tokens"])
-    tokens.set(title="H x V = 256 x 65536, fp32", xlabel="tokens", ylabel="peak over the inputs, MiB")
-    lines(classes, [row for row in scaling if row["tokens"] == 1024], lambda row: HEADS[row["head"]].vocab)
-    classes.set(title="H = 256, N = 1024, fp32", xlabel="classes", ylabel="peak over the inputs, MiB")
-    for provider, line in masked(last("masked")).items():
-        color = COLORS.get(provider, "black")
-        axes[1, 2].plot([100 * share for share in MASKED], line, marker=".", color=color, label=provider)
+    peaks(tokens, [row for row in grown if row["head"] == "256 x 65536"], lambda row: row["tokens"])
+    tokens.set(title="as tokens grow, 256 x 65536, fp32", xlabel="tokens")
+    peaks(classes, [row for row in grown if row["tokens"] == 1024], lambda row: HEADS[row["head"]].vocab)
+    classes.set(title="as the vocabulary grows, H = 256, N = 1024, fp32", xlabel="classes")
+    for provider, ratios in reversed(masked(last("masked")).items()):
+        color = COLORS.get(provider, OTHER)
+        axes[1, 2].plot([100 * share for share in MASKED], ratios, marker=".", color=color, label=provider)
     axes[1, 2].set(title="as tokens are masked", xlabel="masked tokens, %", ylabel="time over that of none", ylim=0)
     axes[1, 2].grid(visible=True, alpha=0.2)
     entries: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+        entries = dict(zip(labels, handles, strict=True)) | entries
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False)
     about = next(reversed(rows.values()))
     figure.suptitle(
@@ -210,9 +231,9 @@ def draw() -> None:
 
 
 def scatter(axis: Any, rows: list[Row]) -> None:
-    axis.axhline(1.0, color="black", linewidth=1, linestyle="--", label=FLOOR)
-    for row in rows:
-        color, fp32 = COLORS.get(row["provider"], "#999999"), row["dtype"] == "float32"
+    axis.axhline(1.0, color=COLORS[FLOOR], linewidth=1, linestyle="--", label=FLOOR)
+    for row in reversed(rows):  # ours on top
+        color, fp32 = COLORS.get(row["provider"], OTHER), row["dtype"] == "float32"
         axis.scatter(
             row["peak_mib"],
             row["ratio"],
@@ -227,19 +248,20 @@ def scatter(axis: Any, rows: list[Row]) -> None:
     numbers(axis)
 
 
-def lines(axis: Any, rows: list[Row], size: Any) -> None:
-    for provider in dict.fromkeys(row["provider"] for row in rows if "peak_mib" in row):
+def peaks(axis: Any, rows: list[Row], size: Callable[[Row], int]) -> None:
+    for provider in dict.fromkeys(row["provider"] for row in rows):
         points = sorted((size(row), row["peak_mib"]) for row in rows if row["provider"] == provider)
-        axis.plot(*zip(*points, strict=True), marker="o", color=COLORS.get(provider, "#999999"), label=provider)
-    axis.set(xscale="log", yscale="log")
+        axis.plot(*zip(*points, strict=True), marker="o", color=COLORS.get(provider, OTHER), label=provider)
+    axis.set(xscale="log", yscale="log", ylabel="peak over the inputs, MiB")
     numbers(axis)
 
 
 def numbers(axis: Any) -> None:
     """Plain ones, and a grid."""
-    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     axis.grid(visible=True, which="both", alpha=0.2)
     for one in (axis.xaxis, axis.yaxis):
+        one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         one.set_major_formatter(FormatStrFormatter("%g"))
         one.set_minor_formatter(NullFormatter())

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benches import cases, meter, providers, run
+from benches import cases, meter, plot, providers, run
 
 SMALL = cases.Case(head="small", tokens=96, dtype="float32", masked=0.25)
 
@@ -35,8 +35,7 @@ def failing(error):
     return make
 
 
-def test_a_row_has_samples_a_peak_and_errors(monkeypatch):
-    monkeypatch.setattr(meter, "SLOW", float("inf"))
+def test_a_row_has_samples_a_peak_and_errors():
     rows = measured(SMALL, "F.cross_entropy, eager")
     assert rows[providers.FLOOR]["ratio"] == 1
     row = rows["F.cross_entropy, eager"]
@@ -47,10 +46,16 @@ def test_a_row_has_samples_a_peak_and_errors(monkeypatch):
 
 
 def test_who_is_slow_is_timed_once(monkeypatch):
-    monkeypatch.setattr(meter, "SLOW", 0)
+    monkeypatch.setattr(meter, "SLOW", (0, 0))
     rows = measured(SMALL, "F.cross_entropy, eager")
     assert [len(row["seconds"]) for row in rows.values()] == [1, 1]
     assert "ms" in run.line({"provider": "any", **rows["F.cross_entropy, eager"]})
+
+
+def test_a_ratio_is_paired_with_the_floor_of_its_round():
+    """The machine slowed down by ten in the middle; medians of each would say 2."""
+    assert meter.ratio([1.5, 15.0, 20.0], [1.0, 10.0, 10.0]) == 1.5
+    assert meter.ratio([1.5], [1.0, 10.0, 10.0]) == 1.5
 
 
 def test_errors_see_a_wrong_gradient():
@@ -109,7 +114,14 @@ def test_the_command_appends_lines_and_prints_a_table(monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(run, "run_in_child", child)
     output = tmp_path / "results.jsonl"
-    monkeypatch.setattr(sys, "argv", ["run", "--suite", "cpu", "--huge-pages", "--output", str(output)])
+    arguments = ["run", "--suite", "cpu", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--providers", "vocab", "defaults, max-autotune"])
+    run.main()
+    assert {tuple(names) for _, names, _ in asked} == {("vocab", "defaults, max-autotune")}
+    assert {environment[run.HUGE_PAGES] for _, _, environment in asked} == {"0"}
+    output.unlink()
+    asked.clear()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--huge-pages"])
     run.main()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [names for _, names, _ in asked] == [list(providers.PROVIDERS), run.LEADERS]
@@ -120,3 +132,66 @@ def test_the_command_appends_lines_and_prints_a_table(monkeypatch, tmp_path, cap
     printed = capsys.readouterr().out
     assert "small, N=96 float32, gradients, 25% masked" in printed
     assert "1500.00 ms (1250.00 to 1750.00)" in printed
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """Of every suite, in times that are multiples of the floor's; in a later run of the grid a peer fails."""
+    about = {"versions": {"torch": "2.13.0", "triton": None}, "device": "1 CPU core", "processor": "x", "date": "today"}
+    times = {providers.FLOOR: 1.0, "defaults": 1.1, plot.COMPILED: 1.2, "F.linear_cross_entropy": 3.0}
+
+    def rows(suite, *, huge_pages=False):
+        for case in cases.SUITES[suite]:
+            for provider, time in times.items():
+                ours = provider == "defaults"
+                seconds = time * (1 - case.masked if ours else 1)
+                yield {
+                    **dataclasses.asdict(case),
+                    "case": str(case),
+                    "provider": provider,
+                    "huge_pages": huge_pages,
+                    "seconds": [seconds, 10 * seconds],
+                    **({} if provider == providers.FLOOR else {"peak_mib": 100.0 if ours else 1000.0 + case.tokens}),
+                    **about,
+                }
+
+    def write(name, lines):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}-2.13.0-cpu.jsonl").write_text(text)
+
+    later = [{**row, "failed": "now"} for row in rows("cpu") if row["provider"] == "F.linear_cross_entropy"]
+    for row in later:
+        del row["seconds"], row["peak_mib"]
+    write("cpu", [*rows("cpu"), *rows("cpu", huge_pages=True), *later])
+    for suite in ("masked", "wants", "sizes", "overhead"):
+        write(suite, rows(suite))
+    kinds = [("unchunked", 1, 2.0), ("tokens", 1, 3.0), ("tokens", 8, 5.0), ("vocab", 8, 6.0)]
+    sizes = {"tokens": 1, "width": 2, "vocab": 3}
+    write("compile_time", [{"strategy": s, "chunks": c, "seconds": [t], "ratio": t / 2, **sizes} for s, c, t in kinds])
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot, "PICTURE", tmp_path / "picture.png")
+    return tmp_path
+
+
+def test_tables_are_of_the_last_times_there_are(results):
+    text = plot.figures()
+    lines = text.splitlines()
+    assert text.startswith("1 CPU core (x), torch 2.13.0, today;")
+    assert "| defaults | " + " | ".join(["1.10 / 100"] * len(cases.SUITES["cpu"])) + " |" in lines
+    assert sum(line.startswith("| defaults, huge pages |") for line in lines) == 1
+    linear = [line for line in lines if line.startswith("| `F.linear_cross_entropy` |")]
+    assert linear[0].startswith("| `F.linear_cross_entropy` | 3.00 / 1,512")
+    assert "Liger Kernel; " in text
+    assert "| defaults | 1.00 | 0.50 | 0.30 | 0.10 | 0.05 |" in lines
+    assert "| tokens | 1.50 | 2.50 |" in lines
+    assert "| vocab |  | 3.00 |" in lines
+    assert "| statistics (1) | 1.10 / 100 | 1.20 / 2,024 |" in lines
+
+
+def test_a_picture_knows_what_it_was_drawn_from(results):
+    plot.draw()
+    picture = plot.PICTURE.read_bytes()
+    assert plot.digest() in picture
+    more = (results / "sizes-2.13.0-cpu.jsonl").read_text().replace("1000", "1001").replace("100.0", "101.0")
+    (results / "sizes-2.13.0-cpu.jsonl").write_text(more)
+    assert plot.digest() not in picture

@@ -1,4 +1,4 @@
-"""What a walk takes: seconds at a GPU's rates, and bytes. Pure.
+"""What a walk takes: seconds at a device's rates, and bytes. Pure.
 
 N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
 
@@ -30,7 +30,7 @@ PASSES = 4  # three that read, for maximum, sum and gradient, and one that write
 
 
 class Rates(NamedTuple):
-    """What a device does at most."""
+    """What a device does."""
 
     half: float  # operations a second of GEMMs of 16-bit numbers
     single: float  # and of fp32

@@ -18,14 +18,15 @@ default limit of eight; and one more for an N that its chunks divide evenly. Wit
 at.
 
 NOTE [Accumulator]
-A sum over chunks in bf16 rounds once a chunk. The error of dW over that of the unchunked loss, N=8192 (CPU,
-benches/accumulation.py; the error budget is 2):
+A sum over chunks in bf16 rounds once a chunk. The error of dW over that of the unchunked loss, N=8192, on a CPU
+(benches/accumulation.py), where an fp32 accumulator adds products that were rounded to bf16; a GPU's does not:
 
     chunks               1    2    4    8   16   32   64  256  1024
     bf16 accumulator   1.0  1.2  1.5  2.0  2.8  3.8  5.5   13    22
     fp32 accumulator   1.0  1.4  1.4  1.4  1.4  1.4  1.4  1.3   1.2
 
-An fp32 accumulator costs two more bytes an element, and on a GPU more traffic a chunk.
+So up to 8 chunks the error is about twice the unchunked loss's. An fp32 accumulator costs four more bytes an element
+at the peak, two of them backward's copy, and more traffic a chunk.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Chunking:
     `chunk_size`: tokens a chunk, with "vocab" columns of the vocabulary; None lets the planner choose.
 
     `memory_budget`: most bytes the chunk of logits may take, a number or a text such as "512MiB", instead of
-    `chunk_size`; with "auto" also chooses the strategy that is faster within it.
+    `chunk_size`; with "auto" also chooses the strategy that is faster within it, at the rates of a CPU or a GPU.
 
     `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
     states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
