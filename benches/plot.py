@@ -81,6 +81,8 @@ def figures() -> str:
         "",
         *grid(rows, last("cpu", huge_pages=True)),
         "",
+        *errors(rows),
+        "",
         *sizes(last("sizes")),
         "",
         *wants(last("wants")),
@@ -111,6 +113,23 @@ def grid(rows: Rows, huge: Rows) -> list[str]:
         "a CPU much of what these cost over it is the first touch of new memory. Not run, for want of a GPU or of what",
         f"they need: {absent}.",
     ]
+
+
+def errors(rows: Rows) -> list[str]:
+    """The largest of all heads, and of both gradients."""
+
+    def largest(provider: str, dtype: str, parts: tuple[str, ...]) -> str:
+        mine = [row["error"] for (_, who), row in rows.items() if who == provider and row["dtype"] == dtype]
+        return f"{max(error[part] for error in mine for part in parts):.1e}"
+
+    columns = {
+        f"{what}, {short}": (dtype, parts)
+        for what, parts in {"loss": ("loss",), "gradients": ("hidden", "weight")}.items()
+        for short, dtype in {"fp32": "float32", "bf16": "bfloat16"}.items()
+    }
+    there = [p for p in PROVIDERS if any(who == p and "error" in row for (_, who), row in rows.items())]
+    body = {named(p): [largest(p, *column) for column in columns.values()] for p in there}
+    return ["Relative error against fp64, the largest of these heads:", "", *table("", columns, body)]
 
 
 def sizes(rows: Rows) -> list[str]:

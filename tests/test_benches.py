@@ -152,6 +152,7 @@ def results(monkeypatch, tmp_path):
                     "huge_pages": huge_pages,
                     "seconds": [seconds, 10 * seconds],
                     **({} if provider == providers.FLOOR else {"peak_mib": 100.0 if ours else 1000.0 + case.tokens}),
+                    "error": {"loss": time * 1e-3, "hidden": 0.5, "weight": 0.25 if ours else 2.0},
                     **about,
                 }
 
@@ -183,6 +184,8 @@ def test_tables_are_of_the_last_times_there_are(results):
     assert linear[0].startswith("| `F.linear_cross_entropy` | 3.00 / 1,512")
     assert "Liger Kernel; " in text
     assert "| defaults | 1.00 | 0.50 | 0.30 | 0.10 | 0.05 |" in lines
+    assert "| defaults | 1.1e-03 | 1.1e-03 | 5.0e-01 | 5.0e-01 |" in lines
+    assert "| `F.cross_entropy`, compiled | 1.2e-03 | 1.2e-03 | 2.0e+00 | 2.0e+00 |" in lines
     assert "| tokens | 1.50 | 2.50 |" in lines
     assert "| vocab |  | 3.00 |" in lines
     assert "| statistics (1) | 1.10 / 100 | 1.20 / 2,024 |" in lines

@@ -24,10 +24,13 @@ def test_what_is_chosen_is_what_the_engine_takes(chunking, ranks, device):
 
 
 def test_a_budget_is_spent_at_the_rates_of_the_device(monkeypatch):
+    arguments = (torch.randn(64, 8, requires_grad=True), torch.randn(100, 8), torch.arange(64))
+    chunking = Chunking(memory_budget=6400)
+    compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments, chunking=chunking), linear_cross_entropy(*arguments))
     asked = []
     monkeypatch.setattr(planner, "rates", lambda device: asked.append(device) or cost.H100)
-    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(100, 8)
-    linear_cross_entropy(hidden, weight, torch.arange(64), chunking=Chunking(memory_budget=6400))
+    linear_cross_entropy(*arguments, chunking=chunking)
     assert set(asked) == {"cpu"}
     assert cost.rates("cpu") != cost.rates("cuda")
     slower = plan(*LLAMA, device="cpu").chosen.seconds / plan(*LLAMA, device="cuda").chosen.seconds
