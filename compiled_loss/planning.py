@@ -24,8 +24,7 @@ class Alternative:
     """A walk of loss and both gradients, and what it is predicted to take.
 
     `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
-    `peak_bytes` over the inputs, of compiled code; `seconds` at its
-    device's rates.
+    `peak_bytes` over the inputs, of compiled code; `seconds` at a device's rates.
     """
 
     strategy: Strategy
@@ -41,8 +40,7 @@ class Explanation:
     r"""What was chosen, and between what; prints as a table.
 
     `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds;
-    `budget` is the most bytes a chunk's logits may take. Seconds are
-    predictions.
+    `budget` is the most bytes a chunk's logits may take. Seconds are predictions.
 
     Example:
         >>> from compiled_loss import Chunking, plan
