@@ -31,8 +31,8 @@ from compiled_loss import Chunking
 from compiled_loss.engine import cost
 from compiled_loss.engine.plan import plan
 
-MEMORY = [1e9 * 1.15**i for i in range(40)]  # bytes a second, of which the fit takes one
-CHUNK = [0.0, *(1e-5 * 1.5**i for i in range(20))]  # seconds
+MEMORY = [1e9 * 1.1**i for i in range(60)]  # bytes a second, of which the fit takes one
+CHUNK = [0.0, *(1e-5 * 1.3**i for i in range(24))]  # seconds
 PARTS = (2, 4, 8, 16, 32)  # of the logits; a budget is as many bytes as one of them
 
 
@@ -69,7 +69,9 @@ def fitted(rows: list[dict[str, Any]]) -> tuple[cost.Rates, float]:
         logs = (math.log(cost.seconds(*shape, rates) / seconds) for shape, seconds in known)
         return math.exp(math.sqrt(statistics.fmean(log * log for log in logs)))
 
-    best = min((cost.Rates(half, single, memory, chunk) for memory in MEMORY for chunk in CHUNK), key=missed)
+    best = min(
+        (cost.Rates(half, single, memory, chunk, overlap=False) for memory in MEMORY for chunk in CHUNK), key=missed
+    )
     return best, missed(best)
 
 

@@ -32,7 +32,11 @@ def test_a_budget_is_spent_at_the_rates_of_the_device(monkeypatch):
     monkeypatch.setattr(planner, "rates", lambda device: asked.append(device) or cost.H100)
     linear_cross_entropy(*arguments, chunking=chunking)
     assert set(asked) == {"cpu"}
-    assert cost.rates("cpu") != cost.rates("cuda")
+    small = (1024, 256, 65536)
+    walks = {
+        d: plan(*small, chunking=Chunking(memory_budget="32MiB"), device=d).chosen.strategy for d in ("cuda", "cpu")
+    }
+    assert walks == {"cuda": "vocab", "cpu": "tokens"}
     slower = plan(*LLAMA, device="cpu").chosen.seconds / plan(*LLAMA, device="cuda").chosen.seconds
     assert slower > 100
 
@@ -72,7 +76,7 @@ def test_nothing_that_fits_is_faster(tokens, width, vocab, budget):
 
 def test_seconds_by_hand():
     """Chunks of 2 of 4 tokens and of 25 of 50 columns: bound by operations, or by memory."""
-    device = cost.Rates(half=1.0, single=10.0, memory=100.0, chunk=7.0)
+    device = cost.Rates(half=1.0, single=10.0, memory=100.0, chunk=7.0, overlap=True)
     shape, gemm, passes = (4, 3, 50), 2 * 2 * 3 * 50 / 10.0, cost.PASSES * 4 * 2 * 50
     assert cost.seconds("tokens", 2, *shape, 4, 4, device) == pytest.approx(2 * (3 * gemm + passes / 100 + 7.0))
     slow = device._replace(memory=1.0)
@@ -81,6 +85,8 @@ def test_seconds_by_hand():
         added = 4 * (2 * 3 + 2 * 50) + 2 * accumulated * 3 * 50
         found = cost.seconds("tokens", 2, *shape, 4, accumulated, slow)
         assert found == pytest.approx(2 * (2 * moved + added + passes + 7.0))
+        found = cost.seconds("tokens", 2, *shape, 4, accumulated, slow._replace(overlap=False))
+        assert found == pytest.approx(2 * (3 * gemm + 2 * moved + added + passes + 7.0))
     moved, added = (2 * (25 * 3 + 25 * 4) + times * 3 * 4 for times in (2, 2 * 4))
     found = cost.seconds("vocab", 25, *shape, 2, 4, slow._replace(half=1e9))
     assert found == pytest.approx(2 * (3 * moved + added + cost.PASSES * 2 * 25 * 4 + 7.0))

@@ -11,8 +11,8 @@ Bytes that compiled code holds beyond the inputs, e bytes an element, a bytes an
 and where a is not e, at the end, what was accumulated beside its copy in the input's dtype instead of the chunk.
 Seconds are the sum over chunks of
 
-    each GEMM         the larger of its operations and of the bytes it moves, at the device's rates; the token walk runs
-                      3 of C rows, which read W twice, and read and write dW; the vocabulary walk 4 of C columns, which
+    each GEMM         its operations and the bytes it moves, at the device's rates: the larger of the two where it loads
+                      while it multiplies, as GPUs do, else their sum; the token walk runs 3 of C rows, which read W twice, and read and write dW; the vocabulary walk 4 of C columns, which
                       read the hidden states three times, and read and write dH
     the bodies        PASSES over the chunk's logits, at the memory's rate
     a constant        what a chunk costs besides, in launches and in the operators around it
@@ -23,6 +23,7 @@ memory budget leaves it fewer.
 
 from __future__ import annotations
 
+from operator import add
 from typing import Literal, NamedTuple
 
 Strategy = Literal["tokens", "vocab"]
@@ -36,12 +37,13 @@ class Rates(NamedTuple):
     single: float  # and of fp32
     memory: float  # bytes a second
     chunk: float  # seconds a chunk costs besides
+    overlap: bool  # whether a GEMM loads while it multiplies
 
 
 # Fitted by benches/search.py to benches/results/search-2.13.0-cpu.jsonl: two cores of an AMD EPYC with AVX-512.
-CPU = Rates(half=400e9, single=100e9, memory=2e10, chunk=1e-3)
+CPU = Rates(half=774e9, single=182e9, memory=19.2e9, chunk=0.0, overlap=False)
 # SXM, data sheet: bf16 dense, fp32 without TF32. A chunk's constant is assumed: five launches of 4 us. Not measured.
-H100 = Rates(half=990e12, single=67e12, memory=3.35e12, chunk=2e-5)
+H100 = Rates(half=990e12, single=67e12, memory=3.35e12, chunk=2e-5, overlap=True)
 
 
 def rates(device: str) -> Rates:
@@ -64,7 +66,8 @@ def seconds(
     operations = 2 * size * width * other / (device.half if itemsize == 2 else device.single)
     chunk = itemsize * (size * width + size * other)
     moved, added = chunk + itemsize * width * other, chunk + 2 * accumulated * width * other
-    one = (gemms - 1) * max(operations, moved / device.memory) + max(operations, added / device.memory)
+    of_both = max if device.overlap else add
+    one = (gemms - 1) * of_both(operations, moved / device.memory) + of_both(operations, added / device.memory)
     return (one + PASSES * itemsize * size * other / device.memory + device.chunk) * whole / size
 
 
