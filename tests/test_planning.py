@@ -32,6 +32,7 @@ def test_a_budget_is_spent_at_the_rates_of_the_device(monkeypatch):
     monkeypatch.setattr(planner, "rates", lambda device: asked.append(device) or cost.H100)
     linear_cross_entropy(*arguments, chunking=chunking)
     assert set(asked) == {"cpu"}
+    monkeypatch.undo()
     small = (1024, 256, 65536)
     walks = {
         d: plan(*small, chunking=Chunking(memory_budget="32MiB"), device=d).chosen.strategy for d in ("cuda", "cpu")

@@ -12,8 +12,9 @@ and where a is not e, at the end, what was accumulated beside its copy in the in
 Seconds are the sum over chunks of
 
     each GEMM         its operations and the bytes it moves, at the device's rates: the larger of the two where it loads
-                      while it multiplies, as GPUs do, else their sum; the token walk runs 3 of C rows, which read W twice, and read and write dW; the vocabulary walk 4 of C columns, which
-                      read the hidden states three times, and read and write dH
+                      while it multiplies, as GPUs do, else their sum; the token walk runs 3 of C rows, which read W
+                      twice, and read and write dW; the vocabulary walk 4 of C columns, which read the hidden states
+                      three times, and read and write dH
     the bodies        PASSES over the chunk's logits, at the memory's rate
     a constant        what a chunk costs besides, in launches and in the operators around it
 
