@@ -228,13 +228,18 @@ def draw() -> None:
     grown = [row for row in last("sizes").values() if "peak_mib" in row]
     tokens, classes = axes[1, 0], axes[1, 1]
     peaks(tokens, [row for row in grown if row["head"] == "256 x 65536"], lambda row: row["tokens"])
-    tokens.set(title="as tokens grow, 256 x 65536, fp32", xlabel="tokens")
+    tokens.set(title="as N grows, H x V = 256 x 65536, fp32", xlabel="tokens")
     peaks(classes, [row for row in grown if row["tokens"] == 1024], lambda row: HEADS[row["head"]].vocab)
-    classes.set(title="as the vocabulary grows, H = 256, N = 1024, fp32", xlabel="classes")
+    classes.set(title="as V grows, H = 256, N = 1024, fp32", xlabel="classes")
     for provider, ratios in reversed(masked(last("masked")).items()):
         color = COLORS.get(provider, OTHER)
         axes[1, 2].plot([100 * share for share in MASKED], ratios, marker=".", color=color, label=provider)
-    axes[1, 2].set(title="as tokens are masked", xlabel="masked tokens, %", ylabel="time over that of none", ylim=0)
+    axes[1, 2].set(
+        title="as tokens are masked, H x V = 2048 x 8192, fp32",
+        xlabel="masked tokens, %",
+        ylabel="time over that of none",
+        ylim=0,
+    )
     axes[1, 2].grid(visible=True, alpha=0.2)
     entries: dict[str, Any] = {}
     for axis in axes.flat:
@@ -268,7 +273,7 @@ def scatter(axis: Any, rows: list[Row]) -> None:
 
 
 def peaks(axis: Any, rows: list[Row], size: Callable[[Row], int]) -> None:
-    for provider in dict.fromkeys(row["provider"] for row in rows):
+    for provider in dict.fromkeys(row["provider"] for row in reversed(rows)):  # the defaults on top
         points = sorted((size(row), row["peak_mib"]) for row in rows if row["provider"] == provider)
         axis.plot(*zip(*points, strict=True), marker="o", color=COLORS.get(provider, OTHER), label=provider)
     axis.set(xscale="log", yscale="log", ylabel="peak over the inputs, MiB")
