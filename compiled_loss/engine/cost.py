@@ -24,7 +24,6 @@ memory budget leaves it fewer.
 
 from __future__ import annotations
 
-from operator import add
 from typing import Literal, NamedTuple
 
 Strategy = Literal["tokens", "vocab"]
@@ -67,8 +66,12 @@ def seconds(
     operations = 2 * size * width * other / (device.half if itemsize == 2 else device.single)
     chunk = itemsize * (size * width + size * other)
     moved, added = chunk + itemsize * width * other, chunk + 2 * accumulated * width * other
-    of_both = max if device.overlap else add
-    one = (gemms - 1) * of_both(operations, moved / device.memory) + of_both(operations, added / device.memory)
+
+    def gemm(moved: int) -> float:
+        loading = moved / device.memory
+        return max(operations, loading) if device.overlap else operations + loading
+
+    one = (gemms - 1) * gemm(moved) + gemm(added)
     return (one + PASSES * itemsize * size * other / device.memory + device.chunk) * whole / size
 
 
