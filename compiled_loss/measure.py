@@ -100,8 +100,7 @@ def _reset_high_water_mark() -> None:
 
 
 def _return_freed_blocks() -> None:
-    """Have glibc give back what is free, and large blocks when they are freed; musl does so anyway, without these."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-        library.malloc_trim(0)
+    """Have glibc give large blocks back when they are freed; musl does so anyway and has no mallopt."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 16)

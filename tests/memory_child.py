@@ -39,13 +39,3 @@ def measure(strategy, chunk, tokens, width, vocab, mode, dtype="float32"):
     with memory:
         kept = step(memory)
     return {"peak": memory.peak, "kept": kept}
-
-
-def measure_again(size):
-    """The peak of what is allocated where memory was freed, and not given back to the system, before."""
-    torch.empty(size // 4).fill_(1)  # glibc then keeps blocks as large as its bytes in the heap
-    freed, on_top = [torch.ones(size // 8) for _ in range(2)], torch.ones(1000)
-    del freed
-    with PeakMemory(torch.device("cpu")) as memory:
-        torch.ones(size // 4)
-    return {"peak": memory.peak, "on_top": float(on_top[0])}

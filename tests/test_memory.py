@@ -38,13 +38,6 @@ def chunk_bytes(strategy, chunk):
     return 4 * chunk * (TOKENS if strategy == "vocab" else VOCAB)
 
 
-def test_memory_that_was_freed_before_counts():
-    """What the heap still holds would be used again, and the resident set not grow."""
-    size = 16 * MIB
-    peak = run_in_child("memory_child:measure_again", environment=ENVIRONMENT, size=size)["peak"]
-    assert size <= peak <= size + MIB
-
-
 @pytest.mark.parametrize(
     ("strategy", "size"),
     [pytest.param(*case, marks=[pytest.mark.slow] * (case != ("tokens", "dW")), id="-".join(case)) for case in CHUNKS],
