@@ -5,6 +5,7 @@ Everything is fp64 and sums fewer than 1000 numbers near 1: 1e-11 is what their 
 
 import pipelining_child as child
 import pytest
+import ranks
 import torch
 from torch.nn import functional as F
 
@@ -16,11 +17,9 @@ TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each process knows, by case; they meet at a file of their own."""
-    folder = tmp_path_factory.mktemp("pipelining")
-    torch.multiprocessing.spawn(child.run, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def results(tmp_path_factory):
+    """What each process knows, by case."""
+    return ranks.run(child.steps, 2, tmp_path_factory.mktemp("pipelining"), limit=240)
 
 
 def further(labels, seq_idx, ahead):
@@ -51,7 +50,7 @@ def plain(stages, case, count, tokens, labels, seq_idx):
 
 
 @pytest.mark.parametrize("name", child.CASES)
-def test_a_step_is_that_of_one_process(name, ranks):
+def test_a_step_is_that_of_one_process(name, results):
     """mtp.py:370: the fused loss with a tuple was refused. mtp.py:403: num_label_tokens never came."""
     case = child.CASES[name]
     if case.keywords and not child.PASSES_KEYWORDS:
@@ -61,8 +60,8 @@ def test_a_step_is_that_of_one_process(name, ranks):
     count = (whole[1] != -100).sum()
     losses = [plain(stages, case, count, *part) for part in parts]
 
-    assert ranks[0][name]["trained"] == ranks[0][name]["evaluated"] == []
-    trained, evaluated = (ranks[1][name][key] for key in ("trained", "evaluated"))
+    assert results[0][name]["trained"] == results[0][name]["evaluated"] == []
+    trained, evaluated = (results[1][name][key] for key in ("trained", "evaluated"))
     torch.testing.assert_close(trained, [(main + auxiliary).detach() for main, auxiliary in losses], **TIGHT)
     torch.testing.assert_close(evaluated, [main.detach() for main, _ in losses], **TIGHT)
 
@@ -72,7 +71,7 @@ def test_a_step_is_that_of_one_process(name, ranks):
     else:  # the schedule averages: microbatches weigh the same, however many tokens they count
         loss = sum(main + auxiliary for main, auxiliary in losses) / child.MICROBATCHES
     loss.backward()
-    for stage, rank in zip(stages, ranks, strict=True):
+    for stage, rank in zip(stages, results, strict=True):
         expected = {name: parameter.grad for name, parameter in stage.named_parameters()}
         torch.testing.assert_close(rank[name]["gradients"], expected, **TIGHT)
         assert all(gradient.any() for gradient in expected.values())
