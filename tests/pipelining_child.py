@@ -143,6 +143,4 @@ def step(case, rank):
 
 def steps():
     """Every case, on this rank of the two."""
-    return {
-        name: step(case, dist.get_rank()) for name, case in CASES.items() if PASSES_KEYWORDS or not case.keywords
-    }
+    return {name: step(case, dist.get_rank()) for name, case in CASES.items() if PASSES_KEYWORDS or not case.keywords}
