@@ -8,7 +8,6 @@ gradients of 64 tokens and of their labels' classes.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import statistics
 import sys
@@ -156,9 +155,7 @@ def timed(step: Step, device: str) -> float:
 
 
 def peak(step: Step, device: str) -> int:
-    """Bytes over the inputs. On a CPU at most: what is freed into the heap and taken elsewhere counts twice."""
-    if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # or what the heap holds free would not count
+    """Bytes over the inputs."""
     with PeakMemory(torch.device(device)) as watch:
         step()
     return watch.peak

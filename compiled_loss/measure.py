@@ -14,6 +14,9 @@ import torch
 
 _STATUS = "/proc/self/status"
 _M_MMAP_THRESHOLD = -3  # mallopt's name for it in malloc.h
+_LARGE = 1 << 16  # bytes of what glibc is to take from the system, and give back
+_IS_MAPPED = 2  # glibc's mark of it, in the word before a block
+_MOST_FILLERS = 1 << 14
 
 
 class PeakMemory:
@@ -35,11 +38,12 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peak = self.held = 0
+        self._fillers: list[int] = []
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
         if self.device.type == "cpu":
-            _return_freed_blocks()
+            self._fillers = _filled_heap()
             _reset_high_water_mark()
         else:
             torch.accelerator.synchronize()
@@ -59,6 +63,8 @@ class PeakMemory:
         else:
             peak = int(torch.get_device_module(self.device).max_memory_allocated(self.device))
         self.peak, self.held = peak - self._start, self.now() - self._start
+        for block in self._fillers:
+            ctypes.CDLL(None).free(ctypes.c_void_p(block))
 
 
 def run_in_child(function: str, *, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
@@ -99,8 +105,20 @@ def _reset_high_water_mark() -> None:
         control.write("5")
 
 
-def _return_freed_blocks() -> None:
-    """Have glibc give large blocks back when they are freed; musl does so anyway and has no mallopt."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+def _filled_heap() -> list[int]:
+    """Blocks that fill what glibc's heap holds free, after which each large block is mapped for itself.
+
+    Or one that is taken from the heap would not be counted, and one that is freed there would be counted again where
+    it is taken elsewhere. Other allocators give large blocks back, and have no mallopt.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return []
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    blocks: list[int] = []
+    while len(blocks) < _MOST_FILLERS:
+        blocks.append(libc.malloc(_LARGE))
+        if ctypes.c_size_t.from_address(blocks[-1] - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MAPPED:
+            break
+    return blocks

@@ -39,3 +39,24 @@ def measure(strategy, chunk, tokens, width, vocab, mode, dtype="float32"):
     with memory:
         kept = step(memory)
     return {"peak": memory.peak, "kept": kept}
+
+
+def measure_heap():
+    """Peaks, in MiB, of one block at a time and of two, where the heap holds several free."""
+    size = 1 << 24
+    torch.empty(size // 4).zero_()  # freed, it teaches glibc to take such blocks from the heap
+    blocks = [torch.zeros(size // 4) for _ in range(5)]
+    last = blocks.pop()  # keeps the others' memory in the heap
+    blocks.clear()
+    peaks = []
+    for together in (False, True):
+        with PeakMemory(torch.device("cpu")) as memory:
+            first = torch.zeros(size // 4)
+            if not together:
+                del first
+            second = torch.zeros(size // 4 + 4096)
+            del second
+        peaks.append(round(memory.peak / 2**20))
+        first = None
+    assert last.sum() == 0
+    return peaks

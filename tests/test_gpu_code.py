@@ -184,10 +184,9 @@ def test_kernels_of_the_token_walk(inspected):
         """\
 forward +1 +0C triton_red_fused_mul_ne_ones_scalar_tensor_sum_where
 forward +2 +0C triton_per_fused_mul_ne_ones_scalar_tensor_sum_where
-forward +2 +0C triton_poi_fused_full
 forward +1 +0C triton_poi_fused_bitwise_and_bitwise_or_eq_ge_lt_mul_ne_ones_reciprocal_scalar_tensor_where
 forward +1 +2C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_ones_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_isnan_log_lt_mul_ne_ones_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
 forward -1 +1C addmm_
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_ne_scalar_tensor_sum_where
@@ -210,9 +209,8 @@ forward +3 +0C triton_per_fused__to_copy_bitwise_and_clamp_index_mul_ne_ones_sca
 forward +1 +0C triton_poi_fused__to_copy_bitwise_and_bitwise_or_clamp_eq_ge_index_lt_mul_ne_neg_ones_reciprocal_scalar_tensor_where
 forward +1 +0C triton_poi_fused__to_copy_stack
 forward +1 +0C triton_poi_fused_div_mul_ones_stack
-forward +2 +0C triton_poi_fused_full
 forward +1 +2C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_div_eq_exp_full_ge_isnan_log_lt_maximum_mul_ne_neg_ones_pow_reciprocal_rsub_scalar_tensor_slice_stack_sub_sum_tanh_unbind_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_isnan_log_lt_mul_ne_neg_ones_pow_reciprocal_rsub_scalar_tensor_slice_stack_sub_sum_tanh_unbind_unsqueeze_where
 forward +1 +0C triton_poi_fused_zeros_like
 forward +0 +1C triton_red_fused_add_sum_zeros_like
 forward -1 +1C addmm_

@@ -84,3 +84,8 @@ def test_eager_at_half_of_the_vocabulary():
     outputs, logits = 4 * (TOKENS * WIDTH + vocab * WIDTH), 4 * chunk * vocab
     memory = measured("tokens", chunk, "eager", vocab=vocab)
     assert memory["peak"] <= 1.05 * max(outputs + logits, 2 * outputs) + 16 * MIB
+
+
+def test_what_the_heap_holds_free_is_counted_once():
+    """One block of 16 MiB after another, and two together."""
+    assert run_in_child("memory_child:measure_heap", environment=ENVIRONMENT) == [16, 32]

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from compiled_loss.engine.gemm import dense, logits
 from compiled_loss.engine.ranks import largest
-from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, moved, statistics_dtype
+from compiled_loss.engine.statistics import (
+    Coefficients,
+    RowStatistics,
+    State,
+    after,
+    combine,
+    finish,
+    statistics_dtype,
+)
 
 Output = tuple[Tensor, ...]
 
@@ -130,36 +138,27 @@ def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
     return (columns if head.start is None else columns + head.start) == labels.unsqueeze(-1)
 
 
-def _fold(z: Tensor, labels: Tensor, head: Head, state: State) -> State:
-    # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
-    maximum = torch.maximum(state.maximum, largest(z.detach()))
+def _seen(z: Tensor, hit: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
+    """The state of a chunk alone, relative to a maximum at least as large as its own."""
     shifted = z - maximum.unsqueeze(-1)
     exp = shifted.exp()
-    rescale = (state.maximum - maximum).exp()
-    total, moment = state.total, state.moment
-    if total is not None:
-        total = total + (z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1)
-    if moment is not None:  # exp is 0 long before the clamp
-        past = moved(moment, state.sum_exp, state.maximum - maximum) * rescale
-        moment = past + (exp * shifted.clamp(min=-1e4)).sum(-1)
+    weighted = z if head.class_weights is None else z * head.class_weights.to(z.dtype)
     return State(
         maximum=maximum,
-        sum_exp=state.sum_exp * rescale + exp.sum(-1),
-        picked=state.picked + torch.where(_hit(z, labels, head), z, 0.0).sum(-1),
-        total=total,
-        moment=moment,
+        sum_exp=exp.sum(-1),
+        picked=torch.where(hit, z, 0.0).sum(-1),
+        total=weighted.sum(-1) if total else None,
+        moment=(exp * shifted.clamp(min=-1e4)).sum(-1) if entropy else None,  # exp is 0 long before the clamp
     )
 
 
-def _gradient(
-    z: Tensor, slope: Tensor | None, labels: Tensor, head: Head, maximum: Tensor, upstream: Upstream
-) -> Tensor:
+def _gradient(z: Tensor, slope: Tensor | None, hit: Tensor, head: Head, maximum: Tensor, upstream: Upstream) -> Tensor:
     """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
     shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
         row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
-    d = shifted.exp() * row - torch.where(_hit(z, labels, head), upstream.nll.unsqueeze(-1), 0.0)
+    d = shifted.exp() * row - torch.where(hit, upstream.nll.unsqueeze(-1), 0.0)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
@@ -171,7 +170,12 @@ def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Out
     labels, head, state = operands[0], Head(*operands[1:6]).unpacked(), State(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
     z, _ = _transform(source, weight, head)
-    return _fold(z, labels, head, state).present()
+    # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
+    maximum = torch.maximum(state.maximum, largest(z.detach()))
+    hit = _hit(z, labels, head)
+    seen = _seen(z, hit, head, maximum, total=state.total is not None, entropy=state.moment is not None)
+    sums = zip(state.rebased(maximum).present()[1:], seen.present()[1:], strict=True)
+    return maximum, *[past + new for past, new in sums]
 
 
 def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
@@ -180,33 +184,51 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
     upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
     assert labels is not None and maximum is not None
     z, slope = _transform(source, weight, head)
-    d = _gradient(z, slope, labels, head, maximum, upstream).to(source.dtype)
+    d = _gradient(z, slope, _hit(z, labels, head), head, maximum, upstream).to(source.dtype)
     return (d if weight is None else dense(d),)
 
 
 def fold_and_gradient(
     source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
 ) -> Output:
-    """Both, for rows whole or over a group: (labels, *Head, *State, *Coefficients) -> (d, row, loss, *RowStatistics).
+    """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, row, loss).
 
     `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
     lse's. `row` is returned for NOTE [Few reads] alone.
     """
+    d, row, loss, _ = _fold_and_gradient(source, weight, operands, group, entropy=False)
+    return d, row, loss
+
+
+def statistics_and_gradient(
+    source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> Output:
+    """`fold_and_gradient`, and statistics: (labels, *Head, *Coefficients) -> (d, row, loss, *RowStatistics)."""
+    d, row, loss, statistics = _fold_and_gradient(source, weight, operands, group, entropy=True)
+    return d, row, loss, *statistics.present()
+
+
+def _fold_and_gradient(
+    source: Tensor, weight: Tensor | None, operands: tuple[Tensor | None, ...], group: str | None, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
     labels, head = operands[0], Head(*operands[1:6]).unpacked()
-    state, coefficients = State(*operands[6:11]), Coefficients(*operands[11:])  # type: ignore[arg-type]
+    coefficients = Coefficients(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
     z, slope = _transform(source, weight, head)
-    before, state = state, _fold(z, labels, head, state).merged(group)
+    maximum = largest(z).clamp(min=torch.finfo(z.dtype).min)  # of no number but -inf, -inf - -inf would be NaN
+    hit = _hit(z, labels, head)
+    state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy)
+    state = state.merged(group)
     statistics = finish(state)
-    nll = after(coefficients.nll, *state, *before)
+    nll = after(coefficients.nll, *state)
     row = nll
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * statistics.lse
     upstream = Upstream(row / state.sum_exp, nll, coefficients.total, None)
-    d = _gradient(z, slope, labels, head, state.maximum, upstream).to(source.dtype)
-    return (d, upstream.row, combine(statistics, coefficients), *statistics.present())
+    d = _gradient(z, slope, hit, head, state.maximum, upstream).to(source.dtype)
+    return d, upstream.row, combine(statistics, coefficients), statistics
 
 
 def add_column_sums(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:

@@ -96,7 +96,7 @@ def _fold(
         states = gemm.taking_turns(rows.of(hidden), group, parts[-1] if parts else [])
         operands = (*rows.of_each([labels]), *pair, *rows.of_each(target))
         parts.append(run(BODIES[kind].fold, states, weight, *operands, group=group))
-    outputs = tuple([gemm.join(part) for part in zip(*parts, strict=True)])
+    outputs = tuple([gemm.join(part, []) for part in zip(*parts, strict=True)])
     known, (soft, *hard) = Known.of(outputs, kind, labels, target.indices)
     return known, soft, hard[0] if hard else None
 
@@ -128,18 +128,16 @@ class _WeightedSum(torch.autograd.Function):
             hard = hard / scale
         run = hosts.choose(hidden.device, plan.compile)
 
-        def chunk(rows: Rows, formed: list[Tensor]) -> Output:
-            states = gemm.taking_turns(rows.of(hidden), group, formed)
+        def chunk(rows: Rows, states: Tensor) -> Output:
             operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
             run_chunk = hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0]))
             d, loss, *_ = run_chunk(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
             return d, loss
 
-        gradients, (losses,) = form_gradients(hidden, weight, None, plan, wanted, soft, chunk)
+        gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
-        gemm.fence_(loss, [v for v in gradients if v is not None])
         ctx.dtypes = [hidden.dtype, weight.dtype, None]
         ctx.save_for_backward(*gradients, scale)
         ctx.set_materialize_grads(False)
@@ -191,14 +189,13 @@ class _Divergence(torch.autograd.Function):
                 soft, hard = soft / scale, None if hard is None else hard / scale
             run = hosts.choose(hidden.device, ctx.plan.compile)
 
-            def chunk(rows: Rows, formed: list[Tensor]) -> Output:
+            def chunk(rows: Rows, states: Tensor) -> Output:
                 run_chunk = hosts.of_chunk(run, ctx.plan.alone(rows.number, hidden.shape[0]))
-                states = gemm.taking_turns(rows.of(hidden), ctx.group, formed)
                 operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
                 return run_chunk(BODIES[ctx.kind].gradient, states, weight, *operands, group=ctx.group)
 
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
-            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, wanted, soft, chunk)
+            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, ctx.group, wanted, soft, chunk)
             if scale is not None:
                 gradients = scaled_gradients(gradients, scale, [hidden.dtype, weight.dtype, None])
         d_hidden, d_weight, _ = gradients

@@ -29,9 +29,34 @@ def dense(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (x.shape[1], 1))
 
 
-@torch.library.custom_op("compiled_loss::mm_out", mutates_args={"out"})
-def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Out = a @ b."""
+@torch.library.custom_op("compiled_loss::add_gradients_", mutates_args={"fenced", "d_hidden", "d_weight"})
+def add_gradients_(
+    fenced: Tensor,
+    d_hidden: Tensor | None,  # [N, H]
+    d_weight: Tensor | None,  # [V, H]
+    d: Tensor,  # [rows, columns], the gradient of a chunk of logits
+    hidden: Tensor,  # [rows, H]
+    weight: Tensor,  # [columns, H]
+    row: int,
+    column: int,
+    scale: Tensor | None,
+    after: Sequence[Tensor],
+) -> None:
+    """Where the chunk lies, from (row, column) on, dH += d @ weight and dW += d.T @ hidden; and a `fence_`.
+
+    Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's.
+    """
+    if d_hidden is not None:
+        (_add_product if column else _mm_out)(d_hidden.narrow(0, row, d.shape[0]), d, weight)
+    if d_weight is not None:
+        part = d_weight.narrow(0, column, d.shape[1])
+        if scale is None:
+            (_add_product if row else _mm_out)(part, d.t(), hidden)
+        else:
+            _scaled_mm_out(part, d.t(), hidden, scale)
+
+
+def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -39,14 +64,7 @@ def mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
         _add_product(out, a, b)
 
 
-@torch.library.custom_op("compiled_loss::addmm_", mutates_args={"accumulator"})
-def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """Accumulator += a @ b, in the accumulator's dtype."""
-    _add_product(accumulator, a, b)
-
-
-@torch.library.custom_op("compiled_loss::scaled_mm_out", mutates_args={"out"})
-def scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+def _scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
     """Out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
     rows = max(1, _BLOCK // max(1, b.shape[1]))
     for block, part in zip(out.split(rows), a.split(rows), strict=True):
@@ -77,8 +95,8 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @torch.library.custom_op("compiled_loss::join", mutates_args=())
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all chunks in one tensor.
+def join(parts: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Rows of all chunks in one tensor, once `after` is there: NOTE [Order].
 
     Opaque: Inductor reads all parts of a concatenation in the kernel that uses it, whose registers then spill and
     whose code depends on how many chunks there are.
@@ -87,7 +105,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 
 @join.register_fake
-def _(parts: Sequence[Tensor]) -> Tensor:
+def _(parts: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 

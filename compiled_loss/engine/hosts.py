@@ -37,7 +37,13 @@ from compiled_loss.engine.divergences import Pair
 Body = Callable[..., bodies.Output]
 Host = Callable[..., bodies.Output]  # (body, source, weight, *operands, group=None) -> the body's outputs
 
-_ONE = (bodies.fold, bodies.gradient, bodies.fold_and_gradient, bodies.add_column_sums)
+_ONE = (
+    bodies.fold,
+    bodies.gradient,
+    bodies.fold_and_gradient,
+    bodies.statistics_and_gradient,
+    bodies.add_column_sums,
+)
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
 _BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO)}
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}

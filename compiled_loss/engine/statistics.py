@@ -50,12 +50,16 @@ class State(NamedTuple):
         if group is None:
             return self
         (maximum,) = reduced([self.maximum], "max", group)
-        rescale = (self.maximum - maximum).exp()
+        return self.replaced([maximum, *reduced(self.rebased(maximum).present()[1:], "sum", group)])
+
+    def rebased(self, maximum: Tensor) -> State:
+        """The same relative to a maximum at least as large; the clamp keeps 0 * -inf from becoming NaN."""
+        by = self.maximum - maximum
+        rescale = by.exp()
         moment = self.moment
         if moment is not None:
-            moment = moved(moment, self.sum_exp, self.maximum - maximum) * rescale
-        parts = self._replace(sum_exp=self.sum_exp * rescale, moment=moment).present()[1:]
-        return self.replaced([maximum, *reduced(parts, "sum", group)])
+            moment = (moment + self.sum_exp * by.clamp(min=-1e4)) * rescale
+        return self._replace(maximum=maximum, sum_exp=self.sum_exp * rescale, moment=moment)
 
 
 class RowStatistics(NamedTuple):
@@ -72,11 +76,10 @@ class RowStatistics(NamedTuple):
         return tuple([v for v in self if v is not None])
 
     @staticmethod
-    def of(present: Sequence[Tensor], state: State) -> RowStatistics:
-        """From `present()`, of a state with the same parts."""
-        nll, lse, *rest, correct = present
-        total = None if state.total is None else rest[0]
-        return RowStatistics(nll, lse, total, None if state.moment is None else rest[-1], correct)
+    def of(present: Sequence[Tensor], *, total: bool) -> RowStatistics:
+        """From `present()`, with the entropy."""
+        nll, lse, *rest, entropy, correct = present
+        return RowStatistics(nll, lse, rest[0] if total else None, entropy, correct)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Each statistic changed; what is None stays None."""
@@ -113,11 +116,6 @@ def initial_state(like: Tensor, shape: tuple[int, ...], *, total: bool, entropy:
     return State(
         full(torch.finfo(dtype).min), full(0.0), full(0.0), full(0.0) if total else None, full(0.0) if entropy else None
     )
-
-
-def moved(moment: Tensor, sum_exp: Tensor, by: Tensor) -> Tensor:
-    """A first moment relative to a maximum that is `by` less; the clamp keeps 0 * -inf from becoming NaN."""
-    return moment + sum_exp * by.clamp(min=-1e4)
 
 
 def finish(state: State) -> RowStatistics:

@@ -55,7 +55,7 @@ def statistics(
         run(bodies.fold, rows.of(hidden), weight, rows.of(labels), *head, *rows.of_each(state))
         for rows in chunks(hidden.shape[0], plan)
     ]
-    return finish(state.replaced([gemm.join(parts) for parts in zip(*states, strict=True)]).merged(group))
+    return finish(state.replaced([gemm.join(parts, []) for parts in zip(*states, strict=True)]).merged(group))
 
 
 def weighted_sum(
@@ -69,12 +69,12 @@ def weighted_sum(
     active: Tensor,  # [N] bool
     wanted: Wanted,
     *,
-    entropy: bool,
-) -> tuple[Tensor, RowStatistics]:
-    """sum(combine(statistics, coefficients)), differentiable, and the masked statistics themselves, detached."""
-    how = (plan, group, wanted, entropy)
+    known: bool,
+) -> tuple[Tensor, RowStatistics | None]:
+    """sum(combine(statistics, coefficients)), differentiable, and if wanted the masked statistics, detached."""
+    how = (plan, group, wanted, known)
     loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, *how)
-    return loss, RowStatistics(*rest).map(Tensor.detach)
+    return loss, RowStatistics(*rest).map(Tensor.detach) if known else None
 
 
 class Rows(NamedTuple):
@@ -106,11 +106,12 @@ def form_gradients(
     weight: Tensor,
     bias: Tensor | None,
     plan: Plan,
+    group: str | None,
     wanted: Wanted,
     fenced: Tensor,
-    chunk: Callable[[Rows, list[Tensor]], bodies.Output],
+    chunk: Callable[[Rows, Tensor], bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """dH, dW and db, and what else `chunk`, of rows and what is formed so far, returns after its logits' gradient.
+    """dH, dW and db, and what else `chunk`, of rows and their hidden states, returns after its logits' gradient.
 
     `fenced` is the result of a computation that every chunk reads: NOTE [Order].
     """
@@ -120,19 +121,17 @@ def form_gradients(
     d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
     parts: list[list[Tensor]] = []
     formed: list[Tensor] = []
-    for i, rows in enumerate(chunks(hidden.shape[0], plan)):
-        d, *rest = chunk(rows, formed)
+    for rows in chunks(hidden.shape[0], plan):
+        states = gemm.taking_turns(rows.of(hidden), group, formed)
+        d, *rest = chunk(rows, states)
         parts.append(rest)
-        if d_hidden is not None:
-            gemm.mm_out(rows.of(d_hidden), d, weight)
-        if d_weight is not None:
-            (gemm.addmm_ if i else gemm.mm_out)(d_weight, d.t(), rows.of(hidden))
         if d_bias is not None:
             (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
+            rest = [d_bias, *rest]
+        gemm.add_gradients_(fenced, d_hidden, d_weight, d, states, weight, rows.start, 0, None, rest)
         del d  # or eager code holds two chunks
         formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
-        gemm.fence_(fenced, [*formed, *rest])
-    return [d_hidden, d_weight, d_bias], [gemm.join(part) for part in zip(*parts, strict=True)]
+    return [d_hidden, d_weight, d_bias], [gemm.join(part, formed) for part in zip(*parts, strict=True)]
 
 
 def scaled_gradients(
@@ -164,7 +163,7 @@ class _TokenChunks(torch.autograd.Function):
         plan: Plan,
         group: str | None,
         wanted: Wanted,
-        entropy: bool,
+        known: bool,
     ) -> tuple[Tensor | None, ...]:
         head = Head(bias, class_weights, softcap, inverse_temperature).packed()
         coefficients = scaled = Coefficients(nll, lse, total, square)
@@ -173,27 +172,27 @@ class _TokenChunks(torch.autograd.Function):
             scaled = coefficients.map(lambda c: c / scale)
 
         run = hosts.choose(hidden.device, plan.compile)
-        state = initial_state(hidden, (hidden.shape[0],), total=total is not None, entropy=entropy)
         labels = torch.where(active, labels, -1)  # to be fenced: NOTE [Order]
+        differentiable = any(ctx.needs_input_grad[7:11])
+        body = bodies.statistics_and_gradient if known or differentiable else bodies.fold_and_gradient
 
-        def chunk(rows: Rows, formed: list[Tensor]) -> bodies.Output:
-            states = gemm.taking_turns(rows.of(hidden), group, formed)
-            operands = (rows.of(labels), *head, *rows.of_each(state), *rows.of_each(scaled))
+        def chunk(rows: Rows, states: Tensor) -> bodies.Output:
+            operands = (rows.of(labels), *head, *rows.of_each(scaled))
             run_chunk = hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0]))
-            d, _, *rest = run_chunk(bodies.fold_and_gradient, states, weight, *operands, group=group)
+            d, _, *rest = run_chunk(body, states, weight, *operands, group=group)
             return d, *rest
 
-        gradients, (losses, *statistics) = form_gradients(hidden, weight, bias, plan, wanted, labels, chunk)
+        gradients, (losses, *rest) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
-        gemm.fence_(loss, [v for v in gradients if v is not None])
-        result = masked(RowStatistics.of(statistics, state), active)
+        statistics: tuple[Tensor | None, ...] = (None,) * 5
+        if rest:
+            statistics = masked(RowStatistics.of(rest, total=total is not None), active)
         ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
-        per_row = result[:3] if any(ctx.needs_input_grad[7:11]) else (None, None, None)
-        ctx.save_for_backward(*gradients, scale, *per_row)
+        ctx.save_for_backward(*gradients, scale, *(statistics[:3] if differentiable else (None, None, None)))
         ctx.set_materialize_grads(False)
-        return loss, *result
+        return loss, *(statistics if known else (None,) * 5)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:

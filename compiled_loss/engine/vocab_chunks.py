@@ -106,25 +106,16 @@ class _VocabChunks(torch.autograd.Function):
                 operands = (labels, *columns, state.maximum, *upstream)
                 run_chunk = hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
                 (d,) = run_chunk(bodies.gradient, hidden, chunk, *operands)
-                if d_hidden is not None:
-                    (gemm.addmm_ if start else gemm.mm_out)(d_hidden, d, chunk)
-                if d_weight is not None:
-                    part = d_weight.narrow(0, start, size)
-                    if scale is None:
-                        gemm.mm_out(part, d.t(), hidden)
-                    else:
-                        gemm.scaled_mm_out(part, d.t(), hidden, scale)
                 if wants_bias:
                     d_biases += run(bodies.add_column_sums, d, None, None)
+                gemm.add_gradients_(starts, d_hidden, d_weight, d, hidden, chunk, 0, start, scale, d_biases)
                 del d  # or eager code holds two chunks
-                formed = [v for v in (d_hidden, d_weight, *d_biases) if v is not None]
-                gemm.fence_(starts, formed)
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
                 one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
                 d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
             d_bias = None
             if head.bias is not None and wants_bias:
-                d_bias = gemm.join(d_biases)
+                d_bias = gemm.join(d_biases, [])
                 d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
             return d_hidden, d_weight, d_bias, *(None,) * 8

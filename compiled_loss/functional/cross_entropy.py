@@ -227,8 +227,7 @@ def linear_cross_entropy(
         reduction=reduction,
         num_label_tokens=num_label_tokens,
     )
-    loss, _ = linear.loss(coefficients, reduction, chunking)
-    return loss
+    return linear.loss(coefficients, reduction, chunking)
 
 
 def linear_cross_entropy_with_statistics(
@@ -293,6 +292,6 @@ def linear_cross_entropy_with_statistics(
         reduction=reduction,
         num_label_tokens=num_label_tokens,
     )
-    loss, rows = linear.loss(coefficients, reduction, chunking, entropy=True)
+    loss, rows = linear.loss_and_statistics(coefficients, reduction, chunking)
     statistics = token_statistics(rows, linear.tokens)
     return LossAndStatistics(loss, TokenStatistics(*(value.detach() for value in statistics)))

@@ -49,46 +49,63 @@ class LinearHead(NamedTuple):
         compact = reduction.compacted(self.tokens.active, chunking)
         head = self if compact is None else self._gathered(compact)
         rows = head._statistics(chunking, total=total, entropy=entropy, what=what)
-        return self._back(rows, compact, rows.nll)[0]
+        factor = self._factor(compact, rows.nll)
+        return self._back(rows, compact, factor)
 
-    def loss(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool = False
+    def loss(self, coefficients: Coefficients, reduction_: str, chunking: Chunking) -> Tensor:
+        """The loss of coefficients [...], on the walk that suits it."""
+        return self._loss_and_known(coefficients, reduction_, chunking, known=False)[0]
+
+    def loss_and_statistics(
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking
     ) -> tuple[Tensor, RowStatistics]:
-        """The loss of coefficients [...], on the walk that suits it, and masked statistics [...]."""
+        """The loss, and masked statistics [...] from the same pass."""
+        loss, rows = self._loss_and_known(coefficients, reduction_, chunking, known=True)
+        assert rows is not None
+        return loss, rows
+
+    def _loss_and_known(
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, known: bool
+    ) -> tuple[Tensor, RowStatistics | None]:
         checks.instance("chunking", chunking, Chunking)
         coefficients = coefficients.map(lambda c: c.reshape(-1))
         compact = reduction.compacted(self.tokens.active, chunking)
         if compact is None:
-            loss, rows = self._loss(coefficients, reduction_, chunking, entropy=entropy)
+            loss, rows = self._loss(coefficients, reduction_, chunking, known=known)
         else:
             coefficients = coefficients.map(compact.gathered)
-            loss, rows = self._gathered(compact)._loss(coefficients, reduction_, chunking, entropy=entropy)
+            loss, rows = self._gathered(compact)._loss(coefficients, reduction_, chunking, known=known)
             if reduction_ == "none":
                 loss = compact.scattered(loss)
-        rows, factor = self._back(rows, compact, loss)
+        factor = self._factor(compact, loss)
         if reduction_ == "none":
             loss = loss.reshape(self.tokens.labels.shape)
-        return loss if factor is None else loss * factor, rows
+        return (
+            loss if factor is None else loss * factor,
+            None if rows is None else self._back(rows, compact, factor),
+        )
 
     def _gathered(self, compact: Compaction) -> LinearHead:
         """Of the tokens that count."""
         tokens = self.tokens.map(lambda v: compact.gathered(v.reshape(-1)))
         return self._replace(hidden=compact.gathered(self.hidden), tokens=tokens)
 
-    def _back(
-        self, rows: RowStatistics, compact: Compaction | None, after: Tensor
-    ) -> tuple[RowStatistics, Tensor | None]:
-        """Statistics [...] of those of the rows, and a factor of all: NaN where tokens are not what was promised."""
+    def _factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
+        """Of all results: NaN where tokens are not what was promised."""
         factor = None if compact is None else compact.fits
-        if compact is not None:
-            rows = rows.map(compact.scattered)
         if self.vocabulary.group is not None:
             factor = after.new_ones(()) if factor is None else factor.to(after.dtype)
             factor = self.vocabulary.agreed(factor, self.tokens.labels, after)
+        return factor
+
+    def _back(self, rows: RowStatistics, compact: Compaction | None, factor: Tensor | None) -> RowStatistics:
+        """Statistics [...] of those of the rows."""
+        if compact is not None:
+            rows = rows.map(compact.scattered)
         rows = rows.map(lambda v: v.reshape(self.tokens.labels.shape))
         if factor is not None:
             rows = rows.map(lambda v: v * factor.to(v.dtype) if v.is_floating_point() else v)
-        return rows, factor
+        return rows
 
     def _statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
         """Masked statistics of all rows that there are, [N]."""
@@ -109,9 +126,9 @@ class LinearHead(NamedTuple):
         return masked(rows, tokens.active.reshape(-1))
 
     def _loss(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, entropy: bool
-    ) -> tuple[Tensor, RowStatistics]:
-        """The loss of coefficients [N], and masked statistics [N], of all rows that there are."""
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, known: bool
+    ) -> tuple[Tensor, RowStatistics | None]:
+        """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         wanted = self._wanted()
         if reduction_ != "none" and any(wanted) and not traced():
             chosen = self._plan(chunking, ("tokens", "vocab"))
@@ -128,10 +145,10 @@ class LinearHead(NamedTuple):
                         coefficients,
                         tokens.active.reshape(-1),
                         wanted,
-                        entropy=entropy,
+                        known=known,
                     )
         total = coefficients.total is not None
-        rows = self._statistics(chunking, total=total, entropy=entropy, what="reduction='none' with a gradient")
+        rows = self._statistics(chunking, total=total, entropy=known, what="reduction='none' with a gradient")
         return reduction.reduced(combine(rows, coefficients), reduction_), rows
 
     def _wanted(self) -> Wanted:
