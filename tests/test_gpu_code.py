@@ -164,7 +164,8 @@ def counts(inspected, strategy, name):
         tables = {n: Counter() for n in runs}
         for n, run in runs.items():
             for kernel, count in run.passes[i].kernels.items():
-                tables[n][re.sub(r"_\d+$", "", kernel)] += count
+                name = re.sub(r"_\d+$", "", kernel).replace("_fence_", "")  # an operator without code, named now and then
+                tables[n][name] += count
         assert tables[2].keys() == tables[8].keys() == tables[32].keys()
         for kernel in tables[8]:
             two, eight, many = (tables[n][kernel] for n in (2, 8, 32))
@@ -285,8 +286,8 @@ def test_kernels_on_logits(inspected):
             for kernel, count in p.kernels.items()
         ),
         """\
-logits, plain: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_eq_exp_full_ge_lt_maximum_mul_ne_scalar_tensor_sub_sum_unsqueeze_where_0
-logits, plain: forward 1 triton_red_fused_add_eq_full_log_mul_ones_reciprocal_scalar_tensor_sub_sum_where_1
+logits, plain: forward 1 triton_red_fused__to_copy_amax_arange_bitwise_and_bitwise_or_eq_exp_full_ge_lt_maximum_ne_scalar_tensor_sub_sum_unsqueeze_where_0
+logits, plain: forward 1 triton_red_fused_add_eq_exp_full_log_mul_ones_reciprocal_scalar_tensor_sub_sum_where_1
 logits, plain: backward 1 triton_poi_fused__to_copy_add_arange_div_eq_exp_expand_mul_ones_scalar_tensor_sub_unsqueeze_where_zeros_0
 logits, none: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_eq_exp_full_ge_log_lt_maximum_mul_ne_ones_scalar_tensor_sub_sum_unsqueeze_where_0
 logits, none: backward 1 triton_poi_fused__to_copy_add_arange_div_eq_exp_mul_ones_scalar_tensor_sub_unsqueeze_where_zeros_0
@@ -341,18 +342,18 @@ def test_number_of_kernels(inspected):
             for name, one in found.items()
         ),
         """\
-tokens, plain: 21 launches of 8, 2 launches of 2
-tokens, bias: 26 launches of 10, 3 launches of 3
-tokens, softcap: 22 launches of 9, 2 launches of 2
-tokens, smoothing: 21 launches of 8, 2 launches of 2
-tokens, z-loss: 21 launches of 8, 2 launches of 2
-tokens, class weights: 23 launches of 10, 2 launches of 2
-tokens, mask: 21 launches of 8, 2 launches of 2
-tokens, everything: 30 launches of 14, 3 launches of 3
+tokens, plain: 19 launches of 6, 2 launches of 2
+tokens, bias: 24 launches of 8, 3 launches of 3
+tokens, softcap: 20 launches of 7, 2 launches of 2
+tokens, smoothing: 19 launches of 6, 2 launches of 2
+tokens, z-loss: 19 launches of 6, 2 launches of 2
+tokens, class weights: 21 launches of 8, 2 launches of 2
+tokens, mask: 19 launches of 6, 2 launches of 2
+tokens, everything: 28 launches of 12, 3 launches of 3
 tokens, loss only: 15 launches of 6
-tokens, frozen hidden: 17 launches of 8, 1 launches of 1
-tokens, frozen weight: 17 launches of 7, 1 launches of 1
-tokens, with statistics: 25 launches of 8, 2 launches of 2
+tokens, frozen hidden: 15 launches of 6, 1 launches of 1
+tokens, frozen weight: 15 launches of 5, 1 launches of 1
+tokens, with statistics: 23 launches of 6, 2 launches of 2
 vocab, plain: 13 launches of 7, 18 launches of 5
 vocab, bias: 13 launches of 7, 24 launches of 8
 vocab, softcap: 14 launches of 8, 18 launches of 5
