@@ -18,9 +18,17 @@ import compiled_loss
 from compiled_loss import Chunking, VocabShard, reference
 
 B, S, H = 2, 6, 5
-VOCAB = {"weight": 0, "bias": 0, "teacher_weight": 0, "logits": -1, "teacher_logits": -1, "target_probs": -1}
+VOCAB = {
+    "weight": 0,
+    "bias": 0,
+    "forbidding": 0,
+    "teacher_weight": 0,
+    "logits": -1,
+    "teacher_logits": -1,
+    "target_probs": -1,
+}
 TOKENS = (
-    *("hidden", "further", "teacher_hidden", "labels", "mask", "token_weights", "position_mask"),
+    *("hidden", "further", "teacher_hidden", "labels", "allowed", "mask", "token_weights", "position_mask"),
     *("top_values", "top_indices"),
 )
 TOKENS_AND_VOCAB = ("logits", "teacher_logits", "target_probs")
@@ -128,6 +136,17 @@ def soft(target: tuple[str, ...], **keywords: Any) -> Loss:
     return Loss(call, ("hidden", "weight"), (*target, "position_mask"), ROWS)
 
 
+def forbidden(chunking: Chunking) -> Loss:
+    """A bias that leaves some ranks no class."""
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        return lib.linear_cross_entropy(
+            t["hidden"], t["weight"], t["allowed"], bias=t["forbidding"], **counted(t), **how
+        )
+
+    return Loss(call, ("hidden", "weight"), ("allowed", "forbidding"), chunking)
+
+
 LOSSES = {
     "linear_cross_entropy, tokens": linear(counted, ROWS),
     "linear_cross_entropy, vocab": linear(counted, COLUMNS),
@@ -147,6 +166,8 @@ LOSSES = {
         "mask",
         "class_weights",
     ),
+    "forbidden classes, tokens": forbidden(ROWS),
+    "forbidden classes, vocab": forbidden(COLUMNS),
     "compacted": linear(counted, replace(ROWS, max_label_tokens=9)),  # of 12 tokens, 3 of which are masked
     "mean": linear(lambda t: {"label_smoothing": 0.2}, Chunking())._replace(counted=False),
     "none": Loss(
@@ -211,7 +232,9 @@ def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
         "further": normal(B, S, H),
         "weight": normal(vocab, H),
         "bias": normal(vocab),
+        "forbidding": torch.where(torch.arange(vocab) < 2, normal(vocab), float("-inf")),
         "labels": labels,
+        "allowed": torch.where(labels < 0, labels, labels % 2),
         "mask": torch.randint(0, 3, (B, S), generator=random),
         "token_weights": normal(B, S).abs(),
         "class_weights": normal(vocab).abs(),

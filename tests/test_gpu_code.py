@@ -150,6 +150,15 @@ def test_the_naive_loop_fails_these_tests(inspected):
         assert_saves_nothing_larger_than(found, 8 * tokens)
 
 
+@CONTRACTS
+@REGIONS
+def test_a_chunk_of_all_tokens_forms_its_gradients_in_forward(inspected):
+    """With N < H, keeping the logits for backward's GEMMs takes fewer bytes: the partitioner would."""
+    for wanted in ("hw", "w"):
+        found = inspection(inspected, linear("tokens", (512, 4096, 131072), 1, grad=wanted), assemble=False)
+        assert not found.passes[1].gemms
+
+
 # --- the same code for any number of chunks ---------------------------------------------------------------------------
 
 
@@ -164,7 +173,9 @@ def counts(inspected, strategy, name):
         tables = {n: Counter() for n in runs}
         for n, run in runs.items():
             for kernel, count in run.passes[i].kernels.items():
-                name = re.sub(r"_\d+$", "", kernel).replace("_fence_", "")  # an operator without code, named now and then
+                name = re.sub(r"_\d+$", "", kernel).replace(
+                    "_fence_", ""
+                )  # an operator without code, named now and then
                 tables[n][name] += count
         assert tables[2].keys() == tables[8].keys() == tables[32].keys()
         for kernel in tables[8]:
