@@ -137,8 +137,6 @@ def memory(name: str, which: int) -> dict[str, int]:
         return kept
 
     watch = PeakMemory(torch.device("cpu"))
-    with watch:  # from here on freed blocks are given back
-        pass
     step(watch)
     with watch:
         kept = step(watch)

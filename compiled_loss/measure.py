@@ -23,7 +23,8 @@ class PeakMemory:
     """Bytes allocated at the worst moment of a `with` block, and at its end, over what was held at its start.
 
     On accelerators the allocator's own count. On Linux CPUs the resident set, which counts what was really touched and
-    is exact to a few MiB in a process that has done the same work once before: see :func:`run_in_child`.
+    is exact to a few MiB in a process that has done the same work once before (see :func:`run_in_child`), with glibc's
+    allocator and less than 1 GiB free in its heap.
 
     Example:
         >>> import torch
@@ -63,8 +64,10 @@ class PeakMemory:
         else:
             peak = int(torch.get_device_module(self.device).max_memory_allocated(self.device))
         self.peak, self.held = peak - self._start, self.now() - self._start
-        for block in self._fillers:
-            ctypes.CDLL(None).free(ctypes.c_void_p(block))
+        fillers, self._fillers = self._fillers, []
+        free = ctypes.CDLL(None).free
+        for block in fillers:
+            free(ctypes.c_void_p(block))
 
 
 def run_in_child(function: str, *, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
@@ -108,17 +111,22 @@ def _reset_high_water_mark() -> None:
 def _filled_heap() -> list[int]:
     """Blocks that fill what glibc's heap holds free, after which each large block is mapped for itself.
 
-    Or one that is taken from the heap would not be counted, and one that is freed there would be counted again where
-    it is taken elsewhere. Other allocators give large blocks back, and have no mallopt.
+    A large block taken from the heap would not be counted, and one freed there would be counted again where it is taken
+    elsewhere. Other allocators give large blocks back.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    try:
+        glibc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return []
+    one, other = (ctypes.cast(lib.malloc, ctypes.c_void_p).value for lib in (libc, glibc))
+    if one != other or not hasattr(libc, "mallopt"):
         return []
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     blocks: list[int] = []
-    while len(blocks) < _MOST_FILLERS:
-        blocks.append(libc.malloc(_LARGE))
-        if ctypes.c_size_t.from_address(blocks[-1] - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MAPPED:
+    while len(blocks) < _MOST_FILLERS and (block := libc.malloc(_LARGE)):
+        blocks.append(block)
+        if ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MAPPED:
             break
     return blocks

@@ -4,6 +4,7 @@ import datetime
 import faulthandler
 import os
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -66,6 +67,8 @@ def _rank(body, rank, world, folder, arguments):
             traceback.print_exc(file=stack)
             stack.flush()
             os._exit(1)  # the group's threads may wait for ranks that never come
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # torch's own threads abort one exit in ten ("terminate called without an active exception")
 
 

@@ -173,10 +173,9 @@ def counts(inspected, strategy, name):
         tables = {n: Counter() for n in runs}
         for n, run in runs.items():
             for kernel, count in run.passes[i].kernels.items():
-                name = re.sub(r"_\d+$", "", kernel).replace(
-                    "_fence_", ""
-                )  # an operator without code, named now and then
-                tables[n][name] += count
+                # `fence_` has no code, but now and then its name in that of a kernel.
+                stem = re.sub(r"_\d+$", "", kernel).replace("_fence__", "_")
+                tables[n][stem] += count
         assert tables[2].keys() == tables[8].keys() == tables[32].keys()
         for kernel in tables[8]:
             two, eight, many = (tables[n][kernel] for n in (2, 8, 32))

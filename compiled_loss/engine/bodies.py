@@ -19,15 +19,7 @@ from torch import Tensor
 
 from compiled_loss.engine.gemm import dense, logits
 from compiled_loss.engine.ranks import largest
-from compiled_loss.engine.statistics import (
-    Coefficients,
-    RowStatistics,
-    State,
-    after,
-    combine,
-    finish,
-    statistics_dtype,
-)
+from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, statistics_dtype
 
 Output = tuple[Tensor, ...]
 
@@ -142,12 +134,11 @@ def _seen(z: Tensor, hit: Tensor, head: Head, maximum: Tensor, *, total: bool, e
     """The state of a chunk alone, relative to a maximum at least as large as its own."""
     shifted = z - maximum.unsqueeze(-1)
     exp = shifted.exp()
-    weighted = z if head.class_weights is None else z * head.class_weights.to(z.dtype)
     return State(
         maximum=maximum,
         sum_exp=exp.sum(-1),
         picked=torch.where(hit, z, 0.0).sum(-1),
-        total=weighted.sum(-1) if total else None,
+        total=(z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1) if total else None,
         moment=(exp * shifted.clamp(min=-1e4)).sum(-1) if entropy else None,  # exp is 0 long before the clamp
     )
 
@@ -196,26 +187,31 @@ def fold_and_gradient(
     `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
     lse's. `row` is returned for NOTE [Few reads] alone.
     """
-    d, row, loss, _ = _fold_and_gradient(source, weight, operands, group, entropy=False)
-    return d, row, loss
+    return _fold_and_gradient(source, weight, operands, group, entropy=False)[:3]
 
 
 def statistics_and_gradient(
     source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
 ) -> Output:
-    """`fold_and_gradient`, and statistics: (labels, *Head, *Coefficients) -> (d, row, loss, *RowStatistics)."""
-    d, row, loss, statistics = _fold_and_gradient(source, weight, operands, group, entropy=True)
-    return d, row, loss, *statistics.present()
+    """`fold_and_gradient`, and then the statistics but for the entropy."""
+    return _fold_and_gradient(source, weight, operands, group, entropy=False)
+
+
+def all_statistics_and_gradient(
+    source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
+) -> Output:
+    """`fold_and_gradient`, and then all statistics."""
+    return _fold_and_gradient(source, weight, operands, group, entropy=True)
 
 
 def _fold_and_gradient(
     source: Tensor, weight: Tensor | None, operands: tuple[Tensor | None, ...], group: str | None, *, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
+) -> Output:
     labels, head = operands[0], Head(*operands[1:6]).unpacked()
     coefficients = Coefficients(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
     z, slope = _transform(source, weight, head)
-    maximum = largest(z).clamp(min=torch.finfo(z.dtype).min)  # of no number but -inf, -inf - -inf would be NaN
+    maximum = largest(z).clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
     hit = _hit(z, labels, head)
     state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy)
     state = state.merged(group)
@@ -228,7 +224,7 @@ def _fold_and_gradient(
         row = row + 2 * coefficients.square * statistics.lse
     upstream = Upstream(row / state.sum_exp, nll, coefficients.total, None)
     d = _gradient(z, slope, hit, head, state.maximum, upstream).to(source.dtype)
-    return d, upstream.row, combine(statistics, coefficients), statistics
+    return d, upstream.row, combine(statistics, coefficients), *statistics.present()
 
 
 def add_column_sums(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:

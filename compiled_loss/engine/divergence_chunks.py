@@ -126,12 +126,10 @@ class _WeightedSum(torch.autograd.Function):
         soft = torch.where(active, soft if scale is None else soft / scale, 0.0)  # to be fenced: NOTE [Order]
         if scale is not None and hard is not None:
             hard = hard / scale
-        run = hosts.choose(hidden.device, plan.compile)
 
-        def chunk(rows: Rows, states: Tensor) -> Output:
+        def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> Output:
             operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
-            run_chunk = hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0]))
-            d, loss, *_ = run_chunk(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
+            d, loss, *_ = run(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
             return d, loss
 
         gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, chunk)
@@ -187,12 +185,10 @@ class _Divergence(torch.autograd.Function):
             scale = unit_scale(hidden.dtype, soft, hard)
             if scale is not None:
                 soft, hard = soft / scale, None if hard is None else hard / scale
-            run = hosts.choose(hidden.device, ctx.plan.compile)
 
-            def chunk(rows: Rows, states: Tensor) -> Output:
-                run_chunk = hosts.of_chunk(run, ctx.plan.alone(rows.number, hidden.shape[0]))
+            def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> Output:
                 operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
-                return run_chunk(BODIES[ctx.kind].gradient, states, weight, *operands, group=ctx.group)
+                return run(BODIES[ctx.kind].gradient, states, weight, *operands, group=ctx.group)
 
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
             gradients, _ = form_gradients(hidden, weight, None, ctx.plan, ctx.group, wanted, soft, chunk)

@@ -1,8 +1,8 @@
 """GEMMs that write where they are told, and the operators around them that keep the compiler honest.
 
 Inductor functionalises `acc.addmm_(a, b)` into a new [V, H] per chunk plus a copy; an operator that declares what
-it writes keeps one accumulator for the whole loop. What an operator here writes is read by nothing but operators here
-until the loop is over: Inductor 2.15 was seen to move an ordinary read of such a buffer behind the next write.
+it writes keeps one accumulator for the whole loop. What an operator here really writes is read by nothing but operators
+here until the loop is over: Inductor 2.15 was seen to move an ordinary read of such a buffer behind the next write.
 """
 
 from __future__ import annotations
@@ -42,9 +42,22 @@ def add_gradients_(
     scale: Tensor | None,
     after: Sequence[Tensor],
 ) -> None:
-    """Where the chunk lies, from (row, column) on, dH += d @ weight and dW += d.T @ hidden; and a `fence_`.
+    """Where the chunk lies, from (row, column) on, dH += d @ weight and dW += d.T @ hidden.
 
-    Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's.
+    Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's. One
+    operator, since each that writes costs the compiler 20 ms a chunk.
+
+    NOTE [Order]
+    Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
+    regions of a backward before its GEMMs and held every chunk's gradient, and the partitioner moves the token walk's
+    dW GEMMs into backward with their [C, V] inputs where that is less to keep, as of a single chunk with N < H. So what
+    reads `fenced` from here on, as every chunk does, comes after these GEMMs and after `after`, and the token walk's
+    loss is joined after all of them. `after` is the chunk's other results, for the list in which a region returns them
+    holds the gradient until the last is taken out, which Inductor may put off to the end. Chunks that reduce over ranks
+    must do so in the same order on each, whose shapes may differ, or ranks wait for ever: they take turns.
+
+    `fenced` is never really written. It is the result of a computation, not a clone: of a slice's clone the compiler
+    reads the slice, and where the operator is unfolded from its storage's start (torch 2.11 to 2.15, silently).
     """
     if d_hidden is not None:
         (_add_product if column else _mm_out)(d_hidden.narrow(0, row, d.shape[0]), d, weight)
@@ -110,21 +123,8 @@ def _(parts: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("compiled_loss::fence_", mutates_args={"x"})
-def fence_(x: Tensor, after: Sequence[Tensor]) -> None:
-    """Do nothing, opaquely: what reads x from here on comes after what wrote `after`.
-
-    NOTE [Order]
-    Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
-    regions of a backward before its GEMMs and held every chunk's gradient, and the partitioner moves the token walk's
-    dW GEMMs into backward with their [C, V] inputs, the last one when N >= H and all of them when N < H. So each chunk
-    is fenced after the GEMMs of the one before, and the token walk's loss after all of them; and after the chunk's
-    other results, for the list in which a region returns them holds the gradient until the last is taken out, which
-    Inductor may put off to the end. Chunks that reduce over ranks must do so in the same order on each, whose shapes
-    may differ, or ranks wait for ever: they take turns.
-
-    x is the result of a computation, never a clone: of a slice's clone the compiler reads the slice, and where the
-    fence is unfolded reads it from its storage's start (torch 2.11 to 2.15, silently).
-    """
+def fence_(x: Tensor) -> None:
+    """Do nothing, opaquely: what made x and what reads it from here on are not one kernel."""
 
 
 @torch.library.custom_op("compiled_loss::in_turn", mutates_args=())

@@ -42,6 +42,7 @@ _ONE = (
     bodies.gradient,
     bodies.fold_and_gradient,
     bodies.statistics_and_gradient,
+    bodies.all_statistics_and_gradient,
     bodies.add_column_sums,
 )
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)

@@ -76,10 +76,10 @@ class RowStatistics(NamedTuple):
         return tuple([v for v in self if v is not None])
 
     @staticmethod
-    def of(present: Sequence[Tensor], *, total: bool) -> RowStatistics:
-        """From `present()`, with the entropy."""
-        nll, lse, *rest, entropy, correct = present
-        return RowStatistics(nll, lse, rest[0] if total else None, entropy, correct)
+    def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> RowStatistics:
+        """From `present()`."""
+        nll, lse, *rest, correct = present
+        return RowStatistics(nll, lse, rest[0] if total else None, rest[-1] if entropy else None, correct)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Each statistic changed; what is None stays None."""

@@ -69,12 +69,12 @@ def weighted_sum(
     active: Tensor,  # [N] bool
     wanted: Wanted,
     *,
-    known: bool,
+    with_statistics: bool,
 ) -> tuple[Tensor, RowStatistics | None]:
     """sum(combine(statistics, coefficients)), differentiable, and if wanted the masked statistics, detached."""
-    how = (plan, group, wanted, known)
+    how = (plan, group, wanted, with_statistics)
     loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, *how)
-    return loss, RowStatistics(*rest).map(Tensor.detach) if known else None
+    return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
 
 class Rows(NamedTuple):
@@ -109,9 +109,9 @@ def form_gradients(
     group: str | None,
     wanted: Wanted,
     fenced: Tensor,
-    chunk: Callable[[Rows, Tensor], bodies.Output],
+    chunk: Callable[[Rows, hosts.Host, Tensor], bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """dH, dW and db, and what else `chunk`, of rows and their hidden states, returns after its logits' gradient.
+    """dH, dW and db, and what else `chunk` returns after its logits' gradient, of rows, a host, and hidden states.
 
     `fenced` is the result of a computation that every chunk reads: NOTE [Order].
     """
@@ -123,12 +123,12 @@ def form_gradients(
     formed: list[Tensor] = []
     for rows in chunks(hidden.shape[0], plan):
         states = gemm.taking_turns(rows.of(hidden), group, formed)
-        d, *rest = chunk(rows, states)
+        d, *rest = chunk(rows, hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0])), states)
         parts.append(rest)
         if d_bias is not None:
             (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
-            rest = [d_bias, *rest]
-        gemm.add_gradients_(fenced, d_hidden, d_weight, d, states, weight, rows.start, 0, None, rest)
+        after = [*rest] if d_bias is None else [d_bias, *rest]
+        gemm.add_gradients_(fenced, d_hidden, d_weight, d, states, weight, rows.start, 0, None, after)
         del d  # or eager code holds two chunks
         formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
     return [d_hidden, d_weight, d_bias], [gemm.join(part, formed) for part in zip(*parts, strict=True)]
@@ -163,7 +163,7 @@ class _TokenChunks(torch.autograd.Function):
         plan: Plan,
         group: str | None,
         wanted: Wanted,
-        known: bool,
+        with_statistics: bool,
     ) -> tuple[Tensor | None, ...]:
         head = Head(bias, class_weights, softcap, inverse_temperature).packed()
         coefficients = scaled = Coefficients(nll, lse, total, square)
@@ -171,15 +171,15 @@ class _TokenChunks(torch.autograd.Function):
         if scale is not None:
             scaled = coefficients.map(lambda c: c / scale)
 
-        run = hosts.choose(hidden.device, plan.compile)
         labels = torch.where(active, labels, -1)  # to be fenced: NOTE [Order]
         differentiable = any(ctx.needs_input_grad[7:11])
-        body = bodies.statistics_and_gradient if known or differentiable else bodies.fold_and_gradient
+        body = bodies.statistics_and_gradient if differentiable else bodies.fold_and_gradient
+        if with_statistics:
+            body = bodies.all_statistics_and_gradient
 
-        def chunk(rows: Rows, states: Tensor) -> bodies.Output:
+        def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> bodies.Output:
             operands = (rows.of(labels), *head, *rows.of_each(scaled))
-            run_chunk = hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0]))
-            d, _, *rest = run_chunk(body, states, weight, *operands, group=group)
+            d, _, *rest = run(body, states, weight, *operands, group=group)
             return d, *rest
 
         gradients, (losses, *rest) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, chunk)
@@ -188,11 +188,11 @@ class _TokenChunks(torch.autograd.Function):
             loss = loss * scale
         statistics: tuple[Tensor | None, ...] = (None,) * 5
         if rest:
-            statistics = masked(RowStatistics.of(rest, total=total is not None), active)
+            statistics = masked(RowStatistics.of(rest, total=total is not None, entropy=with_statistics), active)
         ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients, scale, *(statistics[:3] if differentiable else (None, None, None)))
         ctx.set_materialize_grads(False)
-        return loss, *(statistics if known else (None,) * 5)
+        return loss, *(statistics if with_statistics else (None,) * 5)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:

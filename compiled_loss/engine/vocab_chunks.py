@@ -71,7 +71,7 @@ class _VocabChunks(torch.autograd.Function):
         state = state.merged(group)
         result = finish(state)
         for rows in (result.nll, result.lse):  # or their logarithm joins the kernel that sums losses, which then spills
-            gemm.fence_(rows, [])
+            gemm.fence_(rows)
         ctx.save_for_backward(hidden, weight, *head[:4], labels, *state)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
@@ -106,9 +106,9 @@ class _VocabChunks(torch.autograd.Function):
                 operands = (labels, *columns, state.maximum, *upstream)
                 run_chunk = hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
                 (d,) = run_chunk(bodies.gradient, hidden, chunk, *operands)
-                if wants_bias:
-                    d_biases += run(bodies.add_column_sums, d, None, None)
-                gemm.add_gradients_(starts, d_hidden, d_weight, d, hidden, chunk, 0, start, scale, d_biases)
+                sums = list(run(bodies.add_column_sums, d, None, None)) if wants_bias else []
+                d_biases += sums
+                gemm.add_gradients_(starts, d_hidden, d_weight, d, hidden, chunk, 0, start, scale, sums)
                 del d  # or eager code holds two chunks
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):

@@ -54,29 +54,28 @@ class LinearHead(NamedTuple):
 
     def loss(self, coefficients: Coefficients, reduction_: str, chunking: Chunking) -> Tensor:
         """The loss of coefficients [...], on the walk that suits it."""
-        return self._loss_and_known(coefficients, reduction_, chunking, known=False)[0]
+        return self._loss_and_rows(coefficients, reduction_, chunking, with_statistics=False)[0]
 
     def loss_and_statistics(
         self, coefficients: Coefficients, reduction_: str, chunking: Chunking
     ) -> tuple[Tensor, RowStatistics]:
         """The loss, and masked statistics [...] from the same pass."""
-        loss, rows = self._loss_and_known(coefficients, reduction_, chunking, known=True)
+        loss, rows = self._loss_and_rows(coefficients, reduction_, chunking, with_statistics=True)
         assert rows is not None
         return loss, rows
 
-    def _loss_and_known(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, known: bool
+    def _loss_and_rows(
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, with_statistics: bool
     ) -> tuple[Tensor, RowStatistics | None]:
         checks.instance("chunking", chunking, Chunking)
         coefficients = coefficients.map(lambda c: c.reshape(-1))
         compact = reduction.compacted(self.tokens.active, chunking)
-        if compact is None:
-            loss, rows = self._loss(coefficients, reduction_, chunking, known=known)
-        else:
-            coefficients = coefficients.map(compact.gathered)
-            loss, rows = self._gathered(compact)._loss(coefficients, reduction_, chunking, known=known)
-            if reduction_ == "none":
-                loss = compact.scattered(loss)
+        head = self
+        if compact is not None:
+            head, coefficients = self._gathered(compact), coefficients.map(compact.gathered)
+        loss, rows = head._loss(coefficients, reduction_, chunking, with_statistics=with_statistics)
+        if compact is not None and reduction_ == "none":
+            loss = compact.scattered(loss)
         factor = self._factor(compact, loss)
         if reduction_ == "none":
             loss = loss.reshape(self.tokens.labels.shape)
@@ -126,7 +125,7 @@ class LinearHead(NamedTuple):
         return masked(rows, tokens.active.reshape(-1))
 
     def _loss(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, known: bool
+        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, with_statistics: bool
     ) -> tuple[Tensor, RowStatistics | None]:
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         wanted = self._wanted()
@@ -145,11 +144,11 @@ class LinearHead(NamedTuple):
                         coefficients,
                         tokens.active.reshape(-1),
                         wanted,
-                        known=known,
+                        with_statistics=with_statistics,
                     )
         total = coefficients.total is not None
-        rows = self._statistics(chunking, total=total, entropy=known, what="reduction='none' with a gradient")
-        return reduction.reduced(combine(rows, coefficients), reduction_), rows
+        rows = self._statistics(chunking, total=total, entropy=with_statistics, what="reduction='none' with a gradient")
+        return reduction.reduced(combine(rows, coefficients), reduction_), rows if with_statistics else None
 
     def _wanted(self) -> Wanted:
         """Whose gradients autograd may ask for."""
