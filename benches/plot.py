@@ -235,7 +235,7 @@ def draw() -> None:
         color = COLORS.get(provider, OTHER)
         axes[1, 2].plot([100 * share for share in MASKED], ratios, marker=".", color=color, label=provider)
     axes[1, 2].set(
-        title="as tokens are masked, H x V = 2048 x 8192, fp32",
+        title="as tokens are masked, 2048 x 8192, fp32",
         xlabel="masked tokens, %",
         ylabel="time over that of none",
         ylim=0,
