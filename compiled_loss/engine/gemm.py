@@ -45,7 +45,7 @@ def add_gradients_(
     """Where the chunk lies, from (row, column) on, dH += d @ weight and dW += d.T @ hidden.
 
     Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's. One
-    operator, since each that writes costs the compiler 20 ms a chunk.
+    operator, since each that writes costs the compiler over 10 ms a chunk.
 
     NOTE [Order]
     Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
