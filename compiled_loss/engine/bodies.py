@@ -216,13 +216,12 @@ def _fold_and_gradient(
     state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy)
     state = state.merged(group)
     statistics = finish(state)
-    nll = after(coefficients.nll, *state)
-    row = nll
+    row = coefficients.nll
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * statistics.lse
-    upstream = Upstream(row / state.sum_exp, nll, coefficients.total, None)
+    upstream = Upstream(after(row, *state) / state.sum_exp, coefficients.nll, coefficients.total, None)
     d = _gradient(z, slope, hit, head, state.maximum, upstream).to(source.dtype)
     return d, upstream.row, combine(statistics, coefficients), *statistics.present()
 
