@@ -181,15 +181,21 @@ def masked(rows: Rows) -> dict[str, list[float]]:
 
 def compiling() -> list[str]:
     """Seconds to compile."""
-    rows = {(row["strategy"], row["chunks"]): row for row in lines_of("compile_time")}
-    one = rows["unchunked", 1]
-    counts = sorted({chunks for strategy, chunks in rows if strategy != "unchunked"})
+    rows = {(row["strategy"], row["start"], row["chunks"]): row for row in lines_of("compile_time")}
+    one, warm = (rows["unchunked", start, 1] for start in ("cold", "warm"))
+    counts = sorted({chunks for strategy, _, chunks in rows if strategy != "unchunked"})
+    kinds = {
+        "tokens": ("tokens", "cold"),
+        "vocab": ("vocab", "cold"),
+        "tokens, warm": ("tokens", "warm"),
+        "tokens, warm, Functions cached": ("tokens", "functions"),
+    }
     ratios = {kind: f"{row['ratio']:.2f}" for kind, row in rows.items()}
     return [
-        f"Time to compile, cold, over that of `F.cross_entropy` ({statistics.median(one['seconds']):.1f} s), "
-        f"N={one['tokens']} H={one['width']} V={one['vocab']} fp32:",
+        f"Time to compile over that of `F.cross_entropy`, cold ({statistics.median(one['seconds']):.1f} s; warm, "
+        f"after another process: {warm['ratio']:.2f}), N={one['tokens']} H={one['width']} V={one['vocab']} fp32:",
         "",
-        *table("chunks", map(str, counts), {s: [ratios.get((s, c), "") for c in counts] for s in ("tokens", "vocab")}),
+        *table("chunks", map(str, counts), {k: [ratios.get((*s, c), "") for c in counts] for k, s in kinds.items()}),
     ]
 
 

@@ -80,7 +80,7 @@ def linear(strategy, shape, chunks=None, *, function="linear_cross_entropy", gra
         forward=1 if strategy == "vocab" else 1 + len(grad),
         backward=0 if strategy == "tokens" or not grad else 1 + len(grad),
         keeps=outputs if strategy == "tokens" else 0,
-        generated=(1 + bias * bool(grad), 0) if strategy == "tokens" else (1, 1 + bias),
+        generated=(1, 0) if strategy == "tokens" else (1, 1),
         options={} if grad else {"backward": False},
     )
 

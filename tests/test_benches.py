@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benches import cases, meter, plot, providers, run
+from benches import cases, gpu_code, meter, plot, providers, run
 
 SMALL = cases.Case(head="small", tokens=96, dtype="float32", masked=0.25)
 
@@ -167,12 +167,38 @@ def results(monkeypatch, tmp_path):
     write("cpu", [*rows("cpu"), *rows("cpu", huge_pages=True), *later])
     for suite in ("masked", "wants", "sizes", "overhead"):
         write(suite, rows(suite))
-    kinds = [("unchunked", 1, 2.0), ("tokens", 1, 3.0), ("tokens", 8, 5.0), ("vocab", 8, 6.0)]
+    kinds = [("unchunked", "cold", 1, 2.0), ("tokens", "cold", 1, 3.0), ("tokens", "cold", 8, 5.0)]
+    kinds += [("vocab", "cold", 8, 6.0), ("unchunked", "warm", 1, 0.2), ("tokens", "warm", 8, 1.2)]
+    keys = ("strategy", "start", "chunks", "ratio")
     sizes = {"tokens": 1, "width": 2, "vocab": 3}
-    write("compile_time", [{"strategy": s, "chunks": c, "seconds": [t], "ratio": t / 2, **sizes} for s, c, t in kinds])
+    write("compile_time", [dict(zip(keys, k, strict=True), seconds=[k[-1]], **sizes) for k in kinds])
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "PICTURE", tmp_path / "picture.png")
     return tmp_path
+
+
+LOOP = """
+.L_x_{number}:
+        /*0010*/                   LDG.E.64 R2, desc[UR4][R8.64] ;
+        /*0020*/                   UIADD3 UR4, UP0, UR4, {step:#x}, URZ ;
+        /*0030*/                   UISETP.GE.U32.AND UP0, UPT, UR4, 0x1f800, UPT ;
+        /*0040*/              @!P6 BRA `(.L_x_{number}) ;
+"""
+END = """
+        /*0050*/                   EXIT ;
+.L_x_9:
+        /*0060*/                   BRA `(.L_x_9) ;
+        /*0070*/                   NOP ;
+"""
+
+
+def test_instructions_that_a_thread_issues():
+    loops = [LOOP.format(number=i, step=step) for i, step in enumerate((2048, 4096))]
+    assert gpu_code.issued(loops[0] + END, 4096, 2048) == 2 * 4 + 2
+    assert gpu_code.issued("".join(loops) + END, 10_000, 2048) == 5 * 4 + 3 * 4 + 2
+    assert gpu_code.issued(END, 0, 0) == 2
+    with pytest.raises(ValueError, match="does not advance by 3000"):
+        gpu_code.issued(loops[0] + END, 4096, 3000)
 
 
 def test_tables_are_of_the_last_times_there_are(results):
@@ -187,8 +213,9 @@ def test_tables_are_of_the_last_times_there_are(results):
     assert "| defaults | 1.00 | 0.50 | 0.30 | 0.10 | 0.05 |" in lines
     assert "| defaults | 1.1e-03 | 1.1e-03 | 5.0e-01 | 5.0e-01 |" in lines
     assert "| `F.cross_entropy`, compiled | 1.2e-03 | 1.2e-03 | 2.0e+00 | 2.0e+00 |" in lines
-    assert "| tokens | 1.50 | 2.50 |" in lines
-    assert "| vocab |  | 3.00 |" in lines
+    assert "| tokens | 3.00 | 5.00 |" in lines
+    assert "| vocab |  | 6.00 |" in lines
+    assert "| tokens, warm |  | 1.20 |" in lines
     assert "| statistics (1) | 1.10 / 100 | 1.20 / 2,024 |" in lines
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, reference
+from compiled_loss.engine import gemm
 from compiled_loss.testing import assert_within_error_budget, head_inputs
 
 TOKENS, WIDTH, VOCAB = 448, 32, 896  # divisible by 7 and 64
@@ -34,6 +35,46 @@ def test_linear(dtype, chunks, strategy, confident):
         results.append((loss, *cases.gradients(loss, arguments, None)))
     for name, mine, baseline, exactly in zip(("loss", "dH", "dW", "db"), *results, strict=True):
         assert_within_error_budget(mine, baseline, exactly, name=f"{name} at {chunks} chunks")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_softcap_of_confident_tokens(dtype, compiled):
+    """The token walk's maximum is found before the softcap."""
+    softcap = 60.0
+    inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, confident=1.0)
+    exact = inputs.to(torch.float64)
+    fast = cases.linear(Chunking(strategy="tokens", chunk_size=64), softcap=softcap)
+
+    def capped(hidden, weight, labels, bias):
+        logits = (hidden @ weight.t()).float() + bias.float()
+        return F.cross_entropy(softcap * torch.tanh(logits / softcap), labels)
+
+    def truth(hidden, weight, labels, bias):
+        return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=softcap)
+
+    mine = torch.compile(fast, fullgraph=True) if compiled else fast
+    results = []
+    for fn, arguments in ((mine, inputs), (capped, inputs), (truth, exact)):
+        loss = fn(*arguments)
+        results.append((loss, *cases.gradients(loss, arguments, None)))
+    for name, ours, baseline, exactly in zip(("loss", "dH", "dW", "db"), *results, strict=True):
+        assert_within_error_budget(ours, baseline, exactly, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_sums_of_columns_in_blocks(dtype, strategy, monkeypatch):
+    """Narrow gradients are summed in fp32 a block of columns at a time; none of them ends where a chunk does."""
+    inputs = head_inputs(60, 8, 101, dtype=dtype)
+    fn = cases.linear(Chunking(strategy=strategy, chunk_size=23))
+    (whole,) = torch.autograd.grad(fn(*inputs), inputs.bias)
+    monkeypatch.setattr(gemm, "_BLOCK", 300)
+    (blocks,) = torch.autograd.grad(fn(*inputs), inputs.bias)
+    exact = inputs.to(torch.float64)
+    (truth,) = torch.autograd.grad(reference.linear_cross_entropy(*exact[:3], bias=exact.bias), exact.bias)
+    torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
+    assert (blocks.double() - truth).norm() < 4 * torch.finfo(dtype).eps * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

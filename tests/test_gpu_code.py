@@ -165,7 +165,6 @@ def test_a_chunk_of_all_tokens_forms_its_gradients_in_forward(inspected):
 
 def counts(inspected, strategy, name):
     """A line a kernel: how often it runs, as a + b times the chunks C, and its name without Inductor's number."""
-    # With fewer columns a chunk Inductor splits the bias' column sums.
     shape = (32 * MIN_ROWS, 4096, 131072) if strategy == "tokens" else (2048, 1024, 1 << 19)
     options = keywords(shape[0], shape[2])[name]
     runs = {n: inspection(inspected, linear(strategy, shape, n, **options), assemble=False) for n in (2, 8, 32)}

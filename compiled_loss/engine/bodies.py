@@ -108,15 +108,18 @@ class Upstream(NamedTuple):
         return Upstream(self.row / scale, self.nll / scale, *rest)
 
 
-def _transform(source: Tensor, weight: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
-    """z, and dz/d(raw logits) or None for 1."""
+def _biased(source: Tensor, weight: Tensor | None, head: Head) -> Tensor:
+    """The head's logits, but for softcap and temperature."""
     raw = logits(source, weight)
-    z = raw.to(statistics_dtype(raw.dtype))
+    raw = raw.to(statistics_dtype(raw.dtype))
+    return raw if head.bias is None else raw + head.bias.to(raw.dtype)
+
+
+def _capped(z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Z through softcap and temperature, and the slope; None for 1."""
     slope = None
-    if head.bias is not None:
-        z = z + head.bias.to(z.dtype)
     if head.softcap is not None:
-        capped = torch.tanh(z / head.softcap)
+        capped = torch.tanh(z * head.softcap.reciprocal())
         z = head.softcap * capped
         slope = 1 - capped * capped
     if head.inverse_temperature is not None:
@@ -131,7 +134,7 @@ def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def _seen(z: Tensor, hit: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
-    """The state of a chunk alone, relative to a maximum at least as large as its own."""
+    """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
     shifted = z - maximum.unsqueeze(-1)
     exp = shifted.exp()
     return State(
@@ -160,7 +163,7 @@ def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Out
     """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
     labels, head, state = operands[0], Head(*operands[1:6]).unpacked(), State(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
-    z, _ = _transform(source, weight, head)
+    z, _ = _capped(_biased(source, weight, head), head)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = torch.maximum(state.maximum, largest(z.detach()))
     hit = _hit(z, labels, head)
@@ -174,7 +177,7 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
     labels, head, maximum = operands[0], Head(*operands[1:6]).unpacked(), operands[6]
     upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
     assert labels is not None and maximum is not None
-    z, slope = _transform(source, weight, head)
+    z, slope = _capped(_biased(source, weight, head), head)
     d = _gradient(z, slope, _hit(z, labels, head), head, maximum, upstream).to(source.dtype)
     return (d if weight is None else dense(d),)
 
@@ -182,51 +185,59 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
 def fold_and_gradient(
     source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
 ) -> Output:
-    """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, row, loss).
+    """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, loss, ...).
 
     `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
-    lse's. `row` is returned for NOTE [Few reads] alone.
+    lse's. What follows is returned for NOTE [Few reads] alone.
     """
-    return _fold_and_gradient(source, weight, operands, group, entropy=False)[:3]
+    return _fold_and_gradient(source, weight, operands, group, statistics=False, entropy=False)
 
 
 def statistics_and_gradient(
     source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
 ) -> Output:
-    """`fold_and_gradient`, and then the statistics but for the entropy."""
-    return _fold_and_gradient(source, weight, operands, group, entropy=False)
+    """`fold_and_gradient`, and then the statistics but for the entropy: (d, loss, row, *RowStatistics)."""
+    return _fold_and_gradient(source, weight, operands, group, statistics=True, entropy=False)
 
 
 def all_statistics_and_gradient(
     source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
 ) -> Output:
-    """`fold_and_gradient`, and then all statistics."""
-    return _fold_and_gradient(source, weight, operands, group, entropy=True)
+    """The same with the entropy."""
+    return _fold_and_gradient(source, weight, operands, group, statistics=True, entropy=True)
 
 
 def _fold_and_gradient(
-    source: Tensor, weight: Tensor | None, operands: tuple[Tensor | None, ...], group: str | None, *, entropy: bool
+    source: Tensor,
+    weight: Tensor | None,
+    operands: tuple[Tensor | None, ...],
+    group: str | None,
+    *,
+    statistics: bool,
+    entropy: bool,
 ) -> Output:
     labels, head = operands[0], Head(*operands[1:6]).unpacked()
     coefficients = Coefficients(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
-    z, slope = _transform(source, weight, head)
-    maximum = largest(z).clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
+    biased = _biased(source, weight, head)
+    z, slope = _capped(biased, head)
+    # A softcap keeps the order, so a row's largest is found before it: a tanh less for each logit. Not where statistics
+    # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
+    maximum = largest(z) if statistics else _capped(largest(biased), head)[0]
+    maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
     hit = _hit(z, labels, head)
-    state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy)
-    state = state.merged(group)
-    statistics = finish(state)
+    state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy).merged(group)
+    known = finish(state)
     row = coefficients.nll
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
-        row = row + 2 * coefficients.square * statistics.lse
+        row = row + 2 * coefficients.square * known.lse
     upstream = Upstream(after(row, *state) / state.sum_exp, coefficients.nll, coefficients.total, None)
     d = _gradient(z, slope, hit, head, state.maximum, upstream).to(source.dtype)
-    return d, upstream.row, combine(statistics, coefficients), *statistics.present()
-
-
-def add_column_sums(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """The gradient of a bias: (sums or None,) -> (sums + source.sum(0),)."""
-    sums = source.sum(0, dtype=statistics_dtype(source.dtype))
-    return (sums if operands[0] is None else operands[0] + sums,)
+    loss = combine(known, coefficients)
+    if statistics:
+        return d, loss, upstream.row, *known.present()
+    if head.softcap is None or group is not None:  # a group's maximum is written out as it is
+        return d, loss, upstream.row
+    return d, loss, upstream.row, maximum

@@ -22,6 +22,7 @@ from compiled_loss.engine.divergences import Rows as Known
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import unit_scale
 from compiled_loss.engine.token_chunks import Rows, Wanted, chunks, form_gradients, scaled_gradients
+from compiled_loss.engine.transforms import without_autocast
 
 
 class Weighted(NamedTuple):
@@ -181,7 +182,7 @@ class _Divergence(torch.autograd.Function):
         pair, known = Pair(*saved[:3]), Known(*saved[3:])
         soft = _upstream(g_soft, known.log_sum)
         hard = None if labels is None else _upstream(g_hard, known.log_sum)
-        with torch.autocast(hidden.device.type, enabled=False):  # whatever backward's caller is in
+        with without_autocast(hidden.device):  # whatever backward's caller is in
             scale = unit_scale(hidden.dtype, soft, hard)
             if scale is not None:
                 soft, hard = soft / scale, None if hard is None else hard / scale

@@ -11,6 +11,7 @@ from compiled_loss import checks
 from compiled_loss.engine import gemm, hosts
 from compiled_loss.engine.divergence_bodies import BODIES, target_gradient
 from compiled_loss.engine.divergences import Kind, Pair, Rows, Target
+from compiled_loss.engine.transforms import without_autocast
 
 
 def divergence(
@@ -62,7 +63,7 @@ class _Divergence(torch.autograd.Function):
         logits, target, indices, labels, inverse_temperature, jsd_weight, *saved = ctx.saved_tensors
         pair, rows = Pair(inverse_temperature, jsd_weight, None), Rows(*saved)
         d = d_target = None
-        with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
+        with without_autocast(logits.device):  # whatever backward's caller is in
             run = hosts.choose(logits.device, "auto", loop=False)
             # New tensors: Dynamo traces a backward with example gradients that alias each other.
             soft = torch.zeros_like(rows.log_sum) if g_soft is None else g_soft.to(rows.log_sum.dtype, copy=True)

@@ -43,7 +43,6 @@ _ONE = (
     bodies.fold_and_gradient,
     bodies.statistics_and_gradient,
     bodies.all_statistics_and_gradient,
-    bodies.add_column_sums,
 )
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
 _BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO)}
@@ -141,7 +140,7 @@ def plain(
 
     Over a group a chunk is one block, or ranks with fewer columns would reduce less often than others.
     """
-    if body is bodies.add_column_sums or group is not None:
+    if group is not None:
         return body(source, weight, *operands, **_over(group))
     logits = source if weight is None else source @ weight.t()
     if body in _TWO:

@@ -11,6 +11,7 @@ from compiled_loss import checks
 from compiled_loss.engine import bodies, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
+from compiled_loss.engine.transforms import without_autocast
 
 
 def statistics(
@@ -66,7 +67,7 @@ class _Logits(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         logits, *saved = ctx.saved_tensors
-        with torch.autocast(logits.device.type, enabled=False):  # whatever backward's caller is in
+        with without_autocast(logits.device):  # whatever backward's caller is in
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             operands = (labels, *head, state.maximum, *upstream)

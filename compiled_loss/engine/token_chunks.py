@@ -118,17 +118,14 @@ def form_gradients(
     run = hosts.choose(hidden.device, plan.compile)
     d_hidden = torch.empty_like(hidden) if wanted.hidden else None
     d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
-    d_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
+    d_bias = None if bias is None or not wanted.bias else torch.empty_like(bias, dtype=statistics_dtype(hidden.dtype))
     parts: list[list[Tensor]] = []
     formed: list[Tensor] = []
     for rows in chunks(hidden.shape[0], plan):
         states = gemm.taking_turns(rows.of(hidden), group, formed)
         d, *rest = chunk(rows, hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0])), states)
         parts.append(rest)
-        if d_bias is not None:
-            (d_bias,) = run(bodies.add_column_sums, d, None, d_bias)
-        after = [*rest] if d_bias is None else [d_bias, *rest]
-        gemm.add_gradients_(fenced, d_hidden, d_weight, d, states, weight, rows.start, 0, None, after)
+        gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, rows.start, 0, None, rest)
         del d  # or eager code holds two chunks
         formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
     return [d_hidden, d_weight, d_bias], [gemm.join(part, formed) for part in zip(*parts, strict=True)]
@@ -179,8 +176,8 @@ class _TokenChunks(torch.autograd.Function):
 
         def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> bodies.Output:
             operands = (rows.of(labels), *head, *rows.of_each(scaled))
-            d, _, *rest = run(body, states, weight, *operands, group=group)
-            return d, *rest
+            d, loss, _, *rest = run(body, states, weight, *operands, group=group)
+            return d, loss, *(() if body is bodies.fold_and_gradient else rest)
 
         gradients, (losses, *rest) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, chunk)
         loss = torch.where(active, losses, 0.0).sum()

@@ -17,6 +17,7 @@ from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, unit_scale
+from compiled_loss.engine.transforms import without_autocast
 
 
 def statistics(
@@ -88,7 +89,7 @@ class _VocabChunks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         hidden, weight, *saved = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):  # whatever backward's caller is in
+        with without_autocast(hidden.device):  # whatever backward's caller is in
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
@@ -99,23 +100,21 @@ class _VocabChunks(torch.autograd.Function):
             run = hosts.choose(hidden.device, ctx.plan.compile)
             d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
             d_weight = torch.empty_like(weight) if wants_weight else None
-            d_biases: list[Tensor] = []
+            d_bias = None
+            if head.bias is not None and wants_bias:
+                d_bias = torch.empty_like(head.bias, dtype=state.maximum.dtype)
             starts = _starts(hidden, ctx.plan)
             for i, (start, size, columns) in enumerate(_chunks(head, weight.shape[0], ctx.plan, starts)):
                 chunk = weight.narrow(0, start, size)
                 operands = (labels, *columns, state.maximum, *upstream)
                 run_chunk = hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
                 (d,) = run_chunk(bodies.gradient, hidden, chunk, *operands)
-                sums = list(run(bodies.add_column_sums, d, None, None)) if wants_bias else []
-                d_biases += sums
-                gemm.add_gradients_(starts, d_hidden, d_weight, d, hidden, chunk, 0, start, scale, sums)
+                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, chunk, 0, start, scale, [])
                 del d  # or eager code holds two chunks
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
                 one = torch.ones((), dtype=state.maximum.dtype, device=hidden.device)
                 d_hidden = gemm.scaled(d_hidden, one if scale is None else scale, hidden.dtype)
-            d_bias = None
-            if head.bias is not None and wants_bias:
-                d_bias = gemm.join(d_biases, [])
+            if head.bias is not None and d_bias is not None:
                 d_bias = (d_bias if scale is None else d_bias * scale).to(head.bias.dtype)
             return d_hidden, d_weight, d_bias, *(None,) * 8

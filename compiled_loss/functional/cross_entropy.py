@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from compiled_loss import checks, shard_checks, sharding
@@ -15,7 +14,7 @@ from compiled_loss import reduction as reductions
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import combine, masked
-from compiled_loss.engine.transforms import traced
+from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.functional.head import linear_head, transform
 from compiled_loss.functional.statistics import TokenStatistics, token_statistics
 from compiled_loss.vocabulary import VocabShard
@@ -125,7 +124,7 @@ def cross_entropy(
         # Flat where that is free; other strides stay as they are, for a reshape would copy.
         flat = logits.dim() < 2 or logits.numel() == 0 or logits.is_contiguous()
         source, target = (logits.reshape(labels.numel(), logits.shape[-1]), own.reshape(-1)) if flat else (logits, own)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device):
             rows = logits_walk.statistics(source, target, head, vocabulary.group, total=total, entropy=False)
     rows = masked(rows.map(lambda v: v.reshape(labels.shape)), tokens.active)
     loss = reductions.reduced(combine(rows, coefficients), reduction)

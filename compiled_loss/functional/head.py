@@ -20,7 +20,7 @@ from compiled_loss.engine.cost import Strategy, chunk_bytes
 from compiled_loss.engine.plan import Chunking, Plan, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
-from compiled_loss.engine.transforms import traced
+from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
@@ -120,7 +120,7 @@ class LinearHead(NamedTuple):
             chosen = self._plan(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
             walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
             how = (chosen, vocabulary.group)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden.device):
                 rows = walk.statistics(hidden, weight, self.labels, head, *how, total=total, entropy=entropy)
         return masked(rows, tokens.active.reshape(-1))
 
@@ -133,7 +133,7 @@ class LinearHead(NamedTuple):
             chosen = self._plan(chunking, ("tokens", "vocab"))
             if chosen.strategy == "tokens":
                 hidden, weight, head, tokens, vocabulary = self
-                with torch.autocast(hidden.device.type, enabled=False):
+                with without_autocast(hidden.device):
                     return token_chunks.weighted_sum(
                         hidden,
                         weight,

@@ -18,7 +18,7 @@ from compiled_loss.engine.divergences import Kind, Pair, Target
 from compiled_loss.engine.plan import Chunking, plan
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
-from compiled_loss.engine.transforms import traced
+from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.vocabulary import Vocabulary
 
 
@@ -50,7 +50,7 @@ def on_logits(
     if logits.dim() < 2 or logits.numel() == 0 or (logits.is_contiguous() and target.values.is_contiguous()):
         logits, target = _rows(logits), _flat(target)
         labels = None if labels is None else labels.reshape(-1)
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group)
     return soft.reshape(shape), None if hard is None else hard.reshape(shape)
 
@@ -114,7 +114,7 @@ def _on_rows(
     chosen = plan(tokens, width, columns, dtype, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     if chunking.budget is not None:
         chunk_checks.memory_budget(chunking.budget, "token", columns * dtype.itemsize)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         if not scalar:
             rows = divergence_chunks.divergence(
                 hidden, weight, target, weighted.labels, kind, pair, chosen, vocabulary.group

@@ -19,12 +19,12 @@ def assemble(
 ) -> tuple[Configuration, ...]:
     """Every configuration of a Triton kernel that Inductor would try on `target`, in its order, or only the first.
 
-    `keep` is a folder for the texts and binaries.
+    Of kernels of one name the second's is name#2. `keep` is a folder for the texts and binaries.
     """
     from torch._inductor import config as inductor
     from torch._inductor.codecache import PyCodeCache
 
-    kernel: Any = getattr(PyCodeCache.load(source), name)
+    kernel: Any = getattr(PyCodeCache.load(source), name.partition("#")[0])
     properties = kernel.device_props._replace(
         type=target.backend,
         cc=target.arch,
@@ -45,7 +45,7 @@ def assemble(
             for kind in _ASSEMBLY:
                 text = binary.asm.get(kind)
                 if text is not None:
-                    path = folder / f"{name[-80:]}-{i}.{kind}"
+                    path = folder / f"{name[-200:]}-{i}.{kind}"
                     path.write_bytes(text if isinstance(text, bytes) else text.encode())
         registers, spills = _nvidia(binary.asm["cubin"]) if "cubin" in binary.asm else _amd(binary.asm["amdgcn"])
         found.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -99,9 +98,7 @@ def _assembled(
             found = [
                 configuration
                 for target in request.assemble
-                for configuration in assemble(
-                    re.sub(r"#\d+$", "", name), made.source, target, first_only=request.first_only, keep=keep
-                )
+                for configuration in assemble(name, made.source, target, first_only=request.first_only, keep=keep)
             ]
             kernel = replace(kernel, configurations=tuple(found))
         kernels.append(kernel)
