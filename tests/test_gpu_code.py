@@ -222,9 +222,9 @@ forward +1 +0C triton_poi_fused__to_copy_stack
 forward +1 +0C triton_poi_fused_div_mul_ones_stack
 forward +1 +2C mm
 forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_isnan_log_lt_mul_ne_neg_ones_pow_reciprocal_rsub_scalar_tensor_slice_stack_sub_sum_tanh_unbind_unsqueeze_where
-forward +1 +0C triton_poi_fused_zeros_like
-forward +0 +1C triton_red_fused_add_sum_zeros_like
+forward +0 +1C sum
 forward -1 +1C addmm_
+forward -1 +1C add_
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_bitwise_and_ne_scalar_tensor_sum_where
 backward +3 +0C triton_poi_fused__to_copy_expand_mul""",
@@ -268,16 +268,15 @@ forward +2 +0C triton_poi_fused_full
 forward +1 +0C triton_poi_fused_arange_mul
 forward +1 +0C triton_poi_fused_mul_ones
 forward +0 +1C mm
-forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_div_eq_exp_full_maximum_mul_ones_scalar_tensor_select_slice_sub_sum_tanh_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_div_eq_exp_full_maximum_mul_ones_reciprocal_scalar_tensor_select_slice_sub_sum_tanh_unsqueeze_where
 forward +1 +0C triton_poi_fused_add_log_sub
 forward +1 +0C triton_red_fused__to_copy_add_bitwise_and_bitwise_or_clamp_eq_ge_index_lt_mul_ne_neg_ones_pow_reciprocal_scalar_tensor_sum_where
 backward +1 +0C triton_poi_fused__to_copy_add_div_expand_mul_neg_ones_scalar_tensor_where
 backward +1 +0C triton_poi_fused_as_strided_clone
 backward +1 +2C mm
-backward +0 +1C triton_poi_fused__to_copy_add_arange_as_strided_div_eq_exp_expand_mul_rsub_scalar_tensor_select_sub_tanh_unsqueeze_where
-backward +0 +1C triton_red_fused_sum
+backward +0 +1C triton_poi_fused__to_copy_add_arange_as_strided_div_eq_exp_expand_mul_reciprocal_rsub_scalar_tensor_select_sub_tanh_unsqueeze_where
+backward +0 +1C sum
 backward -1 +1C addmm_
-backward +1 +0C cat
 backward +1 +0C triton_poi_fused__to_copy""",
     )
 
@@ -304,10 +303,10 @@ logits, none: backward 1 triton_poi_fused__to_copy_add_arange_div_eq_exp_mul_one
 logits, everything: forward 1 triton_red_fused__to_copy_bitwise_and_clamp_eq_index_mul_ne_ones_reciprocal_scalar_tensor_sum_where_0
 logits, everything: forward 1 triton_red_fused_sum_1
 logits, everything: forward 1 triton_per_fused_sum_2
-logits, everything: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_clamp_div_eq_exp_full_ge_index_log_lt_maximum_mul_neg_ones_pow_scalar_tensor_sub_sum_tanh_unsqueeze_where_3
+logits, everything: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_clamp_div_eq_exp_full_ge_index_log_lt_maximum_mul_neg_ones_pow_reciprocal_scalar_tensor_sub_sum_tanh_unsqueeze_where_3
 logits, everything: forward 1 triton_red_fused_sum_4
 logits, everything: backward 1 triton_poi_fused__to_copy_add_expand_log_mul_ones_pow_scalar_tensor_where_0
-logits, everything: backward 1 triton_poi_fused__to_copy_add_arange_div_eq_exp_expand_mul_neg_ones_rsub_scalar_tensor_sub_tanh_unsqueeze_where_1
+logits, everything: backward 1 triton_poi_fused__to_copy_add_arange_div_eq_exp_expand_mul_neg_ones_reciprocal_rsub_scalar_tensor_sub_tanh_unsqueeze_where_1
 logits, loss only: forward 1 triton_red_fused_mul_ne_ones_ones_like_scalar_tensor_sum_where_0
 logits, loss only: forward 1 triton_red_fused__to_copy_add_amax_arange_bitwise_and_bitwise_or_eq_exp_full_ge_log_lt_maximum_mul_ne_ones_ones_like_reciprocal_scalar_tensor_sub_sum_unsqueeze_where_1
 logits, loss only: forward 1 triton_red_fused_sum_2
@@ -353,25 +352,25 @@ def test_number_of_kernels(inspected):
         ),
         """\
 tokens, plain: 19 launches of 6, 2 launches of 2
-tokens, bias: 24 launches of 8, 3 launches of 3
+tokens, bias: 26 launches of 8, 3 launches of 3
 tokens, softcap: 20 launches of 7, 2 launches of 2
 tokens, smoothing: 19 launches of 6, 2 launches of 2
 tokens, z-loss: 19 launches of 6, 2 launches of 2
 tokens, class weights: 21 launches of 8, 2 launches of 2
 tokens, mask: 19 launches of 6, 2 launches of 2
-tokens, everything: 28 launches of 12, 3 launches of 3
+tokens, everything: 30 launches of 12, 3 launches of 3
 tokens, loss only: 15 launches of 6
 tokens, frozen hidden: 15 launches of 6, 1 launches of 1
 tokens, frozen weight: 15 launches of 5, 1 launches of 1
 tokens, with statistics: 23 launches of 6, 2 launches of 2
 vocab, plain: 13 launches of 7, 18 launches of 5
-vocab, bias: 13 launches of 7, 24 launches of 8
+vocab, bias: 13 launches of 7, 23 launches of 7
 vocab, softcap: 14 launches of 8, 18 launches of 5
 vocab, smoothing: 13 launches of 7, 18 launches of 5
 vocab, z-loss: 13 launches of 7, 18 launches of 5
 vocab, class weights: 15 launches of 9, 18 launches of 5
 vocab, mask: 13 launches of 7, 18 launches of 5
-vocab, everything: 17 launches of 11, 24 launches of 8
+vocab, everything: 17 launches of 11, 23 launches of 7
 vocab, loss only: 14 launches of 7
 vocab, frozen hidden: 13 launches of 7, 14 launches of 4
 vocab, frozen weight: 13 launches of 7, 14 launches of 5

@@ -78,8 +78,10 @@ def _add_column_sums(out: Tensor, d: Tensor, *, write: bool) -> None:
     copied = d.dtype != out.dtype and d.device.type == "cpu"
     columns = max(1, _BLOCK // max(1, d.shape[0]) if copied else d.shape[1])
     for block, part in zip(out.split(columns), d.split(columns, 1), strict=True):
-        sums = part.sum(0, dtype=out.dtype)
-        block.copy_(sums) if write else block.add_(sums)
+        if write:
+            torch.sum(part, 0, dtype=out.dtype, out=block)
+        else:
+            block.add_(part.sum(0, dtype=out.dtype))
 
 
 def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
