@@ -259,3 +259,14 @@ def test_correct_counts_ties():
     hidden, weight = torch.ones(2, 1), torch.tensor([[1.0], [1.0], [0.0]])
     statistics = compiled_loss.linear_token_statistics(hidden, weight, torch.tensor([1, 2]))
     assert statistics.correct.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_logits_far_above_the_softcap(strategy):
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    hidden = (1000 * inputs.hidden.detach()).requires_grad_()
+    mine = linear_cross_entropy(hidden, *inputs[1:3], softcap=5.0, chunking=Chunking(strategy=strategy, chunk_size=4))
+    exact = reference.linear_cross_entropy(hidden, *inputs[1:3], softcap=5.0)
+    torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(v, (hidden, inputs.weight)) for v in (mine, exact)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
