@@ -399,15 +399,15 @@ def expect():
             assert_expected_inline(
                 actual,
                 """\
-2 chunks: 5 kernels forward, 3 backward
-8 chunks: 5 kernels forward, 3 backward""",
+2 chunks: 5 kernels forward, 2 backward
+8 chunks: 5 kernels forward, 2 backward""",
             )
         else:
             assert_expected_inline(
                 actual,
                 """\
-2 chunks: 5 kernels forward, 4 backward
-8 chunks: 5 kernels forward, 4 backward""",
+2 chunks: 5 kernels forward, 3 backward
+8 chunks: 5 kernels forward, 3 backward""",
             )
 
     return check
