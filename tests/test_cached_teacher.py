@@ -160,7 +160,7 @@ def test_compiled(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_compiled_as_operators(name, monkeypatch):
     """The host of torch 2.11, and of eager code on accelerators."""
-    monkeypatch.setattr(hosts, "_REGIONS_WORK", False)
+    monkeypatch.setattr(hosts, "REGIONS_WORK", False)
     function, inputs = call(name)
     wanted = [v for v in inputs if v.requires_grad]
     check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)

@@ -193,9 +193,7 @@ def lengths():
         yield hidden, weight, bias, weights, labels
 
 
-@pytest.mark.skipif(
-    not hosts._REGIONS_WORK, reason="torch 2.11 traces no dynamic mark_non_differentiable, bound or not"
-)
+@pytest.mark.skipif(not hosts.REGIONS_WORK, reason="torch 2.11 traces no dynamic mark_non_differentiable, bound or not")
 def test_one_graph_whatever_n():
     """A fraction of N is symbolic, and the fraction itself no input of the graph."""
     call, how = LOSSES["vocab"]

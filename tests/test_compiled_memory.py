@@ -88,7 +88,7 @@ def test_a_head_that_student_and_teacher_share(name):
             torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
-@pytest.mark.skipif(not hosts._REGIONS_WORK, reason="operators are not inlined")
+@pytest.mark.skipif(not hosts.REGIONS_WORK, reason="operators are not inlined")
 @pytest.mark.parametrize("size", ["one chunk", "two, the last ragged", "three, the last ragged", "two even"])
 @pytest.mark.parametrize("name", ["vocab", "distillation, none"])
 def test_no_chunk_is_kept(name, size):

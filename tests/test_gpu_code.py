@@ -26,7 +26,7 @@ from compiled_loss.testing import (
 
 CONTRACTS, COUNTS = (pytest.mark.xdist_group(name) for name in ("GPU code", "GPU kernels"))  # inspections are shared
 NVIDIA = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100")
-REGIONS = pytest.mark.skipif(not hosts._REGIONS_WORK, reason="bodies are opaque operators on this torch")
+REGIONS = pytest.mark.skipif(not hosts.REGIONS_WORK, reason="bodies are opaque operators on this torch")
 NAMES = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="kernel names are pinned on torch 2.13")
 CASES = {("8B", name): case for name, case in gpu_cases.cases(SHAPES["8B"]).items()}
 for _model in ("Gemma", "N < H"):
@@ -53,7 +53,7 @@ def parameters(cases=CASES, ci=CI):
 
 
 # Bytes a thread: of kernels that sum a call's losses, on torch 2.11.
-SPILLS = {} if hosts._REGIONS_WORK else {"vocab, everything": 8, "logits, everything": 8}
+SPILLS = {} if hosts.REGIONS_WORK else {"vocab, everything": 8, "logits, everything": 8}
 
 
 def inspection(inspected, case, **options):
@@ -87,7 +87,7 @@ def test_contract(inspected, model, name):
     operations = [p.operations / unit for p in found.passes]
     assert operations == pytest.approx([case.forward, case.backward][: len(operations)], rel=0.01, abs=0.01)
 
-    if hosts._REGIONS_WORK and case.chunk:
+    if hosts.REGIONS_WORK and case.chunk:
         for (inside, outside), each in zip(by_chunk(found, case.chunks), case.generated, strict=False):
             assert inside == [case.chunks] * each
             assert outside <= 12

@@ -158,7 +158,7 @@ def test_module_compile(fused):
     compiled = PipelineCausalLMLoss(loss.loss_fn, model)
     compiled.compile(fullgraph=True)
     wanted = [first, *per_depth, model.lm_head.weight]
-    warm = 1 if hosts._REGIONS_WORK else 2  # torch 2.11 compiles bodies once more in the second step
+    warm = 1 if hosts.REGIONS_WORK else 2  # torch 2.11 compiles bodies once more in the second step
     for count in range(warm + 2):
         stance = "default" if count < warm else "fail_on_recompile"
         call = ((first, *per_depth, seq_idx), labels, torch.tensor(7 + count))

@@ -29,7 +29,7 @@ class Head(NamedTuple):
 
     bias and class_weights are [V]. The others are scalar tensors, not numbers: a region is compiled once for all its
     calls only if no number differs between them, and a number that changes from step to step would become a symbol,
-    which a region does not take. `start` is the chunk's first column.
+    which a region does not take. `start`, [1], is the chunk's first column.
     """
 
     bias: Tensor | None
@@ -56,11 +56,6 @@ class Head(NamedTuple):
         if softcap is not None and softcap.dim() == 1:
             softcap, inverse_temperature = softcap.unbind()
         return Head(bias, class_weights, softcap, inverse_temperature, start)
-
-    def columns(self, start: int, size: int) -> Head:
-        """Of a part of the vocabulary."""
-        bias, class_weights = (None if v is None else v.narrow(-1, start, size) for v in self[:2])
-        return self._replace(bias=bias, class_weights=class_weights)
 
 
 class Upstream(NamedTuple):

@@ -19,9 +19,10 @@ from compiled_loss.engine import gemm, hosts
 from compiled_loss.engine.divergence_bodies import BODIES
 from compiled_loss.engine.divergences import Kind, Output, Pair, Target
 from compiled_loss.engine.divergences import Rows as Known
+from compiled_loss.engine.parts import parts, planned
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import unit_scale
-from compiled_loss.engine.token_chunks import Rows, Wanted, chunks, form_gradients, scaled_gradients
+from compiled_loss.engine.token_chunks import Wanted, form_gradients, scaled_gradients
 from compiled_loss.engine.transforms import without_autocast
 
 
@@ -61,6 +62,7 @@ def weighted_sum(
     if any(wanted):
         loss: Tensor = _WeightedSum.apply(hidden, weight, *target, *pair, *weighted, kind, plan, group, wanted)
         return loss
+    plan = planned(plan, hidden, *target, weighted.labels)
     _, soft, hard = _fold(hidden, weight, target, weighted.labels, kind, pair, plan, group)
     return weighted.of(soft, hard).sum()
 
@@ -92,13 +94,12 @@ def _fold(
 ) -> tuple[Known, Tensor, Tensor | None]:
     """What is known of each row, its divergence and its cross-entropy, [N] each."""
     run = hosts.choose(hidden.device, plan.compile)
-    parts: list[Output] = []
-    for rows in chunks(hidden.shape[0], plan):
-        states = gemm.taking_turns(rows.of(hidden), group, parts[-1] if parts else [])
-        operands = (*rows.of_each([labels]), *pair, *rows.of_each(target))
-        parts.append(run(BODIES[kind].fold, states, weight, *operands, group=group))
-    outputs = tuple([gemm.join(part, []) for part in zip(*parts, strict=True)])
-    known, (soft, *hard) = Known.of(outputs, kind, labels, target.indices)
+    outputs: list[Output] = []
+    for states, rows in parts(plan, hidden, labels, *target):
+        states = gemm.taking_turns(states, group, outputs[-1] if outputs else [])
+        outputs.append(run(BODIES[kind].fold, states, weight, rows[0], *pair, *rows[1:], group=group))
+    joined = tuple([gemm.join(rows, []) for rows in zip(*outputs, strict=True)])
+    known, (soft, *hard) = Known.of(joined, kind, labels, target.indices)
     return known, soft, hard[0] if hard else None
 
 
@@ -128,12 +129,15 @@ class _WeightedSum(torch.autograd.Function):
         if scale is not None and hard is not None:
             hard = hard / scale
 
-        def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> Output:
-            operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, soft, hard]))
+        def chunk(run: hosts.Host, states: Tensor, soft: Tensor, *rows: Tensor | None) -> Output:
+            hard, labels, *target = rows
+            operands = (labels, *pair, *target, soft, hard)
             d, loss, *_ = run(BODIES[kind].fold_and_gradient, states, weight, *operands, group=group)
             return d, loss
 
-        gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, chunk)
+        rest = (hard, labels, target, indices)
+        plan = planned(plan, hidden, *rest)
+        gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, rest, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
@@ -169,6 +173,7 @@ class _Divergence(torch.autograd.Function):
         group: str | None,
     ) -> tuple[Tensor, Tensor | None]:
         pair = Pair(inverse_temperature, jsd_weight, target_weight)
+        plan = planned(plan, hidden, target, indices, labels)
         known, soft, hard = _fold(hidden, weight, Target(target, indices), labels, kind, pair, plan, group)
         ctx.save_for_backward(hidden, weight, target, indices, labels, *pair, *known)
         ctx.set_materialize_grads(False)
@@ -187,12 +192,14 @@ class _Divergence(torch.autograd.Function):
             if scale is not None:
                 soft, hard = soft / scale, None if hard is None else hard / scale
 
-            def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> Output:
-                operands = (*rows.of_each([labels]), *pair, *rows.of_each([target, indices, *known, soft, hard]))
+            def chunk(run: hosts.Host, states: Tensor, soft: Tensor, *rows: Tensor | None) -> Output:
+                hard, labels, *target = rows
+                operands = (labels, *pair, *target, soft, hard)
                 return run(BODIES[ctx.kind].gradient, states, weight, *operands, group=ctx.group)
 
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
-            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, ctx.group, wanted, soft, chunk)
+            rest = (hard, labels, target, indices, *known)
+            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, ctx.group, wanted, soft, rest, chunk)
             if scale is not None:
                 gradients = scaled_gradients(gradients, scale, [hidden.dtype, weight.dtype, None])
         d_hidden, d_weight, _ = gradients

@@ -47,7 +47,7 @@ _ONE = (
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
 _BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO)}
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
-_REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
 _FOLDS = (bodies.fold, *(kind.fold for kind in divergence_bodies.BODIES.values()))  # form no gradient
 # Operands after the first, the labels, that have no rows.
@@ -57,7 +57,7 @@ _ROWLESS = {b.__name__: len(bodies.Head._fields) for b in _ONE} | {b.__name__: l
 def choose(device: torch.device, compile: bool | str, *, loop: bool = True) -> Host:
     """The host for a call on `device`, in a loop over chunks or not; `compile` is `Chunking`'s: of eager calls only."""
     if torch.compiler.is_compiling():
-        if not _REGIONS_WORK:
+        if not REGIONS_WORK:
             return operator
         return region if loop else traced
     wanted = device.type not in ("cpu", "meta") if compile == "auto" else compile

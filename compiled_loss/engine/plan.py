@@ -115,6 +115,7 @@ class Plan:
     count: int
     accumulate_dtype: torch.dtype
     compile: bool | str
+    copied: bool = False  # chunks' parts of tensors: parts.py, NOTE [Parts]
 
     def alone(self, index: int, extent: int) -> bool:
         """Whether no other chunk of so many tokens or columns has the size of this one."""

@@ -7,7 +7,7 @@ forward; scalar losses only, since the upstream gradient of each row is needed b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head
+from compiled_loss.engine.parts import part, parts, planned
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import (
     Coefficients,
@@ -50,12 +51,13 @@ def statistics(
     """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
     run = hosts.choose(hidden.device, plan.compile)
     head = head.packed()
+    plan = planned(plan, hidden, labels)
     state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
-    states = [
-        run(bodies.fold, rows.of(hidden), weight, rows.of(labels), *head, *rows.of_each(state))
-        for rows in chunks(hidden.shape[0], plan)
+    outputs = [
+        run(bodies.fold, states, weight, rows[0], *head, *rows[1:])
+        for states, rows in parts(plan, hidden, labels, *state)
     ]
-    return finish(state.replaced([gemm.join(parts, []) for parts in zip(*states, strict=True)]).merged(group))
+    return finish(state.replaced([gemm.join(rows, []) for rows in zip(*outputs, strict=True)]).merged(group))
 
 
 def weighted_sum(
@@ -77,30 +79,6 @@ def weighted_sum(
     return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
 
-class Rows(NamedTuple):
-    """A chunk of tokens."""
-
-    number: int  # of all chunks, from 0
-    start: int
-    size: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Its part of [N, ...]."""
-        return tensor.narrow(0, self.start, self.size)
-
-    def of_each(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Its part of each that is there."""
-        return [None if tensor is None else self.of(tensor) for tensor in tensors]
-
-
-def chunks(tokens: int, plan: Plan) -> Iterator[Rows]:
-    """`plan.count` chunks, equal but for the last. The count is what a compiled graph is specialised to, not N."""
-    for i in range(plan.count - 1):
-        yield Rows(i, i * plan.chunk, plan.chunk)
-    done = (plan.count - 1) * plan.chunk
-    yield Rows(plan.count - 1, done, tokens - done)
-
-
 def form_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -109,26 +87,29 @@ def form_gradients(
     group: str | None,
     wanted: Wanted,
     fenced: Tensor,
-    chunk: Callable[[Rows, hosts.Host, Tensor], bodies.Output],
+    rest: Iterable[Tensor | None],
+    chunk: Callable[..., bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """dH, dW and db, and what else `chunk` returns after its logits' gradient, of rows, a host, and hidden states.
+    """dH, dW and db, and what else `chunk` returns after its logits' gradient.
 
-    `fenced` is the result of a computation that every chunk reads: NOTE [Order].
+    It is called with a host and its rows of hidden, `fenced` and the rest. `fenced` is the result of a computation
+    that every chunk reads: NOTE [Order].
     """
     run = hosts.choose(hidden.device, plan.compile)
     d_hidden = torch.empty_like(hidden) if wanted.hidden else None
     d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
     d_bias = None if bias is None or not wanted.bias else torch.empty_like(bias, dtype=statistics_dtype(hidden.dtype))
-    parts: list[list[Tensor]] = []
+    outputs: list[list[Tensor]] = []
     formed: list[Tensor] = []
-    for rows in chunks(hidden.shape[0], plan):
-        states = gemm.taking_turns(rows.of(hidden), group, formed)
-        d, *rest = chunk(rows, hosts.of_chunk(run, plan.alone(rows.number, hidden.shape[0])), states)
-        parts.append(rest)
-        gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, rows.start, 0, None, rest)
+    for i, (states, rows) in enumerate(parts(plan, hidden, *rest)):
+        start, host = i * plan.chunk, hosts.of_chunk(run, plan.alone(i, hidden.shape[0]))
+        states = gemm.taking_turns(states, group, formed)
+        d, *others = chunk(host, states, part(fenced, start, states.shape[0], plan), *rows)
+        outputs.append(others)
+        gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, start, 0, None, others)
         del d  # or eager code holds two chunks
         formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
-    return [d_hidden, d_weight, d_bias], [gemm.join(part, formed) for part in zip(*parts, strict=True)]
+    return [d_hidden, d_weight, d_bias], [gemm.join(rows, formed) for rows in zip(*outputs, strict=True)]
 
 
 def scaled_gradients(
@@ -174,12 +155,12 @@ class _TokenChunks(torch.autograd.Function):
         if with_statistics:
             body = bodies.all_statistics_and_gradient
 
-        def chunk(rows: Rows, run: hosts.Host, states: Tensor) -> bodies.Output:
-            operands = (rows.of(labels), *head, *rows.of_each(scaled))
-            d, loss, _, *rest = run(body, states, weight, *operands, group=group)
+        def chunk(run: hosts.Host, states: Tensor, labels: Tensor, *rows: Tensor | None) -> bodies.Output:
+            d, loss, _, *rest = run(body, states, weight, labels, *head, *rows, group=group)
             return d, loss, *(() if body is bodies.fold_and_gradient else rest)
 
-        gradients, (losses, *rest) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, chunk)
+        plan = planned(plan, hidden, *scaled)
+        gradients, (losses, *rest) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, scaled, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale

@@ -15,6 +15,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
+from compiled_loss.engine.parts import part, parts, planned
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state, unit_scale
 from compiled_loss.engine.transforms import without_autocast
@@ -40,11 +41,11 @@ def _starts(hidden: Tensor, plan: Plan) -> Tensor:
     return torch.arange(plan.count, device=hidden.device) * plan.chunk
 
 
-def _chunks(head: Head, vocab: int, plan: Plan, starts: Tensor) -> Iterator[tuple[int, int, Head]]:
-    """Start, size and head of each chunk; equal but for the last. A rank without columns has one chunk of none."""
-    for i in range(plan.count):
-        start, size = i * plan.chunk, min(plan.chunk, vocab - i * plan.chunk)
-        yield start, size, head.columns(start, size)._replace(start=starts[i])
+def _chunks(head: Head, weight: Tensor, plan: Plan, starts: Tensor) -> Iterator[tuple[Tensor, Head]]:
+    """Weight and head of each chunk. A rank without columns has one chunk of none."""
+    for i, (rows, columns) in enumerate(parts(plan, weight, head.bias, head.class_weights)):
+        bias, class_weights = columns
+        yield rows, head._replace(bias=bias, class_weights=class_weights, start=part(starts, i, 1, plan))
 
 
 class _VocabChunks(torch.autograd.Function):
@@ -66,9 +67,9 @@ class _VocabChunks(torch.autograd.Function):
         head = Head(bias, class_weights, softcap, inverse_temperature)
         run = hosts.choose(hidden.device, plan.compile)
         state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
-        for start, size, columns in _chunks(head, weight.shape[0], plan, _starts(hidden, plan)):
-            chunk = weight.narrow(0, start, size)
-            state = state.replaced(run(bodies.fold, hidden, chunk, labels, *columns, *state))
+        plan = planned(plan, weight, *head)
+        for rows, columns in _chunks(head, weight, plan, _starts(hidden, plan)):
+            state = state.replaced(run(bodies.fold, hidden, rows, labels, *columns, *state))
         state = state.merged(group)
         result = finish(state)
         for rows in (result.nll, result.lse):  # or their logarithm joins the kernel that sums losses, which then spills
@@ -104,12 +105,10 @@ class _VocabChunks(torch.autograd.Function):
             if head.bias is not None and wants_bias:
                 d_bias = torch.empty_like(head.bias, dtype=state.maximum.dtype)
             starts = _starts(hidden, ctx.plan)
-            for i, (start, size, columns) in enumerate(_chunks(head, weight.shape[0], ctx.plan, starts)):
-                chunk = weight.narrow(0, start, size)
-                operands = (labels, *columns, state.maximum, *upstream)
-                run_chunk = hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
-                (d,) = run_chunk(bodies.gradient, hidden, chunk, *operands)
-                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, chunk, 0, start, scale, [])
+            for i, (rows, columns) in enumerate(_chunks(head, weight, ctx.plan, starts)):
+                start, host = i * ctx.plan.chunk, hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
+                (d,) = host(bodies.gradient, hidden, rows, labels, *columns, state.maximum, *upstream)
+                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, rows, 0, start, scale, [])
                 del d  # or eager code holds two chunks
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
