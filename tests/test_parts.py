@@ -1,5 +1,6 @@
-"""NOTE [Parts] of engine/parts.py: a chunk's parts cost no memory, and a region no time for each chunk."""
+"""NOTE [Parts] of engine/parts.py: a chunk's parts cost no memory, and in forward a region no time for each chunk."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,30 +10,21 @@ from torch._subclasses import FakeTensorMode
 
 from compiled_loss import Chunking, linear_cross_entropy, linear_distillation, linear_soft_cross_entropy, reference
 from compiled_loss.engine import hosts
+from compiled_loss.engine.parts import parts
+from compiled_loss.engine.plan import Plan
 
 N, H, V = 48, 11, 96
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
-
-pytestmark = pytest.mark.skipif(not hosts.REGIONS_WORK, reason="this torch has no regions")
-
-
-def chunked(name, chunks):
-    strategy = "vocab" if name == "vocab" else "tokens"
-    return Chunking(strategy=strategy, chunk_size=(V if strategy == "vocab" else N) // chunks)
-
-
-def inputs(lies):
-    """Hidden states, weight, labels and a teacher's probabilities; as they come, or columns of wider tensors."""
-    wide = [torch.randn(rows, columns + 3, dtype=torch.float64) for rows, columns in ((N, H), (V, H), (N, V))]
-    hidden, weight, teacher = (t[:, :-3] if lies == "apart" else t[:, :-3].contiguous() for t in wide)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, V, (N,)), teacher.softmax(-1)
-
+REGIONS = pytest.mark.skipif(not hosts.REGIONS_WORK, reason="this torch has no regions")
 
 LOSSES = {
-    "tokens": lambda lib, h, w, y, t, **k: lib.linear_cross_entropy(h, w, y, **k),
-    "vocab": lambda lib, h, w, y, t, **k: lib.linear_cross_entropy(h, w, y, **k),
-    "soft": lambda lib, h, w, y, t, **k: lib.linear_soft_cross_entropy(h, w, torch.ones(N), target_probs=t, **k),
-    "divergence": lambda lib, h, w, y, t, **k: lib.linear_distillation(
+    "tokens": lambda lib, h, w, b, y, t, **k: lib.linear_cross_entropy(h, w, y, bias=b, label_smoothing=0.1, **k),
+    "vocab": lambda lib, h, w, b, y, t, **k: lib.linear_cross_entropy(h, w, y, bias=b, label_smoothing=0.1, **k),
+    "probabilities": lambda lib, h, w, b, y, t, **k: lib.linear_soft_cross_entropy(
+        h, w, torch.ones(N), target_probs=t, **k
+    ),
+    "teacher": lambda lib, h, w, b, y, t, **k: lib.linear_distillation(h, w, 1 - h.detach(), 1 - w.detach(), y, **k),
+    "divergence": lambda lib, h, w, b, y, t, **k: lib.linear_distillation(
         h, w, 1 - h.detach(), 1 - w.detach(), y, reduction="none", **k
     ).sum(),
 }
@@ -44,10 +36,27 @@ class Ours:
     linear_distillation = staticmethod(linear_distillation)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def chunked(name, size):
+    return Chunking(strategy="vocab" if name == "vocab" else "tokens", chunk_size=size)
+
+
+def inputs(apart=None):
+    """Hidden states, weight, bias, labels and a target's probabilities; one of them columns of a wider tensor."""
+    shapes = {"hidden": (N, H), "weight": (V, H), "target": (N, V)}
+    wide = {name: torch.randn(rows, columns + 3, dtype=torch.float64) for name, (rows, columns) in shapes.items()}
+    wide["target"] = wide["target"].softmax(-1)
+    hidden, weight, target = (t[:, :-3] if name == apart else t[:, :-3].contiguous() for name, t in wide.items())
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    return hidden.requires_grad_(), weight.requires_grad_(), bias, torch.randint(0, V, (N,)), target
+
+
+@REGIONS
+@pytest.mark.parametrize("name", ["tokens", "vocab", "teacher", "divergence"])
 def test_more_chunks_run_a_region_no_oftener_without_data(monkeypatch, name):
     """As far as Inductor, which runs it once more for each chunk after it has dropped the copies."""
-    tensors = inputs("whole")
+    tensors = inputs()
+    if name in ("vocab", "divergence"):  # no copies in their backward
+        tensors = [t.detach() for t in tensors]
     exponentials = {4: 0, 8: 0}
     dispatch = FakeTensorMode.dispatch
 
@@ -59,16 +68,27 @@ def test_more_chunks_run_a_region_no_oftener_without_data(monkeypatch, name):
     for chunks in exponentials:
         torch._dynamo.reset()
         FakeTensorMode.cache_clear()
-        loss = functools.partial(LOSSES[name], Ours, *tensors, chunking=chunked(name, chunks))
-        torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager_decomp_partition")(), tensors[:2])
+        chunking = chunked(name, (V if name == "vocab" else N) // chunks)
+        loss = functools.partial(LOSSES[name], Ours, *tensors, chunking=chunking)
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager_decomp_partition")()
+        if value.requires_grad:
+            torch.autograd.grad(value, tensors[:2])
     assert exponentials[4] == exponentials[8] > 0
 
 
-@pytest.mark.parametrize("lies", ["whole", "apart"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_part_is_copied(name, lies):
-    tensors = inputs(lies)
-    step = torch.compile(lambda: LOSSES[name](Ours, *tensors, chunking=chunked(name, 4)), fullgraph=True)
+@REGIONS
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [
+        *((name, None) for name in LOSSES),
+        *((name, apart) for name in LOSSES if name != "probabilities" for apart in ("hidden", "weight")),
+        ("probabilities", "target"),
+    ],
+)
+def test_no_part_is_copied(name, apart):
+    tensors = inputs(apart)
+    size = (V if name == "vocab" else N) // 4 + 1  # the last chunk is smaller
+    step = torch.compile(lambda: LOSSES[name](Ours, *tensors, chunking=chunked(name, size)), fullgraph=True)
 
     def stepped():
         loss = step()
@@ -79,7 +99,18 @@ def test_no_part_is_copied(name, lies):
     loss = LOSSES[name](reference, *tensors)
     for mine, theirs in zip(actual, (loss, *torch.autograd.grad(loss, tensors[:2])), strict=True):
         torch.testing.assert_close(mine, theirs, **TIGHT)
-    rows = (V if name == "vocab" else N) // 4
-    assert not [line for part in code for line in part.splitlines() if f"empty_strided_cpu(({rows}, {H})" in line]
-    logits = f"empty_strided_cpu(({N}, {rows})" if name == "vocab" else f"empty_strided_cpu(({rows}, {V})"
-    assert code[0].count(logits) == (2 if name == "divergence" else 1)
+    rows = (size, size * 3, size - 4)
+    assert not [n for n in rows for part in code if f"empty_strided_cpu(({n}, {H})" in part]
+    logits = f"empty_strided_cpu(({N}, {size})" if name == "vocab" else f"empty_strided_cpu(({size}, {V})"
+    assert code[0].count(logits) == (2 if name in ("teacher", "divergence") else 1)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_region_of_its_own_gets_no_copy(alone):
+    """Compiled for the copy it would read the slice as aligned, which at odd chunk sizes it is not."""
+    x = torch.arange(7)
+    plan = Plan(strategy="tokens", chunk=3, count=3, accumulate_dtype=torch.float32, compile=False)
+    given = [part for part, _ in parts(dataclasses.replace(plan, copied=True), x, alone=alone)]
+    assert torch.equal(torch.cat(given), x)
+    assert [part._base is None for part in given] == [True, True, not alone]
+    assert all(part._base is x for part, _ in parts(plan, x, alone=alone))

@@ -3,6 +3,7 @@
 The engine knows row statistics, not losses. Arrows inside it point down only:
 
     token_chunks, vocab_chunks, logits   the three ways to reach the statistics of [N, V] logits
+    parts                                what each chunk gets of their tensors
     hosts                                how one body of elementwise mathematics is run
     bodies, gemm                         the mathematics of one chunk; GEMMs that write where they are told
     statistics, plan                     what the walks return; how long their chunks are

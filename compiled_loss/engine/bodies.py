@@ -29,7 +29,7 @@ class Head(NamedTuple):
 
     bias and class_weights are [V]. The others are scalar tensors, not numbers: a region is compiled once for all its
     calls only if no number differs between them, and a number that changes from step to step would become a symbol,
-    which a region does not take. `start`, [1], is the chunk's first column.
+    which a region does not take. `start`, the chunk's first column, is [1].
     """
 
     bias: Tensor | None

@@ -17,8 +17,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import gemm, hosts
 from compiled_loss.engine.divergence_bodies import BODIES
-from compiled_loss.engine.divergences import Kind, Output, Pair, Target
-from compiled_loss.engine.divergences import Rows as Known
+from compiled_loss.engine.divergences import Kind, Output, Pair, Rows, Target
 from compiled_loss.engine.parts import parts, planned
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import unit_scale
@@ -62,7 +61,6 @@ def weighted_sum(
     if any(wanted):
         loss: Tensor = _WeightedSum.apply(hidden, weight, *target, *pair, *weighted, kind, plan, group, wanted)
         return loss
-    plan = planned(plan, hidden, *target, weighted.labels)
     _, soft, hard = _fold(hidden, weight, target, weighted.labels, kind, pair, plan, group)
     return weighted.of(soft, hard).sum()
 
@@ -91,15 +89,17 @@ def _fold(
     pair: Pair,
     plan: Plan,
     group: str | None,
-) -> tuple[Known, Tensor, Tensor | None]:
+) -> tuple[Rows, Tensor, Tensor | None]:
     """What is known of each row, its divergence and its cross-entropy, [N] each."""
     run = hosts.choose(hidden.device, plan.compile)
+    if target.indices is not None or pair.target_weight is not None:
+        plan = planned(plan, hidden, labels, *target)
     outputs: list[Output] = []
     for states, rows in parts(plan, hidden, labels, *target):
         states = gemm.taking_turns(states, group, outputs[-1] if outputs else [])
         outputs.append(run(BODIES[kind].fold, states, weight, rows[0], *pair, *rows[1:], group=group))
     joined = tuple([gemm.join(rows, []) for rows in zip(*outputs, strict=True)])
-    known, (soft, *hard) = Known.of(joined, kind, labels, target.indices)
+    known, (soft, *hard) = Rows.of(joined, kind, labels, target.indices)
     return known, soft, hard[0] if hard else None
 
 
@@ -136,7 +136,8 @@ class _WeightedSum(torch.autograd.Function):
             return d, loss
 
         rest = (hard, labels, target, indices)
-        plan = planned(plan, hidden, *rest)
+        if indices is not None or target_weight is not None:
+            plan = planned(plan, hidden, *rest)
         gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, rest, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
@@ -173,7 +174,6 @@ class _Divergence(torch.autograd.Function):
         group: str | None,
     ) -> tuple[Tensor, Tensor | None]:
         pair = Pair(inverse_temperature, jsd_weight, target_weight)
-        plan = planned(plan, hidden, target, indices, labels)
         known, soft, hard = _fold(hidden, weight, Target(target, indices), labels, kind, pair, plan, group)
         ctx.save_for_backward(hidden, weight, target, indices, labels, *pair, *known)
         ctx.set_materialize_grads(False)
@@ -184,7 +184,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         hidden, weight, target, indices, labels, *saved = ctx.saved_tensors
-        pair, known = Pair(*saved[:3]), Known(*saved[3:])
+        pair, known = Pair(*saved[:3]), Rows(*saved[3:])
         soft = _upstream(g_soft, known.log_sum)
         hard = None if labels is None else _upstream(g_hard, known.log_sum)
         with without_autocast(hidden.device):  # whatever backward's caller is in

@@ -101,10 +101,12 @@ def form_gradients(
     d_bias = None if bias is None or not wanted.bias else torch.empty_like(bias, dtype=statistics_dtype(hidden.dtype))
     outputs: list[list[Tensor]] = []
     formed: list[Tensor] = []
-    for i, (states, rows) in enumerate(parts(plan, hidden, *rest)):
+    last, apart = plan.count - 1, plan.alone(plan.count - 1, hidden.shape[0])
+    for i, (states, rows) in enumerate(parts(plan, hidden, *rest, alone=apart)):
         start, host = i * plan.chunk, hosts.of_chunk(run, plan.alone(i, hidden.shape[0]))
+        first = part(fenced, start, states.shape[0], copied=plan.copied and not (apart and i == last))
         states = gemm.taking_turns(states, group, formed)
-        d, *others = chunk(host, states, part(fenced, start, states.shape[0], plan), *rows)
+        d, *others = chunk(host, states, first, *rows)
         outputs.append(others)
         gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, start, 0, None, others)
         del d  # or eager code holds two chunks

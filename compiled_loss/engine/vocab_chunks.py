@@ -43,9 +43,10 @@ def _starts(hidden: Tensor, plan: Plan) -> Tensor:
 
 def _chunks(head: Head, weight: Tensor, plan: Plan, starts: Tensor) -> Iterator[tuple[Tensor, Head]]:
     """Weight and head of each chunk. A rank without columns has one chunk of none."""
-    for i, (rows, columns) in enumerate(parts(plan, weight, head.bias, head.class_weights)):
-        bias, class_weights = columns
-        yield rows, head._replace(bias=bias, class_weights=class_weights, start=part(starts, i, 1, plan))
+    for i, (columns, vectors) in enumerate(parts(plan, weight, head.bias, head.class_weights)):
+        bias, class_weights = vectors
+        start = part(starts, i, 1, copied=plan.copied)
+        yield columns, head._replace(bias=bias, class_weights=class_weights, start=start)
 
 
 class _VocabChunks(torch.autograd.Function):
@@ -67,9 +68,9 @@ class _VocabChunks(torch.autograd.Function):
         head = Head(bias, class_weights, softcap, inverse_temperature)
         run = hosts.choose(hidden.device, plan.compile)
         state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
-        plan = planned(plan, weight, *head)
-        for rows, columns in _chunks(head, weight, plan, _starts(hidden, plan)):
-            state = state.replaced(run(bodies.fold, hidden, rows, labels, *columns, *state))
+        chunks = _chunks(head, weight, planned(plan, weight, bias, class_weights), _starts(hidden, plan))
+        for columns, part_of_head in chunks:
+            state = state.replaced(run(bodies.fold, hidden, columns, labels, *part_of_head, *state))
         state = state.merged(group)
         result = finish(state)
         for rows in (result.nll, result.lse):  # or their logarithm joins the kernel that sums losses, which then spills
@@ -105,10 +106,10 @@ class _VocabChunks(torch.autograd.Function):
             if head.bias is not None and wants_bias:
                 d_bias = torch.empty_like(head.bias, dtype=state.maximum.dtype)
             starts = _starts(hidden, ctx.plan)
-            for i, (rows, columns) in enumerate(_chunks(head, weight, ctx.plan, starts)):
+            for i, (columns, part_of_head) in enumerate(_chunks(head, weight, ctx.plan, starts)):
                 start, host = i * ctx.plan.chunk, hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
-                (d,) = host(bodies.gradient, hidden, rows, labels, *columns, state.maximum, *upstream)
-                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, rows, 0, start, scale, [])
+                (d,) = host(bodies.gradient, hidden, columns, labels, *part_of_head, state.maximum, *upstream)
+                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, columns, 0, start, scale, [])
                 del d  # or eager code holds two chunks
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
