@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from compiled_loss import Chunking, linear_cross_entropy, linear_distillation, l
 from compiled_loss.engine import hosts
 from compiled_loss.engine.parts import parts
 from compiled_loss.engine.plan import Plan
+from compiled_loss.inspection import inspect
 
 N, H, V = 48, 11, 96
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -103,6 +105,32 @@ def test_no_part_is_copied(name, apart):
     assert not [n for n in rows for part in code if f"empty_strided_cpu(({n}, {H})" in part]
     logits = f"empty_strided_cpu(({N}, {size})" if name == "vocab" else f"empty_strided_cpu(({size}, {V})"
     assert code[0].count(logits) == (2 if name in ("teacher", "divergence") else 1)
+
+
+@REGIONS
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
+def test_a_last_chunk_at_an_odd_offset_is_not_taken_to_be_aligned(strategy):
+    """Triton would load several of its elements at once, from where a GPU cannot."""
+
+    def step(hidden, weight, bias, labels):
+        chunking = Chunking(strategy=strategy, chunk_size=1001)
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, chunking=chunking)
+
+    rows, columns = (1513, 4096) if strategy == "tokens" else (512, 1513)
+    shapes = ((rows, 256), (columns, 256), (columns,))
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    found = inspect(step, *tensors, labels, device="cuda:sm_90", first_only=True, assemble=False)
+    pointer = "*i64" if strategy == "tokens" else "*bf16"  # the labels, the bias: read by the kernels that write logits
+    aligned = []
+    for kernel in found.kernels:
+        types = re.findall(
+            r"'\w+': '([^']+)'", re.search(r"'signature': {(.*?)}", kernel.source or "{}'signature': {}")[1]
+        )
+        if types[:1] == ["*bf16"] and pointer in types[1:]:
+            place = types.index(pointer, 1)
+            aligned.append(f"({place},): [['tt.divisibility', 16]]" in kernel.source)
+    assert sorted(aligned) == [False, True]
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -8,7 +8,7 @@ Inductor drops a copy that lies as its original does, and nothing is copied in t
 
 - unless all of a walk's tensors are contiguous, since one that is not spoils it for all;
 - of rows of V columns, which a backend that is not Inductor would really hold;
-- in backward, where Dynamo does not tell how tensors lie, and of which the partitioner would keep copies in forward;
+- in backward, where Dynamo does not tell how tensors lie;
 - for a region of the last chunk's own: on GPUs Inductor would take the slice to be aligned as the copy is.
 """
 
