@@ -108,6 +108,21 @@ def test_no_part_is_copied(name, apart):
 
 
 @REGIONS
+@pytest.mark.parametrize("name", ["teacher", "probabilities"])
+def test_rows_of_all_columns_are_copied_for_no_backend(name):
+    """One that drops no copies would hold a second [N, V]."""
+    code = []
+
+    def backend(graph, inputs):
+        code.extend(m.code for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
+        return graph.forward
+
+    loss = functools.partial(LOSSES[name], Ours, *inputs(), chunking=chunked(name, N // 4))
+    torch.compile(loss, fullgraph=True, backend=backend)()
+    assert any("split_with_sizes_copy" in part for part in code) == (name == "teacher")
+
+
+@REGIONS
 @pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 def test_a_last_chunk_at_an_odd_offset_is_not_taken_to_be_aligned(strategy):
     """Triton would load several of its elements at once, from where a GPU cannot."""

@@ -92,8 +92,7 @@ def _fold(
 ) -> tuple[Rows, Tensor, Tensor | None]:
     """What is known of each row, its divergence and its cross-entropy, [N] each."""
     run = hosts.choose(hidden.device, plan.compile)
-    if target.indices is not None or pair.target_weight is not None:
-        plan = planned(plan, hidden, labels, *target)
+    plan = _planned(plan, pair, hidden, target, labels)
     outputs: list[Output] = []
     for states, rows in parts(plan, hidden, labels, *target):
         states = gemm.taking_turns(states, group, outputs[-1] if outputs else [])
@@ -101,6 +100,12 @@ def _fold(
     joined = tuple([gemm.join(rows, []) for rows in zip(*outputs, strict=True)])
     known, (soft, *hard) = Rows.of(joined, kind, labels, target.indices)
     return known, soft, hard[0] if hard else None
+
+
+def _planned(plan: Plan, pair: Pair, hidden: Tensor, target: Target, *rows: Tensor | None) -> Plan:
+    """No parts are copied where the target is [N, V]: parts.py, NOTE [Parts]."""
+    whole = target.indices is None and pair.target_weight is None
+    return plan if whole else planned(plan, hidden, *target, *rows)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -136,8 +141,7 @@ class _WeightedSum(torch.autograd.Function):
             return d, loss
 
         rest = (hard, labels, target, indices)
-        if indices is not None or target_weight is not None:
-            plan = planned(plan, hidden, *rest)
+        plan = _planned(plan, pair, hidden, Target(target, indices), hard, labels)
         gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, rest, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:

@@ -3,7 +3,7 @@
 NOTE [Parts]
 Torch remembers what a region returns by all that is known of its operands, how far into their storage they begin
 included; where that differs it runs the region again on tensors without data, five times a chunk. So in a compiled
-forward parts are copies, which begin at 0: it runs once a chunk, and 64 chunks compile in 7.9 s instead of 9.4.
+forward parts are copies, which begin at 0: a region runs once a chunk, and 64 chunks compile in 7.9 s instead of 9.4.
 Inductor drops a copy that lies as its original does, and nothing is copied in the end. Hence no copies
 
 - unless all of a walk's tensors are contiguous, since one that is not spoils it for all;

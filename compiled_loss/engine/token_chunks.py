@@ -104,9 +104,9 @@ def form_gradients(
     last, apart = plan.count - 1, plan.alone(plan.count - 1, hidden.shape[0])
     for i, (states, rows) in enumerate(parts(plan, hidden, *rest, alone=apart)):
         start, host = i * plan.chunk, hosts.of_chunk(run, plan.alone(i, hidden.shape[0]))
-        first = part(fenced, start, states.shape[0], copied=plan.copied and not (apart and i == last))
+        fenced_rows = part(fenced, start, states.shape[0], copied=plan.copied and not (apart and i == last))
         states = gemm.taking_turns(states, group, formed)
-        d, *others = chunk(host, states, first, *rows)
+        d, *others = chunk(host, states, fenced_rows, *rows)
         outputs.append(others)
         gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, start, 0, None, others)
         del d  # or eager code holds two chunks
