@@ -16,7 +16,7 @@ from torch import Tensor
 from compiled_loss import checks, chunk_checks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import Coefficients, statistics_dtype
+from compiled_loss.engine.statistics import IGNORED, Coefficients, statistics_dtype
 from compiled_loss.engine.transforms import traced
 
 
@@ -27,6 +27,11 @@ class Tokens(NamedTuple):
     weight: Tensor  # fp32; 0 where ignored
     active: Tensor  # False where ignored: by the label or by a mask of 0
     poison: Tensor  # 1, or NaN where an active token's label is no class
+
+    @property
+    def looked_at(self) -> Tensor:
+        """The labels, `IGNORED` where a token does not count."""
+        return torch.where(self.active, self.labels.clamp(min=-1), IGNORED)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         """Each changed."""
@@ -49,17 +54,16 @@ def tokens(
     """
     checks.alignment(shift, ignore_index, labels.dim())
     active = labels != ignore_index
-    weight = torch.ones(labels.shape, dtype=statistics_dtype(dtype), device=labels.device)
     if mask is not None:
         active = active & (mask != 0)
-        weight = weight * mask.to(weight.dtype)
-    if token_weights is not None:
-        weight = weight * token_weights.to(weight.dtype)
+    weight = active.to(statistics_dtype(dtype))
+    for factor in (mask, token_weights):
+        if factor is not None:
+            weight = weight * torch.where(active, factor.to(weight.dtype), 0.0)
     if shift:
         labels, weight, active = (
             _shifted(v, shift, f) for v, f in ((labels, ignore_index), (weight, 0), (active, False))
         )
-    weight = torch.where(active, weight, 0.0)
     if vocab is None:
         return Tokens(labels, weight, active, torch.ones_like(weight))
     bad = active & ((labels < 0) | (labels >= vocab))
@@ -107,7 +111,7 @@ def coefficients(
         label_weight, class_total = torch.ones_like(weight), vocab
     else:
         class_weights = class_weights.to(weight.dtype)
-        label_weight = class_weights[tokens.labels.clamp(0, vocab - 1)]
+        label_weight = torch.where(tokens.active, class_weights[tokens.labels.clamp(0, vocab - 1)], 0.0)
         class_total = class_weights.sum()
 
     cross_entropy = divided(weight, weight * label_weight, reduction, num_label_tokens)

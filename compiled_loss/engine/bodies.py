@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compiled_loss.engine.gemm import dense, logits
 from compiled_loss.engine.ranks import largest
-from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, statistics_dtype
+from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, looked_at, statistics_dtype
 
 Output = tuple[Tensor, ...]
 
@@ -141,7 +141,9 @@ def _seen(z: Tensor, hit: Tensor, head: Head, maximum: Tensor, *, total: bool, e
     )
 
 
-def _gradient(z: Tensor, slope: Tensor | None, hit: Tensor, head: Head, maximum: Tensor, upstream: Upstream) -> Tensor:
+def _gradient(
+    z: Tensor, slope: Tensor | None, labels: Tensor, hit: Tensor, head: Head, maximum: Tensor, upstream: Upstream
+) -> Tensor:
     """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
     shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
@@ -151,7 +153,7 @@ def _gradient(z: Tensor, slope: Tensor | None, hit: Tensor, head: Head, maximum:
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
-    return d if slope is None else d * slope
+    return torch.where(looked_at(labels).unsqueeze(-1), d if slope is None else d * slope, 0.0)
 
 
 def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
@@ -173,7 +175,7 @@ def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) ->
     upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
     assert labels is not None and maximum is not None
     z, slope = _capped(_biased(source, weight, head), head)
-    d = _gradient(z, slope, _hit(z, labels, head), head, maximum, upstream).to(source.dtype)
+    d = _gradient(z, slope, labels, _hit(z, labels, head), head, maximum, upstream).to(source.dtype)
     return (d if weight is None else dense(d),)
 
 
@@ -229,7 +231,7 @@ def _fold_and_gradient(
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * known.lse
     upstream = Upstream(after(row, *state) / state.sum_exp, coefficients.nll, coefficients.total, None)
-    d = _gradient(z, slope, hit, head, state.maximum, upstream).to(source.dtype)
+    d = _gradient(z, slope, labels, hit, head, state.maximum, upstream).to(source.dtype)
     loss = combine(known, coefficients)
     if statistics:
         return d, loss, upstream.row, *known.present()

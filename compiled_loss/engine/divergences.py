@@ -182,7 +182,7 @@ class Compared(NamedTuple):
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
             p = ((raw - row(rows.maximum)) - row(rows.hard_log_sum)).exp()
             d = d + row(hard) * (p - torch.where(hit(raw, labels), 1.0, 0.0))
-        return over(raw, d).to(dtype)
+        return over(raw, d, soft, hard).to(dtype)
 
     def _terms(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor]:
         """A, and the summands and slopes of rows that are known."""
@@ -194,9 +194,11 @@ class Compared(NamedTuple):
         return a, *_terms(kind, a, b.exp(), b, pair)
 
 
-def over(raw: Tensor, d: Tensor) -> Tensor:
-    """The gradient d, NaN where a logit is, which it is already.
+def over(raw: Tensor, d: Tensor, soft: Tensor, hard: Tensor | None) -> Tensor:
+    """The gradient d, 0 in rows without a loss, whatever they and their target hold.
 
-    The last expression reads the logits, or Inductor, which cuts a long one in two, would not write it over them.
+    NaN where a logit is, which it is already: the last expression reads the logits, or Inductor, which cuts a long one
+    in two, would not write it over them.
     """
-    return torch.where(raw.isnan(), raw, d)
+    counts = soft != 0 if hard is None else (soft != 0) | (hard != 0)
+    return torch.where(row(counts), torch.where(raw.isnan(), raw, d), 0.0)

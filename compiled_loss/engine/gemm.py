@@ -38,6 +38,7 @@ def add_gradients_(
     d: Tensor,  # [rows, columns], the gradient of a chunk of logits
     hidden: Tensor,  # [rows, H]
     weight: Tensor,  # [columns, H]
+    active: Tensor | None,  # [N] bool
     row: int,
     column: int,
     scale: Tensor | None,
@@ -45,7 +46,8 @@ def add_gradients_(
 ) -> None:
     """Where the chunk lies, from (row, column) on, dH += d @ weight, dW += d.T @ hidden and db += d.sum(0).
 
-    Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's. One
+    Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's. Hidden
+    states of rows that are not `active` are taken as 0: their d is 0, and 0 * NaN would be NaN in all of dW. One
     operator, since each that writes costs the compiler over 10 ms a chunk; and a kernel of Inductor's for the sums
     took 33 instructions a logit in sm_90 code.
 
@@ -65,6 +67,8 @@ def add_gradients_(
         (_add_product if column else _mm_out)(d_hidden.narrow(0, row, d.shape[0]), d, weight)
     if d_weight is not None:
         part = d_weight.narrow(0, column, d.shape[1])
+        if active is not None:
+            hidden = hidden.masked_fill(~active.narrow(0, row, d.shape[0]).unsqueeze(1), 0)
         if scale is None:
             (_add_product if row else _mm_out)(part, d.t(), hidden)
         else:

@@ -26,6 +26,15 @@ from torch import Tensor
 from compiled_loss.engine.ranks import reduced
 
 
+IGNORED = -(2**62)
+"""The label of a row that is not looked at: its gradient is 0 whatever its logits, its teacher or its statistics are."""
+
+
+def looked_at(labels: Tensor) -> Tensor:
+    """Which rows are not `IGNORED`, also where labels are counted from a rank's first class."""
+    return labels > IGNORED // 2
+
+
 class State(NamedTuple):
     """What a walk carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
 
@@ -136,13 +145,13 @@ def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
 
 
 def after(value: Tensor, *reductions: Tensor | None) -> Tensor:
-    """value, NaN where a reduction is NaN: what makes every reduction of the logits come before what uses `value`.
+    """value, NaN where a reduction is NaN and it is not 0: every reduction of the logits comes before what uses it.
 
     The compiler writes a gradient over its logits only if all their other readers are known to be done.
     """
     for reduction in reductions:
         if reduction is not None:
-            value = torch.where(reduction.isnan(), reduction, value)
+            value = torch.where(reduction.isnan() & (value != 0), reduction, value)
     return value
 
 

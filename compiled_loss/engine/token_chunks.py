@@ -19,6 +19,7 @@ from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.parts import part, parts, planned
 from compiled_loss.engine.plan import Plan
 from compiled_loss.engine.statistics import (
+    IGNORED,
     Coefficients,
     RowStatistics,
     finish,
@@ -87,13 +88,14 @@ def form_gradients(
     group: str | None,
     wanted: Wanted,
     fenced: Tensor,
+    active: Tensor,  # [N] bool
     rest: Iterable[Tensor | None],
     chunk: Callable[..., bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """dH, dW and db, and what else `chunk` returns after its logits' gradient.
 
     It is called with a host and its rows of hidden, `fenced` and the rest. `fenced` is the result of a computation
-    that every chunk reads: NOTE [Order].
+    that every chunk reads: NOTE [Order]. Rows that are not `active` have a gradient of 0, whatever they hold.
     """
     run = hosts.choose(hidden.device, plan.compile)
     d_hidden = torch.empty_like(hidden) if wanted.hidden else None
@@ -108,7 +110,7 @@ def form_gradients(
         states = gemm.taking_turns(states, group, formed)
         d, *others = chunk(host, states, fenced_rows, *rows)
         outputs.append(others)
-        gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, start, 0, None, others)
+        gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, active, start, 0, None, others)
         del d  # or eager code holds two chunks
         formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
     return [d_hidden, d_weight, d_bias], [gemm.join(rows, formed) for rows in zip(*outputs, strict=True)]
@@ -151,7 +153,7 @@ class _TokenChunks(torch.autograd.Function):
         if scale is not None:
             scaled = coefficients.map(lambda c: c / scale)
 
-        labels = torch.where(active, labels, -1)  # to be fenced: NOTE [Order]
+        labels = torch.where(active, labels, IGNORED)  # a new tensor, to be fenced: NOTE [Order]
         differentiable = any(ctx.needs_input_grad[7:11])
         body = bodies.statistics_and_gradient if differentiable else bodies.fold_and_gradient
         if with_statistics:
@@ -162,7 +164,9 @@ class _TokenChunks(torch.autograd.Function):
             return d, loss, *(() if body is bodies.fold_and_gradient else rest)
 
         plan = planned(plan, hidden, *scaled)
-        gradients, (losses, *rest) = form_gradients(hidden, weight, bias, plan, group, wanted, labels, scaled, chunk)
+        gradients, (losses, *rest) = form_gradients(
+            hidden, weight, bias, plan, group, wanted, labels, active, scaled, chunk
+        )
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale

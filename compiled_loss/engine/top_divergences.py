@@ -24,22 +24,18 @@ from compiled_loss.engine.statistics import statistics_dtype
 class Place(NamedTuple):
     """Where a top lies among the columns that a rank has."""
 
-    columns: Tensor  # [rows, k]; of a class that is another's, one of ours that is in the top, or 0 where none is
-    ours: Tensor | None  # [rows, k], which are; None without a group, for then all are
+    columns: Tensor  # [rows, k]; of a class that is another's or none, one of ours that is in the top, or 0
+    ours: Tensor  # [rows, k], which are
 
     @staticmethod
-    def of(indices: Tensor, columns: int, group: str | None) -> Place:
+    def of(indices: Tensor, columns: int) -> Place:
         """Of classes counted from the rank's first, among so many columns."""
-        if group is None:
-            return Place(indices, None)
         ours = (indices >= 0) & (indices < columns)
         found = torch.where(ours, indices, 0)
         return Place(torch.where(ours, indices, row(found.amax(-1))), ours)
 
     def take(self, base: Tensor) -> Tensor:
         """Of [rows, columns], those of the top that are ours; 0 for the others."""
-        if self.ours is None:
-            return base.gather(-1, self.columns)
         if base.shape[-1] == 0:
             return base.new_zeros(self.columns.shape)
         return torch.where(self.ours, base.gather(-1, self.columns), 0.0)
@@ -47,10 +43,8 @@ class Place(NamedTuple):
     def put(self, base: Tensor, values: Tensor, first: Tensor | None) -> Tensor:
         """A copy of [rows, columns] with those of the top that are ours; `first` is its first column.
 
-        A scatter writes all k: what is another's writes again what is written where it points.
+        A scatter writes all k: what is not ours writes again what is written where it points.
         """
-        if self.ours is None:
-            return base.scatter(-1, self.columns, values)
         if first is None:
             return base.clone()
         pointed = self.ours & (self.columns == row(self.columns.amax(-1)))
@@ -65,11 +59,12 @@ class TopCompared(NamedTuple):
     kind: Kind
     pair: Pair
     rest: Tensor  # [rows, V], the student's logits before the temperature, in fp32
-    first: Tensor | None  # [rows], of them, before the top was taken out; None without a group or a column
+    first: Tensor | None  # [rows], of them, before the top was taken out; None without a column
     top: Tensor  # [rows, k], of them, of all ranks
     indices: Tensor  # [rows, k], counted from a rank's first class
     place: Place
-    values: Tensor  # [rows, k], the target's log-probabilities, in fp32
+    values: Tensor  # [rows, k], the target's log-probabilities, in fp32; -inf where there is no class
+    sharded: bool
 
     @staticmethod
     def of(
@@ -86,14 +81,18 @@ class TopCompared(NamedTuple):
         assert target.indices is not None
         raw = logits(source, weight)
         dtype = statistics_dtype(raw.dtype)
-        place = Place.of(target.indices, raw.shape[-1], group)
+        place = Place.of(target.indices, raw.shape[-1])
         top = place.take(raw)
-        first = None if group is None or raw.shape[-1] == 0 else raw[..., 0]
+        first = None if raw.shape[-1] == 0 else raw[..., 0]
         if fold:
             raw = place.put(raw, torch.full_like(top, float("-inf")), first)
         (top,) = reduced([top.to(dtype)], "sum", group)
         first = None if first is None else first.to(dtype)
-        return TopCompared(kind, pair, raw.to(dtype), first, top, target.indices, place, target.values.to(dtype))
+        values = target.values.to(dtype)
+        top = torch.where(values.isneginf(), values, top)
+        return TopCompared(
+            kind, pair, raw.to(dtype), first, top, target.indices, place, values, sharded=group is not None
+        )
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
         """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
@@ -131,28 +130,30 @@ class TopCompared(NamedTuple):
             if labels is not None and hard is not None and rows.hard_log_sum is not None:
                 rest = rest - row(rows.hard_log_sum)
                 d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
-            return over(logits, d_rest).to(dtype)
+            return over(logits, d_rest, soft, hard).to(dtype)
 
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
             top = (self.top - row(rows.maximum)) - row(rows.hard_log_sum)
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
+            d_top = torch.where(row((soft != 0) | (hard != 0)), d_top, 0.0)
         # Not read from the whole, or that could not be written over the logits.
         first = None if self.first is None else of_rest(row(self.first)).squeeze(-1)
         return self.place.put(of_rest(self.rest), d_top.to(dtype), first)
 
     def _coarse(self, rows: Rows) -> Compared:
-        """The k classes and the tail, which is not there where k is V."""
+        """The k classes and the tail; where all V are in the top, nothing is left for it."""
         z = warmed(self.top - row(rows.maximum), self.pair)
         t = self.values
-        if self.place.ours is not None or self.indices.shape[-1] < self.rest.shape[-1]:
-            # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
-            largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))
-            left = torch.where(largest, -torch.expm1(t), -t.exp()).sum(-1)
-            # Less than what 1 - sum can tell counts as that little, or a reverse KL were infinite; and as nothing where
-            # the student, too, forbids the tail.
-            least = torch.where(rows.log_sum.isinf(), 0.0, torch.finfo(t.dtype).eps)
-            z = torch.cat([z, row(rows.log_sum)], -1)
-            t = torch.cat([t, row(torch.where(left > torch.finfo(t.dtype).eps, left, least).log())], -1)
+        # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
+        largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))
+        left = torch.where(largest, -torch.expm1(t), -t.exp()).sum(-1)
+        if not self.sharded and t.shape[-1] == self.rest.shape[-1]:
+            left = torch.where((t > float("-inf")).all(-1), 0.0, left)
+        # Less than what 1 - sum can tell counts as that little, or a reverse KL were infinite; and as nothing where
+        # the student, too, forbids the tail.
+        least = torch.where(rows.log_sum.isinf(), 0.0, torch.finfo(t.dtype).eps)
+        z = torch.cat([z, row(rows.log_sum)], -1)
+        t = torch.cat([t, row(torch.where(left > torch.finfo(t.dtype).eps, left, least).log())], -1)
         return Compared(self.kind, Pair(None, self.pair.jsd_weight, None), z, t)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from compiled_loss import checks, shard_checks, sharding
@@ -117,8 +118,9 @@ def cross_entropy(
     )
     head = transform(logits, None, vocabulary.own(class_weights), softcap, temperature)
     total = coefficients.total is not None
-    own = vocabulary.labels(tokens.labels)
+    own = vocabulary.labels(tokens.looked_at)
     if traced():
+        logits = torch.where(tokens.active.unsqueeze(-1), logits, 0.0)
         rows = logits_walk.plain_statistics(logits, own, head, total=total, entropy=False)
     else:
         # Flat where that is free; other strides stay as they are, for a reshape would copy.

@@ -176,7 +176,7 @@ def distillation(
         top=None if teacher_topk is None else teacher_topk[1],
     )
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
-    rows = pair.on_logits(student_logits, target, weighted.labels, divergence, scalars, vocabulary)
+    rows = pair.on_logits(student_logits, target, weighted.labels, weighted.active, divergence, scalars, vocabulary)
     loss = reductions.reduced(weighted.of(*rows), reduction)
     return vocabulary.agreed(loss, alike, loss)
 

@@ -41,7 +41,7 @@ class LinearHead(NamedTuple):
     @property
     def labels(self) -> Tensor:
         """[N], counted from the rank's first class."""
-        return self.vocabulary.labels(self.tokens.labels.reshape(-1))
+        return self.vocabulary.labels(self.tokens.looked_at.reshape(-1))
 
     def statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
         """Masked statistics [...], differentiable; `what` names what a token walk with gradients could not give."""
@@ -110,6 +110,7 @@ class LinearHead(NamedTuple):
         """Masked statistics of all rows that there are, [N]."""
         hidden, weight, head, tokens, vocabulary = self
         if traced():
+            hidden = torch.where(tokens.active.reshape(-1, 1), hidden, 0.0)
             rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
         else:
             differentiable = any(self._wanted())

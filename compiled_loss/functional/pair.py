@@ -36,6 +36,7 @@ def on_logits(
     logits: Tensor,  # [..., V]
     target: Target,  # [..., V] or [..., k]
     labels: Tensor | None,  # [...]
+    active: Tensor,  # [...] bool
     kind: str,
     pair: Pair,
     vocabulary: Vocabulary,
@@ -44,6 +45,7 @@ def on_logits(
     kind = cast(Kind, kind)
     labels = None if labels is None else vocabulary.labels(labels)
     if traced():
+        logits, target = _looked_at(logits, active), target.map(lambda v: _looked_at(v, active))
         return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
     # Flat where that is free; other strides stay as they are, for a reshape would copy.
     shape = logits.shape[:-1]
@@ -99,6 +101,7 @@ def _on_rows(
     if weighted.labels is not None:
         weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
     if traced():
+        hidden, target = _looked_at(hidden, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
         target_weight = pair.head(weight)
         if target_weight is not None:
             target = Target(target.values @ target_weight.detach().t())
@@ -132,6 +135,11 @@ def apart(target: Tensor, source: Tensor) -> Tensor:
     views = target._base is not None and source._base is not None
     target = target.detach()
     return target.clone() if torch.compiler.is_compiling() and views else target
+
+
+def _looked_at(rows: Tensor, active: Tensor) -> Tensor:
+    """Rows that count, 0 in all others."""
+    return torch.where(active.unsqueeze(-1), rows, 0)
 
 
 def _flat(target: Target) -> Target:

@@ -70,9 +70,8 @@ def masked_soft_cross_entropy(
     shard_checks.spread("mean", vocabulary.spread)
     weight, active = _positions(position_mask, logits)
     scalars = pair.scalars(logits, 1.0)
-    soft, _ = pair.on_logits(logits, Target(target_probs), None, "probabilities", scalars, vocabulary)
-    losses = reductions.divided(weight, weight, "mean", None) * soft
-    loss = torch.where(active, losses, 0.0).sum()
+    soft, _ = pair.on_logits(logits, Target(target_probs), None, active, "probabilities", scalars, vocabulary)
+    loss = (reductions.divided(weight, weight, "mean", None) * torch.where(active, soft, 0.0)).sum()
     return vocabulary.agreed(loss, position_mask, loss)
 
 

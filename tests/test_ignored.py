@@ -1,0 +1,240 @@
+"""What is ignored is never looked at: any number in any place of any argument that belongs to an ignored token.
+
+Each loss is compared with the reference on inputs without poison, in fp64, and each gradient is 0 where it is ignored.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import compiled_loss
+from compiled_loss import Chunking, reference
+from compiled_loss.reference import token_logits
+
+B, S, H, V, K = 2, 9, 5, 17, 4
+FILLS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+ANY_LABEL = 10**9
+
+
+def tokens(shift):
+    """Labels, a mask, and which places are ignored: of labels [B, S], and of what predicts them [B, S]."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, V, (B, S))
+    labels[0, 2] = labels[1, :3] = -100
+    mask = torch.ones(B, S, dtype=torch.float64)
+    mask[0, 5] = mask[1, 8] = 0
+    mask[0, 7] = 0.5
+    ignored = (labels == -100) | (mask == 0)
+    ignored[:, :shift] = True
+    rows = ignored.roll(-shift, 1)
+    return labels, mask, ignored, rows
+
+
+def head(teacher=False):
+    hidden = torch.randn(B, S, H, dtype=torch.float64)
+    weight = torch.randn(V, H, dtype=torch.float64)
+    return hidden.requires_grad_(not teacher), weight.requires_grad_(not teacher)
+
+
+def hard(name, **keywords):
+    """Cross-entropy and statistics, on logits or on a head: (inputs, places that are ignored, keywords)."""
+    shift = keywords.pop("shift", 0)
+    labels, mask, ignored, rows = tokens(shift)
+    hidden, weight = head()
+    inputs, places = {"hidden": hidden, "weight": weight}, {"hidden": rows}
+    if not name.startswith("linear"):
+        inputs = {"logits": token_logits(hidden, weight).detach().requires_grad_()}
+        places = {"logits": rows}
+    inputs |= {"labels": labels, "mask": mask}
+    places |= {"labels": mask == 0, "mask": labels == -100}
+    if "statistics" not in name or "cross_entropy" in name:
+        inputs["token_weights"] = torch.rand(B, S, dtype=torch.float64).requires_grad_()
+        places["token_weights"] = ignored
+    return inputs, places, keywords | {"shift": shift}
+
+
+def pair(name, teacher, **keywords):
+    """Distillation and soft cross-entropy."""
+    labels, mask, ignored, _ = tokens(0)
+    hidden, weight = head()
+    teacher_hidden, teacher_weight = head(teacher=True)
+    soft = "soft" in name
+    counts = ignored if soft else labels == -100
+    inputs = {"hidden": hidden, "weight": weight} if soft else {"student_hidden": hidden, "student_weight": weight}
+    logits = token_logits(teacher_hidden, teacher_weight)
+    if not name.startswith("linear"):
+        inputs = {"logits" if soft else "student_logits": token_logits(hidden, weight).detach().requires_grad_()}
+    names = [next(iter(inputs))]
+    if soft:
+        inputs["position_mask"] = torch.where(ignored, 0.0, mask)
+    if teacher == "head":
+        inputs |= {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        names.append("teacher_hidden")
+    elif teacher == "probabilities":
+        inputs["target_probs"] = logits.softmax(-1).requires_grad_(not name.startswith("linear"))
+        names.append("target_probs")
+    elif teacher == "top":
+        values, indices = logits.log_softmax(-1).topk(K)
+        inputs |= {"values": values, "indices": indices}
+        inputs |= {k: None for k in (("teacher_hidden", "teacher_weight") if "linear" in name else ("teacher_logits",))}
+        names += ["values", "indices"]
+    else:
+        inputs["teacher_logits"] = logits
+        names.append("teacher_logits")
+    if not soft:
+        inputs["labels"] = labels
+    return inputs, dict.fromkeys(names, counts), keywords
+
+
+def depths(name, **keywords):
+    """Multi-token prediction, whose targets are ignored where they are past a packed sequence's end."""
+    labels, *_ = tokens(0)
+    hidden, weight = head()
+    targets = [reference.multi_token_targets(labels, k) for k in range(2)]
+    inputs = {"hidden": hidden, "deeper": head()[0], "weight": weight, "labels": labels}
+    return inputs, {"hidden": targets[0] == -100, "deeper": targets[1] == -100}, keywords
+
+
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.7}
+TOKENS, COLUMNS = Chunking(strategy="tokens", chunk_size=4), Chunking(strategy="vocab", chunk_size=6)
+CASES = {
+    "cross_entropy": (hard, {}),
+    "cross_entropy, everything": (hard, EVERYTHING | {"shift": 1}),
+    "cross_entropy, none": (hard, {"reduction": "none"}),
+    "linear_cross_entropy, tokens": (hard, {"chunking": TOKENS}),
+    "linear_cross_entropy, tokens, everything": (hard, EVERYTHING | {"chunking": TOKENS, "shift": 1}),
+    "linear_cross_entropy, vocab": (hard, {"chunking": COLUMNS, "shift": 2}),
+    "linear_cross_entropy, vocab, everything": (hard, EVERYTHING | {"chunking": COLUMNS}),
+    "linear_cross_entropy, none": (hard, {"reduction": "none"}),
+    "linear_cross_entropy, few": (hard, {"chunking": Chunking(strategy="tokens", max_label_tokens=14)}),
+    "linear_token_statistics": (hard, {"chunking": COLUMNS}),
+    **{
+        f"{name}, {divergence}": (pair, {"divergence": divergence, **keywords})
+        for divergence in ("forward_kl", "reverse_kl", "jsd")
+        for name, keywords in {
+            "distillation": {"teacher": "logits", "hard_label_weight": 0.3},
+            "distillation, none": {"teacher": "logits", "reduction": "none", "temperature": 2.0},
+            "distillation, top": {"teacher": "top", "hard_label_weight": 0.3},
+            "linear_distillation": {"teacher": "head", "hard_label_weight": 0.3, "chunking": TOKENS},
+            "linear_distillation, none": {"teacher": "head", "reduction": "none", "chunking": TOKENS},
+            "linear_distillation, top": {"teacher": "top", "chunking": TOKENS},
+            "linear_distillation, top, none": {"teacher": "top", "reduction": "none", "chunking": TOKENS},
+            "linear_distillation, few": {"teacher": "head", "chunking": Chunking(max_label_tokens=15)},
+        }.items()
+    },
+    "masked_soft_cross_entropy": (pair, {"teacher": "probabilities"}),
+    "linear_soft_cross_entropy": (pair, {"teacher": "probabilities", "chunking": TOKENS}),
+    "linear_soft_cross_entropy, head": (pair, {"teacher": "head", "chunking": TOKENS}),
+    "linear_soft_cross_entropy, few": (pair, {"teacher": "probabilities", "chunking": Chunking(max_label_tokens=15)}),
+    "multi_token_prediction": (depths, {"chunking": TOKENS}),
+}
+ARGUMENTS = {name: list(make(name, **keywords)[1]) for name, (make, keywords) in CASES.items()}
+
+
+def poisoned(value, ignored, fill):
+    """A copy that holds `fill` where it is ignored."""
+    value = value.detach().clone().requires_grad_(value.requires_grad)
+    with torch.no_grad():
+        value[ignored] = fill if value.is_floating_point() else ANY_LABEL if fill > 0 else -7
+    return value
+
+
+def called(lib, name, inputs, keywords):
+    """The loss, or all that a function returns, as a list."""
+    inputs = dict(inputs)
+    if "values" in inputs:
+        inputs["teacher_topk"] = (inputs.pop("values"), inputs.pop("indices"))
+    if "deeper" in inputs:
+        inputs["hidden"] = [inputs["hidden"], inputs.pop("deeper")]
+    if lib is reference:
+        keywords = {k: v for k, v in keywords.items() if k != "chunking"}
+    found = getattr(lib, name.split(",")[0])(**inputs, **keywords)
+    return [v for v in found if v.requires_grad] if isinstance(found, tuple) else [found]
+
+
+def outcome(lib, name, inputs, keywords):
+    """Values and gradients of what requires them; losses of several tokens are weighed differently."""
+    values = called(lib, name, inputs, keywords)
+    wanted = {k: v for k, v in inputs.items() if v is not None and v.requires_grad}
+    total = sum((v * torch.arange(1, v.numel() + 1, dtype=v.dtype).reshape(v.shape)).sum() for v in values)
+    return values, dict(zip(wanted, torch.autograd.grad(total, list(wanted.values())), strict=True))
+
+
+def check(name, changed, fill, run=called):
+    make, keywords = CASES[name]
+    inputs, places, keywords = make(name, **keywords)
+    values, gradients = outcome(reference, name, inputs, keywords)
+    for argument in changed:
+        inputs[argument] = poisoned(inputs[argument], places[argument], fill)
+    found = run(compiled_loss, name, inputs, keywords)
+    wanted = [inputs[k] for k in gradients]
+    total = sum((v * torch.arange(1, v.numel() + 1, dtype=v.dtype).reshape(v.shape)).sum() for v in found)
+    for mine, theirs in zip(found, values, strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+    for (argument, theirs), mine in zip(gradients.items(), torch.autograd.grad(total, wanted), strict=True):
+        if argument in places:
+            assert (mine[places[argument]] == 0).all(), argument
+            theirs = theirs.clone()
+            theirs[places[argument]] = 0
+        torch.testing.assert_close(mine, theirs, **TIGHT, msg=lambda text, argument=argument: f"{argument}: {text}")
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", CASES)
+def test_eager(name, fill):
+    """Each argument alone, then all."""
+    for changed in [[argument] for argument in ARGUMENTS[name]] + [ARGUMENTS[name]]:
+        check(name, changed, FILLS[fill])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_functorch(name):
+    """Where losses are composed of plain operators."""
+    make, keywords = CASES[name]
+    inputs, places, keywords = make(name, **keywords)
+    _, expected = outcome(reference, name, inputs, keywords)
+    inputs |= {argument: poisoned(inputs[argument], places[argument], float("nan")) for argument in places}
+
+    def total(wanted):
+        found = getattr(compiled_loss, name.split(",")[0])
+        del found
+        values = called(compiled_loss, name, inputs | wanted, keywords)
+        return sum((v * torch.arange(1, v.numel() + 1, dtype=v.dtype).reshape(v.shape)).sum() for v in values)
+
+    found = torch.func.grad(total)({k: inputs[k].detach() for k in expected})
+    for argument, theirs in expected.items():
+        if argument in places:
+            theirs = theirs.masked_fill(places[argument].reshape(*places[argument].shape, *(1,) * (theirs.dim() - 2)), 0)
+        torch.testing.assert_close(found[argument], theirs, **TIGHT)
+
+
+COMPILED = [
+    "cross_entropy, everything",
+    "linear_cross_entropy, tokens",
+    "linear_cross_entropy, vocab",
+    "distillation, jsd",
+    "linear_distillation, top, forward_kl",
+    "masked_soft_cross_entropy",
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        pytest.param(b, n, marks=[pytest.mark.slow] * (b == "inductor" and n not in COMPILED))
+        for b, n in itertools.product(("aot_eager", "inductor"), CASES)
+    ],
+)
+def test_compiled(name, backend):
+    def run(lib, name, inputs, keywords):
+        names = list(inputs)
+
+        def step(*tensors):
+            return called(lib, name, dict(zip(names, tensors, strict=True)), keywords)
+
+        return torch.compile(step, fullgraph=True, backend=backend)(*inputs.values())
+
+    torch._dynamo.reset()
+    check(name, ARGUMENTS[name], float("nan"), run)
