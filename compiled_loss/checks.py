@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OLDEST_TORCH = (2, 11)
+_DEQUANTISE = "give its values in a floating dtype, or use a loss of the logits that its module computes"
 _REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -25,9 +29,31 @@ def torch_version(version: str) -> None:
 
 
 def tensor(name: str, value: object) -> None:
-    """Raise unless `value` is a tensor."""
+    """Raise unless `value` is a tensor whose elements lie in memory as its dtype says, or a DTensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense Tensor, got a nested one: use .values() of each nested argument, which has all "
+            "sequences one after another"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense Tensor, got one of layout {value.layout}: use .to_dense()")
+    if is_traceable_wrapper_subclass(value) and not type(value).__module__.startswith("torch."):
+        raise TypeError(f"{name}: expected a plain Tensor, got {type(value).__name__}: {_DEQUANTISE}")
+    _no_tangent(name, value)
+
+
+def _no_tangent(name: str, value: Tensor) -> None:
+    """Raise where a forward-mode derivative is asked for, outside functorch transforms."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{name}: expected a Tensor without a tangent, got a dual one: this loss has no forward-mode derivative "
+            "outside torch.func transforms; take it with torch.func.jvp, or from the functions of "
+            "compiled_loss.reference"
+        )
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -38,7 +64,9 @@ def floating(name: str, value: Tensor) -> None:
 def floating_dtype(name: str, value: object) -> None:
     """Raise unless `value` is one that gradients are computed in."""
     if value not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value}")
+        quantised = isinstance(value, torch.dtype) and value.itemsize == 1 and value != torch.bool
+        advice = f": {_DEQUANTISE}" if quantised else ""
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value}{advice}")
 
 
 def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) -> None:
@@ -88,11 +116,11 @@ def head(
         vocabulary_vector("bias", bias, weight.shape[0], hidden.device)
 
 
-def same_dtype(hidden: Tensor, weight: Tensor) -> None:
+def same_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> None:
     """Raise unless one GEMM can take both."""
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}: "
+            f"{names[1]}: expected the dtype of {names[0]}, {hidden.dtype}, got {weight.dtype}: "
             "cast one of them, or call under torch.autocast"
         )
 
@@ -139,10 +167,48 @@ def tokens(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, n
     per_token("token_weights", token_weights, labels_.shape, source.device)
 
 
-def number(name: str, value: object, alternative: str = "") -> None:
-    """Raise unless `value` is one that arithmetic takes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+def number(name: str, value: Any, alternative: str = "") -> Any:
+    """The number that `value` is; raise unless it is one, in an array or a tensor without gradient perhaps.
+
+    A tensor that cannot be read without a synchronisation stays one, and is not looked at.
+    """
+    value = _scalar(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
         raise TypeError(f"{name}: expected a number{alternative}, got {type(value).__name__}")
+    return value
+
+
+def integer(name: str, value: Any, alternative: str = "") -> Any:
+    """The int that `value` is; raise unless it is one, or a whole number of another type."""
+    scalar = _scalar(name, value)
+    if isinstance(scalar, float) and scalar.is_integer():
+        scalar = int(scalar)
+    if isinstance(scalar, bool) or not isinstance(scalar, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int{alternative}, got {type(value).__name__}")
+    return scalar
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """What an array or a tensor holds, if it is one and may be read."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"{name}: expected a number, got a Tensor {sizes(value.shape)} of {value.dtype}")
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected a number without gradient, got requires_grad=True: use .detach()")
+        return value.item() if readable(value) else value.detach().reshape(())
+    kind = type(value)
+    return value.item() if kind.__module__ == "numpy" and not getattr(value, "ndim", 0) else value
+
+
+def known(value: Any, is_: float) -> bool:
+    """Whether a number is this one, as far as may be known without reading a tensor."""
+    return not isinstance(value, Tensor) and value == is_
+
+
+def readable(values: Tensor) -> bool:
+    """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
+    special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return values.device.type == "cpu" and type(values) in (Tensor, torch.nn.Parameter) and not special
 
 
 def instance(name: str, value: object, kind: type) -> None:
@@ -151,36 +217,36 @@ def instance(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
 
 
-def transform(softcap: float | None, temperature: float) -> None:
-    """Raise unless z is defined."""
+def transform(softcap: Any, temperature: Any) -> tuple[Any, Any]:
+    """Both as numbers; raise unless z is defined."""
     if softcap is not None:
-        number("softcap", softcap, " or None")
-        if not 0 < softcap < math.inf:  # inf * tanh(z / inf) is NaN
+        softcap = number("softcap", softcap, " or None")
+        if not (isinstance(softcap, Tensor) or 0 < softcap < math.inf):  # inf * tanh(z / inf) is NaN
             raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
-    number("temperature", temperature)
-    if not temperature > 0:
+    temperature = number("temperature", temperature)
+    if not (isinstance(temperature, Tensor) or temperature > 0):
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    return softcap, temperature
 
 
-def alignment(shift: int, ignore_index: int, dimensions: int) -> None:
-    """Raise unless tokens can be told apart and moved."""
-    for name, value in (("shift", shift), ("ignore_index", ignore_index)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+def alignment(shift: Any, ignore_index: Any, dimensions: int) -> tuple[int, int]:
+    """Both as ints; raise unless tokens can be told apart and moved."""
+    shift, ignore_index = integer("shift", shift), integer("ignore_index", ignore_index)
     if shift < 0:
         raise ValueError(f"shift: expected an int >= 0, got {shift}")
     if shift and not dimensions:
         raise ValueError(f"shift: expected 0 where labels have no dimension, got {shift}")
+    return shift, ignore_index
 
 
-def terms(label_smoothing: float, z_loss: float) -> None:
-    """Raise unless each term of the loss is in its range."""
-    number("label_smoothing", label_smoothing)
-    number("z_loss", z_loss)
-    if not 0 <= label_smoothing <= 1:
+def terms(label_smoothing: Any, z_loss: Any) -> tuple[Any, Any]:
+    """Both as numbers; raise unless each term of the loss is in its range."""
+    label_smoothing, z_loss = number("label_smoothing", label_smoothing), number("z_loss", z_loss)
+    if not (isinstance(label_smoothing, Tensor) or 0 <= label_smoothing <= 1):
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
-    if not z_loss >= 0:
+    if not (isinstance(z_loss, Tensor) or z_loss >= 0):
         raise ValueError(f"z_loss: expected a number >= 0, got {z_loss}")
+    return label_smoothing, z_loss
 
 
 def reduction(value: str) -> None:
@@ -195,10 +261,10 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def count(num_label_tokens: int | Tensor | None, value: str, device: torch.device) -> None:
-    """Raise unless `num_label_tokens` is a count, and goes with the reduction called `value`."""
+def count(num_label_tokens: Any, value: str, device: torch.device) -> Any:
+    """The count as an int, a tensor or None; raise unless it is one, and goes with the reduction called `value`."""
     if num_label_tokens is None:
-        return
+        return None
     if value != "sum":
         raise ValueError(
             f"num_label_tokens: expected None unless reduction='sum', which it divides, got reduction={value!r}"
@@ -210,10 +276,11 @@ def count(num_label_tokens: int | Tensor | None, value: str, device: torch.devic
             raise ValueError(f"num_label_tokens: expected one element, got {sizes(num_label_tokens.shape)}")
         if num_label_tokens.device != device and (num_label_tokens.device.type != "cpu" or num_label_tokens.dim()):
             raise ValueError(f"num_label_tokens: expected on {device}, got {num_label_tokens.device}")
-    elif isinstance(num_label_tokens, bool) or not isinstance(num_label_tokens, (int, torch.SymInt)):
-        raise TypeError(f"num_label_tokens: expected an int, a tensor or None, got {type(num_label_tokens).__name__}")
-    elif num_label_tokens < 0:
+        return num_label_tokens
+    num_label_tokens = integer("num_label_tokens", num_label_tokens, ", a tensor or None")
+    if num_label_tokens < 0:
         raise ValueError(f"num_label_tokens: expected >= 0, got {num_label_tokens}")
+    return num_label_tokens
 
 
 def labels_in_range(bad: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:

@@ -17,7 +17,6 @@ from compiled_loss import checks, chunk_checks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import IGNORED, Coefficients, statistics_dtype
-from compiled_loss.engine.transforms import traced
 
 
 class Tokens(NamedTuple):
@@ -52,7 +51,7 @@ def tokens(
 
     Without `vocab` labels only tell which tokens count.
     """
-    checks.alignment(shift, ignore_index, labels.dim())
+    shift, ignore_index = checks.alignment(shift, ignore_index, labels.dim())
     active = labels != ignore_index
     if mask is not None:
         active = active & (mask != 0)
@@ -67,14 +66,9 @@ def tokens(
     if vocab is None:
         return Tokens(labels, weight, active, torch.ones_like(weight))
     bad = active & ((labels < 0) | (labels >= vocab))
-    if readable(labels):
+    if checks.readable(labels):
         checks.labels_in_range(bad, labels, vocab, ignore_index)
     return Tokens(labels, weight, active, torch.where(bad, float("nan"), 1.0).to(weight.dtype))
-
-
-def readable(values: Tensor) -> bool:
-    """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
-    return values.device.type == "cpu" and type(values) is Tensor and not (traced() or torch.compiler.is_compiling())
 
 
 def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
@@ -83,7 +77,7 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
     rows = chunking.rows(active.shape[0])
     if rows is None:
         return None
-    if readable(active):
+    if checks.readable(active):
         chunk_checks.label_tokens_fit(int(active.sum()), rows, active.shape[0])
     return Compaction.of(active, rows)
 
@@ -102,9 +96,9 @@ def coefficients(
 
     cross-entropy = c_y (1 - e) nll + e / V (sum(c) lse - total), with c the class weights and e the smoothing.
     """
-    checks.terms(label_smoothing, z_loss)
+    label_smoothing, z_loss = checks.terms(label_smoothing, z_loss)
     checks.reduction(reduction)
-    checks.count(num_label_tokens, reduction, tokens.labels.device)
+    num_label_tokens = checks.count(num_label_tokens, reduction, tokens.labels.device)
     weight = tokens.weight
     class_total: int | Tensor
     if class_weights is None:
@@ -116,12 +110,12 @@ def coefficients(
 
     cross_entropy = divided(weight, weight * label_weight, reduction, num_label_tokens)
     square = divided(weight, weight, reduction, num_label_tokens)
-    smooth = None if label_smoothing == 0 else label_smoothing / vocab * cross_entropy
+    smooth = None if checks.known(label_smoothing, 0) else label_smoothing / vocab * cross_entropy
     return Coefficients(
         nll=(1 - label_smoothing) * label_weight * cross_entropy * tokens.poison,
         lse=None if smooth is None else smooth * class_total,
         total=None if smooth is None else -smooth,
-        square=None if z_loss == 0 else z_loss * square,
+        square=None if checks.known(z_loss, 0) else z_loss * square,
     )
 
 

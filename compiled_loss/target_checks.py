@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled_loss.checks import flag, floating, head, number, same_device, sizes, tensor, transform
+from compiled_loss.checks import flag, floating, head, integer, number, same_device, sizes, tensor, transform
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -66,12 +67,10 @@ def teacher_topk(value: object, others: dict[str, Tensor | None], source: Tensor
 
 
 def teacher_topk_values(values: Tensor, indices: Tensor, vocab: int) -> None:
-    """Raise unless rows [rows, k] are parts of distributions. Reads the tensors: for eager CPU code alone."""
-    outside = indices[(indices < 0) | (indices >= vocab)]
+    """Raise unless rows [rows, k], each class once, are parts of distributions. For eager CPU code alone: it reads."""
+    outside = indices[((indices < 0) | (indices >= vocab)) & ~values.isneginf()]
     if outside.numel():
         raise ValueError(f"teacher_topk[1]: expected 0 <= index < V = {vocab}, got {outside[0].item()}")
-    if (indices.sort().values.diff() == 0).any():
-        raise ValueError("teacher_topk[1]: expected each class of a token once, got one twice")
     total = values.double().exp().sum(-1)
     rounding = torch.finfo(values.dtype).eps * (1 + math.log(values.shape[-1]))  # of logarithms: eps times an entropy
     if (total > 1 + rounding).any():
@@ -88,22 +87,21 @@ def distillation(
     hard_label_weight: float,
     fp32_upcast: bool,
     chunk_size: int,
-) -> None:
-    """Raise unless each number of a distillation is in its range."""
+) -> tuple[Any, Any, Any]:
+    """`jsd_weight`, `temperature` and `hard_label_weight` as numbers; raise unless each is in its range."""
     if divergence not in _DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(map(repr, _DIVERGENCES))}, got {divergence!r}")
-    number("jsd_weight", jsd_weight)
-    if not 0 < jsd_weight < 1:
+    jsd_weight = number("jsd_weight", jsd_weight)
+    if not (isinstance(jsd_weight, Tensor) or 0 < jsd_weight < 1):
         raise ValueError(f"jsd_weight: expected a number between 0 and 1, got {jsd_weight}")
-    transform(None, temperature)
-    number("hard_label_weight", hard_label_weight)
-    if not 0 <= hard_label_weight <= 1:
+    _, temperature = transform(None, temperature)
+    hard_label_weight = number("hard_label_weight", hard_label_weight)
+    if not (isinstance(hard_label_weight, Tensor) or 0 <= hard_label_weight <= 1):
         raise ValueError(f"hard_label_weight: expected a number from 0 to 1, got {hard_label_weight}")
     flag("fp32_upcast", fp32_upcast)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size: expected an int >= 0, got {type(chunk_size).__name__}")
-    if chunk_size < 0:
+    if integer("chunk_size", chunk_size, " >= 0") < 0:
         raise ValueError(f"chunk_size: expected an int >= 0, got {chunk_size}")
+    return jsd_weight, temperature, hard_label_weight
 
 
 def position_mask(value: Tensor, name: str, source: Tensor) -> None:

@@ -1,5 +1,7 @@
 """What the caller is in: functorch transforms, autocast."""
 
+from __future__ import annotations
+
 import contextlib
 
 import torch
@@ -16,7 +18,12 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     No context where none is needed: AOTAutograd's cache takes no graph that holds one. Nor, by default, one with an
     autograd Function: README, Limits.
     """
+    return contextlib.nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What GEMMs are computed in; None outside of autocast, and on a device that has none, such as meta."""
     device_type = device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -102,7 +102,7 @@ def cross_entropy(
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     checks.class_weights(class_weights, vocab, logits.device)
-    checks.transform(softcap, temperature)
+    softcap, temperature = checks.transform(softcap, temperature)
     vocabulary.compare(labels)
     tokens = reductions.tokens(
         labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocab, dtype=logits.dtype

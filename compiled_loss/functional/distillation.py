@@ -14,8 +14,9 @@ cross-entropy at temperature 1. T^2 keeps the gradient's size as T changes (Hint
 
 NOTE [Cached teacher]
 `teacher_topk` is a teacher whose top alone was kept: values [..., k], log-probabilities, the largest of
-log_softmax(teacher_logits / T), and indices [..., k], int64, of their classes, each once. What they leave of 1 is the
-mass of all other classes, and is compared with the student's on them as one class (engine/top_divergences.py, NOTE
+log_softmax(teacher_logits / T), and indices [..., k], int64, of their classes. An entry whose probability is 0, as
+-inf and -1e9 are, is padding: its index may be any number. Of a class that is listed twice, as a sampled token that was
+appended to the top, the largest value counts. What the values leave of 1 is the mass of all other classes, and is compared with the student's on them as one class (engine/top_divergences.py, NOTE
 [Tail]): a loss at most that of the whole teacher, equal to it where k is V, whose gradient leaves the proportions in
 the tail as they are. The mass at another temperature than the cache's cannot be known: make it with the loss's own.
 """
@@ -45,39 +46,48 @@ def _weighted(
     ignore_index: int,
     reduction: str,
     num_label_tokens: int | Tensor | None,
-    top: Tensor | None,  # [..., k], the indices of a cached teacher
+    outside: Tensor | None,  # [...] bool, where a cached teacher lists what is no class
 ) -> Weighted:
     """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
-    checks.count(num_label_tokens, reduction, labels.device)
-    ranged = vocab if hard_label_weight else None
+    num_label_tokens = checks.count(num_label_tokens, reduction, labels.device)
+    ranged = None if checks.known(hard_label_weight, 0) else vocab
     tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
     weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
-    if top is not None:
-        outside = tokens.active & ((top < 0) | (top >= vocab)).any(-1)
-        weight = torch.where(outside, float("nan"), weight)
+    if outside is not None:
+        weight = torch.where(tokens.active & outside, float("nan"), weight)
     soft = weight * ((1 - hard_label_weight) * temperature**2)
-    if hard_label_weight == 0:
+    if checks.known(hard_label_weight, 0):
         return Weighted(soft, None, None, tokens.active)
     return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
 
 
 def _top(
     teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocabulary: Vocabulary, ignore_index: int
-) -> tuple[Target, Tensor]:
-    """The cached teacher, its indices clamped to the classes there are, and what ranks must have alike.
+) -> tuple[Target, Tensor, Tensor]:
+    """The cached teacher, where it lists what is no class, and what ranks must have alike.
 
-    `_weighted` knows which indices were none.
+    Each class is in it once. All else has the value -inf and the index V, which is no class of any rank.
     """
     values, indices = teacher_topk
-    if reductions.readable(values):
-        active = labels != ignore_index
-        target_checks.teacher_topk_values(values[active], indices[active], vocabulary.size)
     alike = labels
     if vocabulary.group is not None:
         alike = torch.cat([labels.reshape(-1), indices.reshape(-1)])
         vocabulary.compare(alike)
-    return Target(values.detach(), vocabulary.labels(indices.clamp(0, vocabulary.size - 1))), alike
+    # Sorted by class, and within a class by value: whatever follows its own class is there twice.
+    values, order = values.detach().sort(dim=-1, descending=True, stable=True)
+    padding = values.exp() == 0
+    indices = indices.gather(-1, order).masked_fill(padding, vocabulary.size)
+    indices, order = indices.sort(dim=-1, stable=True)
+    values, padding = values.gather(-1, order), padding.gather(-1, order)
+    twice = torch.nn.functional.pad(indices[..., 1:] == indices[..., :-1], (1, 0))
+    values = values.masked_fill(padding | twice, float("-inf"))
+    indices = indices.masked_fill(twice, vocabulary.size)
+    outside = (((indices < 0) | (indices >= vocabulary.size)) & ~values.isneginf()).any(-1)
+    if checks.readable(values):
+        active = labels != ignore_index
+        target_checks.teacher_topk_values(values[active], indices[active], vocabulary.size)
+    return Target(values, vocabulary.labels(indices)), outside, alike
 
 
 def distillation(
@@ -146,13 +156,15 @@ def distillation(
         tensor([0.1120, 0.0000])
 
     """
-    target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
+    jsd_weight, temperature, hard_label_weight = target_checks.distillation(
+        divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size
+    )
     student_logits, vocabulary = sharding.logits("student_logits", student_logits, vocab_shard)
     checks.logits(student_logits, vocabulary.size, "student_logits")
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_logits", student_logits)
     vocabulary.compare(labels)
-    alike = labels
+    alike, outside = labels, None
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     if teacher_topk is None:
@@ -163,7 +175,7 @@ def distillation(
     else:
         teacher_topk = sharding.top(teacher_topk, vocabulary)
         target_checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
-        target, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
+        target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
         student_logits,
@@ -173,7 +185,7 @@ def distillation(
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
-        top=None if teacher_topk is None else teacher_topk[1],
+        outside=outside,
     )
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
     rows = pair.on_logits(student_logits, target, weighted.labels, weighted.active, divergence, scalars, vocabulary)
@@ -241,16 +253,18 @@ def linear_distillation(
         tensor(0.1120)
 
     """
-    target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
+    jsd_weight, temperature, hard_label_weight = target_checks.distillation(
+        divergence, jsd_weight, temperature, hard_label_weight, True, 0
+    )
     names, shared = ("student_hidden", "student_weight"), teacher_weight is student_weight
     student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
     checks.head(student_hidden, weight, None, vocabulary.size, names)
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_hidden", student_hidden)
     vocabulary.compare(labels)
-    alike = labels
+    alike, outside = labels, None
     shard_checks.spread(reduction, vocabulary.spread)
-    hidden, weight = cast(student_hidden, weight)
+    hidden, weight = cast(student_hidden, weight, names)
     vocab, target_weight = vocabulary.size, None
     if teacher_topk is None:
         teacher_hidden = target_checks.teacher_given("teacher_hidden", teacher_hidden)
@@ -258,7 +272,9 @@ def linear_distillation(
         teacher_hidden = sharding.rows("teacher_hidden", teacher_hidden, vocabulary)
         teacher_weight = sharding.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
         target_checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
-        states, target_weight = cast(pair.apart(teacher_hidden, student_hidden), teacher_weight.detach())
+        states, target_weight = cast(
+            pair.apart(teacher_hidden, student_hidden), teacher_weight.detach(), ("teacher_hidden", "teacher_weight")
+        )
         if shared:
             target_weight = weight.new_empty(0)
         target = Target(states)
@@ -266,7 +282,7 @@ def linear_distillation(
         teacher_topk = sharding.top(teacher_topk, vocabulary)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
         target_checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
-        target, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
+        target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
         hidden,
@@ -276,7 +292,7 @@ def linear_distillation(
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
-        top=None if teacher_topk is None else teacher_topk[1],
+        outside=outside,
     )
     scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
     scalars = scalars._replace(target_weight=target_weight)

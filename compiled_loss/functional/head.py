@@ -20,7 +20,7 @@ from compiled_loss.engine.cost import Strategy, chunk_bytes
 from compiled_loss.engine.plan import Chunking, Plan, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
-from compiled_loss.engine.transforms import traced, without_autocast
+from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
 from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
@@ -199,7 +199,7 @@ def linear_head(
     class_weights = sharding.vector(class_weights)
     checks.tokens(labels, mask, token_weights, "hidden", hidden)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
-    checks.transform(softcap, temperature)
+    softcap, temperature = checks.transform(softcap, temperature)
     hidden, weight = cast(hidden, weight)
     vocabulary.compare(labels)
     tokens = reduction.tokens(
@@ -209,13 +209,14 @@ def linear_head(
     return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens, vocabulary)
 
 
-def cast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def cast(
+    hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")
+) -> tuple[Tensor, Tensor]:
     """In the dtype of their product: autocast's where it is on, once and not once a chunk, else the one they share."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
         hidden, weight = (v if v.dtype == torch.float64 else v.to(dtype) for v in (hidden, weight))
-    checks.same_dtype(hidden, weight)
+    checks.same_dtype(hidden, weight, names)
     return hidden, weight
 
 
@@ -230,5 +231,5 @@ def transform(
         bias,
         class_weights,
         None if softcap is None else one * softcap,
-        None if temperature == 1 else one / temperature,
+        None if checks.known(temperature, 1) else one / temperature,
     )

@@ -26,7 +26,7 @@ def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -
     """The engine's `Pair`, its scalars as tensors: see `head.transform`."""
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
     return Pair(
-        None if temperature == 1 else one / temperature,
+        None if checks.known(temperature, 1) else one / temperature,
         None if jsd_weight is None else one * jsd_weight,
         None,
     )

@@ -143,7 +143,7 @@ def linear_soft_cross_entropy(
     shared = teacher_weight is weight and draft_to_target is None
     hidden, weight, _, vocabulary = sharding.head(hidden, weight, None, vocab_shard)
     checks.head(hidden, weight, None, vocabulary.size)
-    checks.transform(None, temperature)
+    _, temperature = checks.transform(None, temperature)
     position_mask = sharding.rows("position_mask", position_mask, vocabulary)
     target_checks.position_mask(position_mask, "hidden", hidden)
     vocabulary.compare(position_mask)
@@ -155,7 +155,7 @@ def linear_soft_cross_entropy(
         target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
     )
     shard_checks.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
-    checks.count(num_label_tokens, "sum", hidden.device)
+    num_label_tokens = checks.count(num_label_tokens, "sum", hidden.device)
     weights, active = _positions(position_mask, hidden)
     hidden, weight = cast(hidden, weight)
     scalars = pair.scalars(hidden, temperature)
@@ -167,7 +167,9 @@ def linear_soft_cross_entropy(
         if draft_to_target is not None:
             teacher_weight = teacher_weight[vocabulary.own(draft_to_target)]
         kind = "cross_entropy"
-        target, teacher_weight = cast(pair.apart(teacher_hidden, hidden), teacher_weight)
+        target, teacher_weight = cast(
+            pair.apart(teacher_hidden, hidden), teacher_weight, ("teacher_hidden", "teacher_weight")
+        )
         scalars = scalars._replace(target_weight=weight.new_empty(0) if shared else teacher_weight)
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)
