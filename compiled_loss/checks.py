@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OLDEST_TORCH = (2, 11)
 _DEQUANTISE = "give its values in a floating dtype, or use a loss of the logits that its module computes"
@@ -39,7 +38,7 @@ def tensor(name: str, value: object) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense Tensor, got one of layout {value.layout}: use .to_dense()")
-    if is_traceable_wrapper_subclass(value) and not type(value).__module__.startswith("torch."):
+    if hasattr(type(value), "__tensor_flatten__") and not type(value).__module__.startswith("torch."):
         raise TypeError(f"{name}: expected a plain Tensor, got {type(value).__name__}: {_DEQUANTISE}")
     _no_tangent(name, value)
 

@@ -155,8 +155,8 @@ def replicated(value: Tensor, part: Vocabulary) -> Tensor:
     return value.redistribute(placements=[Replicate() if g == part.members else p for g, p in placements])
 
 
-def vector(value: Tensor | None) -> Tensor | None:
-    """The whole of a vector without gradient."""
+def whole(value: Any) -> Any:
+    """The whole of a tensor without gradient; what is no DTensor as it is."""
     return value.full_tensor() if is_sharded(value) else value
 
 

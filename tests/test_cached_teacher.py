@@ -282,7 +282,11 @@ def test_padding(index, value, divergence):
         (mine,) = torch.autograd.grad(found, student, upstream)
         (theirs,) = torch.autograd.grad(expected, student, upstream, retain_graph=True)
         torch.testing.assert_close(mine, theirs, **TIGHT)
-        found = torch.func.grad(lambda z: (distillation(z, None, labels, **keywords) * upstream).sum())(student.detach())  # noqa: B023
+
+        def total(z, upstream=upstream, keywords=keywords):
+            return (distillation(z, None, labels, **keywords) * upstream).sum()
+
+        found = torch.func.grad(total)(student.detach())
         torch.testing.assert_close(found, theirs, **TIGHT)
         found = linear_distillation(hidden, weight, None, None, labels, chunking=Chunking(chunk_size=4), **keywords)
         torch.testing.assert_close(found, truth(heads, divergence).detach(), **TIGHT)

@@ -206,7 +206,9 @@ def test_functorch(name):
     found = torch.func.grad(total)({k: inputs[k].detach() for k in expected})
     for argument, theirs in expected.items():
         if argument in places:
-            theirs = theirs.masked_fill(places[argument].reshape(*places[argument].shape, *(1,) * (theirs.dim() - 2)), 0)
+            theirs = theirs.masked_fill(
+                places[argument].reshape(*places[argument].shape, *(1,) * (theirs.dim() - 2)), 0
+            )
         torch.testing.assert_close(found[argument], theirs, **TIGHT)
 
 

@@ -142,9 +142,7 @@ class _WeightedSum(torch.autograd.Function):
 
         rest = (hard, labels, target, indices)
         plan = _planned(plan, pair, hidden, Target(target, indices), hard, labels)
-        gradients, (losses,) = form_gradients(
-            hidden, weight, None, plan, group, wanted, soft, active, rest, chunk
-        )
+        gradients, (losses,) = form_gradients(hidden, weight, None, plan, group, wanted, soft, active, rest, chunk)
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
             loss = loss * scale
@@ -206,9 +204,7 @@ class _Divergence(torch.autograd.Function):
             wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
             active = soft != 0 if hard is None else (soft != 0) | (hard != 0)
             rest = (hard, labels, target, indices, *known)
-            gradients, _ = form_gradients(
-                hidden, weight, None, ctx.plan, ctx.group, wanted, soft, active, rest, chunk
-            )
+            gradients, _ = form_gradients(hidden, weight, None, ctx.plan, ctx.group, wanted, soft, active, rest, chunk)
             if scale is not None:
                 gradients = scaled_gradients(gradients, scale, [hidden.dtype, weight.dtype, None])
         d_hidden, d_weight, _ = gradients

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from compiled_loss.engine.ranks import reduced
 
-
 IGNORED = -(2**62)
-"""The label of a row that is not looked at: its gradient is 0 whatever its logits, its teacher or its statistics are."""
+"""The label of a row that is not looked at: its gradient is 0 whatever its logits and its statistics hold."""
 
 
 def looked_at(labels: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def cross_entropy(
     logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
-    class_weights = sharding.vector(class_weights)
+    class_weights, num_label_tokens = sharding.whole(class_weights), sharding.whole(num_label_tokens)
     checks.tokens(labels, mask, token_weights, "logits", logits)
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
@@ -204,6 +204,7 @@ def linear_cross_entropy(
                 [ 0.1060,  0.2881]]))
 
     """
+    class_weights, num_label_tokens = sharding.whole(class_weights), sharding.whole(num_label_tokens)
     linear = linear_head(
         hidden,
         weight,
@@ -269,6 +270,7 @@ def linear_cross_entropy_with_statistics(
         (tensor(0.8955), tensor([ True, False]))
 
     """
+    class_weights, num_label_tokens = sharding.whole(class_weights), sharding.whole(num_label_tokens)
     linear = linear_head(
         hidden,
         weight,

@@ -14,11 +14,14 @@ cross-entropy at temperature 1. T^2 keeps the gradient's size as T changes (Hint
 
 NOTE [Cached teacher]
 `teacher_topk` is a teacher whose top alone was kept: values [..., k], log-probabilities, the largest of
-log_softmax(teacher_logits / T), and indices [..., k], int64, of their classes. An entry whose probability is 0, as
--inf and -1e9 are, is padding: its index may be any number. Of a class that is listed twice, as a sampled token that was
-appended to the top, the largest value counts. What the values leave of 1 is the mass of all other classes, and is compared with the student's on them as one class (engine/top_divergences.py, NOTE
-[Tail]): a loss at most that of the whole teacher, equal to it where k is V, whose gradient leaves the proportions in
-the tail as they are. The mass at another temperature than the cache's cannot be known: make it with the loss's own.
+log_softmax(teacher_logits / T), and indices [..., k], int64, of their classes. An entry whose probability is 0, as that
+of -inf and of -1e9, is padding: its index may be any number. Of a class that is listed twice, as a sampled token that
+was appended to the top, the largest value counts.
+
+What the values leave of 1 is the mass of all other classes. It is compared with the student's on them as one class
+(engine/top_divergences.py, NOTE [Tail]). The loss is at most that of the whole teacher, equal to it where k is V, and
+its gradient leaves the proportions in the tail as they are. The mass at another temperature than the cache's cannot be
+known: make it with the loss's own.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def _weighted(
 ) -> Weighted:
     """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
-    num_label_tokens = checks.count(num_label_tokens, reduction, labels.device)
+    num_label_tokens = checks.count(sharding.whole(num_label_tokens), reduction, labels.device)
     ranged = None if checks.known(hard_label_weight, 0) else vocab
     tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
     weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison

@@ -196,7 +196,6 @@ def linear_head(
     hidden, weight, bias, vocabulary = sharding.head(hidden, weight, bias, vocab_shard)
     checks.head(hidden, weight, bias, vocabulary.size)
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
-    class_weights = sharding.vector(class_weights)
     checks.tokens(labels, mask, token_weights, "hidden", hidden)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
     softcap, temperature = checks.transform(softcap, temperature)
@@ -209,9 +208,7 @@ def linear_head(
     return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens, vocabulary)
 
 
-def cast(
-    hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")
-) -> tuple[Tensor, Tensor]:
+def cast(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> tuple[Tensor, Tensor]:
     """In the dtype of their product: autocast's where it is on, once and not once a chunk, else the one they share."""
     dtype = autocast_dtype(hidden.device)
     if dtype is not None:

@@ -155,7 +155,7 @@ def linear_soft_cross_entropy(
         target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
     )
     shard_checks.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
-    num_label_tokens = checks.count(num_label_tokens, "sum", hidden.device)
+    num_label_tokens = checks.count(sharding.whole(num_label_tokens), "sum", hidden.device)
     weights, active = _positions(position_mask, hidden)
     hidden, weight = cast(hidden, weight)
     scalars = pair.scalars(hidden, temperature)
