@@ -26,6 +26,7 @@ from compiled_loss.config import (  # noqa: E402
     build_loss_module,
     register_loss_config,
 )
+from compiled_loss.engine import flops as _flops  # noqa: E402
 from compiled_loss.engine.plan import Chunking  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
@@ -61,6 +62,8 @@ from compiled_loss.shells import (  # noqa: E402
     TEParallelCrossEntropy,
 )
 from compiled_loss.vocabulary import VocabShard  # noqa: E402
+
+_flops.register()
 
 __version__ = "0.1.0"
 
@@ -108,7 +111,6 @@ __all__ = [
     "multi_token_losses",
     "multi_token_prediction",
     "multi_token_targets",
-    "nn",
     "plan",
     "register_loss_config",
 ]

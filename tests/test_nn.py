@@ -223,3 +223,10 @@ def test_shells_under_compile():
         losses = [f(*tensors) for f in (made, torch.compile(made, backend="eager", fullgraph=True))]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*(torch.autograd.grad(loss, tensors[0]) for loss in losses))
+
+
+def test_a_star_import_leaves_torchs_nn_alone():
+    names = {}
+    exec("import torch.nn as nn\nfrom compiled_loss import *", names)
+    assert names["nn"] is torch.nn
+    assert compiled_loss.nn is nn
