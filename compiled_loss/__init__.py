@@ -46,7 +46,11 @@ from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
 )
-from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics  # noqa: E402
+from compiled_loss.functional.statistics import (  # noqa: E402
+    TokenStatistics,
+    linear_token_statistics,
+    token_statistics,
+)
 from compiled_loss.pipeline import (  # noqa: E402
     MTPLosses,
     PipelineCausalLMLoss,
@@ -113,4 +117,5 @@ __all__ = [
     "multi_token_targets",
     "plan",
     "register_loss_config",
+    "token_statistics",
 ]

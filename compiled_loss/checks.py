@@ -27,7 +27,9 @@ def torch_version(version: str) -> None:
 def tensor(name: str, value: object) -> None:
     """Raise unless `value` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        kind = type(value).__name__
+        own = isinstance(value, torch.nn.Module) and isinstance(getattr(value, "weight", None), Tensor)
+        raise TypeError(f"{name}: expected a Tensor, got {kind}" + (f": use {kind.lower()}.weight" if own else ""))
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -41,14 +43,35 @@ def floating_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value}")
 
 
-def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless `value` is int64, shaped like the rows of `rows` and on their device."""
+def linear_weight(weight: object, bias: Tensor | None) -> None:
+    """Raise where the weight of a head is a Module that has a bias, too."""
+    if isinstance(weight, torch.nn.Module) and bias is None and isinstance(getattr(weight, "bias", None), Tensor):
+        kind = type(weight).__name__
+        name = kind.lower()
+        raise TypeError(f"weight: expected a Tensor, got {kind}: use {name}.weight and bias={name}.bias")
+
+
+def labels(
+    value: Tensor,
+    rows: str,
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    without: str = "its last dimension",
+    hint: str = "",
+) -> None:
+    """Raise unless `value` is int64, shaped like `rows` without a dimension and on its device; `hint` is for shapes."""
     tensor("labels", value)
+    if value.is_floating_point() and value.dim() == len(shape) + 1:
+        raise TypeError(
+            f"labels: expected int64 {sizes(shape)}, got {value.dtype} {sizes(value.shape)}: probabilities are labels of "
+            "cross_entropy(logits, labels), and target_probs of linear_soft_cross_entropy(hidden, weight, position_mask)"
+        )
     if value.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
     if value.shape != shape:
         raise ValueError(
-            f"labels: expected the shape of {rows} without its last dimension, {sizes(shape)}, got {sizes(value.shape)}"
+            f"labels: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(value.shape)}{hint}"
         )
     same_device("labels", value, device)
 
@@ -57,6 +80,14 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise unless `value` is on `device`."""
     if value.device != device:
         raise ValueError(f"{name}: expected on {device} like the first argument, got {value.device}")
+
+
+def class_dim(value: object, dimensions: int | None = None) -> None:
+    """Raise unless `value` is a dimension, of so many if that is known."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"class_dim: expected an int, got {type(value).__name__}")
+    if dimensions is not None and not -dimensions <= value < dimensions:
+        raise ValueError(f"class_dim: expected from {-dimensions} to {dimensions - 1}, got {value}")
 
 
 def logits(value: Tensor, vocab: int, name: str = "logits") -> None:
@@ -77,11 +108,16 @@ def head(
     for name, value in zip(names, (hidden, weight), strict=True):
         floating(name, value)
     if weight.dim() != 2 or weight.shape[1] == 0 or vocab == 0:
-        raise ValueError(f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {sizes(weight.shape)}")
+        swapped = weight.dim() > 2 and hidden.dim() == 2
+        raise ValueError(
+            f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {sizes(weight.shape)}"
+            + (f": {names[0]} comes first, {names[1]} second" if swapped else "")
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        transposed = hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[0]
         raise ValueError(
             f"{names[0]}: expected [..., H] with H = {weight.shape[1]}, the width of {names[1]}, "
-            f"got {sizes(hidden.shape)}"
+            f"got {sizes(hidden.shape)}" + (f": use {names[1]}.t() where it is [H, V]" if transposed else "")
         )
     same_device(names[1], weight, hidden.device)
     if bias is not None:
@@ -132,11 +168,35 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.
     same_device(name, value, device)
 
 
-def tokens(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, name: str, source: Tensor) -> None:
-    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`."""
-    labels(labels_, name, source.shape[:-1], source.device)
-    per_token("mask", mask, labels_.shape, source.device)
-    per_token("token_weights", token_weights, labels_.shape, source.device)
+def tokens(
+    labels_: Tensor,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    name: str,
+    source: Tensor,
+    weight: Tensor | None = None,
+) -> None:
+    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`; `weight` is a head's."""
+    swapped = weight is not None and isinstance(labels_, Tensor) and labels_.shape == weight.shape[:-1]
+    hint = f": {name} comes first, its weight second" if swapped else ""
+    labels(labels_, name, source.shape[:-1], source.device, hint=hint)
+    weights(labels_, mask, token_weights)
+
+
+def class_labels(labels_: Tensor, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
+    """Raise unless labels fit logits [..., V], which were `given` with their classes along `class_dim`."""
+    tensor("labels", labels_)
+    last = class_dim_ in (-1, given.dim() - 1)
+    second = given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]
+    without = "its last dimension" if last else f"dimension {class_dim_}"
+    hint = ": use class_dim=1" if last and second else ""
+    labels(labels_, "logits", logits_.shape[:-1], logits_.device, without=without, hint=hint)
+
+
+def weights(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
+    """Raise unless what weighs tokens fits their labels."""
+    per_token("mask", mask, labels_.shape, labels_.device)
+    per_token("token_weights", token_weights, labels_.shape, labels_.device)
 
 
 def number(name: str, value: object, alternative: str = "") -> None:

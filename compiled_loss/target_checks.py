@@ -21,6 +21,14 @@ def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
     same_device(name, value, source.device)
 
 
+def no_ignore_index(value: object) -> None:
+    """Raise where `value` is a class: beside probabilities there is no label to ignore."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+    if value >= 0:
+        raise ValueError(f"ignore_index: expected a number < 0 beside labels that are probabilities, got {value}: use mask")
+
+
 def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -> None:
     """Raise unless a teacher's head fits the hidden states of its student; `rows`, if any, are its weight's."""
     names = ("teacher_hidden", "teacher_weight")

@@ -246,7 +246,7 @@ def linear_distillation(
     student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
     checks.head(student_hidden, weight, None, vocabulary.size, names)
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
-    checks.tokens(labels, None, None, "student_hidden", student_hidden)
+    checks.tokens(labels, None, None, "student_hidden", student_hidden, weight)
     vocabulary.compare(labels)
     alike = labels
     shard_checks.spread(reduction, vocabulary.spread)

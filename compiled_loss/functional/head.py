@@ -192,11 +192,12 @@ def linear_head(
     vocab_shard: VocabShard | None,
 ) -> LinearHead:
     """Check, honour autocast (casting once, outside the chunk loop) and flatten."""
+    checks.linear_weight(weight, bias)
     hidden, weight, bias, vocabulary = sharding.head(hidden, weight, bias, vocab_shard)
     checks.head(hidden, weight, bias, vocabulary.size)
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
     class_weights = sharding.vector(class_weights)
-    checks.tokens(labels, mask, token_weights, "hidden", hidden)
+    checks.tokens(labels, mask, token_weights, "hidden", hidden, weight)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
     checks.transform(softcap, temperature)
     hidden, weight = cast(hidden, weight)
