@@ -6,7 +6,7 @@ from compiled_loss import checks as _checks
 
 _checks.torch_version(_torch.__version__)
 
-from compiled_loss import nn  # noqa: E402
+from compiled_loss import nn as nn  # noqa: E402, not in __all__: a star import would take torch.nn's name
 from compiled_loss.config import (  # noqa: E402
     LOSS_CONFIG_REGISTRY,
     CrossEntropyConfig,

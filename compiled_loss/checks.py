@@ -64,8 +64,8 @@ def labels(
     tensor("labels", value)
     if value.is_floating_point() and value.dim() == len(shape) + 1:
         raise TypeError(
-            f"labels: expected int64 {sizes(shape)}, got {value.dtype} {sizes(value.shape)}: probabilities are labels of "
-            "cross_entropy(logits, labels), and target_probs of linear_soft_cross_entropy(hidden, weight, position_mask)"
+            f"labels: expected int64 {sizes(shape)}, got {value.dtype} {sizes(value.shape)}: probabilities are labels "
+            "of cross_entropy() on logits, and target_probs of linear_soft_cross_entropy() on a head"
         )
     if value.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
@@ -176,7 +176,7 @@ def tokens(
     source: Tensor,
     weight: Tensor | None = None,
 ) -> None:
-    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`; `weight` is a head's."""
+    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`, before `weight`."""
     swapped = weight is not None and isinstance(labels_, Tensor) and labels_.shape == weight.shape[:-1]
     hint = f": {name} comes first, its weight second" if swapped else ""
     labels(labels_, name, source.shape[:-1], source.device, hint=hint)
@@ -186,10 +186,12 @@ def tokens(
 def class_labels(labels_: Tensor, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
     """Raise unless labels fit logits [..., V], which were `given` with their classes along `class_dim`."""
     tensor("labels", labels_)
-    last = class_dim_ in (-1, given.dim() - 1)
-    second = given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]
+    last, hint = class_dim_ in (-1, given.dim() - 1), ""
+    if labels_.shape == given.shape:
+        hint = ": use labels.to(logits.dtype) where they are probabilities"
+    elif last and given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]:
+        hint = ": use class_dim=1"
     without = "its last dimension" if last else f"dimension {class_dim_}"
-    hint = ": use class_dim=1" if last and second else ""
     labels(labels_, "logits", logits_.shape[:-1], logits_.device, without=without, hint=hint)
 
 

@@ -26,7 +26,9 @@ def no_ignore_index(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
     if value >= 0:
-        raise ValueError(f"ignore_index: expected a number < 0 beside labels that are probabilities, got {value}: use mask")
+        raise ValueError(
+            f"ignore_index: expected a number < 0 beside labels that are probabilities, got {value}: use mask"
+        )
 
 
 def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The elementwise mathematics of logits beside a probability of each class, as `torch.nn.functional.cross_entropy` has it.
+"""The elementwise mathematics of logits beside a probability of each class, as torch's cross-entropy takes it.
 
 With t = c ((1 - e) p + e / V), c the class weights and e the smoothing, a row's loss is sum(t (lse - z)). Operands are
 None, for there is no label, the `Head`, `smoothing` and the target, p [..., V]; `smoothing` is [2], 1 - e and e / V, or
@@ -51,7 +51,7 @@ def gradient_of_probabilities(source: Tensor, _weight: None, *operands: Tensor |
 
 
 def _weighted(target: Tensor | None, smoothing: Tensor | None, head: Head, z: Tensor) -> Tensor:
-    """t."""
+    """What a row's log-probabilities are summed with."""
     assert target is not None
     t = target.to(z.dtype)
     if smoothing is not None:
@@ -61,4 +61,3 @@ def _weighted(target: Tensor | None, smoothing: Tensor | None, head: Head, z: Te
 
 def _present(*operands: Tensor | None) -> list[Tensor]:
     return [v for v in operands if v is not None]
-

@@ -1,4 +1,4 @@
-"""The loss of logits beside a probability of each class: one pass forward, one back for each gradient that is wanted."""
+"""Losses of logits beside a probability of each class: one pass forward, one back for each gradient that is wanted."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def statistics(
     return loss, lse
 
 
-def plain_statistics(
-    logits: Tensor, target: Tensor, smoothing: Tensor | None, head: Head
-) -> tuple[Tensor, Tensor]:
+def plain_statistics(logits: Tensor, target: Tensor, smoothing: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
     maximum, log_sum, _, loss = probability_bodies.fold_probabilities(logits, None, None, *head, smoothing, target)
     return loss, maximum + log_sum
@@ -48,7 +46,9 @@ class _Probabilities(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         head = Head(bias, class_weights, softcap, inverse_temperature)
         run = hosts.choose(logits.device, "auto", loop=False)
-        *rows, loss = run(probability_bodies.fold_probabilities, logits, None, None, *head, smoothing, target, group=group)
+        *rows, loss = run(
+            probability_bodies.fold_probabilities, logits, None, None, *head, smoothing, target, group=group
+        )
         maximum, log_sum, mass = rows
         ctx.save_for_backward(logits, target, smoothing, *head[:4], maximum, log_sum, mass)
         ctx.set_materialize_grads(False)

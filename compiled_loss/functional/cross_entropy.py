@@ -76,8 +76,8 @@ def cross_entropy(
         class_dim: the dimension of `logits`, and of probabilities, that is V; 1 for [N, V, d1, ...] and labels
             [N, d1, ...]. It is never guessed. No copy is made, and gradients lie as the logits do.
         vocab_shard: which classes plain `logits` have, where each rank has some: :class:`VocabShard`. DTensors say so
-            themselves. All else is alike on the group's ranks; `class_weights` are the whole vocabulary's, probabilities
-            sharded as the logits.
+            themselves. Probabilities are sharded as the logits; all else is alike on the group's ranks, `class_weights`
+            the whole vocabulary's.
 
     Returns:
         A scalar, or for "none" the shape of the tokens with 0 where ignored; fp32 (fp64 for fp64 logits). Where the
