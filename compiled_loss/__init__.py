@@ -6,7 +6,7 @@ from compiled_loss import checks as _checks
 
 _checks.torch_version(_torch.__version__)
 
-from compiled_loss import nn  # noqa: E402
+from compiled_loss import nn as nn  # noqa: E402, not in __all__: a star import would take torch.nn's name
 from compiled_loss.config import (  # noqa: E402
     LOSS_CONFIG_REGISTRY,
     CrossEntropyConfig,
@@ -26,6 +26,7 @@ from compiled_loss.config import (  # noqa: E402
     build_loss_module,
     register_loss_config,
 )
+from compiled_loss.engine import flops as _flops  # noqa: E402, F401  (its formulas)
 from compiled_loss.engine.plan import Chunking  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
@@ -45,7 +46,11 @@ from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
 )
-from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics  # noqa: E402
+from compiled_loss.functional.statistics import (  # noqa: E402
+    TokenStatistics,
+    linear_token_statistics,
+    token_statistics,
+)
 from compiled_loss.pipeline import (  # noqa: E402
     MTPLosses,
     PipelineCausalLMLoss,
@@ -61,6 +66,7 @@ from compiled_loss.shells import (  # noqa: E402
     TEParallelCrossEntropy,
 )
 from compiled_loss.vocabulary import VocabShard  # noqa: E402
+
 
 __version__ = "0.1.0"
 
@@ -108,7 +114,7 @@ __all__ = [
     "multi_token_losses",
     "multi_token_prediction",
     "multi_token_targets",
-    "nn",
     "plan",
     "register_loss_config",
+    "token_statistics",
 ]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from compiled_loss import numbers
+
 OLDEST_TORCH = (2, 11)
 _DEQUANTISE = "give its values in a floating dtype, or use a loss of the logits that its module computes"
 _REDUCTIONS = ("none", "sum", "mean")
@@ -30,7 +32,9 @@ def torch_version(version: str) -> None:
 def tensor(name: str, value: object) -> None:
     """Raise unless `value` is a tensor whose elements lie in memory as its dtype says, or a DTensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        kind = type(value).__name__
+        own = isinstance(value, torch.nn.Module) and isinstance(getattr(value, "weight", None), Tensor)
+        raise TypeError(f"{name}: expected a Tensor, got {kind}" + (f": use {kind.lower()}.weight" if own else ""))
     if value.is_nested:
         raise TypeError(
             f"{name}: expected a dense Tensor, got a nested one: use .values() of each nested argument, which has all "
@@ -68,14 +72,35 @@ def floating_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value}{advice}")
 
 
-def labels(value: Tensor, rows: str, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless `value` is int64, shaped like the rows of `rows` and on their device."""
+def linear_weight(weight: object, bias: Tensor | None) -> None:
+    """Raise where the weight of a head is a Module that has a bias, too."""
+    if isinstance(weight, torch.nn.Module) and bias is None and isinstance(getattr(weight, "bias", None), Tensor):
+        kind = type(weight).__name__
+        name = kind.lower()
+        raise TypeError(f"weight: expected a Tensor, got {kind}: use {name}.weight and bias={name}.bias")
+
+
+def labels(
+    value: Tensor,
+    rows: str,
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    without: str = "its last dimension",
+    hint: str = "",
+) -> None:
+    """Raise unless `value` is int64, shaped like `rows` without a dimension and on its device; `hint` is for shapes."""
     tensor("labels", value)
+    if value.is_floating_point() and value.dim() == len(shape) + 1:
+        raise TypeError(
+            f"labels: expected int64 {sizes(shape)}, got {value.dtype} {sizes(value.shape)}: probabilities are labels "
+            "of cross_entropy() on logits, and target_probs of linear_soft_cross_entropy() on a head"
+        )
     if value.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
     if value.shape != shape:
         raise ValueError(
-            f"labels: expected the shape of {rows} without its last dimension, {sizes(shape)}, got {sizes(value.shape)}"
+            f"labels: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(value.shape)}{hint}"
         )
     same_device("labels", value, device)
 
@@ -84,6 +109,14 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise unless `value` is on `device`."""
     if value.device != device:
         raise ValueError(f"{name}: expected on {device} like the first argument, got {value.device}")
+
+
+def class_dim(value: object, dimensions: int | None = None) -> None:
+    """Raise unless `value` is a dimension, of so many if that is known."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"class_dim: expected an int, got {type(value).__name__}")
+    if dimensions is not None and not -dimensions <= value < dimensions:
+        raise ValueError(f"class_dim: expected from {-dimensions} to {dimensions - 1}, got {value}")
 
 
 def logits(value: Tensor, vocab: int, name: str = "logits") -> None:
@@ -104,11 +137,16 @@ def head(
     for name, value in zip(names, (hidden, weight), strict=True):
         floating(name, value)
     if weight.dim() != 2 or weight.shape[1] == 0 or vocab == 0:
-        raise ValueError(f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {sizes(weight.shape)}")
+        swapped = weight.dim() > 2 and hidden.dim() == 2
+        raise ValueError(
+            f"{names[1]}: expected [V, H] with V >= 1 and H >= 1, got {sizes(weight.shape)}"
+            + (f": {names[0]} comes first, {names[1]} second" if swapped else "")
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        transposed = hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[0]
         raise ValueError(
             f"{names[0]}: expected [..., H] with H = {weight.shape[1]}, the width of {names[1]}, "
-            f"got {sizes(hidden.shape)}"
+            f"got {sizes(hidden.shape)}" + (f": use {names[1]}.t() where it is [H, V]" if transposed else "")
         )
     same_device(names[1], weight, hidden.device)
     if bias is not None:
@@ -159,55 +197,37 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.
     same_device(name, value, device)
 
 
-def tokens(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None, name: str, source: Tensor) -> None:
-    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`."""
-    labels(labels_, name, source.shape[:-1], source.device)
-    per_token("mask", mask, labels_.shape, source.device)
-    per_token("token_weights", token_weights, labels_.shape, source.device)
+def tokens(
+    labels_: Tensor,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    name: str,
+    source: Tensor,
+    weight: Tensor | None = None,
+) -> None:
+    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`, before `weight`."""
+    swapped = weight is not None and isinstance(labels_, Tensor) and labels_.shape == weight.shape[:-1]
+    hint = f": {name} comes first, its weight second" if swapped else ""
+    labels(labels_, name, source.shape[:-1], source.device, hint=hint)
+    weights(labels_, mask, token_weights)
 
 
-def number(name: str, value: Any, alternative: str = "") -> Any:
-    """The number that `value` is; raise unless it is one, in an array or a tensor without gradient perhaps.
-
-    A tensor that cannot be read without a synchronisation stays one, and is not looked at.
-    """
-    value = _scalar(name, value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
-        raise TypeError(f"{name}: expected a number{alternative}, got {type(value).__name__}")
-    return value
-
-
-def integer(name: str, value: Any, alternative: str = "") -> Any:
-    """The int that `value` is; raise unless it is one, or a whole number of another type."""
-    scalar = _scalar(name, value)
-    if isinstance(scalar, float) and scalar.is_integer():
-        scalar = int(scalar)
-    if isinstance(scalar, bool) or not isinstance(scalar, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int{alternative}, got {type(value).__name__}")
-    return scalar
+def class_labels(labels_: Tensor, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
+    """Raise unless labels fit logits [..., V], which were `given` with their classes along `class_dim`."""
+    tensor("labels", labels_)
+    last, hint = class_dim_ in (-1, given.dim() - 1), ""
+    if labels_.shape == given.shape:
+        hint = ": use labels.to(logits.dtype) where they are probabilities"
+    elif last and given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]:
+        hint = ": use class_dim=1"
+    without = "its last dimension" if last else f"dimension {class_dim_}"
+    labels(labels_, "logits", logits_.shape[:-1], logits_.device, without=without, hint=hint)
 
 
-def _scalar(name: str, value: Any) -> Any:
-    """What an array or a tensor holds, if it is one and may be read."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
-            raise TypeError(f"{name}: expected a number, got a Tensor {sizes(value.shape)} of {value.dtype}")
-        if value.requires_grad:
-            raise ValueError(f"{name}: expected a number without gradient, got requires_grad=True: use .detach()")
-        return value.item() if readable(value) else value.detach().reshape(())
-    kind = type(value)
-    return value.item() if kind.__module__ == "numpy" and not getattr(value, "ndim", 0) else value
-
-
-def known(value: Any, is_: float) -> bool:
-    """Whether a number is this one, as far as may be known without reading a tensor."""
-    return not isinstance(value, Tensor) and value == is_
-
-
-def readable(values: Tensor) -> bool:
-    """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
-    special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return values.device.type == "cpu" and type(values) in (Tensor, torch.nn.Parameter) and not special
+def weights(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
+    """Raise unless what weighs tokens fits their labels."""
+    per_token("mask", mask, labels_.shape, labels_.device)
+    per_token("token_weights", token_weights, labels_.shape, labels_.device)
 
 
 def instance(name: str, value: object, kind: type) -> None:
@@ -219,10 +239,10 @@ def instance(name: str, value: object, kind: type) -> None:
 def transform(softcap: Any, temperature: Any) -> tuple[Any, Any]:
     """Both as numbers; raise unless z is defined."""
     if softcap is not None:
-        softcap = number("softcap", softcap, " or None")
+        softcap = numbers.number("softcap", softcap, " or None")
         if not (isinstance(softcap, Tensor) or 0 < softcap < math.inf):  # inf * tanh(z / inf) is NaN
             raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
-    temperature = number("temperature", temperature)
+    temperature = numbers.number("temperature", temperature)
     if not (isinstance(temperature, Tensor) or temperature > 0):
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
     return softcap, temperature
@@ -230,7 +250,7 @@ def transform(softcap: Any, temperature: Any) -> tuple[Any, Any]:
 
 def alignment(shift: Any, ignore_index: Any, dimensions: int) -> tuple[int, int]:
     """Both as ints; raise unless tokens can be told apart and moved."""
-    shift, ignore_index = integer("shift", shift), integer("ignore_index", ignore_index)
+    shift, ignore_index = numbers.integer("shift", shift), numbers.integer("ignore_index", ignore_index)
     if shift < 0:
         raise ValueError(f"shift: expected an int >= 0, got {shift}")
     if shift and not dimensions:
@@ -240,7 +260,7 @@ def alignment(shift: Any, ignore_index: Any, dimensions: int) -> tuple[int, int]
 
 def terms(label_smoothing: Any, z_loss: Any) -> tuple[Any, Any]:
     """Both as numbers; raise unless each term of the loss is in its range."""
-    label_smoothing, z_loss = number("label_smoothing", label_smoothing), number("z_loss", z_loss)
+    label_smoothing, z_loss = numbers.number("label_smoothing", label_smoothing), numbers.number("z_loss", z_loss)
     if not (isinstance(label_smoothing, Tensor) or 0 <= label_smoothing <= 1):
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     if not (isinstance(z_loss, Tensor) or z_loss >= 0):
@@ -276,7 +296,7 @@ def count(num_label_tokens: Any, value: str, device: torch.device) -> Any:
         if num_label_tokens.device != device and (num_label_tokens.device.type != "cpu" or num_label_tokens.dim()):
             raise ValueError(f"num_label_tokens: expected on {device}, got {num_label_tokens.device}")
         return num_label_tokens
-    num_label_tokens = integer("num_label_tokens", num_label_tokens, ", a tensor or None")
+    num_label_tokens = numbers.integer("num_label_tokens", num_label_tokens, ", a tensor or None")
     if num_label_tokens < 0:
         raise ValueError(f"num_label_tokens: expected >= 0, got {num_label_tokens}")
     return num_label_tokens

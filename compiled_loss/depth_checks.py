@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compiled_loss import checks
+from compiled_loss import checks, numbers
 
 
 def multi_token(
@@ -80,6 +80,6 @@ def depths(
 
 def scaling(scaling_factor: float, alternative: str = "") -> None:
     """Raise unless an auxiliary loss can be weighed so."""
-    checks.number("scaling_factor", scaling_factor, alternative)
+    numbers.number("scaling_factor", scaling_factor, alternative)
     if not scaling_factor >= 0:
         raise ValueError(f"scaling_factor: expected a number >= 0{alternative}, got {scaling_factor}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks
+from compiled_loss import checks, chunk_checks, numbers
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import IGNORED, Coefficients, statistics_dtype
@@ -66,7 +66,7 @@ def tokens(
     if vocab is None:
         return Tokens(labels, weight, active, torch.ones_like(weight))
     bad = active & ((labels < 0) | (labels >= vocab))
-    if checks.readable(labels):
+    if numbers.readable(labels):
         checks.labels_in_range(bad, labels, vocab, ignore_index)
     return Tokens(labels, weight, active, torch.where(bad, float("nan"), 1.0).to(weight.dtype))
 
@@ -77,7 +77,7 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
     rows = chunking.rows(active.shape[0])
     if rows is None:
         return None
-    if checks.readable(active):
+    if numbers.readable(active):
         chunk_checks.label_tokens_fit(int(active.sum()), rows, active.shape[0])
     return Compaction.of(active, rows)
 
@@ -110,12 +110,12 @@ def coefficients(
 
     cross_entropy = divided(weight, weight * label_weight, reduction, num_label_tokens)
     square = divided(weight, weight, reduction, num_label_tokens)
-    smooth = None if checks.known(label_smoothing, 0) else label_smoothing / vocab * cross_entropy
+    smooth = None if numbers.known(label_smoothing, 0) else label_smoothing / vocab * cross_entropy
     return Coefficients(
         nll=(1 - label_smoothing) * label_weight * cross_entropy * tokens.poison,
         lse=None if smooth is None else smooth * class_total,
         total=None if smooth is None else -smooth,
-        square=None if checks.known(z_loss, 0) else z_loss * square,
+        square=None if numbers.known(z_loss, 0) else z_loss * square,
     )
 
 

@@ -51,10 +51,16 @@ def cross_entropy(
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     """Masked, weighted cross-entropy plus z-loss."""
+    logits = logits.movedim(class_dim, -1)
     z = transformed(logits, None, softcap, temperature)
     vocab = z.shape[-1]
+    probabilities = None
+    if labels.is_floating_point():
+        probabilities = labels.movedim(class_dim, -1).to(z.dtype)
+        labels = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)  # every position has a target
     valid = labels != ignore_index
     weight = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
     for factor in (mask, token_weights):
@@ -76,6 +82,12 @@ def cross_entropy(
     ce = -(1 - label_smoothing) * label_weight * picked
     if label_smoothing:  # or 0 * inf where a column is forbidden by -inf
         ce = ce - label_smoothing * (log_p * classes).sum(-1) / vocab
+    if probabilities is not None:
+        label_weight = torch.ones_like(weight)
+        if shift:  # of the last positions, whose weight is 0, any
+            probabilities = probabilities.roll(-shift, dims=-2)
+        smoothed = (1 - label_smoothing) * probabilities + label_smoothing / vocab
+        ce = -(log_p * smoothed * classes).sum(-1)
     ce = torch.where(out_of_range, float("nan"), ce)
     square = z_loss * torch.logsumexp(z, dim=-1) ** 2
 
@@ -105,20 +117,19 @@ def linear_cross_entropy(
     return cross_entropy(z, labels, **keywords)  # type: ignore[arg-type]
 
 
-def linear_token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
+def token_statistics(
+    logits: Tensor,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
     temperature: float = 1.0,
     shift: int = 0,
+    class_dim: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, log-sum-exp, entropy and correctness of each token."""
-    z = token_logits(hidden, weight, bias, softcap, temperature)
+    z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature)
     valid = labels != ignore_index
     if mask is not None:
         valid = valid & (mask != 0).expand(labels.shape)
@@ -130,6 +141,21 @@ def linear_token_statistics(
     correct = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) == z.amax(-1)
     values = (torch.where(valid, v, 0.0) for v in (logprob, torch.logsumexp(z, dim=-1), entropy))
     return (*values, correct & valid)  # type: ignore[return-value]
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    **keywords: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_statistics` of the head's logits."""
+    z = token_logits(hidden, weight, bias, softcap, temperature)
+    return token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
 
 
 def distillation(

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from compiled_loss import checks, depth_checks
+from compiled_loss import checks, depth_checks, numbers
 
 
 def softcapping(value: float) -> None:
     """Raise unless a softcap, of which 0 means none, is one."""
-    checks.number("logit_softcapping", value)
+    numbers.number("logit_softcapping", value)
     if not 0 <= value < math.inf:
         raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_loss.checks import flag, floating, head, integer, number, same_device, sizes, tensor, transform
+from compiled_loss import numbers
+from compiled_loss.checks import flag, floating, head, same_device, sizes, tensor, transform
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -20,6 +21,16 @@ def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
     if value.shape != source.shape:
         raise ValueError(f"{name}: expected the shape of {other}, {sizes(source.shape)}, got {sizes(value.shape)}")
     same_device(name, value, source.device)
+
+
+def no_ignore_index(value: object) -> None:
+    """Raise where `value` is a class: beside probabilities there is no label to ignore."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+    if value >= 0:
+        raise ValueError(
+            f"ignore_index: expected a number < 0 beside labels that are probabilities, got {value}: use mask"
+        )
 
 
 def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -> None:
@@ -91,15 +102,15 @@ def distillation(
     """`jsd_weight`, `temperature` and `hard_label_weight` as numbers; raise unless each is in its range."""
     if divergence not in _DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(map(repr, _DIVERGENCES))}, got {divergence!r}")
-    jsd_weight = number("jsd_weight", jsd_weight)
+    jsd_weight = numbers.number("jsd_weight", jsd_weight)
     if not (isinstance(jsd_weight, Tensor) or 0 < jsd_weight < 1):
         raise ValueError(f"jsd_weight: expected a number between 0 and 1, got {jsd_weight}")
     _, temperature = transform(None, temperature)
-    hard_label_weight = number("hard_label_weight", hard_label_weight)
+    hard_label_weight = numbers.number("hard_label_weight", hard_label_weight)
     if not (isinstance(hard_label_weight, Tensor) or 0 <= hard_label_weight <= 1):
         raise ValueError(f"hard_label_weight: expected a number from 0 to 1, got {hard_label_weight}")
     flag("fp32_upcast", fp32_upcast)
-    if integer("chunk_size", chunk_size, " >= 0") < 0:
+    if numbers.integer("chunk_size", chunk_size, " >= 0") < 0:
         raise ValueError(f"chunk_size: expected an int >= 0, got {chunk_size}")
     return jsd_weight, temperature, hard_label_weight
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from compiled_loss import shard_checks
-from compiled_loss.checks import readable
 from compiled_loss.engine.gemm import in_turn
 from compiled_loss.engine.ranks import reduced
+from compiled_loss.numbers import readable
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor

@@ -66,6 +66,16 @@ def with_statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any])
     return lib.linear_cross_entropy_with_statistics(t["hidden"], t["weight"], t["labels"], **counted(t), **more).loss
 
 
+def given_statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
+    keywords = {"mask": t["mask"], "softcap": 3.0, "shift": 1}
+    rows = lib.token_statistics(t["logits"], t["labels"], **keywords, **more)
+    return (rows[0] * 0.3 + rows[1] * 0.2 - rows[2] * 0.7).sum() / t["count"] + rows[3].sum() * 0
+
+
+def classes_second(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
+    return lib.cross_entropy(t["logits"].movedim(-1, 1), t["labels"], class_dim=1, **counted(t), **more)
+
+
 def masked(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
     if lib is reference:
         return lib.cross_entropy(t["logits"], t["labels"], mask=t["mask"] != 0, **counted(t))
@@ -187,6 +197,13 @@ LOSSES = {
         ("logits", "token_weights"),
         ("labels", "mask", "class_weights"),
     ),
+    "cross_entropy, class_dim": Loss(classes_second, ("logits",)),
+    "cross_entropy, probabilities": Loss(
+        lambda lib, t, how: lib.cross_entropy(t["logits"], t["target_probs"], **everything(t), **counted(t), **how),
+        ("logits", "target_probs", "token_weights"),
+        ("mask", "class_weights"),
+    ),
+    "token_statistics": Loss(given_statistics, ("logits",), ("labels", "mask")),
     "masked_cross_entropy": Loss(masked, ("logits",), ("labels", "mask")),
     "distillation, forward_kl": distillation("forward_kl", temperature=2.0),
     "distillation, reverse_kl": distillation("reverse_kl", hard_label_weight=0.3),

@@ -53,9 +53,60 @@ CASES = [
         "hidden: expected float32, bfloat16, float16 or float64, got torch.int32",
     ),
     (
-        {"hidden": zeros(N, H + 1)},
+        {"hidden": zeros(N, H + 2)},
         ValueError,
-        "hidden: expected [..., H] with H = 4, the width of weight, got [3, 5]",
+        "hidden: expected [..., H] with H = 4, the width of weight, got [3, 6]",
+    ),
+    (
+        {"weight": zeros(H, V)},
+        ValueError,
+        "hidden: expected [..., H] with H = 5, the width of weight, got [3, 4]: use weight.t() where it is [H, V]",
+    ),
+    (
+        {"weight": torch.nn.Linear(H, V)},
+        TypeError,
+        "weight: expected a Tensor, got Linear: use linear.weight and bias=linear.bias",
+    ),
+    (
+        {"weight": torch.nn.Linear(H, V, bias=False)},
+        TypeError,
+        "weight: expected a Tensor, got Linear: use linear.weight",
+    ),
+    (
+        {"weight": torch.nn.Linear(H, V), "bias": zeros(V)},
+        TypeError,
+        "weight: expected a Tensor, got Linear: use linear.weight",
+    ),
+    ({"weight": torch.nn.ReLU()}, TypeError, "weight: expected a Tensor, got ReLU"),
+    (
+        {"hidden": zeros(V, H), "weight": zeros(N, H)},
+        ValueError,
+        "labels: expected the shape of hidden without its last dimension, [5], got [3]: hidden comes first, its weight "
+        "second",
+    ),
+    (
+        {"hidden": zeros(V, H), "weight": zeros(2, N, H)},
+        ValueError,
+        "weight: expected [V, H] with V >= 1 and H >= 1, got [2, 3, 4]: hidden comes first, weight second",
+    ),
+    ({"class_dim": "classes"}, TypeError, "class_dim: expected an int, got str"),
+    ({"class_dim": 2}, ValueError, "class_dim: expected from -2 to 1, got 2"),
+    ({"class_dim": -3}, ValueError, "class_dim: expected from -2 to 1, got -3"),
+    (
+        {"class_dim": 0},
+        ValueError,
+        "labels: expected the shape of logits without dimension 0, [5], got [3]",
+    ),
+    (
+        {"logits": zeros(2, V, N), "labels": zeros(2, N, dtype=int64)},
+        ValueError,
+        "labels: expected the shape of logits without its last dimension, [2, 5], got [2, 3]: use class_dim=1",
+    ),
+    (
+        {"labels": zeros(N, V, dtype=int64), "logits": zeros(N, V)},
+        ValueError,
+        "labels: expected the shape of logits without its last dimension, [3], got [3, 5]: use labels.to(logits.dtype) "
+        "where they are probabilities",
     ),
     ({"hidden": zeros()}, ValueError, "hidden: expected [..., H] with H = 4, the width of weight, got []"),
     ({"weight": "lm_head"}, TypeError, "weight: expected a Tensor, got str"),

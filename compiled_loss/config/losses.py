@@ -88,21 +88,9 @@ class KDLossConfig(LossConfig):
 
 
 @dataclass
-class CrossEntropyConfig(LossConfig):
-    """Of `nn.CrossEntropy`; see :func:`compiled_loss.cross_entropy`.
+class _HardLabels(LossConfig):
+    """What cross-entropy on logits and on a head share."""
 
-    Attributes:
-        ignore_index: label of tokens to ignore.
-        label_smoothing: from 0 to 1.
-        z_loss: weight of the squared log-sum-exp, >= 0.
-        softcap: bound of the logits, > 0, or None.
-        temperature: divides the logits, > 0.
-        shift: position t predicts label t + shift.
-        reduction: "mean", "sum" or "none".
-
-    """
-
-    module: ClassVar[type[nn.Module] | None] = ours.CrossEntropy
     ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -113,7 +101,27 @@ class CrossEntropyConfig(LossConfig):
 
 
 @dataclass
-class LinearCrossEntropyConfig(CrossEntropyConfig):
+class CrossEntropyConfig(_HardLabels):
+    """Of `nn.CrossEntropy`; see :func:`compiled_loss.cross_entropy`.
+
+    Attributes:
+        ignore_index: label of tokens to ignore.
+        label_smoothing: from 0 to 1.
+        z_loss: weight of the squared log-sum-exp, >= 0.
+        softcap: bound of the logits, > 0, or None.
+        temperature: divides the logits, > 0.
+        shift: position t predicts label t + shift.
+        reduction: "mean", "sum" or "none".
+        class_dim: the dimension of the logits that is the vocabulary.
+
+    """
+
+    module: ClassVar[type[nn.Module] | None] = ours.CrossEntropy
+    class_dim: int = -1
+
+
+@dataclass
+class LinearCrossEntropyConfig(_HardLabels):
     """Of `nn.LinearCrossEntropy`; see :func:`compiled_loss.linear_cross_entropy`.
 
     Attributes:

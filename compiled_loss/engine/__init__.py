@@ -2,6 +2,7 @@
 
 The engine knows row statistics, not losses. Arrows inside it point down only:
 
+    flops                                how many operations our operators do
     token_chunks, vocab_chunks, logits   the three ways to reach the statistics of [N, V] logits
     parts                                what each chunk gets of their tensors
     hosts                                how one body of elementwise mathematics is run

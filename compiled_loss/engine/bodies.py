@@ -238,3 +238,8 @@ def _fold_and_gradient(
     if head.softcap is None or group is not None:  # a group's maximum is written out as it is
         return d, loss, upstream.row
     return d, loss, upstream.row, maximum
+
+
+def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Z of logits that exist, and its slope; None for 1."""
+    return _capped(_biased(logits, None, head), head)

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compiled_loss.engine import bodies, divergence_bodies
+from compiled_loss.engine import bodies, divergence_bodies, probability_bodies
 from compiled_loss.engine.divergences import Pair
 
 Body = Callable[..., bodies.Output]
@@ -45,13 +45,28 @@ _ONE = (
     bodies.all_statistics_and_gradient,
 )
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
-_BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO)}
+_PROBABILITIES: tuple[Body, ...] = (
+    probability_bodies.fold_probabilities,
+    probability_bodies.gradient_beside_probabilities,
+    probability_bodies.gradient_of_probabilities,
+)
+_BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO, *_PROBABILITIES)}
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
 REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
-_FOLDS = (bodies.fold, *(kind.fold for kind in divergence_bodies.BODIES.values()))  # form no gradient
+_FOLDS = (
+    bodies.fold,
+    probability_bodies.fold_probabilities,
+    *(kind.fold for kind in divergence_bodies.BODIES.values()),
+)
+# Bodies whose gradient is not the logits', and the operand that it is like.
+_OTHERS = {
+    divergence_bodies.target_gradient: 4,
+    probability_bodies.gradient_of_probabilities: len(bodies.Head._fields) + 2,
+}
 # Operands after the first, the labels, that have no rows.
 _ROWLESS = {b.__name__: len(bodies.Head._fields) for b in _ONE} | {b.__name__: len(Pair._fields) for b in _TWO}
+_ROWLESS |= {b.__name__: len(bodies.Head._fields) + 1 for b in _PROBABILITIES}
 
 
 def choose(device: torch.device, compile: bool | str, *, loop: bool = True) -> Host:
@@ -151,7 +166,7 @@ def plain(
         operands = (labels, *scalars, None, target, *operands[5:])
     if body in _FOLDS:
         return _by_rows(body, logits, None, operands)
-    formed = operands[4] if body is divergence_bodies.target_gradient else logits
+    formed = operands[_OTHERS[body]] if body in _OTHERS else logits
     out = torch.empty_like(formed) if weight is None else logits  # type: ignore[arg-type]
     return (out, *_by_rows(body, logits, out, operands))
 

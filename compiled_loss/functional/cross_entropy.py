@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from compiled_loss import checks, shard_checks, sharding
 from compiled_loss import reduction as reductions
-from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import combine, masked
-from compiled_loss.engine.transforms import traced, without_autocast
-from compiled_loss.functional.head import linear_head, transform
-from compiled_loss.functional.statistics import TokenStatistics, token_statistics
+from compiled_loss.engine.statistics import combine
+from compiled_loss.functional.head import linear_head
+from compiled_loss.functional.logits import given_logits
+from compiled_loss.functional.probabilities import probability_cross_entropy
+from compiled_loss.functional.statistics import TokenStatistics, of_tokens
 from compiled_loss.vocabulary import VocabShard
 
 
@@ -29,8 +28,8 @@ class LossAndStatistics(NamedTuple):
 
 
 def cross_entropy(
-    logits: Tensor,  # [..., V]
-    labels: Tensor,  # [...]
+    logits: Tensor,  # [..., V], or V along class_dim
+    labels: Tensor,  # [...], or probabilities like logits
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -43,6 +42,7 @@ def cross_entropy(
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
+    class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     r"""Cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
@@ -52,36 +52,48 @@ def cross_entropy(
 
         w (c_y (1 - e) (lse - z_y) + e / V sum_v c_v (lse - z_v)  +  z_loss lse^2)
 
+    and with p_v in place of a label y
+
+        w (sum_v c_v ((1 - e) p_v + e / V) (lse - z_v)  +  z_loss lse^2)
+
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
-        labels: [...], int64, from 0 to V - 1 or `ignore_index`.
-        mask: broadcasts to `labels`; bool, int or float. 0 ignores a token, fractions weigh it.
-        token_weights: broadcasts to `labels`; differentiable.
+        labels: [...], int64, from 0 to V - 1 or `ignore_index`. Or a probability of each class: of any floating dtype,
+            shaped like `logits`, used as they are and not normalised, differentiable.
+        mask: broadcasts to the tokens, [...]; bool, int or float. 0 ignores a token, fractions weigh it.
+        token_weights: broadcasts to the tokens; differentiable.
         class_weights: [V], any floating dtype, without gradient.
-        ignore_index: label of tokens to ignore.
+        ignore_index: label of tokens to ignore. Beside probabilities it means nothing, and has to be negative.
         label_smoothing: from 0 to 1.
         z_loss: weight of lse squared (PaLM, section 5), >= 0.
         softcap: bound of the logits (Gemma 2, section 2), > 0; None for none.
         temperature: divides the logits, > 0.
         shift: logits[..., t] predict labels[..., t + shift]; the mask and weights are the label's; the last `shift`
             positions are ignored. 1 for a causal model's unshifted labels.
-        reduction: "mean" divides the cross-entropy by the sum of w c_y and the z-loss by the sum of w; "sum"; "none".
+        reduction: "mean" divides the cross-entropy by the sum of w c_y, of probabilities by the sum of w, and the
+            z-loss by the sum of w; "sum"; "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        class_dim: the dimension of `logits`, and of probabilities, that is V; 1 for [N, V, d1, ...] and labels
+            [N, d1, ...]. It is never guessed. No copy is made, and gradients lie as the logits do.
         vocab_shard: which classes plain `logits` have, where each rank has some: :class:`VocabShard`. DTensors say so
-            themselves. All else is alike on the group's ranks; `class_weights` are the whole vocabulary's.
+            themselves. Probabilities are sharded as the logits; all else is alike on the group's ranks, `class_weights`
+            the whole vocabulary's.
 
     Returns:
-        A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). Where the
+        A scalar, or for "none" the shape of the tokens with 0 where ignored; fp32 (fp64 for fp64 logits). Where the
         divisor is 0 the loss is 0, attached to the graph, with zero gradients.
 
     Memory:
-        Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient. Over ranks
-        logits stay where they are: two collectives of O(N) and one of 48 bytes forward, none back.
+        Keeps nothing of [N, V] beyond logits and probabilities: one pass forward, one back for each gradient that is
+        wanted, which creates it. Beside probabilities `shift` makes one more tensor of [N, V] in backward.
+        Over ranks logits stay where they are: two collectives of O(N), beside probabilities three, and one of 48 bytes
+        forward, none back.
 
     Raises:
         ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts. Of
+            probabilities they compare the weights w.
         TypeError: a dtype is off.
 
     Example:
@@ -92,45 +104,58 @@ def cross_entropy(
         tensor(0.8955)
         >>> cross_entropy(logits, torch.tensor([0, 2, -100]), reduction="none")
         tensor([0.2395, 1.5514, 0.0000])
+        >>> cross_entropy(logits.t(), torch.tensor([0, 2, -100]), class_dim=0)
+        tensor(0.8955)
+        >>> cross_entropy(logits, torch.eye(3), mask=torch.tensor([1, 0, 0]))
+        tensor(0.2395)
 
     """
-    logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
-    checks.logits(logits, vocabulary.size)
-    labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
-    class_weights, num_label_tokens = sharding.whole(class_weights), sharding.whole(num_label_tokens)
-    checks.tokens(labels, mask, token_weights, "logits", logits)
-    shard_checks.spread(reduction, vocabulary.spread)
-    vocab = vocabulary.size
-    checks.class_weights(class_weights, vocab, logits.device)
-    softcap, temperature = checks.transform(softcap, temperature)
-    vocabulary.compare(labels)
-    tokens = reductions.tokens(
-        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocab, dtype=logits.dtype
-    )
-    coefficients = reductions.coefficients(
-        tokens,
-        vocab=vocab,
+    checks.tensor("logits", logits)
+    checks.tensor("labels", labels)
+    if labels.is_floating_point() and labels.dim() == logits.dim():
+        return probability_cross_entropy(
+            logits,
+            labels,
+            mask=mask,
+            token_weights=token_weights,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            temperature=temperature,
+            shift=shift,
+            reduction_=reduction,
+            num_label_tokens=num_label_tokens,
+            class_dim=class_dim,
+            vocab_shard=vocab_shard,
+        )
+    given = given_logits(
+        logits,
+        labels,
+        mask=mask,
+        token_weights=token_weights,
         class_weights=class_weights,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        shift=shift,
+        class_dim=class_dim,
+        vocab_shard=vocab_shard,
+    )
+    shard_checks.spread(reduction, given.vocabulary.spread)
+    coefficients = reductions.coefficients(
+        given.tokens,
+        vocab=given.vocabulary.size,
+        class_weights=given.class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         reduction=reduction,
-        num_label_tokens=num_label_tokens,
+        num_label_tokens=sharding.whole(num_label_tokens),
     )
-    head = transform(logits, None, vocabulary.own(class_weights), softcap, temperature)
-    total = coefficients.total is not None
-    own = vocabulary.labels(tokens.looked_at)
-    if traced():
-        logits = torch.where(tokens.active.unsqueeze(-1), logits, 0.0)
-        rows = logits_walk.plain_statistics(logits, own, head, total=total, entropy=False)
-    else:
-        # Flat where that is free; other strides stay as they are, for a reshape would copy.
-        flat = logits.dim() < 2 or logits.numel() == 0 or logits.is_contiguous()
-        source, target = (logits.reshape(labels.numel(), logits.shape[-1]), own.reshape(-1)) if flat else (logits, own)
-        with without_autocast(logits.device):
-            rows = logits_walk.statistics(source, target, head, vocabulary.group, total=total, entropy=False)
-    rows = masked(rows.map(lambda v: v.reshape(labels.shape)), tokens.active)
+    rows = given.statistics(total=coefficients.total is not None, entropy=False)
     loss = reductions.reduced(combine(rows, coefficients), reduction)
-    return vocabulary.agreed(loss, labels, loss)
+    return given.agreed(loss, loss)
 
 
 def linear_cross_entropy(
@@ -296,5 +321,5 @@ def linear_cross_entropy_with_statistics(
         num_label_tokens=num_label_tokens,
     )
     loss, rows = linear.loss_and_statistics(coefficients, reduction, chunking)
-    statistics = token_statistics(rows, linear.tokens)
+    statistics = of_tokens(rows, linear.tokens)
     return LossAndStatistics(loss, TokenStatistics(*(value.detach() for value in statistics)))

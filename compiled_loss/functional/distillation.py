@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, shard_checks, sharding, target_checks
+from compiled_loss import checks, numbers, shard_checks, sharding, target_checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
@@ -54,13 +54,13 @@ def _weighted(
     """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
     num_label_tokens = checks.count(sharding.whole(num_label_tokens), reduction, labels.device)
-    ranged = None if checks.known(hard_label_weight, 0) else vocab
+    ranged = None if numbers.known(hard_label_weight, 0) else vocab
     tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
     weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
     if outside is not None:
         weight = torch.where(tokens.active & outside, float("nan"), weight)
     soft = weight * ((1 - hard_label_weight) * temperature**2)
-    if checks.known(hard_label_weight, 0):
+    if numbers.known(hard_label_weight, 0):
         return Weighted(soft, None, None, tokens.active)
     return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
 
@@ -87,7 +87,7 @@ def _top(
     values = values.masked_fill(padding | twice, float("-inf"))
     indices = indices.masked_fill(twice, vocabulary.size)
     outside = (((indices < 0) | (indices >= vocabulary.size)) & ~values.isneginf()).any(-1)
-    if checks.readable(values):
+    if numbers.readable(values):
         active = labels != ignore_index
         target_checks.teacher_topk_values(values[active], indices[active], vocabulary.size)
     return Target(values, vocabulary.labels(indices)), outside, alike
@@ -263,7 +263,7 @@ def linear_distillation(
     student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
     checks.head(student_hidden, weight, None, vocabulary.size, names)
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
-    checks.tokens(labels, None, None, "student_hidden", student_hidden)
+    checks.tokens(labels, None, None, "student_hidden", student_hidden, weight)
     vocabulary.compare(labels)
     alike, outside = labels, None
     shard_checks.spread(reduction, vocabulary.spread)

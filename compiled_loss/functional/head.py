@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, reduction, sharding
+from compiled_loss import checks, chunk_checks, numbers, reduction, sharding
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
@@ -193,10 +193,11 @@ def linear_head(
     vocab_shard: VocabShard | None,
 ) -> LinearHead:
     """Check, honour autocast (casting once, outside the chunk loop) and flatten."""
+    checks.linear_weight(weight, bias)
     hidden, weight, bias, vocabulary = sharding.head(hidden, weight, bias, vocab_shard)
     checks.head(hidden, weight, bias, vocabulary.size)
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
-    checks.tokens(labels, mask, token_weights, "hidden", hidden)
+    checks.tokens(labels, mask, token_weights, "hidden", hidden, weight)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
     softcap, temperature = checks.transform(softcap, temperature)
     hidden, weight = cast(hidden, weight)
@@ -228,5 +229,5 @@ def transform(
         bias,
         class_weights,
         None if softcap is None else one * softcap,
-        None if checks.known(temperature, 1) else one / temperature,
+        None if numbers.known(temperature, 1) else one / temperature,
     )

@@ -18,6 +18,7 @@ def masked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "sum",
     num_label_tokens: int | Tensor | None = None,
+    class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     """`cross_entropy` whose mask only tells which tokens count, with "sum" as the default.
@@ -31,6 +32,7 @@ def masked_cross_entropy(
         ignore_index: label of tokens to ignore.
         reduction: "sum", "mean" over the tokens that count, or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
         vocab_shard: see :func:`cross_entropy`.
 
     Returns:
@@ -66,5 +68,6 @@ def masked_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
+        class_dim=class_dim,
         vocab_shard=vocab_shard,
     )

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, reduction
+from compiled_loss import checks, chunk_checks, numbers, reduction
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Kind, Pair, Target
@@ -26,7 +26,7 @@ def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -
     """The engine's `Pair`, its scalars as tensors: see `head.transform`."""
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
     return Pair(
-        None if checks.known(temperature, 1) else one / temperature,
+        None if numbers.known(temperature, 1) else one / temperature,
         None if jsd_weight is None else one * jsd_weight,
         None,
     )

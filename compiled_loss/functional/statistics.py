@@ -1,4 +1,4 @@
-"""What a linear head says of given tokens: log-probability, log-sum-exp, entropy, and whether it would have been right.
+"""What logits say of given tokens: log-probability, log-sum-exp, entropy, and whether they would have been right.
 
 N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in nats.
 """
@@ -13,6 +13,7 @@ from compiled_loss import reduction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import RowStatistics
 from compiled_loss.functional.head import linear_head
+from compiled_loss.functional.logits import given_logits
 from compiled_loss.vocabulary import VocabShard
 
 
@@ -31,12 +32,77 @@ class TokenStatistics(NamedTuple):
     correct: Tensor
 
 
-def token_statistics(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
+def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
     """Rows' statistics as a user sees them: NaN and False where the label is no class."""
     assert rows.entropy is not None
     poison = tokens.poison
     logprob = -rows.nll * poison
     return TokenStatistics(logprob, rows.lse * poison, rows.entropy * poison, rows.correct & ~logprob.isnan())
+
+
+def token_statistics(
+    logits: Tensor,  # [..., V], or V along class_dim
+    labels: Tensor,  # [...]
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: int = 0,
+    class_dim: int = -1,
+    vocab_shard: VocabShard | None = None,
+) -> TokenStatistics:
+    r"""Statistics of each token under softmax(z), z = softcap tanh(logits / softcap) / temperature.
+
+    Args:
+        logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
+        labels: the tokens asked about [...], int64, from 0 to V - 1 or `ignore_index`.
+        mask: tokens to ask about; broadcasts to `labels`; bool, int or float, 0 ignores.
+        ignore_index: label of tokens to ignore.
+        softcap: bound of the logits, > 0; None for none.
+        temperature: divides the logits, > 0.
+        shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
+        class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
+        vocab_shard: see :func:`cross_entropy`.
+
+    Returns:
+        :class:`TokenStatistics`, of which the first three are differentiable.
+
+    Memory:
+        Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
+
+    Raises:
+        ValueError: a shape, device or number is off, or, in eager CPU code, a label is out of range; elsewhere that
+            token's numbers are NaN and its `correct` False.
+            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+        TypeError: a dtype is off.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import token_statistics
+        >>> logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+        >>> statistics = token_statistics(logits, torch.tensor([0, 2]))
+        >>> statistics.logprob
+        tensor([-0.5514, -2.2395])
+        >>> statistics.entropy
+        tensor([0.9753, 0.6656])
+        >>> statistics.correct
+        tensor([ True, False])
+
+    """
+    given = given_logits(
+        logits,
+        labels,
+        mask=mask,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        shift=shift,
+        class_dim=class_dim,
+        vocab_shard=vocab_shard,
+    )
+    rows = given.statistics(total=False, entropy=True)
+    return of_tokens(given.agreed_statistics(rows), given.tokens)
 
 
 def linear_token_statistics(
@@ -108,4 +174,4 @@ def linear_token_statistics(
         vocab_shard=vocab_shard,
     )
     rows = linear.statistics(chunking, total=False, entropy=True, what="differentiable statistics")
-    return token_statistics(rows, linear.tokens)
+    return of_tokens(rows, linear.tokens)

@@ -34,12 +34,14 @@ class CrossEntropy(nn.Module):
         temperature: float = 1.0,
         shift: int = 0,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None:
         super().__init__()
         checks.transform(softcap, temperature)
         checks.terms(label_smoothing, z_loss)
         checks.alignment(shift, ignore_index, 1)
         checks.reduction(reduction)
+        checks.class_dim(class_dim)
         self.register_buffer("class_weights", class_weights)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -48,11 +50,12 @@ class CrossEntropy(nn.Module):
         self.temperature = temperature
         self.shift = shift
         self.reduction = reduction
+        self.class_dim = class_dim
 
     def forward(
         self,
-        logits: Tensor,  # [..., V]
-        labels: Tensor,  # [...]
+        logits: Tensor,  # [..., V], or V along class_dim
+        labels: Tensor,  # [...], or probabilities like logits
         *,
         mask: Tensor | None = None,
         token_weights: Tensor | None = None,
@@ -74,6 +77,7 @@ class CrossEntropy(nn.Module):
             temperature=self.temperature,
             shift=self.shift,
             reduction=self.reduction,
+            class_dim=self.class_dim,
             vocab_shard=vocab_shard,
         )
 

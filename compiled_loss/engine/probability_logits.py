@@ -1,0 +1,74 @@
+"""Losses of logits beside a probability of each class: one pass forward, one back for each gradient that is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.engine import gemm, hosts, probability_bodies
+from compiled_loss.engine.bodies import Head
+from compiled_loss.engine.transforms import without_autocast
+
+
+def statistics(
+    logits: Tensor,  # [..., V], two dimensions or more, any strides
+    target: Tensor,  # the same shape
+    smoothing: Tensor | None,  # [2], see probability_bodies
+    head: Head,
+    group: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Each row's loss and log-sum-exp, differentiable with respect to logits and target."""
+    loss, lse = _Probabilities.apply(logits, target, smoothing, *head[:4], group)
+    return loss, lse
+
+
+def plain_statistics(logits: Tensor, target: Tensor, smoothing: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+    """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
+    maximum, log_sum, _, loss = probability_bodies.fold_probabilities(logits, None, None, *head, smoothing, target)
+    return loss, maximum + log_sum
+
+
+class _Probabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        smoothing: Tensor | None,
+        bias: Tensor | None,
+        class_weights: Tensor | None,
+        softcap: Tensor | None,
+        inverse_temperature: Tensor | None,
+        group: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        head = Head(bias, class_weights, softcap, inverse_temperature)
+        run = hosts.choose(logits.device, "auto", loop=False)
+        *rows, loss = run(
+            probability_bodies.fold_probabilities, logits, None, None, *head, smoothing, target, group=group
+        )
+        maximum, log_sum, mass = rows
+        ctx.save_for_backward(logits, target, smoothing, *head[:4], maximum, log_sum, mass)
+        ctx.set_materialize_grads(False)
+        return loss, maximum + log_sum
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, g_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.first_derivative()
+        logits, target, smoothing, *saved = ctx.saved_tensors
+        head, (maximum, log_sum, mass) = Head(*saved[:4]), saved[4:]
+        d = d_target = None
+        with without_autocast(logits.device):  # whatever backward's caller is in
+            run = hosts.choose(logits.device, "auto", loop=False)
+            # New tensors: Dynamo traces a backward with example gradients that alias each other.
+            loss, lse = (torch.zeros_like(mass) if g is None else g.to(mass.dtype, copy=True) for g in (g_loss, g_lse))
+            # An opaque copy, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
+            maximum = gemm.in_turn(maximum, [loss])
+            known = (None, *head, smoothing, target, maximum, log_sum)
+            if ctx.needs_input_grad[0]:
+                (d,) = run(probability_bodies.gradient_beside_probabilities, logits, None, *known, mass, loss, lse)
+            if ctx.needs_input_grad[1]:
+                (d_target,) = run(probability_bodies.gradient_of_probabilities, logits, None, *known, loss)
+        return d, d_target, *(None,) * 6

@@ -1,0 +1,118 @@
+"""From the arguments of logits that exist to row statistics: what all losses of them share.
+
+N tokens (any leading shape), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks, reduction, sharding
+from compiled_loss.engine import logits as logits_walk
+from compiled_loss.engine.bodies import Head
+from compiled_loss.engine.statistics import RowStatistics, masked
+from compiled_loss.engine.transforms import traced, without_autocast
+from compiled_loss.functional.head import transform
+from compiled_loss.vocabulary import VocabShard, Vocabulary
+
+
+class Logits(NamedTuple):
+    """Checked arguments, a rank's own: [..., V], the head, the tokens [...]."""
+
+    logits: Tensor
+    head: Head
+    tokens: reduction.Tokens
+    vocabulary: Vocabulary
+    class_weights: Tensor | None  # [V], of all ranks
+    labels: Tensor  # as they came: what ranks compare
+
+    def statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
+        """Masked statistics [...], differentiable."""
+        logits, head, tokens, vocabulary, *_ = self
+        own = vocabulary.labels(tokens.looked_at)
+        if traced():
+            logits = torch.where(tokens.active.unsqueeze(-1), logits, 0.0)
+            rows = logits_walk.plain_statistics(logits, own, head, total=total, entropy=entropy)
+        else:
+            (source,) = merged(logits)
+            with without_autocast(logits.device):
+                own = own.reshape(source.shape[:-1])
+                rows = logits_walk.statistics(source, own, head, vocabulary.group, total=total, entropy=entropy)
+        return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
+
+    def agreed(self, value: Tensor, after: Tensor) -> Tensor:
+        """The value, NaN where ranks of one vocabulary have other labels."""
+        return self.vocabulary.agreed(value, self.labels, after)
+
+    def agreed_statistics(self, rows: RowStatistics) -> RowStatistics:
+        """The statistics, NaN where ranks have other labels."""
+        if self.vocabulary.group is None:
+            return rows
+        factor = self.agreed(rows.nll.new_ones(()), rows.nll)
+        return rows.map(lambda v: v * factor if v.is_floating_point() else v)
+
+
+def given_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    shift: int,
+    class_dim: int,
+    vocab_shard: VocabShard | None,
+) -> Logits:
+    """Check, and take a rank's own."""
+    given = logits
+    logits = classes_last("logits", logits, class_dim)
+    logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
+    checks.logits(logits, vocabulary.size)
+    labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
+    checks.class_labels(labels, logits, given, class_dim)
+    checks.weights(labels, mask, token_weights)
+    class_weights = sharding.whole(class_weights)
+    checks.class_weights(class_weights, vocabulary.size, logits.device)
+    softcap, temperature = checks.transform(softcap, temperature)
+    vocabulary.compare(labels)
+    tokens = reduction.tokens(
+        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocabulary.size, dtype=logits.dtype
+    )
+    head = transform(logits, None, vocabulary.own(class_weights), softcap, temperature)
+    return Logits(logits, head, tokens, vocabulary, class_weights, labels)
+
+
+def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
+    """A view [..., V]."""
+    checks.tensor(name, value)
+    checks.class_dim(class_dim)
+    if class_dim == -1:
+        return value
+    checks.class_dim(class_dim, value.dim())
+    return value.movedim(class_dim, -1)
+
+
+def merged(*values: Tensor) -> list[Tensor]:
+    """Views of [..., V] with as few leading dimensions as all their strides allow, and at least one: no copies.
+
+    Eager code goes through all but two dimensions in a loop.
+    """
+    shape = values[0].shape
+    if len(shape) < 2 or values[0].numel() == 0 or all(v.is_contiguous() for v in values):
+        return [v.reshape(prod(shape[:-1]), shape[-1]) for v in values]
+    if torch.compiler.is_compiling():  # where there is no loop
+        return list(values)
+    sizes = [shape[0]]
+    for i in range(1, len(shape) - 1):
+        if all(v.stride(i - 1) == shape[i] * v.stride(i) for v in values):
+            sizes[-1] *= shape[i]
+        else:
+            sizes.append(shape[i])
+    return [v.view(*sizes, shape[-1]) for v in values]

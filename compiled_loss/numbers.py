@@ -1,0 +1,52 @@
+"""What is taken where a number is meant: Python's and numpy's numbers, and tensors of one element without gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def number(name: str, value: Any, alternative: str = "") -> Any:
+    """The number that `value` is; raise unless it is one, in an array or a tensor without gradient perhaps.
+
+    A tensor that cannot be read without a synchronisation stays one, and is not looked at.
+    """
+    value = _scalar(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+        raise TypeError(f"{name}: expected a number{alternative}, got {type(value).__name__}")
+    return value
+
+
+def integer(name: str, value: Any, alternative: str = "") -> Any:
+    """The int that `value` is; raise unless it is one, or a whole number of another type."""
+    scalar = _scalar(name, value)
+    if isinstance(scalar, float) and scalar.is_integer():
+        scalar = int(scalar)
+    if isinstance(scalar, bool) or not isinstance(scalar, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int{alternative}, got {type(value).__name__}")
+    return scalar
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """What an array or a tensor holds, if it is one and may be read."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"{name}: expected a number, got a Tensor {list(value.shape)} of {value.dtype}")
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected a number without gradient, got requires_grad=True: use .detach()")
+        return value.item() if readable(value) else value.detach().reshape(())
+    kind = type(value)
+    return value.item() if kind.__module__ == "numpy" and not getattr(value, "ndim", 0) else value
+
+
+def known(value: Any, is_: float) -> bool:
+    """Whether a number is this one, as far as may be known without reading a tensor."""
+    return not isinstance(value, Tensor) and value == is_
+
+
+def readable(values: Tensor) -> bool:
+    """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
+    special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return values.device.type == "cpu" and type(values) in (Tensor, torch.nn.Parameter) and not special

@@ -1,0 +1,98 @@
+"""Statistics of logits that exist: the specification's numbers and gradients, one pass each way, nothing kept."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from compiled_loss import linear_token_statistics, reference, token_statistics
+from compiled_loss.testing import head_inputs, inputs_unchanged
+
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+KEYWORDS = {
+    "plain": {},
+    "everything": {
+        "mask": torch.tensor([1, 0, 1, 2, 1]),
+        "softcap": 9.0,
+        "temperature": 0.8,
+        "shift": 1,
+        "ignore_index": 1,
+    },
+}
+
+
+def assert_same(mine, theirs, logits):
+    for name, a, b in zip(mine._fields, mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+    for a, b in zip(mine[:3], theirs[:3], strict=True):
+        upstream = torch.rand_like(a)
+        gradients = [torch.autograd.grad(v, logits, upstream, retain_graph=True)[0] for v in (a, b)]
+        torch.testing.assert_close(*gradients, **TIGHT)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "one row"])
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_as_the_reference(name, layout):
+    logits = {
+        "contiguous": lambda: torch.randn(3, 5, 29, dtype=torch.float64),
+        "transposed": lambda: torch.randn(5, 3, 29, dtype=torch.float64).transpose(0, 1),
+        "sliced": lambda: torch.randn(3, 6, 31, dtype=torch.float64)[:, :-1, 1:-1],
+        "one row": lambda: torch.randn(5, 1, dtype=torch.float64)[None],
+    }[layout]().requires_grad_()
+    labels = torch.randint(0, logits.shape[-1], logits.shape[:-1])
+    labels[..., 2] = -100 if name == "plain" else 1
+    with inputs_unchanged(logits, labels):
+        mine = token_statistics(logits, labels, **KEYWORDS[name])
+        assert_same(mine, reference.token_statistics(logits, labels, **KEYWORDS[name]), logits)
+
+
+def test_as_of_the_head():
+    hidden, weight, labels, _ = head_inputs(11, 5, 17, dtype=torch.float64, confident=0.3, ignored=0.2)
+    theirs = linear_token_statistics(hidden, weight, labels, softcap=4.0)
+    for a, b in zip(token_statistics(hidden @ weight.t(), labels, softcap=4.0), theirs, strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+def test_labels_that_are_no_class():
+    logits = torch.randn(3, 5)
+    with pytest.raises(ValueError, match=r"^labels: expected 0 <= label < V = 5, or ignore_index = -100, got 5"):
+        token_statistics(logits, torch.tensor([0, 5, 1]))
+    run = torch.compile(token_statistics, fullgraph=True, backend="eager")
+    statistics = run(logits, torch.tensor([0, 5, 1]))
+    for values in statistics[:3]:
+        assert values.isnan().tolist() == [False, True, False]
+    assert not statistics.correct[1]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_compiled(name, backend):
+    logits, labels = torch.randn(3, 5, 29, dtype=torch.float64, requires_grad=True), torch.randint(0, 29, (3, 5))
+    run = torch.compile(lambda z, y: token_statistics(z, y, **KEYWORDS[name]), fullgraph=True, backend=backend)
+    assert_same(run(logits, labels), reference.token_statistics(logits, labels, **KEYWORDS[name]), logits)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_nothing_is_kept(backend):
+    logits, labels = torch.randn(2, 50, 12, requires_grad=True), torch.randint(0, 50, (2, 12))
+
+    def entropies(logits, labels):
+        return token_statistics(logits, labels, class_dim=1, softcap=3.0).entropy
+
+    run = entropies if backend is None else torch.compile(entropies, fullgraph=True, backend=backend)
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(logits, labels).sum()
+    mine = logits.untyped_storage().data_ptr()
+    assert [t.shape for t in kept if t.numel() >= logits.numel() and t.untyped_storage().data_ptr() != mine] == []
+    assert any(t.untyped_storage().data_ptr() == mine for t in kept)
+
+
+def test_functorch():
+    logits, labels = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 4, -100])
+    for transform in (torch.func.grad, torch.func.hessian):
+        for i in range(3):
+            mine, theirs = (
+                transform(lambda z, lib=lib, i=i: lib(z, labels)[i].sum())(logits)
+                for lib in (token_statistics, reference.token_statistics)
+            )
+            torch.testing.assert_close(mine, theirs, **TIGHT)
