@@ -101,7 +101,7 @@ def ignore_index(value: int | None, loss: object) -> int:
     own = getattr(loss, "ignore_index", -100 if value is None else value)
     own = int(own) if isinstance(own, Integral) and not isinstance(own, bool) else -100
     if value is not None and own != value:
-        raise ValueError(f"ignore_index: expected {own} like {type(loss).__name__}, or None for it, got {value}")
+        raise ValueError(f"ignore_index: expected {own} like {type(loss).__name__}, got {value}: None takes the loss's")
     return own
 
 
