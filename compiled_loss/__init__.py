@@ -67,7 +67,6 @@ from compiled_loss.shells import (  # noqa: E402
 )
 from compiled_loss.vocabulary import VocabShard  # noqa: E402
 
-
 __version__ = "0.1.0"
 
 __all__ = [

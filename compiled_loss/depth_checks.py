@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,12 @@ from compiled_loss import checks, numbers
 
 
 def multi_token(
-    labels_: Tensor, depth: int, ignore_index: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+    labels_: Tensor,
+    depth: int,
+    ignore_index: int,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     """Raise unless targets of a depth can be made of the labels."""
     checks.tensor("labels", labels_)
@@ -23,6 +29,7 @@ def multi_token(
     if depth < 0:
         raise ValueError(f"depth: expected an int >= 0, got {depth}")
     checks.alignment(0, ignore_index, labels_.dim())
+    checks.per_token("mask", mask, labels_.shape, labels_.device)
     length = labels_.shape[-1:]
     for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
         if value is None:
@@ -53,10 +60,12 @@ def depths(
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
     scaling_factor: float,
+    mask: Tensor | None = None,
 ) -> torch.Size:
     """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
     sequence("hidden", hidden)
     checks.tensor("labels", labels_)
+    checks.per_token("mask", mask, labels_.shape, labels_.device)
     for k, states in enumerate(hidden):
         checks.tensor(f"hidden[{k}]", states)
         if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
@@ -69,6 +78,8 @@ def depths(
         return hidden[0].shape[:-1]
     if seq_idx is not None or cu_seqlens is not None:
         raise ValueError("targets: expected None beside seq_idx or cu_seqlens, which they know already, got both")
+    if mask is not None:
+        raise ValueError("targets: expected None beside mask, for theirs are ignored already, got both")
     if len(targets) != len(hidden):
         raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
     for k, target in enumerate(targets):
@@ -78,8 +89,9 @@ def depths(
     return hidden[0].shape[:-1]
 
 
-def scaling(scaling_factor: float, alternative: str = "") -> None:
-    """Raise unless an auxiliary loss can be weighed so."""
-    numbers.number("scaling_factor", scaling_factor, alternative)
-    if not scaling_factor >= 0:
+def scaling(scaling_factor: Any, alternative: str = "") -> Any:
+    """The factor as a number; raise unless an auxiliary loss can be weighed so."""
+    scaling_factor = numbers.number("scaling_factor", scaling_factor, alternative)
+    if not (isinstance(scaling_factor, Tensor) or scaling_factor >= 0):
         raise ValueError(f"scaling_factor: expected a number >= 0{alternative}, got {scaling_factor}")
+    return scaling_factor
