@@ -1,4 +1,4 @@
-"""Contract 4: errors against fp64 stay within twice those of the unchunked computation in the same dtypes."""
+"""Contract 4: errors stay within twice those of the unchunked computation in the same dtypes, and one rounding."""
 
 import cases
 import pytest
@@ -9,7 +9,7 @@ from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, referen
 from compiled_loss.engine import gemm
 from compiled_loss.testing import assert_within_error_budget, head_inputs
 
-TOKENS, WIDTH, VOCAB = 448, 32, 896  # divisible by 7 and 64
+TOKENS, WIDTH, VOCAB = 448, 32, 896  # divisible by 7, 8 and 64
 
 
 def unchunked(hidden, weight, labels, bias, **keywords):
@@ -17,7 +17,7 @@ def unchunked(hidden, weight, labels, bias, **keywords):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("chunks", [1, 2, 7, 64])
+@pytest.mark.parametrize("chunks", [1, 2, 7, 8, 64])
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.parametrize("confident", [0.0, 0.5, 1.0])
 def test_linear(dtype, chunks, strategy, confident):
@@ -35,6 +35,25 @@ def test_linear(dtype, chunks, strategy, confident):
         results.append((loss, *cases.gradients(loss, arguments, None)))
     for name, mine, baseline, exactly in zip(("loss", "dH", "dW", "db"), *results, strict=True):
         assert_within_error_budget(mine, baseline, exactly, name=f"{name} at {chunks} chunks")
+
+
+@pytest.mark.parametrize("chunks", [2, 7, 8])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_the_largest_error_of_a_bf16_accumulator(strategy, chunks):
+    """Plan's NOTE [Accumulator]: a sum that grows evenly is rounded at 1/K, 2/K, ... of its size, (K + 1) / 2 in all."""
+    inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=torch.bfloat16)
+    exact = inputs.to(torch.float64)
+    chunking = Chunking(strategy=strategy, chunk_size=(TOKENS if strategy == "tokens" else VOCAB) // chunks)
+    results = []
+    for fn, (hidden, weight, labels, _) in (
+        (lambda *i: linear_cross_entropy(*i, chunking=chunking), inputs),
+        (lambda h, w, y: F.cross_entropy((h @ w.t()).float(), y), inputs),
+        (reference.linear_cross_entropy, exact),
+    ):
+        results.append(torch.autograd.grad(fn(hidden, weight, labels), (hidden, weight)))
+    for mine, baseline, truth in zip(*results, strict=True):
+        largest, allowed = ((v.double() - truth).abs().max() for v in (mine, baseline))
+        assert largest <= (chunks + 1) / 2 * allowed + truth.abs().max() * torch.finfo(torch.bfloat16).eps / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
