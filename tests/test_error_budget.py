@@ -40,7 +40,7 @@ def test_linear(dtype, chunks, strategy, confident):
 @pytest.mark.parametrize("chunks", [2, 7, 8])
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 def test_the_largest_error_of_a_bf16_accumulator(strategy, chunks):
-    """Plan's NOTE [Accumulator]: a sum that grows evenly is rounded at 1/K, 2/K, ... of its size, (K + 1) / 2 in all."""
+    """Plan's NOTE [Accumulator]: a sum that grows evenly is rounded at 1/K, 2/K, ... of its size: (K + 1) / 2."""
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=torch.bfloat16)
     exact = inputs.to(torch.float64)
     chunking = Chunking(strategy=strategy, chunk_size=(TOKENS if strategy == "tokens" else VOCAB) // chunks)

@@ -1,6 +1,5 @@
 """What torch's own counter says of our operations: each GEMM once, wherever it hides."""
 
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
+_LEAST_WIDTH = 512  # columns of a GEMM that fill a GPU
 
 
 def logits(source: Tensor, weight: Tensor | None) -> Tensor:
@@ -38,7 +39,7 @@ def add_gradients_(
     d: Tensor,  # [rows, columns], the gradient of a chunk of logits
     hidden: Tensor,  # [rows, H]
     weight: Tensor,  # [columns, H]
-    active: Tensor | None,  # [N] bool
+    active: Tensor,  # [N] bool
     row: int,
     column: int,
     scale: Tensor | None,
@@ -47,9 +48,9 @@ def add_gradients_(
     """Where the chunk lies, from (row, column) on, dH += d @ weight, dW += d.T @ hidden and db += d.sum(0).
 
     Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's. Hidden
-    states of rows that are not `active` are taken as 0: their d is 0, and 0 * NaN would be NaN in all of dW. One
-    operator, since each that writes costs the compiler over 10 ms a chunk; and a kernel of Inductor's for the sums
-    took 33 instructions a logit in sm_90 code.
+    states of rows that are not `active` are taken as 0, in a copy of a few columns at a time: their d is 0, and 0 * NaN
+    would be NaN in all of dW. One operator, since each that writes costs the compiler over 10 ms a chunk; and a kernel
+    of Inductor's for the sums took 33 instructions a logit in sm_90 code.
 
     NOTE [Order]
     Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
@@ -66,13 +67,15 @@ def add_gradients_(
     if d_hidden is not None:
         (_add_product if column else _mm_out)(d_hidden.narrow(0, row, d.shape[0]), d, weight)
     if d_weight is not None:
-        part = d_weight.narrow(0, column, d.shape[1])
-        if active is not None:
-            hidden = hidden.masked_fill(~active.narrow(0, row, d.shape[0]).unsqueeze(1), 0)
-        if scale is None:
-            (_add_product if row else _mm_out)(part, d.t(), hidden)
-        else:
-            _scaled_mm_out(part, d.t(), hidden, scale)
+        ignored = ~active.narrow(0, row, d.shape[0]).unsqueeze(1)
+        width = max(_LEAST_WIDTH, _BLOCK // max(1, d.shape[0]))
+        parts = d_weight.narrow(0, column, d.shape[1]).split(width, 1)
+        for part, states in zip(parts, hidden.split(width, 1), strict=True):
+            states = states.masked_fill(ignored, 0)
+            if scale is None:
+                (_add_product if row else _mm_out)(part, d.t(), states)
+            else:
+                _scaled_mm_out(part, d.t(), states, scale)
     if d_bias is not None:
         _add_column_sums(d_bias.narrow(0, column, d.shape[1]), d, write=row == 0)
 

@@ -26,9 +26,9 @@ A sum over chunks in bf16 rounds once a chunk. The error of dW over that of the 
     fp32 accumulator   1.0  1.4  1.4  1.4  1.4  1.4  1.4  1.3   1.2
 
 So up to 8 chunks the error is about twice the unchunked loss's. Partial sums of random signs have sqrt(i / K) of the
-sum's size, which makes sqrt((K + 1) / 2) of one rounding, 2.1 at 8 chunks, where 2.3 was seen; with the rounding that
-the unchunked loss makes anyway, twice its error and one rounding bound it. In the largest element, where they may all
-have one sign, it is (K + 1) / 2, 4.5 at 8 chunks, where 3.7 was seen. An fp32 accumulator costs four more bytes an element
+sum's size, which makes sqrt((K + 1) / 2) of one rounding: 2.1 at 8 chunks, where 2.3 was seen. With the rounding that
+the unchunked loss makes anyway, twice its error and one rounding bound it. In the largest element, where all may have
+one sign, it is (K + 1) / 2: 4.5 at 8 chunks, where 3.7 was seen. An fp32 accumulator costs four more bytes an element
 at the peak, two of them backward's copy, and more traffic a chunk.
 """
 

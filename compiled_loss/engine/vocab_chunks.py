@@ -105,13 +105,12 @@ class _VocabChunks(torch.autograd.Function):
             d_bias = None
             if head.bias is not None and wants_bias:
                 d_bias = torch.empty_like(head.bias, dtype=state.maximum.dtype)
-            if wants_weight:  # a copy [N, H], for 0 * NaN would be NaN in all of dW
-                hidden = torch.where(looked_at(labels).unsqueeze(1), hidden, 0.0)
+            active = looked_at(labels)
             starts = _starts(hidden, ctx.plan)
             for i, (columns, part_of_head) in enumerate(_chunks(head, weight, ctx.plan, starts)):
                 start, host = i * ctx.plan.chunk, hosts.of_chunk(run, ctx.plan.alone(i, weight.shape[0]))
                 (d,) = host(bodies.gradient, hidden, columns, labels, *part_of_head, state.maximum, *upstream)
-                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, columns, None, 0, start, scale, [])
+                gemm.add_gradients_(starts, d_hidden, d_weight, d_bias, d, hidden, columns, active, 0, start, scale, [])
                 del d  # or eager code holds two chunks
 
             if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
