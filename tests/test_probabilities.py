@@ -293,8 +293,8 @@ def test_functions_that_take_classes_alone_say_who_takes_probabilities(name):
     with pytest.raises(
         TypeError,
         match=(
-            r"^labels: expected int64 \[3\], got torch.float32 \[3, 5\]: probabilities are labels of cross_entropy\(\) on "
-            r"logits, and target_probs of linear_soft_cross_entropy\(\) on a head$"
+            r"^labels: expected int64 \[3\], got torch.float32 \[3, 5\]: probabilities are labels of "
+            r"cross_entropy\(\) on logits, and target_probs of linear_soft_cross_entropy\(\) on a head$"
         ),
     ):
         getattr(compiled_loss, name)(*tensors.get(name, head), probabilities)

@@ -45,7 +45,7 @@ _ONE = (
     bodies.all_statistics_and_gradient,
 )
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
-_PROBABILITIES = (
+_PROBABILITIES: tuple[Body, ...] = (
     probability_bodies.fold_probabilities,
     probability_bodies.gradient_beside_probabilities,
     probability_bodies.gradient_of_probabilities,
