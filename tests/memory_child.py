@@ -3,7 +3,7 @@
 import naive
 import torch
 
-from compiled_loss import Chunking, linear_cross_entropy
+from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, token_statistics
 from compiled_loss.measure import PeakMemory
 
 
@@ -60,3 +60,36 @@ def measure_heap():
         first = None
     assert last.sum() == 0
     return peaks
+
+
+def measure_logits(loss, shape, compiled):
+    """Real peak over the inputs of a loss of logits and its gradients, and what it keeps, in bytes."""
+    torch.set_num_threads(2)
+    logits, labels = torch.randn(shape, requires_grad=True), torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    wanted, weights = [logits], torch.rand(shape[1])
+
+    def of_labels(logits, labels):
+        return cross_entropy(logits, labels, class_weights=weights, label_smoothing=0.1, class_dim=1)
+
+    def of_statistics(logits, labels):
+        statistics = token_statistics(logits, labels, class_dim=1)
+        return (statistics.logprob + statistics.entropy).sum()
+
+    call = of_statistics if loss == "statistics" else of_labels
+    if loss == "probabilities":
+        labels = torch.rand(shape, requires_grad=True)
+        wanted.append(labels)
+    call = torch.compile(call, fullgraph=True) if compiled else call
+
+    def step(memory):
+        start = memory.now()
+        value = call(logits, labels)
+        kept = memory.now() - start
+        torch.autograd.grad(value, wanted)
+        return kept
+
+    memory = PeakMemory(torch.device("cpu"))
+    step(memory)
+    with memory:
+        kept = step(memory)
+    return {"peak": memory.peak, "kept": kept, "gradients": sum(4 * v.numel() for v in wanted)}

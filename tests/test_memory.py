@@ -86,6 +86,27 @@ def test_eager_at_half_of_the_vocabulary():
     assert memory["peak"] <= 1.05 * max(outputs + logits, 2 * outputs) + 16 * MIB
 
 
+@pytest.mark.parametrize(
+    ("loss", "shape", "compiled"),
+    [
+        ("probabilities", (4096, 8192), False),
+        pytest.param("probabilities", (4096, 8192), True, marks=pytest.mark.slow),
+        ("labels", (16, 1024, 64, 32), False),
+        pytest.param("labels", (16, 1024, 64, 32), True, marks=pytest.mark.slow),
+        pytest.param("probabilities", (16, 1024, 64, 32), False, marks=pytest.mark.slow),
+        pytest.param("probabilities", (16, 1024, 64, 32), True, marks=pytest.mark.slow),
+        pytest.param("statistics", (16, 1024, 64, 32), False, marks=pytest.mark.slow),
+        pytest.param("statistics", (4096, 8192), True, marks=pytest.mark.slow),
+    ],
+)
+def test_logits_that_exist(loss, shape, compiled):
+    """Gradients alone, wherever the classes lie: logits of 128 MiB are neither copied nor kept twice."""
+    shown = {"loss": loss, "shape": shape, "compiled": compiled}
+    memory = run_in_child("memory_child:measure_logits", environment=ENVIRONMENT, **shown)
+    assert memory["kept"] <= 16 * MIB
+    assert memory["peak"] <= 1.05 * memory["gradients"] + 16 * MIB
+
+
 def test_what_the_heap_holds_free_is_counted_once():
     """One block of 16 MiB after another, and two together."""
     assert run_in_child("memory_child:measure_heap", environment=ENVIRONMENT) == [16, 32]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import bodies, hosts
+from compiled_loss.engine import bodies, gemm, hosts
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
 from compiled_loss.engine.transforms import without_autocast
@@ -54,6 +54,7 @@ class _Logits(torch.autograd.Function):
         result = finish(state)
         ctx.save_for_backward(logits, *head[:4], labels, *state)
         ctx.set_materialize_grads(False)
+        ctx.moved = not logits.is_contiguous()
         return tuple(result)
 
     @staticmethod
@@ -70,6 +71,8 @@ class _Logits(torch.autograd.Function):
         with without_autocast(logits.device):  # whatever backward's caller is in
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
+            if ctx.moved:  # or Inductor writes a long expression out twice, in its layout and in theirs
+                upstream = Upstream(*(None if v is None else gemm.in_turn(v, []) for v in upstream))
             operands = (labels, *head, state.maximum, *upstream)
             run = hosts.choose(logits.device, "auto", loop=False)
             (d,) = run(bodies.gradient, logits, None, *operands)

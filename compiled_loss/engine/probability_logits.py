@@ -52,6 +52,7 @@ class _Probabilities(torch.autograd.Function):
         maximum, log_sum, mass = rows
         ctx.save_for_backward(logits, target, smoothing, *head[:4], maximum, log_sum, mass)
         ctx.set_materialize_grads(False)
+        ctx.moved = not (logits.is_contiguous() and target.is_contiguous())
         return loss, maximum + log_sum
 
     @staticmethod
@@ -64,6 +65,8 @@ class _Probabilities(torch.autograd.Function):
             run = hosts.choose(logits.device, "auto", loop=False)
             # New tensors: Dynamo traces a backward with example gradients that alias each other.
             loss, lse = (torch.zeros_like(mass) if g is None else g.to(mass.dtype, copy=True) for g in (g_loss, g_lse))
+            if ctx.moved:  # see logits.py
+                loss, lse = gemm.in_turn(loss, []), gemm.in_turn(lse, [])
             # An opaque copy, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
             maximum = gemm.in_turn(maximum, [loss])
             known = (None, *head, smoothing, target, maximum, log_sum)

@@ -28,8 +28,8 @@ class LossAndStatistics(NamedTuple):
 
 
 def cross_entropy(
-    logits: Tensor,  # [..., V], or V along class_dim
-    labels: Tensor,  # [...], or probabilities like logits
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...] or [..., V]
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,

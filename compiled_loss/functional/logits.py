@@ -5,8 +5,8 @@ N tokens (any leading shape), V vocabulary.
 
 from __future__ import annotations
 
-from math import prod
-from typing import NamedTuple
+from math import inf, prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.statistics import RowStatistics, masked
 from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.functional.head import transform
-from compiled_loss.vocabulary import VocabShard, Vocabulary
+from compiled_loss.vocabulary import VocabShard, Vocabulary, is_sharded
 
 
 class Logits(NamedTuple):
@@ -96,7 +96,23 @@ def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
     if class_dim == -1:
         return value
     checks.class_dim(class_dim, value.dim())
+    if torch.compiler.is_compiling() and not (traced() or is_sharded(value)):
+        view: Tensor = _ClassesLast.apply(value, class_dim)
+        return view
     return value.movedim(class_dim, -1)
+
+
+class _ClassesLast(torch.autograd.Function):
+    """The view, whose gradient is no view: of those Inductor writes out what is seen, and then copies it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, class_dim: int) -> Tensor:
+        ctx.class_dim = class_dim
+        return value.movedim(class_dim, -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g.movedim(-1, ctx.class_dim).clamp(min=-inf), None  # which changes nothing, and is computed
 
 
 def merged(*values: Tensor) -> list[Tensor]:

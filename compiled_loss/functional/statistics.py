@@ -41,7 +41,7 @@ def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
 
 
 def token_statistics(
-    logits: Tensor,  # [..., V], or V along class_dim
+    logits: Tensor,  # [..., V]
     labels: Tensor,  # [...]
     *,
     mask: Tensor | None = None,

@@ -54,8 +54,8 @@ class CrossEntropy(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,  # [..., V], or V along class_dim
-        labels: Tensor,  # [...], or probabilities like logits
+        logits: Tensor,  # [..., V]
+        labels: Tensor,  # [...] or [..., V]
         *,
         mask: Tensor | None = None,
         token_weights: Tensor | None = None,
