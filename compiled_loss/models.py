@@ -19,17 +19,15 @@ def head(model: Any) -> tuple[Any, str]:
     found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if found is not None:
         return found, "model.get_output_embeddings()"
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    for name, module in modules.items():
-        if name.split(".")[-1] == "lm_head":
+    named: dict[str, Any] = {}
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        last = name.split(".")[-1]
+        if last == "lm_head":
             return module, f"model.{name}"
-    named = [name for name in modules if "lm_head" in name.split(".")[-1]]
-    outermost = [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
-    if not outermost:
-        head_checks.no_head(model)
-    if len({id(modules[name]) for name in outermost}) > 1:
-        head_checks.one_head(outermost)
-    return modules[outermost[0]], f"model.{outermost[0]}"
+        if "lm_head" in last and not any(name.startswith(f"{outer}.") for outer in named):
+            named[name] = module
+    head_checks.one_head(model, list(named))
+    return next((module, f"model.{name}") for name, module in named.items())
 
 
 def head_weight(model: Any) -> OutputHead:
