@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _LOGITS = "use a loss of logits"
-_TORCH = ("torch.nn.", "torch.distributed.", "torch._subclasses.")  # Parameter; DTensor; fake and functional tensors
+_TORCH = ("torch.distributed.", "torch._subclasses.")  # DTensor; fake and functional tensors
 _PACKED = ("qweight", "W_q", "weight_packed", "packed_weight")  # GPTQ and AWQ; HQQ; compressed-tensors; others
 
 
@@ -85,10 +85,20 @@ def present(name: str, head: object, weight: object) -> None:
         )
 
 
+def loaded(name: str, head: object, weight: Tensor, beside: object) -> None:
+    """Raise where there are hidden states and no weight."""
+    if weight.is_meta and isinstance(beside, Tensor) and not beside.is_meta:
+        raise ValueError(
+            f"{name}: {_expected(head)} whose weight is on the device meta, offloaded or never loaded: "
+            f"keep the head on its device, by device_map, or {_LOGITS}"
+        )
+
+
 def dense(name: str, head: object, weight: Tensor) -> None:
     """Raise unless the weight is what it looks like: floating, strided, multiplied as any other."""
     kind = type(weight)
-    if not kind.__module__.startswith(_TORCH) and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    own = kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith(_TORCH)
+    if own and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         quantised(name, head, kind.__name__)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
         quantised(name, head, str(weight.dtype))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compiled_loss import head_checks
 from compiled_loss.output_head import OutputHead, output_head
@@ -30,9 +31,21 @@ def head(model: Any) -> tuple[Any, str]:
     return next((module, f"model.{name}") for name, module in named.items())
 
 
-def head_weight(model: Any) -> OutputHead:
-    """The weight and bias of the model's head; an error where it is more than these."""
-    return output_head(*head(model))
+def head_weight(model: Any, hidden_states: Any) -> OutputHead:
+    """The weight and bias of the model's head; an error where it is more than these, or was never loaded."""
+    module, name = head(model)
+    found = output_head(module, name)
+    head_checks.loaded(name, module, found.weight, hidden_states)
+    return found
+
+
+def head_logits(model: Any, hidden_states: Tensor) -> Tensor:
+    """What the model's head gives; of one that cannot be called so, what its weight and bias give."""
+    module, name = head(model)
+    if isinstance(module, (nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.ParameterDict)) or not callable(module):
+        return F.linear(hidden_states, *output_head(module, name))
+    logits: Tensor = module(hidden_states)
+    return logits
 
 
 def inner(model: Any) -> Any:

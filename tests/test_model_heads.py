@@ -20,6 +20,7 @@ from compiled_loss import (
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
+from compiled_loss.models import head_weight
 
 B, S, H, V = 2, 5, 4, 11
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}
@@ -276,10 +277,35 @@ def named(name):
     ],
 )
 def test_where_a_head_is_found(make, name):
+    """By a loss of hidden states, and by one of logits."""
     model = make()
-    hidden, _, labels = batch()
+    hidden, further, labels = batch()
+    head = model.get_submodule(name)
     found = calculate_loss(FUSED, hidden_states=hidden, labels=labels, model=model)
-    torch.testing.assert_close(found, plain(model.get_submodule(name), hidden, labels), **TIGHT)
+    torch.testing.assert_close(found, plain(head, hidden, labels), **TIGHT)
+    for loss in (FUSED, MaskedCrossEntropy(reduction="mean")):
+        found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
+        torch.testing.assert_close(found, auxiliary(head, further, labels, 1.0), **TIGHT)
+
+
+def test_an_embedding_is_a_head():
+    """As models say whose embeddings are tied."""
+    model = Model(nn.Embedding(V, H, dtype=torch.float64))
+    _, further, labels = batch()
+    logits = lambda states: states @ model.lm_head.weight.t()  # noqa: E731
+    for loss in (FUSED, MaskedCrossEntropy(reduction="mean")):
+        found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
+        same(found, auxiliary(logits, further, labels, 1.0), [*further, model.lm_head.weight])
+
+
+def test_a_head_that_was_never_loaded():
+    """On meta beside hidden states that are not; where all is on meta, nothing is missing."""
+    with torch.device("meta"):
+        model = Model(nn.Linear(H, V))
+    hidden, _, labels = batch()
+    with pytest.raises(ValueError, match=r"^model\.lm_head: .*whose weight is on the device meta, offloaded or never"):
+        calculate_loss(FUSED, hidden_states=hidden.float(), labels=labels, model=model)
+    assert head_weight(model, hidden.float().to("meta")).weight is model.lm_head.weight
 
 
 def test_no_head_and_several():
