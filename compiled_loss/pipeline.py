@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compiled_loss import depth_checks, models, shell_checks
 from compiled_loss.functional.multi_token import multi_token_targets
-from compiled_loss.shells import FusedLinearCrossEntropy
+from compiled_loss.shells import FusedLinearCrossEntropy, mask_beside
 
 
 class MTPLosses(NamedTuple):
@@ -187,6 +187,7 @@ def calculate_mtp_losses(
 
     """
     outputs = shell_checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
+    mask = mask_beside(mask, labels)
     depth_checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor, mask)
     ignore_index = shell_checks.ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from compiled_loss import (
     FusedLinearCrossEntropy,
     MaskedCrossEntropy,
+    MTPLossConfig,
     PipelineCausalLMLoss,
     calculate_loss,
     calculate_mtp_loss,
@@ -385,6 +386,9 @@ def test_the_factor_of_a_model(change, given, asked, factor, form, fused):
     stage = (hidden if fused else logits, *further)
     output = {"object": SimpleNamespace(**fields), "dict": fields}.get(form, stage)
     loss_fn = FUSED if fused else MaskedCrossEntropy(reduction="mean")
-    loss = PipelineCausalLMLoss(loss_fn, Parallel(model) if form == "parallel" else model, scaling_factor=asked)
+    owner = Parallel(model) if form == "parallel" else model
+    loss = PipelineCausalLMLoss(loss_fn, owner, scaling_factor=asked)
+    if form == "dict":
+        loss = MTPLossConfig(scaling_factor=asked).build(loss_fn, owner)
     expected = plain(model.lm_head, hidden, labels) + auxiliary(model.lm_head, further, labels, factor)
     torch.testing.assert_close(loss(output, labels), expected, **TIGHT)
