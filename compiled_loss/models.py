@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compiled_loss import head_checks
 from compiled_loss.output_head import OutputHead, output_head
@@ -19,22 +20,32 @@ def head(model: Any) -> tuple[Any, str]:
     found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if found is not None:
         return found, "model.get_output_embeddings()"
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    for name, module in modules.items():
-        if name.split(".")[-1] == "lm_head":
+    named: dict[str, Any] = {}
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        last = name.split(".")[-1]
+        if last == "lm_head":
             return module, f"model.{name}"
-    named = [name for name in modules if "lm_head" in name.split(".")[-1]]
-    outermost = [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
-    if not outermost:
-        head_checks.no_head(model)
-    if len({id(modules[name]) for name in outermost}) > 1:
-        head_checks.one_head(outermost)
-    return modules[outermost[0]], f"model.{outermost[0]}"
+        if "lm_head" in last and not any(name.startswith(f"{outer}.") for outer in named):
+            named[name] = module
+    head_checks.one_head(model, list(named))
+    return next((module, f"model.{name}") for name, module in named.items())
 
 
-def head_weight(model: Any) -> OutputHead:
-    """The weight and bias of the model's head; an error where it is more than these."""
-    return output_head(*head(model))
+def head_weight(model: Any, hidden_states: Any) -> OutputHead:
+    """The weight and bias of the model's head; an error where it is more than these, or was never loaded."""
+    module, name = head(model)
+    found = output_head(module, name)
+    head_checks.loaded(name, module, found.weight, hidden_states)
+    return found
+
+
+def head_logits(model: Any, hidden_states: Tensor) -> Tensor:
+    """What the model's head gives; of one that cannot be called so, what its weight and bias give."""
+    module, name = head(model)
+    if isinstance(module, (nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.ParameterDict)) or not callable(module):
+        return F.linear(hidden_states, *output_head(module, name))
+    logits: Tensor = module(hidden_states)
+    return logits
 
 
 def inner(model: Any) -> Any:

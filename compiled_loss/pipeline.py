@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compiled_loss import depth_checks, models, shell_checks
 from compiled_loss.functional.multi_token import multi_token_targets
-from compiled_loss.shells import FusedLinearCrossEntropy
+from compiled_loss.shells import FusedLinearCrossEntropy, mask_beside
 
 
 class MTPLosses(NamedTuple):
@@ -68,7 +68,7 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
         return loss_fn(logits=logits, labels=labels, num_label_tokens=count)  # type: ignore[no-any-return]
     shell_checks.given("hidden_states", hidden_states, loss_fn)
     if weight is None:
-        weight, bias = models.head_weight(model)
+        weight, bias = models.head_weight(model, hidden_states)
     call = {"hidden_states": hidden_states, "labels": labels, "lm_weight": weight, "num_label_tokens": count}
     if bias is not None:
         shell_checks.takes_bias(loss_fn)
@@ -187,6 +187,7 @@ def calculate_mtp_losses(
 
     """
     outputs = shell_checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
+    mask = mask_beside(mask, labels)
     depth_checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor, mask)
     ignore_index = shell_checks.ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
@@ -203,7 +204,7 @@ def calculate_mtp_losses(
             targets = multi_token_targets(labels, k, ignore_index=ignore_index, mask=mask, **packing)
         states = states.reshape(*labels.shape, states.shape[-1])  # a THD stream is [1, T, H] beside labels [T]
         if not fused and mtp_per_depth_logits is None:
-            states = models.head(model)[0](states)
+            states = models.head_logits(model, states)
         call = {"hidden_states" if fused else "logits": states, "labels": targets, "num_label_tokens": num_label_tokens}
         losses.append(calculate_loss(loss_fn, **call, **head))
     return MTPLosses(scaling_factor / len(losses) * torch.stack(losses).sum(), losses)
@@ -309,7 +310,7 @@ class PipelineCausalLMLoss(nn.Module):
 
 def _shared_head(loss_fn: Any, model: Any, group: Any, hidden_states: Any) -> dict[str, Tensor]:
     """The weight and bias of the model's head as a loss takes them, gathered once for all that share them."""
-    weight, bias = models.head_weight(model)
+    weight, bias = models.head_weight(model, hidden_states)
     gather: Any = getattr(loss_fn, "materialize_lm_weight", None)
     if gather is not None:
         narrow = (

@@ -171,7 +171,9 @@ def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) ->
     """
     if not isinstance(weight, Tensor):
         return weight
-    narrow = dtype if dtype in _COMPUTED and dtype.itemsize < weight.dtype.itemsize else weight.dtype
+    narrow = weight.dtype
+    if dtype in _COMPUTED and narrow.is_floating_point and dtype.itemsize < narrow.itemsize:
+        narrow = dtype
     if not is_sharded(weight):
         return weight.to(narrow)
     groups = _groups(weight)

@@ -103,11 +103,18 @@ def data_parallel(how):
 
 
 def tensor_parallel(how):
-    """A vocabulary over ranks, weight and bias alike; the style's hooks stand on the head."""
+    """A vocabulary over ranks, weight and bias alike; the style's hooks stand on the head, or another's forward."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     model = Model()
     parallelize_module(model, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
     assert model.lm_head._forward_hooks or model.lm_head._forward_pre_hooks
+    if how == "transformers":
+
+        def tp_forward(x):
+            raise AssertionError("the weight alone is used")
+
+        tp_forward.__module__ = "transformers.distributed.tensor_parallel"
+        model.lm_head.forward = tp_forward
     x, labels = batch()
     loss = PipelineCausalLMLoss(FusedLinearCrossEntropy(), model, FACTOR)
     if how == "compiled":

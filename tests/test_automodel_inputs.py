@@ -249,6 +249,9 @@ def test_a_mask_moves_with_its_label(fused):
         torch.testing.assert_close(mine, expected, **TIGHT)
         theirs = torch.autograd.grad(expected, further[k])
         torch.testing.assert_close(torch.autograd.grad(mine, further[k], retain_graph=True), theirs, **TIGHT)
+    row = {"mtp_per_depth_h": [h[:1] for h in further], "model": model, "mask": mask}
+    stream = calculate_mtp_loss(loss, labels=labels[0], **row)  # [1, T, H] and a mask [1, T] with labels [T]
+    torch.testing.assert_close(stream, calculate_mtp_loss(loss, labels=labels[:1], **row), **TIGHT)
     alone = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, mask=mask)
     torch.testing.assert_close(alone, found.loss, **TIGHT)
     with pytest.raises(ValueError, match="targets: expected None beside mask"):

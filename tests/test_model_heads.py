@@ -15,11 +15,13 @@ from torch.nn.utils import parametrizations
 from compiled_loss import (
     FusedLinearCrossEntropy,
     MaskedCrossEntropy,
+    MTPLossConfig,
     PipelineCausalLMLoss,
     calculate_loss,
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
+from compiled_loss.models import head_weight
 
 B, S, H, V = 2, 5, 4, 11
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}
@@ -276,10 +278,35 @@ def named(name):
     ],
 )
 def test_where_a_head_is_found(make, name):
+    """By a loss of hidden states, and by one of logits."""
     model = make()
-    hidden, _, labels = batch()
+    hidden, further, labels = batch()
+    head = model.get_submodule(name)
     found = calculate_loss(FUSED, hidden_states=hidden, labels=labels, model=model)
-    torch.testing.assert_close(found, plain(model.get_submodule(name), hidden, labels), **TIGHT)
+    torch.testing.assert_close(found, plain(head, hidden, labels), **TIGHT)
+    for loss in (FUSED, MaskedCrossEntropy(reduction="mean")):
+        found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
+        torch.testing.assert_close(found, auxiliary(head, further, labels, 1.0), **TIGHT)
+
+
+def test_an_embedding_is_a_head():
+    """As models say whose embeddings are tied."""
+    model = Model(nn.Embedding(V, H, dtype=torch.float64))
+    _, further, labels = batch()
+    logits = lambda states: states @ model.lm_head.weight.t()  # noqa: E731
+    for loss in (FUSED, MaskedCrossEntropy(reduction="mean")):
+        found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
+        same(found, auxiliary(logits, further, labels, 1.0), [*further, model.lm_head.weight])
+
+
+def test_a_head_that_was_never_loaded():
+    """On meta beside hidden states that are not; where all is on meta, nothing is missing."""
+    with torch.device("meta"):
+        model = Model(nn.Linear(H, V))
+    hidden, _, labels = batch()
+    with pytest.raises(ValueError, match=r"^model\.lm_head: .*whose weight is on the device meta, offloaded or never"):
+        calculate_loss(FUSED, hidden_states=hidden.float(), labels=labels, model=model)
+    assert head_weight(model, hidden.float().to("meta")).weight is model.lm_head.weight
 
 
 def test_no_head_and_several():
@@ -359,6 +386,9 @@ def test_the_factor_of_a_model(change, given, asked, factor, form, fused):
     stage = (hidden if fused else logits, *further)
     output = {"object": SimpleNamespace(**fields), "dict": fields}.get(form, stage)
     loss_fn = FUSED if fused else MaskedCrossEntropy(reduction="mean")
-    loss = PipelineCausalLMLoss(loss_fn, Parallel(model) if form == "parallel" else model, scaling_factor=asked)
+    owner = Parallel(model) if form == "parallel" else model
+    loss = PipelineCausalLMLoss(loss_fn, owner, scaling_factor=asked)
+    if form == "dict":
+        loss = MTPLossConfig(scaling_factor=asked).build(loss_fn, owner)
     expected = plain(model.lm_head, hidden, labels) + auxiliary(model.lm_head, further, labels, factor)
     torch.testing.assert_close(loss(output, labels), expected, **TIGHT)

@@ -13,32 +13,29 @@ pytestmark = [
     pytest.mark.xdist_group("sharded heads"),
 ]
 TIGHT = 1e-11
-FSDP = [("data_parallel", how) for how in ("fsdp", "bf16", "bf16, gathered")]
-CASES = {2: [*FSDP, ("tensor_parallel", "eager")], 4: [("data_parallel", "hsdp")]}
+CASES = [("data_parallel", how) for how in ("fsdp", "hsdp", "bf16", "bf16, gathered")]
+CASES += [("tensor_parallel", how) for how in ("eager", "transformers")]
 
 
-def every_case(world):
+def every_case():
     found = {}
-    for kind, how in CASES[world]:
+    for kind, how in CASES:
         ranks.at(f"{kind}, {how}")
         found[kind, how] = getattr(heads, kind)(how)
-    if world == 2:
-        found["gathered"] = {dtype: heads.gathered_in(dtype) for dtype in (None, torch.bfloat16)}
-    return found
+    return found | {dtype: heads.gathered_in(dtype) for dtype in (None, torch.bfloat16)}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return {w: ranks.run(every_case, w, tmp_path_factory.mktemp("ranks"), w, limit=200) for w in CASES}
+    return ranks.run(every_case, 4, tmp_path_factory.mktemp("ranks"), limit=300)
 
 
-@pytest.mark.parametrize("world", CASES)
-def test_weight_and_bias(world, found):
-    for kind, how in CASES[world]:
-        # bf16: two roundings of 2^-9 each in hidden states, head, logits and their gradients
-        bound = 2**-6 if how.startswith("bf16") else TIGHT
-        for rank in found[world]:
-            assert max(rank[kind, how].values()) <= bound, (kind, how, rank[kind, how])
+@pytest.mark.parametrize(("kind", "how"), CASES)
+def test_weight_and_bias(kind, how, found):
+    # bf16: two roundings of 2^-9 each in hidden states, head, logits and their gradients
+    bound = 2**-6 if how.startswith("bf16") else TIGHT
+    for rank in found:
+        assert max(rank[kind, how].values()) <= bound, rank[kind, how]
 
 
 @pytest.mark.slow
@@ -48,9 +45,8 @@ def test_compiled(tmp_path):
 
 
 def test_a_policys_dtype(found):
-    """Gathered in the narrow dtype, reduced in the weight's own: the mean of 1 and 2^-8 has no bf16."""
-    for rank in found[2]:
-        whole, narrow = rank["gathered"][None], rank["gathered"][torch.bfloat16]
-        mean = (1 + 2**-8) / 2
-        assert whole == (torch.float32, torch.float32, [mean])
-        assert narrow == (torch.bfloat16, torch.float32, [mean])
+    """Gathered in the narrow dtype, reduced in the weight's own: the mean of 1, 1, 1 and 2^-8 has no bf16."""
+    mean = (3 + 2**-8) / 4
+    for rank in found:
+        assert rank[None] == (torch.float32, torch.float32, [mean])
+        assert rank[torch.bfloat16] == (torch.bfloat16, torch.float32, [mean])
