@@ -12,6 +12,7 @@ whatever the label is, and on torch 2.11 a gather from a buffer that the graph l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,10 +98,10 @@ class Upstream(NamedTuple):
             moment = entropy / state.sum_exp
         return Upstream(row / state.sum_exp, nll, None if total is None else total.to(dtype, copy=True), moment)
 
-    def divided(self, scale: Tensor) -> Upstream:
-        """Each gradient over `scale`."""
-        rest = [None if g is None else g / scale for g in (self.total, self.moment)]
-        return Upstream(self.row / scale, self.nll / scale, *rest)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
+        """Each changed; what is None stays None."""
+        total, moment = (None if v is None else change(v) for v in (self.total, self.moment))
+        return Upstream(change(self.row), change(self.nll), total, moment)
 
 
 def _biased(source: Tensor, weight: Tensor | None, head: Head) -> Tensor:

@@ -97,7 +97,7 @@ class _VocabChunks(torch.autograd.Function):
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             scale = unit_scale(hidden.dtype, *upstream)
             if scale is not None:
-                upstream = upstream.divided(scale)
+                upstream = upstream.map(lambda g: g / scale)
 
             run = hosts.choose(hidden.device, ctx.plan.compile)
             d_hidden = torch.empty_like(hidden, dtype=ctx.plan.accumulate_dtype) if wants_hidden else None
