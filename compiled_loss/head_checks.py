@@ -1,0 +1,115 @@
+"""The errors of heads that are more than a weight and a bias; see `checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_LOGITS = "use a loss of logits"
+_PACKED = ("qweight", "W_q", "weight_packed", "packed_weight")  # GPTQ and AWQ; HQQ; compressed-tensors; others
+
+
+def no_head(model: object) -> None:
+    """Raise: there is no head."""
+    raise ValueError(
+        f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
+        "give lm_weight"
+    )
+
+
+def one_head(names: Sequence[str]) -> None:
+    """Raise: there are several heads, none of which is called lm_head."""
+    raise ValueError(f"model: expected one Module with lm_head in its name, got {', '.join(names)}: give lm_weight")
+
+
+def adapters(name: str, head: object, active: Sequence[str]) -> None:
+    """Raise: adapters change what the head gives."""
+    raise TypeError(
+        f"{name}: {_expected(head)} with the adapters {', '.join(active)}: merge them, by merge_adapter() or "
+        f"merge_and_unload(), train the whole head, by modules_to_save, or {_LOGITS}"
+    )
+
+
+def merged_and_disabled(name: str, head: object, merged: Sequence[str]) -> None:
+    """Raise: the weight still holds adapters that the head's next forward would take out."""
+    raise ValueError(
+        f"{name}: {_expected(head)}, whose adapters {', '.join(merged)} are merged and disabled: "
+        "call unmerge_adapter() first"
+    )
+
+
+def members(name: str, head: object, count: int) -> None:
+    """Raise unless a container has one member."""
+    if count != 1:
+        raise TypeError(f"{name}: {_expected(head)} of {count}: {_otherwise()}")
+
+
+def forward(name: str, head: object) -> None:
+    """Raise: the head's class computes something else, or nothing that is known."""
+    raise TypeError(f"{name}: {_expected(head)}, which has a forward of its own: {_otherwise()}")
+
+
+def replaced(name: str, head: object) -> None:
+    """Raise: this one's forward is another than its class's."""
+    raise TypeError(f"{name}: {_expected(head)} whose forward was replaced on the instance: {_otherwise()}")
+
+
+def offloaded(name: str, head: object, hook: object) -> None:
+    """Raise: the weight comes and goes with the head's forward."""
+    raise ValueError(
+        f"{name}: {_expected(head)} that {type(hook).__name__} brings to its device in forward alone: "
+        f"keep the head on its device, by device_map, or {_LOGITS}"
+    )
+
+
+def hooked(name: str, head: object, hook: object) -> None:
+    """Raise: a hook may change what goes in, what comes out, or their gradients."""
+    called = getattr(hook, "__qualname__", type(hook).__qualname__)
+    raise ValueError(
+        f"{name}: {_expected(head)} with the hook {called}, which may change its results: "
+        f"remove it, by the handle that registering it returned, or {_LOGITS}"
+    )
+
+
+def present(name: str, head: object, weight: object) -> None:
+    """Raise unless the weight is there to be multiplied by."""
+    if not isinstance(weight, Tensor):
+        if any(hasattr(head, packed) for packed in _PACKED):
+            quantised(name, head, "packed integers")
+        raise TypeError(f"{name}: {_expected(head)} without a weight: {_otherwise()}")
+    if weight.numel() == 0 and any(hasattr(weight, mark) for mark in ("ds_id", "ds_tensor", "ds_numel")):
+        raise ValueError(
+            f"{name}: {_expected(head)} whose weight ZeRO-3 holds in parts, of 0 elements here: "
+            "gather it around loss and backward, by deepspeed.zero.GatheredParameters(head.parameters())"
+        )
+
+
+def dense(name: str, head: object, weight: Tensor) -> None:
+    """Raise unless the weight is what it looks like: floating, strided, multiplied as any other."""
+    kind = type(weight)
+    own = kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith(("torch.distributed.", "torch._subcl"))
+    if own and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        quantised(name, head, kind.__name__)
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
+        quantised(name, head, str(weight.dtype))
+    if weight.layout != torch.strided:
+        quantised(name, head, str(weight.layout))
+
+
+def quantised(name: str, head: object, held: str) -> None:
+    """Raise: the weight is not held as numbers."""
+    raise TypeError(
+        f"{name}: {_expected(head)} that is quantised or packed, its weight held as {held}: "
+        f"leave the head out of quantisation, dequantise it, or {_LOGITS}"
+    )
+
+
+def _expected(head: object) -> str:
+    kind = type(head)
+    return f"expected a head that is its weight and bias, an nn.Linear, got {kind.__module__}.{kind.__qualname__}"
+
+
+def _otherwise() -> str:
+    return f"give lm_weight where its weight is all it is, or {_LOGITS}"

@@ -1,0 +1,136 @@
+"""The weight and the bias that a head multiplies by, whatever wraps it. Nothing that may wrap it is imported.
+
+NOTE [What a head may be]
+An `nn.Linear`, a subclass that keeps its forward, or an `nn.Embedding` that a model multiplies by; what has a weight
+and no forward; a container of one of these; what PEFT puts around them while it changes nothing but the weight. All
+else is an error, for a loss that took the weight alone would be another one than the head's.
+
+Hooks are refused, for none can be told from one that changes something. Those of torch.distributed and DeepSpeed are
+not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from compiled_loss import head_checks
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile; checkpoint_wrapper
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, nn.Module.forward, nn.ParameterDict.forward)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MOVING = ("torch.distributed.", "deepspeed.")
+
+
+class OutputHead(NamedTuple):
+    """`weight` [V, H] and `bias` [V] or None, as the head's forward would use them, with their graphs."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def output_head(module: Any, name: str = "model") -> OutputHead:
+    """What a head multiplies by and adds: NOTE [What a head may be].
+
+    Args:
+        module: the head.
+        name: what errors call it.
+
+    Returns:
+        :class:`OutputHead`; of a parametrized head, or one with trainable tokens, new tensors of this call.
+
+    Raises:
+        TypeError: it is more than a weight and a bias.
+        ValueError: its weight is not here, or a hook changes what it gives.
+
+    """
+    inner = _inner(module, name)
+    if inner is not module:
+        if "_orig_mod" not in module._modules:  # torch.compile's replaces forward
+            _unchanged(module, name)
+        return output_head(inner, name)
+    if hasattr(type(module), "get_merged_weights"):  # trainable tokens, whose forward adds no bias
+        output_head(module.base_layer, name)
+        _unchanged(module, name)
+        return OutputHead(module.get_merged_weights(_active(module)), None)
+    weight: Any = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    bias = bias if isinstance(bias, Tensor) else None
+    for value in (weight,) if bias is None else (weight, bias):
+        head_checks.present(name, module, value)
+    head_checks.dense(name, module, weight)
+    if isinstance(module, nn.Module):
+        if type(module).forward not in _FORWARDS:
+            head_checks.forward(name, module)
+        _unchanged(module, name)
+    return OutputHead(weight, bias)
+
+
+def _inner(module: Any, name: str) -> Any:
+    """The module that does what `module` does, one step further in; itself where there is none."""
+    children = getattr(module, "_modules", {})
+    for wrapped in _WRAPPED:
+        if wrapped in children:
+            return children[wrapped]
+    if isinstance(module, _CONTAINERS):
+        if type(module).forward not in (nn.Sequential.forward, nn.Module.forward):
+            head_checks.forward(name, module)
+        members = list(module.children())
+        head_checks.members(name, module, len(members))
+        return members[0]
+    if "modules_to_save" in children and "original_module" in children:
+        saved, active = module.modules_to_save, _names(module.active_adapter)
+        on = not module.disable_adapters and active and all(adapter in saved for adapter in active)
+        return saved[active[0]] if on else module.original_module
+    if "token_adapter" in children:
+        return module.token_adapter
+    return _without_adapters(module, name) if hasattr(type(module), "get_base_layer") else module
+
+
+def _without_adapters(module: Any, name: str) -> Any:
+    """The layer that PEFT's adapters leave as it is: merged, disabled or none of this layer; else itself, of tokens."""
+    active, merged = _active(module), list(module.merged_adapters)
+    if module.disable_adapters and merged:
+        head_checks.merged_and_disabled(name, module, merged)
+    if module.disable_adapters or merged or not active:
+        return module.base_layer
+    if not hasattr(type(module), "get_merged_weights"):
+        head_checks.adapters(name, module, active)
+    return module
+
+
+def _active(module: Any) -> list[str]:
+    """Adapters of this layer that take part."""
+    here = module._get_available_adapters()
+    return [adapter for adapter in _names(module.active_adapter) if adapter in here]
+
+
+def _names(active: str | list[str]) -> list[str]:
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _unchanged(module: Any, name: str) -> None:
+    """Raise where this one does more than its class."""
+    own = vars(module)
+    hook, forward = own.get("_hf_hook"), own.get("forward")
+    if hook is not None:  # accelerate's, which replaces forward
+        for part in getattr(hook, "hooks", (hook,)):
+            if type(part).__name__ != "AlignDevicesHook" or part.offload:
+                head_checks.offloaded(name, module, part)
+        forward = own.get("_old_forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        head_checks.replaced(name, module)
+    for kind in _HOOKS:
+        for called in own.get(kind, {}).values():
+            if not _origin(called).startswith(_MOVING):
+                head_checks.hooked(name, module, called)
+
+
+def _origin(hook: Any) -> str:
+    """Where a hook is defined."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)

@@ -1,0 +1,366 @@
+"""The weight and bias of a head, whatever wraps it: what it gives is that, or it is refused."""
+
+import functools
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from compiled_loss.output_head import output_head
+
+H, V = 5, 11
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # fp64
+
+
+def linear(bias=True, kind=nn.Linear):
+    head = kind(H, V, bias=bias, dtype=torch.float64)
+    if bias:
+        nn.init.normal_(head.bias)
+    return head
+
+
+def agrees(head):
+    """Logits and all gradients of the head's own forward, from its weight and bias."""
+    x = torch.randn(7, H, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(7, V, dtype=torch.float64)
+    found = output_head(head)
+    wanted = [x, *(p for p in head.parameters() if p.requires_grad)]
+    theirs = torch.autograd.grad(head(x), wanted, g, allow_unused=True)
+    logits = F.linear(x, found.weight, found.bias)
+    torch.testing.assert_close(logits, head(x), **TIGHT)
+    for mine, their in zip(torch.autograd.grad(logits, wanted, g, allow_unused=True), theirs, strict=True):
+        assert (mine is None) == (their is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, their, **TIGHT)
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+class Linear(nn.Linear):
+    pass
+
+
+def accelerated():
+    accelerate = pytest.importorskip("accelerate")
+    head = linear()
+    accelerate.hooks.add_hook_to_module(head, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    return head
+
+
+def unhooked():
+    accelerate = pytest.importorskip("accelerate")
+    head = accelerated()
+    accelerate.hooks.remove_hook_from_module(head)
+    assert "forward" in vars(head)
+    return head
+
+
+def compiled_in_place():
+    head = linear()
+    head.compile(backend="eager")
+    return head
+
+
+PLAIN = {
+    "bias": linear,
+    "no bias": lambda: linear(False),
+    "a subclass": lambda: linear(kind=Subclass),
+    "another Linear": lambda: linear(kind=Linear),
+    "weight_norm": lambda: parametrizations.weight_norm(linear()),
+    "orthogonal": lambda: parametrizations.orthogonal(linear(False)),
+    "Sequential": lambda: nn.Sequential(linear()),
+    "a Sequential of one": lambda: nn.Sequential(nn.Sequential(linear(False))),
+    "compiled": lambda: torch.compile(linear(), backend="eager"),
+    "compiled in place": compiled_in_place,
+    "checkpointed": lambda: checkpoint_wrapper(linear()),
+    "accelerate on its device": accelerated,
+    "accelerate, taken off": unhooked,
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_plain_head(kind):
+    agrees(PLAIN[kind]())
+
+
+def test_what_has_a_weight_and_no_forward():
+    weight, bias = torch.randn(V, H), torch.randn(V)
+    tied = nn.Embedding(V, H)
+    for head, expected in (
+        (SimpleNamespace(weight=weight), (weight, None)),
+        (SimpleNamespace(weight=weight, bias=bias), (weight, bias)),
+        (tied, (tied.weight, None)),
+        (nn.ParameterDict({"weight": weight}), (weight, None)),
+        (nn.ModuleList([tied]), (tied.weight, None)),
+        (nn.ModuleDict({"default": tied}), (tied.weight, None)),
+    ):
+        found = output_head(head)
+        assert found.weight.data_ptr() == expected[0].data_ptr()
+        assert found.bias is expected[1]
+
+
+def peft_model(bias=False, **keywords):
+    peft = pytest.importorskip("peft")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(H, H, bias=False, dtype=torch.float64)
+            self.lm_head = linear(bias)
+
+        def forward(self, x):
+            return self.lm_head(self.body(x))
+
+    config = peft.LoraConfig(**{"target_modules": ["body"], "r": 2} | keywords)
+    model = peft.get_peft_model(Model(), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return model, lambda: model.base_model.model.lm_head
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_modules_to_save(bias):
+    peft = pytest.importorskip("peft")
+    model, head = peft_model(bias, modules_to_save=["lm_head"])
+    agrees(head())
+    saved, original = head().modules_to_save["default"].weight, head().original_module.weight
+    assert output_head(head()).weight is saved and saved is not original
+    with model.disable_adapter():
+        assert output_head(head()).weight is original
+        agrees(head())
+    model.add_adapter("other", peft.LoraConfig(target_modules=["body"], r=2, modules_to_save=["lm_head"]))
+    model.set_adapter("other")
+    assert output_head(head()).weight is head().modules_to_save["other"].weight
+    model.add_adapter("bare", peft.LoraConfig(target_modules=["body"], r=2))
+    model.set_adapter("bare")
+    agrees(head())
+
+
+def test_trainable_tokens():
+    model, head = peft_model(trainable_token_indices={"lm_head": [1, 4]})
+    agrees(head())
+    found = output_head(head())
+    delta = head().token_adapter.trainable_tokens_delta["default"]
+    torch.testing.assert_close(found.weight[[1, 4]], delta, **TIGHT)
+    assert torch.autograd.grad(found.weight.sum(), delta)[0].eq(1).all()
+    with model.disable_adapter():
+        agrees(head())
+    model.merge_adapter()
+    agrees(head())
+    model.unmerge_adapter()
+    agrees(head())
+
+
+def test_trainable_tokens_leave_the_bias_out():
+    """What PEFT's forward computes while they are active; a loss that added it would be another one."""
+    model, head = peft_model(True, trainable_token_indices={"lm_head": [1, 4]})
+    agrees(head())
+    assert output_head(head()).bias is None
+    with model.disable_adapter():
+        agrees(head())
+        assert output_head(head()).bias is not None
+
+
+def test_adapters_on_the_head():
+    """LoRA is refused while it changes something, and only then."""
+    peft = pytest.importorskip("peft")
+    model, head = peft_model(True, target_modules=["body", "lm_head"])
+    text = (
+        r"^model: expected a head that is its weight and bias, an nn.Linear, got peft\.tuners\.lora\.layer\.Linear "
+        r"with the adapters default: merge them, by merge_adapter\(\) or merge_and_unload\(\), .*, by modules_to_save"
+    )
+    with pytest.raises(TypeError, match=text):
+        output_head(head())
+    with model.disable_adapter():
+        agrees(head())
+    model.merge_adapter()
+    agrees(head())
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"default are merged and disabled: call unmerge_ada"):
+        output_head(head())
+    model.unmerge_adapter()
+    with pytest.raises(TypeError, match="adapters default"):
+        output_head(head())
+    model.add_adapter("other", peft.LoraConfig(target_modules=["body"], r=2))
+    model.set_adapter("other")  # which is none of the head's
+    agrees(head())
+    model.set_adapter("default")
+    agrees(model.merge_and_unload().lm_head)
+
+
+@pytest.mark.parametrize("config", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "DoRA"])
+def test_other_adapters(config):
+    peft = pytest.importorskip("peft")
+    keywords = {"LoHaConfig": {"r": 2}, "OFTConfig": {"oft_block_size": 5}, "DoRA": {"r": 2, "use_dora": True}}.get(
+        config, {}
+    )
+    if config == "IA3Config":
+        keywords = {"feedforward_modules": []}
+    kind = peft.LoraConfig if config == "DoRA" else getattr(peft, config)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"lm_head": nn.Linear(H, V)}), kind(target_modules=["lm_head"], **keywords)
+    )
+    with pytest.raises(TypeError, match=r"^model: .* with the adapters default: merge them"):
+        output_head(model.base_model.model["lm_head"])
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced():
+    head = linear()
+    head.forward = lambda x: F.linear(x, head.weight) * 3
+    return head
+
+
+def observed(how):
+    def observer(*args):
+        return None
+
+    head = linear()
+    getattr(head, how)(observer)
+    return head
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(linear())
+
+
+def quantised():
+    torchao = pytest.importorskip("torchao")
+    head = nn.Sequential(nn.Linear(64, 128, bias=False))
+    torchao.quantization.quantize_(head, torchao.quantization.Int8WeightOnlyConfig())
+    return head
+
+
+def floating_eight():
+    head = linear()
+    head.weight = nn.Parameter(head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return head
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+
+    def forward(self, x):
+        return x
+
+
+class Linear4bit(nn.Linear):
+    """As of bitsandbytes: packed into uint8."""
+
+    def __init__(self):
+        super().__init__(H, V)
+        self.weight = nn.Parameter(torch.zeros(28, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return x
+
+
+def emptied(which):
+    """As ZeRO-3 leaves a parameter outside of its module's forward."""
+    head = linear()
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.ds_id, parameter.ds_shape = 3, (V, H)
+    setattr(head, which, parameter)
+    head.register_forward_pre_hook(lambda *args: None)
+    return head
+
+
+def offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    head = linear()
+    accelerate.cpu_offload(head, execution_device="cpu")
+    assert head.weight.is_meta
+    return head
+
+
+def moving():
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.cpu_offload_with_hook(linear(), execution_device="cpu")[0]
+
+
+OTHERWISE = "give lm_weight where its weight is all it is, or use a loss of logits"
+HOOK = "which may change its results: remove it, by the handle that registering it returned, or use a loss of logits"
+REFUSED = {
+    "a forward of its own": (
+        lambda: linear(kind=Own),
+        f"test_output_head.Own, which has a forward of its own: {OTHERWISE}",
+    ),
+    "a forward of this one": (replaced, "torch.nn.modules.linear.Linear whose forward was replaced on the instance"),
+    "a body": (lambda: nn.Conv1d(H, V, 1), "torch.nn.modules.conv.Conv1d, which has a forward of its own"),
+    "no weight": (nn.Identity, f"torch.nn.modules.linear.Identity without a weight: {OTHERWISE}"),
+    "more in a Sequential": (lambda: nn.Sequential(linear(), nn.Tanh()), "container.Sequential of 2: give lm_weight"),
+    "nothing in it": (nn.Sequential, "torch.nn.modules.container.Sequential of 0: give"),
+    **{
+        how: (
+            functools.partial(observed, how),
+            f"torch.nn.modules.linear.Linear with the hook observed.<locals>.observer, {HOOK}",
+        )
+        for how in (
+            "register_forward_hook",
+            "register_forward_pre_hook",
+            "register_full_backward_hook",
+            "register_full_backward_pre_hook",
+        )
+    },
+    "a hook on what holds it": (
+        lambda: nn.Sequential(observed("register_forward_hook")),
+        "torch.nn.modules.linear.Linear with the hook",
+    ),
+    "old weight_norm": (old_weight_norm, "with the hook WeightNorm, which may change"),
+    "torchao": (quantised, "that is quantised or packed, its weight held as"),
+    "float8": (
+        floating_eight,
+        "that is quantised or packed, its weight held as torch.float8_e4m3fn: leave the head out of",
+    ),
+    "4 bit": (Linear4bit, "test_output_head.Linear4bit that is quantised or packed, its weight held as torch.uint8"),
+    "GPTQ": (Packed, "test_output_head.Packed that is quantised or packed, its weight held as packed integers"),
+    "ZeRO-3": (
+        functools.partial(emptied, "weight"),
+        "whose weight ZeRO-3 holds in parts, of 0 elements here: gather it around loss and backward, by "
+        "deepspeed.zero.GatheredParameters(head.parameters())",
+    ),
+    "ZeRO-3's bias": (functools.partial(emptied, "bias"), "whose weight ZeRO-3 holds in parts, of 0 elements here"),
+    "offloaded": (
+        offloaded,
+        "that AlignDevicesHook brings to its device in forward alone: keep the head on its device",
+    ),
+    "moved": (moving, "that CpuOffload brings to its device in forward alone"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind):
+    make, text = REFUSED[kind]
+    head = make()
+    expected = "^draft: expected a head that is its weight and bias, an nn.Linear, got .*"
+    with pytest.raises((TypeError, ValueError), match=expected + re.escape(text)):
+        output_head(head, "draft")
+
+
+def test_hooks_of_torch_that_move_weights():
+    """fully_shard's, the tensor-parallel styles' and ZeRO's are needed where the head runs, and change nothing."""
+    head = linear()
+
+    def observer(*args):
+        return None
+
+    for module in ("torch.distributed.fsdp._fully_shard._fsdp_state", "deepspeed.runtime.zero.parameter_offload"):
+        observer.__module__ = module
+        head.register_forward_pre_hook(functools.partial(observer, head))
+    agrees(head)
