@@ -81,9 +81,9 @@ def _own(others: tuple[str, ...]) -> str:
     return f"whose loss is also {'; '.join(others)}" if others else "which does not"
 
 
-def causal(model: object, config: Any) -> None:
+def causal(model: object) -> None:
     """Raise where a model makes its decoder's inputs of its labels."""
-    if getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a causal model, got {type(model).__name__}, an encoder and a decoder, whose inputs are "
             "made of the labels: use set_loss_function(model)"
@@ -111,12 +111,19 @@ def width(hidden: Tensor, weight: Tensor) -> None:
         )
 
 
-def gathered(weight: Tensor) -> None:
-    """Raise where ranks that have other tokens have other rows of the head."""
-    if hasattr(weight, "placements"):
+def whole(weight: Tensor) -> None:
+    """Raise where the head's rows are not here, or not all of them."""
+    if weight.is_meta:
         raise ValueError(
-            f"model: expected the whole head on every rank, got a weight placed {weight.placements}: with FSDP2, call "
-            "fully_shard(model, reshard_after_forward=False), or model.unshard() between forward and loss"
+            "model: expected the head on a device, got a weight on meta: it is offloaded; keep the head on its device, "
+            "by device_map, or use set_loss_function(model)"
+        )
+    placed = getattr(weight, "placements", None)
+    if placed is not None or weight.dim() != 2 or weight.numel() == 0:
+        got = f"a weight placed {placed}" if placed is not None else f"a weight {checks.sizes(weight.shape)}"
+        raise ValueError(
+            f"model: expected the whole head [V, H] on every rank, got {got}: with FSDP2, call model.unshard() between "
+            "forward and loss, or fully_shard(model, reshard_after_forward=False)"
         )
 
 

@@ -81,7 +81,7 @@ def innermost(model: Any) -> Any:
 
 def text_config(model: Any) -> Any:
     """The config of the part that reads and writes text."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -207,7 +207,7 @@ def _own_loss(kind: type) -> OwnLoss:
         labels |= any(a.arg == "labels" for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
         for part in _parts(function):
             text = ast.unparse(part)
-            if isinstance(part, ast.Constant) or isinstance(part, ast.Name) and _LOSS.fullmatch(part.id):
+            if isinstance(part, ast.Constant) or (isinstance(part, ast.Name) and _LOSS.fullmatch(part.id)):
                 continue
             if isinstance(part, ast.Attribute) and part.attr == "loss":
                 if not _delegates(function):
