@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -39,6 +40,24 @@ def unknown_loss_function(model: object, name: str) -> NoReturn:
         f"model: expected one whose loss_function is transformers' ForCausalLMLoss or ForMaskedLMLoss, or one of ours, "
         f"got {type(model).__name__}, whose is {name}"
     )
+
+
+def known_loss_function(model: object, known: Iterable[str]) -> None:
+    """Raise where another loss was set than the class's or one of ours."""
+    function = vars(model).get("_loss_function")
+    if function is not None:
+        name = getattr(function, "__name__", type(function).__name__)
+        if name not in known:
+            unknown_loss_function(model, name)
+
+
+def shifts(by: int) -> None:
+    """Raise where the model that calls has labels that are aligned to its logits."""
+    if by != 1:
+        raise ValueError(
+            "labels: expected a model whose labels are shifted by its loss_function, got one whose labels are aligned "
+            "to its logits: use set_loss_function(model), or aligned_lm_loss"
+        )
 
 
 def takes_loss_function(model: object) -> None:

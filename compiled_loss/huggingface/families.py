@@ -17,6 +17,7 @@ import operator
 import re
 import textwrap
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +87,11 @@ def text_config(model: Any) -> Any:
 
 
 def shift(model: Any) -> int:
-    """How far the labels of the model's loss_function are from what predicts them."""
-    function = getattr(model, "loss_function", None)
+    """How far the labels of the loss_function that the model's class has are from what predicts them."""
+    function = getattr(type(model), "loss_function", None)
+    if isinstance(function, property):  # it first looks for one that was set, which this stand-in has not
+        assert function.fget is not None
+        function = function.fget(SimpleNamespace(loss_type=getattr(model, "loss_type", None)))
     if function is None:
         return 1
     name = getattr(function, "__name__", type(function).__name__)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compiled_loss import checks as arguments
 from compiled_loss.functional.cross_entropy import cross_entropy
 from compiled_loss.huggingface import checks, families
+from compiled_loss.huggingface.callers import caller
 
 
 def causal_lm_loss(
@@ -22,7 +24,8 @@ def causal_lm_loss(
 ) -> Tensor:
     """The loss that causal models of `transformers` call with their logits: see :func:`set_loss_function`.
 
-    It is given no model, so it cannot know one whose labels are aligned to its logits: `set_loss_function` does.
+    It shifts the labels. Of a model whose labels are aligned to its logits it raises, where it can see that one calls
+    it, which is in eager code: :func:`set_loss_function` knows.
 
     Args:
         logits: [B, S, V], in the model's dtype: no fp32 copy is made of them.
@@ -42,7 +45,8 @@ def causal_lm_loss(
         That of :func:`compiled_loss.cross_entropy`: the logits, and in backward their gradient.
 
     Raises:
-        ValueError: the last dimension of the logits is not `vocab_size`, or as in cross_entropy.
+        ValueError: the last dimension of the logits is not `vocab_size`, the model that calls it has aligned labels, or
+            as in cross_entropy.
         TypeError: a dtype is off.
 
     Source:
@@ -56,6 +60,8 @@ def causal_lm_loss(
         tensor(0.8047)
 
     """
+    if shift_labels is None and not torch.compiler.is_compiling():
+        checks.shifts(families.shift(caller("forward", "loss_function")))
     targets = labels if shift_labels is None else shift_labels
     return _of_logits(logits, targets, vocab_size, num_items_in_batch, ignore_index, int(shift_labels is None))
 

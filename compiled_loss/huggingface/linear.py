@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +11,7 @@ from compiled_loss import checks as arguments
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.huggingface import checks, families
+from compiled_loss.huggingface.callers import caller
 from compiled_loss.huggingface.comparison import compare
 from compiled_loss.huggingface.functions import reduced
 from compiled_loss.output_head import OutputHead, output_head
@@ -104,6 +103,7 @@ class LinearCausalLMLoss:
         if self._own.labels or self._own.calls:
             checks.calls_loss_function(self._inner, self._own.calls, self._own.others)
             checks.known_loss(self._inner, self._own.others)
+        checks.known_loss_function(self._inner, families.SHIFTS)
         self._shift = families.shift(self._inner)
         self.softcap, self.temperature = families.transform(self._inner)
         self._calls = 0
@@ -141,20 +141,9 @@ class LinearCausalLMLoss:
 
     def _look(self, outputs: Any, hidden: Tensor, head: OutputHead) -> None:
         """Raise where the Trainer wants something else, or the model's logits are others."""
-        smoothing = _trainers_label_smoothing()
-        if smoothing is not None:
-            checks.smoothing(smoothing, self.label_smoothing)
+        trainer = caller("compute_loss", "compute_loss_func")
+        if trainer is not None:
+            checks.smoothing(trainer.args.label_smoothing_factor, self.label_smoothing)
         logits = getattr(outputs, "logits", None)
         if logits is not None:
             compare(logits, hidden, head, families.Transform(self.softcap, self.temperature))
-
-
-def _trainers_label_smoothing() -> float | None:
-    """That of the Trainer that called this, from its frame: it passes nothing of itself."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        trainer = frame.f_locals.get("self") if frame.f_code.co_name == "compute_loss" else None
-        if hasattr(trainer, "compute_loss_func"):
-            return getattr(getattr(trainer, "args", None), "label_smoothing_factor", None)
-        frame = frame.f_back
-    return None
