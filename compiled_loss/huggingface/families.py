@@ -42,7 +42,7 @@ SHIFTS = {  # how far the labels of a loss_function are from what predicts them
 _LOSS = re.compile(r"(\w*_)?loss(es)?")
 _LOGITS = re.compile(r"[\w.]*logits(\.(float|contiguous)\(\)|\.to\([\w.]+\))*")
 _LABELS = re.compile(r"labels(\.contiguous\(\)|\.to\([\w.]+\))*")
-_BALANCE = re.compile(r"self\.([\w.]+) \* aux_loss(\.to\([\w.]+\))?")
+_WEIGHTED = re.compile(r"self\.([\w.]+) \* (\w+_loss)(\.to\([\w.]+\))?")
 
 
 class Transform(NamedTuple):
@@ -53,17 +53,18 @@ class Transform(NamedTuple):
 
 
 class OwnLoss(NamedTuple):
-    """What a model returns as its loss.
+    """What a class's forward returns as its loss.
 
-    `calls`: that of its loss_function is part of it. `others`: the parts that are not known. `elsewhere`: one of them
-    is another model's whole loss. `balance`: the attribute that aux_loss is multiplied by. `labels`: it takes them.
+    `calls`: that of its loss_function is part of it. `labels`: it takes labels. `weights`: by the variable of a further
+    loss, the attribute that it is multiplied by. `others`: parts that are not known, and the variables they are in.
+    `elsewhere`: one of them is another model's whole loss.
     """
 
     calls: bool
-    others: tuple[str, ...]
-    elsewhere: bool
-    balance: str | None
     labels: bool
+    weights: dict[str, str]
+    others: tuple[tuple[str, str], ...]
+    elsewhere: bool
 
 
 def innermost(model: Any) -> Any:
@@ -121,13 +122,21 @@ def transform(model: Any) -> Transform:
 
 
 def own_loss(model: Any) -> OwnLoss:
-    """What the model's forward makes its loss of; `_own_loss` of its class."""
+    """What the model's forward makes its loss of."""
     return _own_loss(type(model))
+
+
+def unknown_parts(model: Any, own: OwnLoss) -> tuple[str, ...]:
+    """What is in its loss beside that of its loss_function and aux_loss, and not switched off by a weight of 0."""
+    weights = {name: operator.attrgetter(path)(model) for name, path in own.weights.items() if name != "aux_loss"}
+    parts = [text for name, text in own.others if weights.get(name) != 0]
+    return (*parts, *(f"{name} by {own.weights[name]}" for name, weight in weights.items() if weight != 0))
 
 
 def balance(model: Any, own: OwnLoss) -> float:
     """What aux_loss is multiplied by before it is added; 0 where it is not."""
-    return 0.0 if own.balance is None else checks.number(own.balance, operator.attrgetter(own.balance)(model))
+    path = own.weights.get("aux_loss")
+    return 0.0 if path is None else checks.number(path, operator.attrgetter(path)(model))
 
 
 def last_hidden_state(model: Any, outputs: Any) -> Tensor:
@@ -203,49 +212,48 @@ def _value(model: Any, attribute: ast.Attribute) -> Any:
 
 @functools.cache
 def _own_loss(kind: type) -> OwnLoss:
-    calls = elsewhere = labels = False
-    others: list[str] = []
-    balance_ = None
+    calls = labels = elsewhere = False
+    others: list[tuple[str, str]] = []
+    weights = {}
     for function in _forwards(kind):
         arguments = function.args
         labels |= any(a.arg == "labels" for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
-        for part in _parts(function):
+        for variable, part in _parts(function):
             text = ast.unparse(part)
             if isinstance(part, ast.Constant) or (isinstance(part, ast.Name) and _LOSS.fullmatch(part.id)):
                 continue
             if isinstance(part, ast.Attribute) and part.attr == "loss":
                 if not _delegates(function):
                     elsewhere = True
-                    others.append(text)
+                    others.append((variable, text))
             elif isinstance(part, ast.Call) and _last(part.func) == "loss_function":
                 calls = True
                 if not _plain(part):
-                    others.append(text)
-            elif match := _BALANCE.fullmatch(text):
-                balance_ = match[1]
+                    others.append((variable, text))
+            elif match := _WEIGHTED.fullmatch(text):
+                weights[match[2]] = match[1]
             else:
-                others.append(text)
-    return OwnLoss(calls, tuple(others), elsewhere, balance_, labels)
+                others.append((variable, text))
+    return OwnLoss(calls, labels, weights, tuple(others), elsewhere)
 
 
-def _parts(function: ast.FunctionDef) -> Iterator[ast.expr]:
-    """All that is assigned to, added to, or returned as a loss."""
+def _parts(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
+    """All that is assigned to, added to, or returned as a loss, and the variable it is in."""
     for node in ast.walk(function):
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign)):
+        found: list[tuple[str, ast.expr]] = []
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign)) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = {_last(name) for target in targets for name in ast.walk(target)}
-            if node.value is None or not any(_LOSS.fullmatch(name) for name in names - {"aux_loss"}):
-                continue
-            if isinstance(node, ast.AugAssign) and not isinstance(node.op, ast.Add):
-                yield ast.BinOp(node.target, node.op, node.value)
-            else:
-                yield from _summands(node.value)
+            names = {_last(name) for target in targets for name in ast.walk(target)} - {"aux_loss"}
+            plain = not isinstance(node, ast.AugAssign) or isinstance(node.op, ast.Add)
+            value = node.value if plain else ast.BinOp(ast.Name("loss"), ast.Sub(), node.value)
+            found = [(name, value) for name in names if _LOSS.fullmatch(name)]
         elif isinstance(node, ast.keyword) and node.arg == "loss":
-            yield from _summands(node.value)
+            found = [("loss", node.value)]
         elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "loss":
-                    yield from _summands(value)
+            entries = zip(node.keys, node.values, strict=True)
+            found = [("loss", value) for key, value in entries if isinstance(key, ast.Constant) and key.value == "loss"]
+        for name, value in found:
+            yield from ((name, part) for part in _summands(value))
 
 
 def _summands(value: ast.expr) -> Iterator[ast.expr]:

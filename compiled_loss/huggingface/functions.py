@@ -129,8 +129,9 @@ def set_loss_function(model: Any) -> None:
     inner = families.innermost(model)
     checks.takes_loss_function(inner)
     own = families.own_loss(inner)
-    checks.calls_loss_function(inner, own.calls, own.others)
-    checks.whole_loss(inner, own.elsewhere, own.others)
+    parts = tuple(text for _, text in own.others)
+    checks.calls_loss_function(inner, own.calls, parts)
+    checks.whole_loss(inner, own.elsewhere, parts)
     inner.loss_function = causal_lm_loss if families.shift(inner) else aligned_lm_loss
 
 

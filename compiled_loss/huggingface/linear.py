@@ -101,8 +101,9 @@ class LinearCausalLMLoss:
         checks.causal(self._inner)
         self._own = families.own_loss(self._inner)
         if self._own.labels or self._own.calls:
-            checks.calls_loss_function(self._inner, self._own.calls, self._own.others)
-            checks.known_loss(self._inner, self._own.others)
+            parts = families.unknown_parts(self._inner, self._own)
+            checks.calls_loss_function(self._inner, self._own.calls, parts)
+            checks.known_loss(self._inner, parts)
         checks.known_loss_function(self._inner, families.SHIFTS)
         self._shift = families.shift(self._inner)
         self.softcap, self.temperature = families.transform(self._inner)
