@@ -79,9 +79,9 @@ def _differences(
             own = transform.softcap * torch.tanh(own / transform.softcap)
         own = own / transform.temperature
         difference = (own - theirs[:, classes].to(exact)).abs()
-        difference = torch.where(product.isfinite(), difference, 0)  # a model that diverged tells nothing
         bound = (2 * eps + sums) * spread + roundings * eps * own.abs() + torch.finfo(dtype).tiny
-        yield difference, bound, own.abs()
+        tells = product.isfinite()  # as those of a model that diverged do not
+        yield torch.where(tells, difference, 0), torch.where(tells, bound, 0), own.abs()
 
 
 def _dtype(logits: Tensor, weight: Tensor) -> torch.dtype:
