@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -37,17 +37,17 @@ def unreadable(kind: type) -> NoReturn:
 def unknown_loss_function(model: object, name: str) -> NoReturn:
     """Raise: the loss that takes the logits is another one."""
     raise ValueError(
-        f"model: expected one whose loss_function is transformers' ForCausalLMLoss or ForMaskedLMLoss, or one of ours, "
+        f"model: expected one whose loss_function is its class's, ForCausalLMLoss or ForMaskedLMLoss, or ours of the same, "
         f"got {type(model).__name__}, whose is {name}"
     )
 
 
-def known_loss_function(model: object, known: Iterable[str]) -> None:
-    """Raise where another loss was set than the class's or one of ours."""
+def same_shift(model: object, by: int, known: Mapping[str, int]) -> None:
+    """Raise where another loss was set on the model than its class's or one of ours that means the same."""
     function = vars(model).get("_loss_function")
     if function is not None:
         name = getattr(function, "__name__", type(function).__name__)
-        if name not in known:
+        if known.get(name) != by:
             unknown_loss_function(model, name)
 
 

@@ -105,7 +105,7 @@ def transform(model: Any) -> Transform:
     """What the model's forward does to its head's products."""
     config = text_config(model)
     softcap, before, factor = None, 1.0, 1.0
-    for function in reversed(_forwards(type(model))):  # a base's comes first
+    for function in reversed(_forwards(model.__class__)):  # a base's comes first
         seen = set()
         for node in sorted(_expressions(function), key=lambda node: (node.lineno, node.col_offset)):
             if isinstance(node, ast.Attribute) and node.attr in SOFTCAPS and getattr(config, node.attr, None):
@@ -123,7 +123,7 @@ def transform(model: Any) -> Transform:
 
 def own_loss(model: Any) -> OwnLoss:
     """What the model's forward makes its loss of."""
-    return _own_loss(type(model))
+    return _own_loss(model.__class__)
 
 
 def unknown_parts(model: Any, own: OwnLoss) -> tuple[str, ...]:

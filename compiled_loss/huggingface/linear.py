@@ -104,8 +104,8 @@ class LinearCausalLMLoss:
             parts = families.unknown_parts(self._inner, self._own)
             checks.calls_loss_function(self._inner, self._own.calls, parts)
             checks.known_loss(self._inner, parts)
-        checks.known_loss_function(self._inner, families.SHIFTS)
         self._shift = families.shift(self._inner)
+        checks.same_shift(self._inner, self._shift, families.SHIFTS)
         self.softcap, self.temperature = families.transform(self._inner)
         self._calls = 0
         self._head()
