@@ -135,8 +135,30 @@ def returned(self, *args, labels=None, **kwargs):
     return {"loss": 2 * self.loss_function(outputs.logits, labels, self.vocab_size), "logits": outputs.logits}
 
 
-def test_a_subclass_that_calls_its_base():
-    model, (ids, labels) = subclass(renamed), batch()
+def scaled_then_capped(self, *args, labels=None, **kwargs):
+    """As Muse."""
+    outputs = type(self).__mro__[1].forward(self, *args, **kwargs)
+    logits = outputs.logits * self.config.output_multiplier
+    outputs.logits = self.config.logits_soft_cap * torch.tanh(logits / self.config.logits_soft_cap)
+    if labels is not None:
+        outputs.loss = self.loss_function(outputs.logits, labels, self.vocab_size)
+    return outputs
+
+
+def capped_then_scaled(self, *args, labels=None, **kwargs):
+    outputs = type(self).__mro__[1].forward(self, *args, **kwargs)
+    cap = self.config.logits_soft_cap
+    outputs.logits = cap * torch.tanh(outputs.logits / cap)
+    outputs.logits = outputs.logits / self.config.output_multiplier
+    if labels is not None:
+        outputs.loss = self.loss_function(outputs.logits, labels, self.vocab_size)
+    return outputs
+
+
+@pytest.mark.parametrize("forward", [renamed, scaled_then_capped, capped_then_scaled])
+def test_a_subclass_that_calls_its_base(forward):
+    model, (ids, labels) = subclass(forward), batch()
+    model.config.output_multiplier, model.config.logits_soft_cap = 0.2, 1.5
     expected = model(input_ids=ids, labels=labels).loss
     loss_fn = LinearCausalLMLoss(model)
     torch.testing.assert_close(loss_fn(model(input_ids=ids, **loss_fn.forward_keywords), labels), expected)
@@ -195,8 +217,10 @@ def test_a_head_that_is_offloaded():
     accelerate = pytest.importorskip("accelerate")
     model = llama()
     accelerate.cpu_offload(model, torch.device("cpu"))
+    loss_fn, (ids, labels) = LinearCausalLMLoss(model), batch()
+    outputs = model(input_ids=ids, **loss_fn.forward_keywords)
     with pytest.raises(ValueError, match=r"^model: expected a head .* AlignDevicesHook brings to its device"):
-        LinearCausalLMLoss(model)
+        loss_fn(outputs, labels)
 
 
 def zero_3(head):

@@ -37,7 +37,7 @@ def unreadable(kind: type) -> NoReturn:
 def unknown_loss_function(model: object, name: str) -> NoReturn:
     """Raise: the loss that takes the logits is another one."""
     raise ValueError(
-        f"model: expected one whose loss_function is its class's, ForCausalLMLoss or ForMaskedLMLoss, or ours of the same, "
+        f"model: expected one whose loss_function is its class's ForCausalLMLoss or ForMaskedLMLoss, or ours, "
         f"got {type(model).__name__}, whose is {name}"
     )
 
