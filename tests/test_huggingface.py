@@ -403,7 +403,7 @@ def test_a_head_that_is_more_than_its_weight():
 
     for head, text in (
         (Adapted(H, V), r"a head .* got \S*Adapted, which has a forward"),
-        (None, "get_output_.* NoneType"),
+        (None, "one of .* got LlamaForCausalLM with NoneType"),
     ):
         model.set_output_embeddings(head)
         with pytest.raises(TypeError, match=rf"^model: expected {text}"):
@@ -421,6 +421,10 @@ def test_a_head_that_is_more_than_its_weight():
         (lambda logits, labels: causal_lm_loss(logits, None, V), "labels: expected a Tensor, got NoneType"),
         (lambda logits, labels: causal_lm_loss(logits[..., :0], labels, 0), "logits: expected"),
         (lambda logits, labels: LinearCausalLMLoss(None, ignore_index=None), "ignore_index: expected an int"),
+        (
+            lambda logits, labels: LinearCausalLMLoss(None),
+            "model: expected one of transformers, whose get_output_embed",
+        ),
         (lambda logits, labels: LinearCausalLMLoss(None, chunking=5), "chunking: expected a Chunking, got int"),
         (lambda logits, labels: LinearCausalLMLoss(None, label_smoothing=2), "label_smoothing: expected a number from"),
         (

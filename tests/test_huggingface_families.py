@@ -64,6 +64,12 @@ RIGHT = {
     "LLaVA around Granite": lambda: around(
         "LlavaForConditionalGeneration", "image_token_index", "Granite", logits_scaling=4.0
     ),
+    "PaliGemma, its text's softcap": lambda: around(
+        "PaliGemmaForConditionalGeneration", "image_token_index", "Gemma2", final_logit_softcapping=3.0
+    ),
+    "Gemma3 that sees, a softcap it does not use": lambda: around(
+        "Gemma3ForConditionalGeneration", "image_token_index", "Gemma3Text", final_logit_softcapping=3.0
+    ),
     "Phi, a bias": lambda: llama(kind="PhiForCausalLM"),
     "GPT-2, no loss_type": lambda: build("GPT2LMHeadModel", **GPT),
     "Mamba, fp32 logits": lambda: build("MambaForCausalLM", vocab_size=V, hidden_size=H, num_hidden_layers=2),

@@ -123,6 +123,26 @@ def of_other_logits(self, *args, labels=None, **kwargs):
     return outputs
 
 
+def a_balance(self, *args, labels=None, **kwargs):
+    """As mixtures of experts, under another name."""
+    outputs = type(self).__mro__[1].forward(self, *args, **kwargs)
+    if labels is not None:
+        balance_loss = outputs.logits.square().mean()
+        loss = self.loss_function(outputs.logits, labels, self.vocab_size)
+        outputs.loss = loss + self.config.initializer_range * balance_loss
+    return outputs
+
+
+def a_balance_that_is_not_returned(self, *args, labels=None, **kwargs):
+    outputs = type(self).__mro__[1].forward(self, *args, **kwargs)
+    if labels is not None:
+        aux_loss = outputs.logits.square().mean()
+        loss = self.loss_function(outputs.logits, labels, self.vocab_size)
+        loss += self.config.initializer_range * aux_loss
+        outputs.loss = loss
+    return outputs
+
+
 def aligned_already(self, *args, labels=None, **kwargs):
     outputs = type(self).__mro__[1].forward(self, *args, **kwargs)
     if labels is not None:
@@ -164,7 +184,10 @@ def test_a_subclass_that_calls_its_base(forward):
     torch.testing.assert_close(loss_fn(model(input_ids=ids, **loss_fn.forward_keywords), labels), expected)
 
 
-@pytest.mark.parametrize("forward", [a_z_loss, smoothed, of_other_logits, aligned_already, returned])
+@pytest.mark.parametrize(
+    "forward",
+    [a_z_loss, a_balance, a_balance_that_is_not_returned, smoothed, of_other_logits, aligned_already, returned],
+)
 def test_a_loss_with_more_in_it(forward):
     with pytest.raises(
         ValueError, match=r"^model: expected one (whose loss is its|whose forward calls).* got Own, whose"

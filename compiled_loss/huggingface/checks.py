@@ -44,7 +44,7 @@ def unknown_loss_function(model: object, name: str) -> NoReturn:
 
 def same_shift(model: object, by: int, known: Mapping[str, int]) -> None:
     """Raise where another loss was set on the model than its class's or one of ours that means the same."""
-    function = vars(model).get("_loss_function")
+    function = getattr(model, "__dict__", {}).get("_loss_function")
     if function is not None:
         name = getattr(function, "__name__", type(function).__name__)
         if known.get(name) != by:
@@ -174,11 +174,12 @@ def smoothing(trainers: float, own: float) -> None:
         )
 
 
-def has_head(head: object) -> nn.Module:
-    """The head; raise where there is none."""
+def has_head(model: Any) -> nn.Module:
+    """The model's head; raise where it has none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise TypeError(
-            f"model: expected get_output_embeddings() to return a head, got {type(head).__name__}: "
-            "use set_loss_function(model)"
+            "model: expected one of transformers, whose get_output_embeddings() returns its head, "
+            f"got {type(model).__name__} with {type(head).__name__}: use set_loss_function(model)"
         )
     return head

@@ -108,9 +108,12 @@ def transform(model: Any) -> Transform:
     for function in reversed(_forwards(model.__class__)):  # a base's comes first
         seen = set()
         for node in sorted(_expressions(function), key=lambda node: (node.lineno, node.col_offset)):
-            if isinstance(node, ast.Attribute) and node.attr in SOFTCAPS and getattr(config, node.attr, None):
+            name = (
+                node.value if isinstance(node, ast.Constant) else _last(node)
+            )  # PaliGemma says getattr(config, "...")
+            if name in SOFTCAPS and getattr(config, name, None):
                 if softcap is None:
-                    softcap, before = checks.number(node.attr, getattr(config, node.attr)), factor
+                    softcap, before = checks.number(name, getattr(config, name)), factor
             elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
                 text = ast.unparse(node)
                 for side in (node.left, node.right):
@@ -234,6 +237,9 @@ def _own_loss(kind: type) -> OwnLoss:
                 weights[match[2]] = match[1]
             else:
                 others.append((variable, text))
+    nodes = [node for function in _forwards(kind) for node in ast.walk(function)]
+    if "aux_loss" in weights and not any(isinstance(node, ast.keyword) and node.arg == "aux_loss" for node in nodes):
+        others.append(("aux_loss", "an aux_loss that it does not return"))
     return OwnLoss(calls, labels, weights, tuple(others), elsewhere)
 
 

@@ -102,7 +102,8 @@ def set_loss_function(model: Any) -> None:
 
     Assigning `model.loss_function` does the same for most models, and nothing, without a word, for a wrapper of PEFT or
     of data parallelism, and for a model that computes its loss itself. This finds the model inside, and reads its
-    class's forward. What a model adds to the loss, it goes on adding.
+    class's forward. What a model adds to the loss, it goes on adding. A Trainer with a `label_smoothing_factor` calls
+    no model's loss, but one of its own.
 
     Args:
         model: a model of `transformers`, also inside of PEFT, `torch.compile`, data parallelism or DeepSpeed.

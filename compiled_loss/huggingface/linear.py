@@ -51,6 +51,9 @@ class LinearCausalLMLoss:
     Trainer that calls with another is an error. Its `bf16=True` runs the model's forward under autocast, and not this:
     call it under `torch.autocast` to have the head's GEMMs in bf16 too.
 
+    The count of a step's labels that the Trainer gives divides the sum, also for models that do not take it themselves
+    (`accepts_loss_kwargs = False`), whose own losses would be means of microbatches.
+
     The model is held, and its parameters are not the loss's. Not for a head that is more than its weight and bias
     (LoRA on the head, quantised, offloaded), nor for one whose rows other ranks hold.
 
@@ -140,7 +143,7 @@ class LinearCausalLMLoss:
         return loss if balance is None else loss + families.balance(self._inner, self._own) * balance.to(loss.device)
 
     def _head(self) -> OutputHead:
-        return output_head(checks.has_head(self._inner.get_output_embeddings()))
+        return output_head(checks.has_head(self._inner))
 
     def _look(self, outputs: Any, hidden: Tensor, head: OutputHead) -> None:
         """Raise where the Trainer wants something else, or the model's logits are others."""
