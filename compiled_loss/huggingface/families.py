@@ -108,10 +108,8 @@ def transform(model: Any) -> Transform:
     for function in reversed(_forwards(model.__class__)):  # a base's comes first
         seen = set()
         for node in sorted(_expressions(function), key=lambda node: (node.lineno, node.col_offset)):
-            name = (
-                node.value if isinstance(node, ast.Constant) else _last(node)
-            )  # PaliGemma says getattr(config, "...")
-            if name in SOFTCAPS and getattr(config, name, None):
+            name = node.value if isinstance(node, ast.Constant) else _last(node)
+            if name in SOFTCAPS and getattr(config, name, None):  # as self.config.name, or getattr(config, "name")
                 if softcap is None:
                     softcap, before = checks.number(name, getattr(config, name)), factor
             elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
