@@ -1,10 +1,15 @@
 """Families of `transformers`: our loss and its gradients are the model's own, or an error, never another number."""
 
+import importlib
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers_models import HEADS, SIZES, STATE, B, H, S, V, batch, build, llama, transformers
 
-from compiled_loss.huggingface import LinearCausalLMLoss, aligned_lm_loss, causal_lm_loss, set_loss_function
+from compiled_loss.huggingface import LinearCausalLMLoss, aligned_lm_loss, causal_lm_loss, families, set_loss_function
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
@@ -222,3 +227,22 @@ def test_the_aligned_function_means_what_theirs_means(count):
         targets = labels.where(labels >= 0, ignore_index)
         mine = aligned_lm_loss(logits, targets, **keywords, position_ids=None)
         torch.testing.assert_close(mine.float(), theirs(logits, targets, **keywords).float())
+
+
+@pytest.mark.slow  # imports every model of transformers
+def test_no_class_with_a_loss_of_its_own_passes():
+    """By the text of its forward: whoever names a cross-entropy there, or no loss_function, is refused."""
+    package = transformers().models
+    known = re.compile(r"^class (\w*(?:CausalLM|ConditionalGeneration|LMHeadModel|DoubleHeadsModel))\(", re.MULTILINE)
+    seen = {True: 0, False: 0}
+    for path in sorted(Path(package.__path__[0]).glob("*/modeling_*.py")):
+        for name in known.findall(path.read_text()):
+            kind = getattr(importlib.import_module(f"{package.__name__}.{path.parent.name}.{path.stem}"), name)
+            if "forward" not in vars(kind) or "labels" not in inspect.signature(kind.forward).parameters:
+                continue
+            text = inspect.getsource(inspect.unwrap(kind.forward))
+            own = "self.loss_function(" not in text or re.search(r"cross_?entropy|z_loss|diffusion_loss", text, re.I)
+            found = families.own_loss(kind.__new__(kind))
+            assert bool(found.calls and not found.others and set(found.weights) <= {"aux_loss"}) <= (not own), name
+            seen[bool(own)] += 1
+    assert seen[True] > 50 and seen[False] > 200
