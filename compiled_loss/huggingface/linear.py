@@ -73,7 +73,6 @@ class LinearCausalLMLoss:
         >>> from types import SimpleNamespace
         >>> from compiled_loss.huggingface import LinearCausalLMLoss
         >>> class Model(torch.nn.Module):
-        ...     config = SimpleNamespace(final_logit_softcapping=30.0)
         ...     lm_head = torch.nn.Linear(8, 5, bias=False)
         ...     def get_output_embeddings(self):
         ...         return self.lm_head
