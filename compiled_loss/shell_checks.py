@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from compiled_loss import checks, depth_checks, numbers
 
@@ -121,43 +121,4 @@ def seq_idx_tail(value: Tensor) -> None:
         raise ValueError(
             f"output: expected seq_idx [B, S], the int32 tensor at its end, got {checks.sizes(value.shape)}: "
             "other integers must not come last"
-        )
-
-
-def vocab_size(value: int, logits: Tensor) -> None:
-    """Raise unless the logits are those of a vocabulary of this size."""
-    if value != logits.shape[-1]:
-        raise ValueError(f"vocab_size: expected V = {logits.shape[-1]}, the logits' last dimension, got {value}")
-
-
-def linear(head: object) -> nn.Linear:
-    """The head; raise where it is more than a weight and a bias."""
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise TypeError(
-            "model: expected get_output_embeddings() to return an nn.Linear, of which the loss takes weight and bias, "
-            f"got {type(head).__name__}: use model.loss_function = causal_lm_loss"
-        )
-    return head
-
-
-def last_hidden_state(outputs: object) -> Tensor:
-    """The last of a model's hidden states; raise where it did not return any."""
-    states = getattr(outputs, "hidden_states", None)
-    if states is None:
-        raise ValueError(
-            f"outputs: expected hidden_states, got {type(outputs).__name__} without: "
-            "call the model with **LinearCausalLMLoss.forward_keywords, that is output_hidden_states=True"
-        )
-    last: Tensor = states[-1]
-    return last
-
-
-def own_logits(own: Tensor, logits: Tensor, softcap: float | None, temperature: float) -> None:
-    """Raise where a model's logits are not its head's, by more than the rounding of any dtype it may run in."""
-    own, logits = own.float(), logits.float()
-    if own.shape != logits.shape or (own - logits).norm() > logits.norm() / 16:
-        raise ValueError(
-            "model: expected as logits its head's of the last hidden state, "
-            f"with softcap {softcap} and temperature {temperature} from its config, got others: "
-            "it does more to them, use model.loss_function = causal_lm_loss"
         )

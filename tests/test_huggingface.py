@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
 
 from compiled_loss import Chunking
-from compiled_loss.huggingface import LinearCausalLMLoss, causal_lm_loss
+from compiled_loss.huggingface import LinearCausalLMLoss, causal_lm_loss, set_loss_function
 from compiled_loss.testing import assert_within_error_budget
 
 pytestmark = pytest.mark.xdist_group("transformers")  # one worker imports it: that takes seconds
@@ -275,7 +275,7 @@ def test_the_parameters_stay_the_models():
 # The Trainer --------------------------------------------------------------------------------------------------------
 
 
-def run(model, tmp_path, rows, **options):
+def run(model, tmp_path, rows, label_smoothing_factor=0.0, **options):
     """What `Trainer.train` returns for microbatches of 2 rows, 3 of them a step."""
     library = transformers()
 
@@ -299,6 +299,7 @@ def run(model, tmp_path, rows, **options):
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        label_smoothing_factor=label_smoothing_factor,
     )
     return InOrder(model, arguments, train_dataset=rows, **options).train()
 
@@ -353,6 +354,36 @@ def test_trainer_with_gradient_accumulation_is_the_big_batch(through, tmp_path):
     torch.testing.assert_close(result.training_loss, float(torch.stack(losses).detach().mean()), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_trainers_label_smoothing(smoothing, tmp_path):
+    """It smooths the loss that models compute, but not that of a compute_loss_func."""
+    model = make("Llama", torch.float64)
+    ids, labels = batch(rows=6)
+    rows = [{"input_ids": i, "labels": t} for i, t in zip(ids, labels, strict=True)]
+
+    def trained(model, tmp_path, **options):
+        result = run(model, tmp_path, rows, label_smoothing_factor=smoothing, **options)
+        return result.training_loss, *model.parameters()
+
+    def ours(value):
+        mine = copy.deepcopy(model)
+        loss_fn = LinearCausalLMLoss(mine, label_smoothing=value)
+        return mine, {
+            "compute_loss_func": loss_fn,
+            "data_collator": lambda rows: collate(rows) | loss_fn.forward_keywords,
+        }
+
+    mine, options = ours(smoothing)
+    found = trained(mine, tmp_path / "mine", **options)
+    expected = trained(copy.deepcopy(model), tmp_path / "theirs", data_collator=collate)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # their logits are fp32: eps times gradients of up to 5
+    mine, options = ours(0.1)
+    with pytest.raises(ValueError, match=rf"^label_smoothing: expected {smoothing}, the Trainer's .* got 0.1: Linear"):
+        trained(mine, tmp_path / "other", **options)
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -363,16 +394,6 @@ def test_without_hidden_states():
         LinearCausalLMLoss(model)(model(input_ids=ids), labels)
 
 
-@pytest.mark.parametrize("keywords", [{}, {"logits_to_keep": 1}])
-def test_logits_that_are_more_than_the_head(keywords):
-    """HyperCLOVA X multiplies by what Granite divides by, under the same name."""
-    model = make("HyperCLOVAX", logits_scaling=2.0)
-    ids, labels = batch()
-    outputs = model(input_ids=ids, output_hidden_states=True, **keywords)
-    with pytest.raises(ValueError, match=r"^model: expected as logits its head's .* softcap None and temperature 2.0"):
-        LinearCausalLMLoss(model)(outputs, labels)
-
-
 def test_a_head_that_is_more_than_its_weight():
     model = make("Llama")
 
@@ -380,9 +401,12 @@ def test_a_head_that_is_more_than_its_weight():
         def forward(self, hidden):
             return 2 * super().forward(hidden)
 
-    for head in (Adapted(H, V), torch.nn.Sequential(torch.nn.Linear(H, V)), None):
+    for head, text in (
+        (Adapted(H, V), r"a head .* got \S*Adapted, which has a forward"),
+        (None, "one of .* got LlamaForCausalLM with NoneType"),
+    ):
         model.set_output_embeddings(head)
-        with pytest.raises(TypeError, match=rf"^model: expected get_output_.* got {type(head).__name__}: use model"):
+        with pytest.raises(TypeError, match=rf"^model: expected {text}"):
             LinearCausalLMLoss(model)
 
 
@@ -397,7 +421,16 @@ def test_a_head_that_is_more_than_its_weight():
         (lambda logits, labels: causal_lm_loss(logits, None, V), "labels: expected a Tensor, got NoneType"),
         (lambda logits, labels: causal_lm_loss(logits[..., :0], labels, 0), "logits: expected"),
         (lambda logits, labels: LinearCausalLMLoss(None, ignore_index=None), "ignore_index: expected an int"),
+        (
+            lambda logits, labels: LinearCausalLMLoss(None),
+            "model: expected one of transformers, whose get_output_embed",
+        ),
         (lambda logits, labels: LinearCausalLMLoss(None, chunking=5), "chunking: expected a Chunking, got int"),
+        (lambda logits, labels: LinearCausalLMLoss(None, label_smoothing=2), "label_smoothing: expected a number from"),
+        (
+            lambda logits, labels: set_loss_function(torch.nn.Linear(2, 2)),
+            "model: expected one of transformers, with a",
+        ),
     ],
 )
 def test_refusals(call, text):
