@@ -25,7 +25,7 @@ def masked_cross_entropy(
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
-        labels: [...], int64, from 0 to V - 1 or `ignore_index`. Never written.
+        labels: [...], int64, from 0 to V - 1 or `ignore_index`, or probabilities like `logits`. Never written.
         mask: broadcasts to `labels`; a token counts where it is not 0. Fractions do not weigh: that is what
             :func:`cross_entropy` does.
         fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
