@@ -72,7 +72,8 @@ class _Logits(torch.autograd.Function):
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             if ctx.moved:  # or Inductor writes a long expression out twice, in its layout and in theirs
-                upstream = Upstream(*(None if v is None else gemm.in_turn(v, []) for v in upstream))
+                rows = [None if v is None else gemm.in_turn(v, []) for v in upstream]
+                upstream = Upstream(*rows)  # type: ignore[arg-type]
             operands = (labels, *head, state.maximum, *upstream)
             run = hosts.choose(logits.device, "auto", loop=False)
             (d,) = run(bodies.gradient, logits, None, *operands)
