@@ -1,7 +1,7 @@
 """Modules with the reference's names, signatures and defaults; no mathematics.
 
 A loss that takes a head's hidden states and weight instead of logits says so with `takes_hidden_states = True`: that is
-all that `calculate_loss` asks of it, whoever wrote it.
+all that `calculate_loss` asks of it, whoever wrote it. Of a head with a bias it gets that too, as `lm_bias`.
 """
 
 from __future__ import annotations
