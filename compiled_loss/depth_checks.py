@@ -11,7 +11,12 @@ from compiled_loss import checks
 
 
 def multi_token(
-    labels_: Tensor, depth: int, ignore_index: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+    labels_: Tensor,
+    depth: int,
+    ignore_index: int,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     """Raise unless targets of a depth can be made of the labels."""
     checks.tensor("labels", labels_)
@@ -23,6 +28,7 @@ def multi_token(
     if depth < 0:
         raise ValueError(f"depth: expected an int >= 0, got {depth}")
     checks.alignment(0, ignore_index, labels_.dim())
+    checks.per_token("mask", mask, labels_.shape, labels_.device)
     length = labels_.shape[-1:]
     for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
         if value is None:
@@ -53,10 +59,12 @@ def depths(
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
     scaling_factor: float,
+    mask: Tensor | None = None,
 ) -> torch.Size:
     """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
     sequence("hidden", hidden)
     checks.tensor("labels", labels_)
+    checks.per_token("mask", mask, labels_.shape, labels_.device)
     for k, states in enumerate(hidden):
         checks.tensor(f"hidden[{k}]", states)
         if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
@@ -69,6 +77,8 @@ def depths(
         return hidden[0].shape[:-1]
     if seq_idx is not None or cu_seqlens is not None:
         raise ValueError("targets: expected None beside seq_idx or cu_seqlens, which they know already, got both")
+    if mask is not None:
+        raise ValueError("targets: expected None beside mask, for theirs are ignored already, got both")
     if len(targets) != len(hidden):
         raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
     for k, target in enumerate(targets):

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 _LOGITS = "use a loss of logits"
+_TORCH = ("torch.distributed.", "torch._subclasses.")  # DTensor; fake and functional tensors
 _PACKED = ("qweight", "W_q", "weight_packed", "packed_weight")  # GPTQ and AWQ; HQQ; compressed-tensors; others
 
 
-def no_head(model: object) -> None:
-    """Raise: there is no head."""
-    raise ValueError(
-        f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
-        "give lm_weight"
-    )
-
-
-def one_head(names: Sequence[str]) -> None:
-    """Raise: there are several heads, none of which is called lm_head."""
-    raise ValueError(f"model: expected one Module with lm_head in its name, got {', '.join(names)}: give lm_weight")
+def one_head(model: object, names: Sequence[str]) -> None:
+    """Raise unless one of a model's Modules may be its head."""
+    if not names:
+        raise ValueError(
+            f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
+            "give lm_weight"
+        )
+    if len(names) > 1:
+        raise ValueError(f"model: expected one Module with lm_head in its name, got {', '.join(names)}: give lm_weight")
 
 
 def adapters(name: str, head: object, active: Sequence[str]) -> None:
@@ -86,10 +85,19 @@ def present(name: str, head: object, weight: object) -> None:
         )
 
 
+def loaded(name: str, head: object, weight: Tensor, beside: object) -> None:
+    """Raise where there are hidden states and no weight."""
+    if weight.is_meta and isinstance(beside, Tensor) and not beside.is_meta:
+        raise ValueError(
+            f"{name}: {_expected(head)} whose weight is on the device meta, offloaded or never loaded: "
+            f"keep the head on its device, by device_map, or {_LOGITS}"
+        )
+
+
 def dense(name: str, head: object, weight: Tensor) -> None:
     """Raise unless the weight is what it looks like: floating, strided, multiplied as any other."""
     kind = type(weight)
-    own = kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith(("torch.distributed.", "torch._subcl"))
+    own = kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith(_TORCH)
     if own and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         quantised(name, head, kind.__name__)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:

@@ -6,7 +6,8 @@ and no forward; a container of one of these; what PEFT puts around them while it
 else is an error, for a loss that took the weight alone would be another one than the head's.
 
 Hooks are refused, for none can be told from one that changes something. Those of torch.distributed and DeepSpeed are
-not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight.
+not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight. Nor is the
+forward that the tensor parallelism of transformers puts around that of a DTensor, which does the same.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def _unchanged(module: Any, name: str) -> None:
                 head_checks.offloaded(name, module, part)
         forward = own.get("_old_forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        head_checks.replaced(name, module)
+        sharded = hasattr(module._parameters.get("weight"), "placements")
+        if not (sharded and _origin(forward).startswith("transformers.distributed.")):
+            head_checks.replaced(name, module)
     for kind in _HOOKS:
         for called in own.get(kind, {}).values():
             if not _origin(called).startswith(_MOVING):

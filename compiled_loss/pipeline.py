@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compiled_loss import depth_checks, shell_checks
+from compiled_loss import depth_checks, models, shell_checks
 from compiled_loss.functional.multi_token import multi_token_targets
+from compiled_loss.shells import FusedLinearCrossEntropy, mask_beside
 
 
 class MTPLosses(NamedTuple):
@@ -24,9 +25,12 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
 
     Args:
         loss_fn: a Module or function. One with `takes_hidden_states = True` is called with hidden_states, labels,
-            lm_weight, num_label_tokens and grad_reduce_group; any other with logits, labels and num_label_tokens.
-        kwargs: labels; logits or hidden_states; for losses of hidden states lm_weight, or the model to find it in;
+            lm_weight, num_label_tokens, grad_reduce_group and, where there is one, lm_bias; any other with logits,
+            labels and num_label_tokens.
+        kwargs: labels; logits or hidden_states; for losses of hidden states lm_weight, or the model whose head has it;
             num_label_tokens; grad_reduce_group. What the loss does not take may be there and is not looked at.
+            The bias is that of the model's head. Beside `lm_weight` it is `lm_bias`, and none without: the model is
+            not looked at.
 
     Returns:
         What the loss returns.
@@ -35,8 +39,9 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
         The loss's.
 
     Raises:
-        ValueError: what the loss takes is missing.
-        TypeError: an unknown keyword.
+        ValueError: what the loss takes is missing, or the head's weight is not here.
+        TypeError: an unknown keyword, a head that is more than a weight and a bias (adapters, quantised, wrapped), or
+            one with a bias and a loss that takes none.
 
     Example:
         >>> import torch
@@ -45,21 +50,30 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
         tensor(2.7726)
 
     """
-    known = ("logits", "hidden_states", "labels", "model", "lm_weight", "num_label_tokens", "grad_reduce_group")
+    known = (
+        "logits",
+        "hidden_states",
+        "labels",
+        "model",
+        "lm_weight",
+        "num_label_tokens",
+        "grad_reduce_group",
+        "lm_bias",
+    )
     shell_checks.fields("calculate_loss", kwargs, list(known))
-    logits, hidden_states, labels, model, lm_weight, count, group = (kwargs.get(name) for name in known)
+    logits, hidden_states, labels, model, weight, count, group, bias = (kwargs.get(name) for name in known)
     shell_checks.given("labels", labels, loss_fn)
     if not getattr(loss_fn, "takes_hidden_states", False):
         shell_checks.given("logits", logits, loss_fn)
         return loss_fn(logits=logits, labels=labels, num_label_tokens=count)  # type: ignore[no-any-return]
     shell_checks.given("hidden_states", hidden_states, loss_fn)
-    return loss_fn(  # type: ignore[no-any-return]
-        hidden_states=hidden_states,
-        labels=labels,
-        lm_weight=_head_weight(model) if lm_weight is None else lm_weight,
-        num_label_tokens=count,
-        grad_reduce_group=group,
-    )
+    if weight is None:
+        weight, bias = models.head_weight(model, hidden_states)
+    call = {"hidden_states": hidden_states, "labels": labels, "lm_weight": weight, "num_label_tokens": count}
+    if bias is not None:
+        shell_checks.takes_bias(loss_fn)
+        call["lm_bias"] = bias
+    return loss_fn(**call, grad_reduce_group=group)  # type: ignore[no-any-return]
 
 
 def calculate_mtp_loss(
@@ -72,11 +86,13 @@ def calculate_mtp_loss(
     model: nn.Module | None = None,
     scaling_factor: float = 0.1,
     num_label_tokens: int | Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
     lm_weight: Tensor | None = None,
     grad_reduce_group: Any = None,
+    lm_bias: Tensor | None = None,
+    mask: Tensor | None = None,  # broadcasts to the labels
 ) -> Tensor:
     """DeepSeek-V3's multi-token-prediction loss through any loss: scaling_factor / D times the sum over the depths.
 
@@ -86,13 +102,15 @@ def calculate_mtp_loss(
         mtp_per_depth_logits: each depth's logits, for a loss of logits.
         mtp_per_depth_targets: each depth's targets instead of those made of `labels`, for context parallelism.
         labels: those of the main loss, aligned to it already.
-        model: where the head is found, unless `lm_weight` is given or logits are.
+        model: whose head it is, unless `lm_weight` is given or logits are.
         scaling_factor: weight of the auxiliary loss, >= 0.
         num_label_tokens: divides each depth's sum.
-        ignore_index: that of the loss; put where there is no target.
+        ignore_index: that of the loss, or None for it; put where there is no target.
         cu_seqlens, seq_idx: packing; see :func:`multi_token_targets`.
         lm_weight: the head's weight [V, H], shared with the main loss.
         grad_reduce_group: see :class:`FusedLinearCrossEntropy`.
+        lm_bias: the head's bias [V], beside `lm_weight`; without it none is added.
+        mask: broadcasts to `labels`; a label counts where it is not 0, and its mask moves with it.
 
     Returns:
         A scalar.
@@ -103,7 +121,7 @@ def calculate_mtp_loss(
 
     Raises:
         ValueError: not exactly one of hidden states and logits, a shape is off, or the loss cannot take them.
-        TypeError: a dtype is off.
+        TypeError: a dtype is off, or the head is one that :func:`calculate_loss` refuses.
 
     Source:
         DeepSeek-V3 (2024), section 2.2; NeMo Automodel's function of this name.
@@ -130,6 +148,8 @@ def calculate_mtp_loss(
         seq_idx=seq_idx,
         lm_weight=lm_weight,
         grad_reduce_group=grad_reduce_group,
+        lm_bias=lm_bias,
+        mask=mask,
     ).loss
 
 
@@ -143,11 +163,13 @@ def calculate_mtp_losses(
     model: nn.Module | None = None,
     scaling_factor: float = 0.1,
     num_label_tokens: int | Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
     lm_weight: Tensor | None = None,
     grad_reduce_group: Any = None,
+    lm_bias: Tensor | None = None,
+    mask: Tensor | None = None,  # broadcasts to the labels
 ) -> MTPLosses:
     """`calculate_mtp_loss`, and each depth's own loss.
 
@@ -165,23 +187,26 @@ def calculate_mtp_losses(
 
     """
     outputs = shell_checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
-    depth_checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor)
-    shell_checks.same_ignore_index(ignore_index, loss_fn)
+    mask = mask_beside(mask, labels)
+    depth_checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor, mask)
+    ignore_index = shell_checks.ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
-    if fused and lm_weight is None:
-        lm_weight = _head_weight(model)
+    head: dict[str, Any] = {}
+    if fused:
+        head = {"lm_weight": lm_weight, "lm_bias": lm_bias, "grad_reduce_group": grad_reduce_group}
+        if lm_weight is None:
+            head |= _shared_head(loss_fn, model, grad_reduce_group, outputs[0])
     losses = []
     for k, states in enumerate(outputs):
         targets = None if mtp_per_depth_targets is None else mtp_per_depth_targets[k]
         if targets is None:
-            targets = multi_token_targets(labels, k, ignore_index=ignore_index, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+            packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+            targets = multi_token_targets(labels, k, ignore_index=ignore_index, mask=mask, **packing)
         states = states.reshape(*labels.shape, states.shape[-1])  # a THD stream is [1, T, H] beside labels [T]
-        call = {"labels": targets, "num_label_tokens": num_label_tokens}
-        if fused:
-            call |= {"hidden_states": states, "lm_weight": lm_weight, "grad_reduce_group": grad_reduce_group}
-        else:
-            call["logits"] = states if mtp_per_depth_logits is not None else _head(model)(states)
-        losses.append(calculate_loss(loss_fn, **call))
+        if not fused and mtp_per_depth_logits is None:
+            states = models.head_logits(model, states)
+        call = {"hidden_states" if fused else "logits": states, "labels": targets, "num_label_tokens": num_label_tokens}
+        losses.append(calculate_loss(loss_fn, **call, **head))
     return MTPLosses(scaling_factor / len(losses) * torch.stack(losses).sum(), losses)
 
 
@@ -193,6 +218,11 @@ class PipelineCausalLMLoss(nn.Module):
     (logits or hidden states, *each depth's, seq_idx), seq_idx int32 [B, S], which may be missing: a last element that
     is int32 is taken for it. Without it `cu_seqlens`, an attribute, is the fallback for packed sequences. The model is
     held, and is no child: its parameters are not the loss's.
+
+    A loss of hidden states gets the weight and the bias of the model's head, as it is at each call; a head that is more
+    is an error, as in :func:`calculate_loss`. `scaling_factor` weighs multi-token prediction. Without it that is the
+    output's `mtp_loss_scaling_factor`, the model's `mtp_config.loss_scaling_factor`, its `mtp_loss_scaling_factor`,
+    what its `get_mtp_loss_scaling_factor()` returns, the first there is, or 0.1. `ignore_index` None is the loss's own.
 
     `num_label_tokens`, the tokens of all microbatches, divides the main loss and each depth's: then the microbatches'
     losses add up to that of the batch, and so do the gradients of a schedule with `scale_grads=False`. Schedules of
@@ -215,16 +245,15 @@ class PipelineCausalLMLoss(nn.Module):
         loss_fn: nn.Module,
         model: nn.Module,
         scaling_factor: float | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
         grad_reduce_group: Any = None,
     ) -> None:
         super().__init__()
         shell_checks.scaling(scaling_factor, ignore_index)
-        shell_checks.same_ignore_index(ignore_index, loss_fn)
         self.loss_fn = loss_fn
         self._model = (model,)  # in a tuple, or it would become a child
         self.scaling_factor = scaling_factor
-        self.ignore_index = ignore_index
+        self.ignore_index = shell_checks.ignore_index(ignore_index, loss_fn)
         self.grad_reduce_group = grad_reduce_group
         self.cu_seqlens: Tensor | None = None
 
@@ -245,43 +274,32 @@ class PipelineCausalLMLoss(nn.Module):
         """The loss of one microbatch: `output` of the last stage, labels [B, S] aligned to it."""
         seq_idx, output = self._extract_seq_idx_tail(output)
         fused = getattr(self.loss_fn, "takes_hidden_states", False)
-        factor = getattr(self.model, "mtp_loss_scaling_factor", None)
-        asked: Any = getattr(self.model, "get_mtp_loss_scaling_factor", None)
-        if asked is not None:
-            factor = asked()
+        depth_hidden = depth_logits = None
         if isinstance(output, tuple) and not hasattr(output, "_fields"):
             first, *rest = output
-            depth_logits = rest if rest and not fused and getattr(self.model, "mtp_outputs_are_logits", False) else None
-            depth_hidden = rest if rest and depth_logits is None else None
+            if rest and not fused and getattr(models.inner(self.model), "mtp_outputs_are_logits", False):
+                depth_logits = rest
+            elif rest:
+                depth_hidden = rest
             main = {"hidden_states" if fused else "logits": first}
         elif isinstance(output, Tensor):
-            depth_hidden = depth_logits = None
             main = {"hidden_states" if fused else "logits": output}
         else:
-            depth_hidden, depth_logits = _field(output, "mtp_per_depth_h"), _field(output, "mtp_per_depth_logits")
-            given = _field(output, "mtp_loss_scaling_factor")
-            factor = factor if given is None else given
-            main = {"logits": _field(output, "logits"), "hidden_states": _last(_field(output, "hidden_states"))}
-        weight = _head_weight(self.model) if fused else None
-        materialize: Any = getattr(self.loss_fn, "materialize_lm_weight", None)
-        if weight is not None and materialize is not None:
-            weight = materialize(weight, grad_reduce_group=self.grad_reduce_group)
-        shared = {
-            "model": self.model,
-            "lm_weight": weight,
-            "grad_reduce_group": self.grad_reduce_group,
-            "num_label_tokens": num_label_tokens,
-        }
+            depth_hidden, depth_logits = (models.field(output, f"mtp_per_depth_{name}") for name in ("h", "logits"))
+            main = {"logits": models.field(output, "logits"), "hidden_states": models.last_hidden_states(output)}
+        shared: dict[str, Any] = {"num_label_tokens": num_label_tokens, "grad_reduce_group": self.grad_reduce_group}
+        if fused:
+            shared |= _shared_head(self.loss_fn, self.model, self.grad_reduce_group, main["hidden_states"])
         loss = calculate_loss(self.loss_fn, labels=labels, **main, **shared)
         if (depth_hidden is None and depth_logits is None) or not self.model.training:
             return loss
-        if self.scaling_factor is not None:
-            factor = self.scaling_factor
+        factor = models.mtp_factor(self.model, output) if self.scaling_factor is None else self.scaling_factor
         return loss + calculate_mtp_loss(
             self.loss_fn,
             mtp_per_depth_h=depth_hidden,
             mtp_per_depth_logits=depth_logits,
             labels=labels,
+            model=self.model,
             scaling_factor=0.1 if factor is None else factor,
             ignore_index=self.ignore_index,
             cu_seqlens=self.cu_seqlens,
@@ -290,26 +308,14 @@ class PipelineCausalLMLoss(nn.Module):
         )
 
 
-def _field(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
-
-
-def _last(hidden_states: Any) -> Any:
-    """The last layer's hidden states, of all layers' or as they are."""
-    return hidden_states[-1] if isinstance(hidden_states, (list, tuple)) else hidden_states
-
-
-def _head(model: Any) -> Any:
-    """The model's head: `get_output_embeddings()`, or the Module called lm_head."""
-    embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if embeddings is not None:
-        return embeddings
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if name.split(".")[-1] == "lm_head":
-            return module
-    return shell_checks.no_head(model)
-
-
-def _head_weight(model: Any) -> Tensor:
-    weight: Tensor = _head(model).weight
-    return weight
+def _shared_head(loss_fn: Any, model: Any, group: Any, hidden_states: Any) -> dict[str, Tensor]:
+    """The weight and bias of the model's head as a loss takes them, gathered once for all that share them."""
+    weight, bias = models.head_weight(model, hidden_states)
+    gather: Any = getattr(loss_fn, "materialize_lm_weight", None)
+    if gather is not None:
+        narrow = (
+            {"dtype": getattr(hidden_states, "dtype", None)} if isinstance(loss_fn, FusedLinearCrossEntropy) else {}
+        )
+        weight = gather(weight, grad_reduce_group=group, **narrow)
+        bias = None if bias is None else gather(bias, grad_reduce_group=group)
+    return {"lm_weight": weight} | ({} if bias is None else {"lm_bias": bias})

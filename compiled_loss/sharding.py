@@ -17,6 +17,7 @@ it for: the rank's own.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from compiled_loss.vocabulary import VocabShard, Vocabulary, even, is_sharded
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def vocabulary(weight: Tensor, vocab_shard: VocabShard | None) -> Vocabulary:
@@ -160,23 +163,35 @@ def vector(value: Tensor | None) -> Tensor | None:
     return value.full_tensor() if is_sharded(value) else value
 
 
-def materialize(weight: Tensor, group: Any) -> Tensor:
+def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A weight that fully_shard holds, gathered over `group`, or over all its mesh; its gradient the ranks' mean.
 
-    One gather and, in backward, one reduce-scatter, however many losses take the result.
+    One gather and, in backward, one reduce-scatter, however many losses take the result. In `dtype` where it is
+    narrower: gathered so, and reduced in the weight's own.
     """
-    if not is_sharded(weight):
+    if not isinstance(weight, Tensor):
         return weight
+    narrow = weight.dtype
+    if dtype in _COMPUTED and narrow.is_floating_point and dtype.itemsize < narrow.itemsize:
+        narrow = dtype
+    if not is_sharded(weight):
+        return weight.to(narrow)
     groups = _groups(weight)
-    members = () if group is None else tuple(dist.get_process_group_ranks(group))
-    gathered = [group is None or theirs == members for theirs in groups]
-    if not any(gathered):
-        if all(len({*theirs} & {*members}) == 1 for theirs in groups):
-            return weight  # gathered before
-        shard_checks.mesh("grad_reduce_group", [_dimension(weight, i) for i in range(len(groups))], members)
+    members = {*()} if group is None else {*dist.get_process_group_ranks(group)}
+    gathered = [group is None or {*theirs} <= members for theirs in groups]
+    sizes = [len(theirs) for theirs, here in zip(groups, gathered, strict=True) if here]
+    if group is not None and (not any(gathered) or math.prod(sizes) != len(members)):
+        if not any(gathered) and all(len({*theirs} & members) == 1 for theirs in groups):
+            return weight.to(narrow)  # gathered before
+        shard_checks.mesh(
+            "grad_reduce_group", [_dimension(weight, i) for i in range(len(groups))], tuple(sorted(members))
+        )
     placements = [Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
     gradients = [Partial("avg") if here else p for here, p in zip(gathered, weight.placements, strict=True)]
-    whole = weight.redistribute(placements=placements)
+    if narrow == weight.dtype:
+        whole = weight.redistribute(placements=placements)
+    else:
+        whole = weight.redistribute(placements=placements, forward_dtype=narrow, backward_dtype=weight.dtype)
     left = [i for i, here in enumerate(gathered) if not here]
     local = whole.to_local(grad_placements=gradients)
     if not left:

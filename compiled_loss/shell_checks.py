@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compiled_loss import checks, depth_checks
 
@@ -65,11 +68,12 @@ def loss_target(loss: object, base: type, known: list[str]) -> None:
         raise TypeError(f"loss: expected {names}, got {loss!r}; dotted paths are the caller's to resolve")
 
 
-def scaling(scaling_factor: float | None, ignore_index: int) -> None:
+def scaling(scaling_factor: float | None, ignored: int | None) -> None:
     """Raise unless the numbers of an auxiliary loss are in range."""
     if scaling_factor is not None:
         depth_checks.scaling(scaling_factor, " or None")
-    checks.alignment(0, ignore_index, 1)
+    if ignored is not None:
+        checks.alignment(0, ignored, 1)
 
 
 def given(name: str, value: object, loss: object) -> None:
@@ -92,11 +96,23 @@ def mtp_outputs(hidden: Sequence[Tensor] | None, logits_: Sequence[Tensor] | Non
     return found
 
 
-def same_ignore_index(ignore_index: int, loss: object) -> None:
-    """Raise where a loss ignores another label than the one that is put where there is no target."""
-    own = getattr(loss, "ignore_index", ignore_index)
-    if own != ignore_index:
-        raise ValueError(f"ignore_index: expected {own} like {type(loss).__name__}, got {ignore_index}")
+def ignore_index(value: int | None, loss: object) -> int:
+    """The label that a loss ignores; raise where another is to be put where there is no target."""
+    own = getattr(loss, "ignore_index", -100 if value is None else value)
+    own = int(own) if isinstance(own, Integral) and not isinstance(own, bool) else -100
+    if value is not None and own != value:
+        raise ValueError(f"ignore_index: expected {own} like {type(loss).__name__}, got {value}: None takes the loss's")
+    return own
+
+
+def takes_bias(loss: Any) -> None:
+    """Raise where a loss would drop a head's bias."""
+    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    if "lm_bias" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"loss_fn: expected one that takes lm_bias, for the head has a bias, got {type(loss).__name__}: "
+            "add it to its keywords, or use a loss of logits"
+        )
 
 
 def seq_idx_tail(value: Tensor) -> None:
@@ -106,11 +122,3 @@ def seq_idx_tail(value: Tensor) -> None:
             f"output: expected seq_idx [B, S], the int32 tensor at its end, got {checks.sizes(value.shape)}: "
             "other integers must not come last"
         )
-
-
-def no_head(model: object) -> None:
-    """Raise: there is no head."""
-    raise ValueError(
-        f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
-        "give lm_weight"
-    )

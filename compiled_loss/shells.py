@@ -1,13 +1,14 @@
 """Modules with the reference's names, signatures and defaults; no mathematics.
 
 A loss that takes a head's hidden states and weight instead of logits says so with `takes_hidden_states = True`: that is
-all that `calculate_loss` asks of it, whoever wrote it.
+all that `calculate_loss` asks of it, whoever wrote it. Of a head with a bias it gets that too, as `lm_bias`.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from compiled_loss import checks, shard_checks, sharding, shell_checks, target_checks
@@ -47,11 +48,11 @@ class MaskedCrossEntropy(nn.Module):
         mask: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits [B, S, V] and labels [B, S]."""
+        """The loss of logits [B, S, V] and labels [B, S], or of a THD stream: [1, T, V] and [T]."""
         return masked_cross_entropy(
-            logits,
+            beside(logits, labels),
             labels,
-            mask,
+            mask_beside(mask, labels),
             fp32_upcast=self.fp32_upcast,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -97,12 +98,19 @@ class FusedLinearCrossEntropy(nn.Module):
         lm_weight: Tensor,
         num_label_tokens: int | Tensor | None = None,
         grad_reduce_group: Any = None,
+        lm_bias: Tensor | None = None,
     ) -> Tensor:
-        """The loss of hidden states [B, S, H] and labels [B, S] under a head [V, H]."""
+        """The loss of hidden states [B, S, H] and labels [B, S] under a head [V, H], and its bias [V] if it has one.
+
+        Both may be a THD stream: [1, T, H] with labels [T]. A weight wider than the hidden states, as FSDP holds it
+        under a mixed-precision policy, is multiplied in their dtype, and its gradient is in its own.
+        """
+        gather = self.materialize_lm_weight
         return linear_cross_entropy(
-            hidden_states,
-            self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group),
+            beside(hidden_states, labels),
+            gather(lm_weight, grad_reduce_group=grad_reduce_group, dtype=getattr(hidden_states, "dtype", None)),
             labels,
+            bias=None if lm_bias is None else gather(lm_bias, grad_reduce_group=grad_reduce_group),
             ignore_index=self.ignore_index,
             softcap=self.logit_softcapping or None,
             reduction=self.reduction,
@@ -111,16 +119,21 @@ class FusedLinearCrossEntropy(nn.Module):
         )
 
     @staticmethod
-    def materialize_lm_weight(lm_weight: Tensor, *, grad_reduce_group: Any = None) -> Tensor:
+    def materialize_lm_weight(
+        lm_weight: Tensor, *, grad_reduce_group: Any = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """The whole weight: gathered once where it is a DTensor, to be shared by the main loss and all MTP depths.
 
         Its gradient is reduce-scattered once as the ranks' mean, which is what FSDP makes of all others. The weight is
-        gathered over `grad_reduce_group`, or without it over all its mesh. What is sharded over another dimension than
-        the group's stays so, and is a vocabulary over ranks; given to `forward` with the same group, it is not gathered
-        again.
+        gathered over `grad_reduce_group`, or without it over all its mesh. The group may be that of one dimension, or
+        of several, flattened (HSDP). What is sharded over another dimension than the group's stays so, and is a
+        vocabulary over ranks; given to `forward` with the same group, it is not gathered again.
+
+        Where `dtype` is narrower than the weight's, the weight is gathered in it, and its gradient reduced in the
+        weight's: a mixed-precision policy's `param_dtype`, which is that of the hidden states.
         """
         shard_checks.group_of("grad_reduce_group", grad_reduce_group)
-        return sharding.materialize(lm_weight, grad_reduce_group)
+        return sharding.materialize(lm_weight, grad_reduce_group, dtype)
 
 
 class TEParallelCrossEntropy(nn.Module):
@@ -155,14 +168,17 @@ class TEParallelCrossEntropy(nn.Module):
         mask: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits [..., V], or a rank's part of them, and labels [...]."""
+        """The loss of logits [..., V], or a rank's part of them, and labels [...], or of a THD stream.
+
+        `num_label_tokens` divides a "sum", and is not looked at in the other reductions, as Automodel's is not.
+        """
         return masked_cross_entropy(
-            logits,
+            beside(logits, labels),
             labels,
-            mask,
+            mask_beside(mask, labels),
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            num_label_tokens=num_label_tokens,
+            num_label_tokens=num_label_tokens if self.reduction == "sum" else None,
             vocab_shard=self._ranks.shard(logits),
         )
 
@@ -210,8 +226,8 @@ class KDLoss(nn.Module):
     ) -> Tensor:
         """The sum over the valid tokens of labels [...] over `num_batch_labels`, or their mean."""
         return distillation(
-            student_logits,
-            teacher_logits,
+            beside(student_logits, labels),
+            beside(teacher_logits, labels),
             labels,
             temperature=self.temperature,
             ignore_index=self.ignore_index,
@@ -221,3 +237,21 @@ class KDLoss(nn.Module):
             vocab_shard=self._ranks.shard(student_logits),
             chunk_size=self.chunk_size,
         )
+
+
+def beside(values: Tensor, labels: Tensor) -> Tensor:
+    """Logits or hidden states [..., X] in the shape of the labels, where one of both is flat or has a 1 more."""
+    if not isinstance(values, Tensor) or not isinstance(labels, Tensor) or not values.dim():
+        return values
+    theirs, shape = values.shape[:-1], labels.shape
+    if theirs == shape or theirs.numel() != shape.numel():
+        return values
+    flat = len(theirs) <= 1 or len(shape) <= 1 or [n for n in theirs if n != 1] == [n for n in shape if n != 1]
+    return values.reshape(*shape, values.shape[-1]) if flat else values
+
+
+def mask_beside(mask: Tensor | None, labels: Tensor) -> Tensor | None:
+    """A mask of as many tokens in the shape of the labels, as `beside`."""
+    if not isinstance(mask, Tensor) or mask.shape == labels.shape:
+        return mask
+    return beside(mask.unsqueeze(-1), labels).squeeze(-1)

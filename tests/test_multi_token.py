@@ -97,6 +97,61 @@ def test_each_depth_has_its_own_count():
     assert not found.per_depth.requires_grad
 
 
+MASKS = {
+    "a row": torch.tensor([1, 1, 0, 1, 0, 1, 1]),
+    "bool": torch.rand(2, 7, generator=torch.Generator().manual_seed(3)) < 0.6,
+    "fractions": torch.tensor([[0.5, 2.0, 0.0, 1.0, 0.25, 1.0, 0.0]], dtype=torch.float64),
+    "a column": torch.tensor([[1.0], [0.5]], dtype=torch.float64),
+    "one": torch.tensor(0.5, dtype=torch.float64),
+    "nothing": torch.zeros(2, 1),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("options", [{}, {"num_label_tokens": 9}, {"cu_seqlens": torch.tensor([0, 3, 6])}], ids=str)
+def test_mask(kind, options):
+    """It weighs a label, at whatever depth and place it is predicted from, and divides as `linear_cross_entropy`'s."""
+    hidden, weight, labels = inputs()
+    mask = MASKS[kind]
+    everywhere = mask.double().expand(2, 7)
+    found = multi_token_losses(hidden, weight, labels, scaling_factor=0.5, mask=mask, **options)
+    packing = {name: value for name, value in options.items() if name == "cu_seqlens"}
+    per_depth = []
+    for k, states in enumerate(hidden):
+        targets = reference.multi_token_targets(labels, k, **packing)
+        moved = torch.zeros(2, 7, dtype=torch.float64)
+        moved[:, : -k - 1] = everywhere[:, k + 1 :]
+        rows = torch.nn.functional.cross_entropy((states @ weight.t()).transpose(1, 2), targets, reduction="none")
+        total = (moved * (targets != -100)).sum()
+        divisor = options.get("num_label_tokens", total if total > 0 else 1)
+        per_depth.append((rows * moved).sum() / divisor)
+    torch.testing.assert_close(found.per_depth, torch.stack(per_depth).detach(), **TIGHT)
+    expected = 0.5 / 3 * sum(per_depth)
+    torch.testing.assert_close(found.loss, expected, **TIGHT)
+    wanted = [*hidden, weight]
+    for mine, theirs in zip(
+        torch.autograd.grad(found.loss, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+    counted = [multi_token_targets(labels, k, mask=mask, **packing) for k in range(3)]
+    for k, targets in enumerate(counted):
+        moved = torch.zeros(2, 7)
+        moved[:, : -k - 1] = everywhere[:, k + 1 :]
+        assert targets.equal(torch.where(moved == 0, -100, reference.multi_token_targets(labels, k, **packing)))
+
+
+def test_a_masked_stream():
+    """A packed row [1, T, H] with labels [T], and NaN in the mask of a label that is ignored already."""
+    hidden, weight, labels = inputs()
+    stream, flat = [h[:1] for h in hidden], labels[0].clone()
+    flat[2] = -100
+    mask = torch.tensor([1, 0.5, 1, 0, 1, 1, 1], dtype=torch.float64)
+    expected = multi_token_prediction(stream, weight, flat[None], mask=mask[None])
+    mask[2] = float("nan")
+    torch.testing.assert_close(multi_token_prediction(stream, weight, flat, mask=mask), expected, **TIGHT)
+    assert expected.isfinite()
+
+
 def test_targets_made_before_the_sequence_was_split():
     """Context parallelism: two halves of a sequence add up to the whole."""
     hidden, weight, labels = inputs()
@@ -156,6 +211,9 @@ BAD = [
     ({"cu_seqlens": torch.zeros(1).long()}, ValueError, "cu_seqlens: expected [sequences + 1], 2 at least, got [1]"),
     ({"targets": [LABELS, LABELS]}, ValueError, "targets: expected one for each of 1 depths, got 2"),
     ({"targets": [LABELS], "seq_idx": LABELS}, ValueError, "targets: expected None beside seq_idx or cu_seqlens"),
+    ({"targets": [LABELS], "mask": LABELS}, ValueError, "targets: expected None beside mask, for theirs are ignored"),
+    ({"mask": torch.ones(2)}, ValueError, "mask: expected to broadcast to the labels' [2, 3], got [2]"),
+    ({"mask": True}, TypeError, "mask: expected a Tensor, got bool"),
     ({"num_label_tokens": -1}, ValueError, "num_label_tokens: expected >= 0, got -1"),
     ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0 or None, got 0.0"),
     ({"chunking": None}, TypeError, "chunking: expected a Chunking, got NoneType"),

@@ -26,8 +26,8 @@ SIGNATURES = {
     KDLoss: "(ignore_index=-100, temperature=1.0, fp32_upcast=True, tp_group=None, chunk_size=0)",
     MaskedCrossEntropy.forward: "(self, logits, labels, mask=None, num_label_tokens=None)",
     FusedLinearCrossEntropy.forward: "(self, hidden_states, labels, lm_weight, num_label_tokens=None, "
-    "grad_reduce_group=None)",
-    FusedLinearCrossEntropy.materialize_lm_weight: "(lm_weight, *, grad_reduce_group=None)",
+    "grad_reduce_group=None, lm_bias=None)",
+    FusedLinearCrossEntropy.materialize_lm_weight: "(lm_weight, *, grad_reduce_group=None, dtype=None)",
     TEParallelCrossEntropy.forward: "(self, logits, labels, mask=None, num_label_tokens=None)",
     KDLoss.forward: "(self, student_logits, teacher_logits, labels, num_batch_labels=None)",
 }

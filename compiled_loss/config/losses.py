@@ -214,12 +214,12 @@ class MTPLossConfig(Typed):
 
     Attributes:
         scaling_factor: weight of the auxiliary loss, >= 0; None for the model's own.
-        ignore_index: label of tokens to ignore.
+        ignore_index: label of tokens to ignore; None for the loss's own.
 
     """
 
     scaling_factor: float | None = None
-    ignore_index: int = -100
+    ignore_index: int | None = -100
 
     def validate(self) -> None:
         """Raise where a field is not what it may be."""

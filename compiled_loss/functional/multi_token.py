@@ -33,6 +33,7 @@ def multi_token_targets(
     ignore_index: int = -100,
     seq_idx: Tensor | None = None,  # [B, S] or [S]
     cu_seqlens: Tensor | None = None,  # [sequences + 1]
+    mask: Tensor | None = None,  # broadcasts to the labels
 ) -> Tensor:
     """The labels of one depth: at position t the main loss's label of t + depth + 1.
 
@@ -45,6 +46,7 @@ def multi_token_targets(
             for labels [S].
         cu_seqlens: where sub-sequences begin, and where the last one ends, [sequences + 1] or [1, sequences + 1]; what
             comes after that end is padding, whose targets are ignored. Not looked at beside `seq_idx`.
+        mask: broadcasts to `labels`; where it is 0, the label is nobody's target.
 
     Returns:
         [B, S] or [S] like `labels`, int64; a new tensor.
@@ -66,7 +68,9 @@ def multi_token_targets(
         tensor([   1,    2,    3, -100,    5, -100])
 
     """
-    depth_checks.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens)
+    depth_checks.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens, mask)
+    if mask is not None:
+        labels = torch.where(mask == 0, ignore_index, labels)
     segments = None
     if seq_idx is not None:
         segments = seq_idx.reshape(labels.shape) if seq_idx.numel() == labels.numel() else seq_idx.expand(labels.shape)
@@ -92,6 +96,7 @@ def multi_token_prediction(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     targets: Sequence[Tensor] | None = None,  # D of [...]
+    mask: Tensor | None = None,  # broadcasts to the labels
     num_label_tokens: int | Tensor | None = None,
     softcap: float | None = None,
     vocab_shard: VocabShard | None = None,
@@ -107,7 +112,9 @@ def multi_token_prediction(
         ignore_index, seq_idx, cu_seqlens: see :func:`multi_token_targets`.
         targets: each depth's, instead of what is made of `labels`: under context parallelism they are made before the
             sequence is split.
-        num_label_tokens: divides each depth's sum; without it each depth is the mean over its own targets.
+        mask: broadcasts to `labels`; 0 ignores a label at every depth, fractions weigh it. It moves with its label:
+            depth k at position t has that of t + k + 1. None beside `targets`.
+        num_label_tokens: divides each depth's sum; without it each depth is the mean over its own targets, weighed.
         softcap, vocab_shard, chunking: see :func:`linear_cross_entropy`.
 
     Returns:
@@ -141,6 +148,7 @@ def multi_token_prediction(
         seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
         targets=targets,
+        mask=mask,
         num_label_tokens=num_label_tokens,
         softcap=softcap,
         vocab_shard=vocab_shard,
@@ -158,6 +166,7 @@ def multi_token_losses(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     targets: Sequence[Tensor] | None = None,  # D of [...]
+    mask: Tensor | None = None,  # broadcasts to the labels
     num_label_tokens: int | Tensor | None = None,
     softcap: float | None = None,
     vocab_shard: VocabShard | None = None,
@@ -182,39 +191,47 @@ def multi_token_losses(
     checks.instance("chunking", chunking, Chunking)
     part = sharding.vocabulary(weight, vocab_shard)
     labels = sharding.rows("labels", labels, part)
+    mask = None if mask is None else sharding.rows("mask", mask, part)
     hidden = [sharding.replicated(states, part) for states in hidden]
     rows = depth_checks.depths(
-        [sharding.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor
+        [sharding.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor, mask
     )
     reduction = "mean" if num_label_tokens is None else "sum"
     shard_checks.spread(reduction, sharding.spread(hidden[0], part))
     if targets is None:
+        packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
         targets = [
-            multi_token_targets(labels, k, ignore_index=ignore_index, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-            for k in range(len(hidden))
+            multi_token_targets(labels, k, ignore_index=ignore_index, mask=mask, **packing) for k in range(len(hidden))
         ]
     if isinstance(chunking.max_label_tokens, int):  # of each depth
         chunking = replace(chunking, max_label_tokens=chunking.max_label_tokens * len(hidden))
     states = torch.stack(list(hidden))
     stacked = torch.stack([target.reshape(rows) for target in targets])
-    counts = (stacked.flatten(1) != ignore_index).sum(-1, dtype=statistics_dtype(states.dtype))
+    valid = stacked != ignore_index
+    counts = valid.flatten(1).sum(-1, dtype=statistics_dtype(states.dtype))
+    weights = None
+    if mask is not None:
+        moved = [_ahead(mask.expand(labels.shape), k + 1, 0).reshape(rows) for k in range(len(hidden))]
+        weights = torch.where(valid, torch.stack(moved), 0).to(counts.dtype)
+        counts = weights.flatten(1).sum(-1)
     if num_label_tokens is not None:
         checks.count(num_label_tokens, "sum", labels.device)
         counts = torch.ones_like(counts) * num_label_tokens
     share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts))
-    scale = scaling_factor / len(hidden)
+    scale = (share * (scaling_factor / len(hidden))).reshape(-1, *(1,) * len(rows))
     loss, statistics = linear_cross_entropy_with_statistics(
         states,
         weight,
         stacked,
-        token_weights=(share * scale).reshape(-1, *(1,) * len(rows)),
+        token_weights=scale if weights is None else scale * weights,
         ignore_index=ignore_index,
         softcap=softcap,
         vocab_shard=vocab_shard,
         reduction="sum",
         chunking=chunking,
     )
-    return MultiTokenLosses(loss, -(statistics.logprob.flatten(1).sum(-1) * share))
+    logprob = statistics.logprob if weights is None else statistics.logprob * weights
+    return MultiTokenLosses(loss, -(logprob.flatten(1).sum(-1) * share))
 
 
 def _ahead(values: Tensor, by: int, fill: int) -> Tensor:

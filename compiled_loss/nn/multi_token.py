@@ -51,6 +51,7 @@ class MultiTokenPrediction(nn.Module):
         seq_idx: Tensor | None = None,  # [B, S] or [S]
         cu_seqlens: Tensor | None = None,  # [sequences + 1]
         targets: Sequence[Tensor] | None = None,  # D of [...]
+        mask: Tensor | None = None,  # broadcasts to the labels
         num_label_tokens: int | Tensor | None = None,
         vocab_shard: VocabShard | None = None,
     ) -> Tensor:
@@ -62,6 +63,7 @@ class MultiTokenPrediction(nn.Module):
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             targets=targets,
+            mask=mask,
             num_label_tokens=num_label_tokens,
             scaling_factor=self.scaling_factor,
             ignore_index=self.ignore_index,
