@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import io
 import pickle
 import re
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from compiled_loss.inspection import errors
+from compiled_loss.inspection.modules import placed
 from compiled_loss.inspection.targets import Target
 
 _DTYPES = {
@@ -193,7 +191,8 @@ def unpack(call: bytes, device: torch.device, *, data: bool) -> tuple[Callable[.
     """The function and its inputs, whose tensors are made on `device`."""
     token = _where.set((device, data))
     try:
-        fn, inputs = pickle.loads(call)
+        with placed(device, data=data):
+            fn, inputs = pickle.loads(call)
         return fn, inputs
     finally:
         _where.reset(token)
@@ -207,17 +206,3 @@ def _rebuild(fields: dict[str, Any], parameter: bool) -> Tensor:
     device, data = _where.get()
     tensor = spec.make(device, data=data)
     return torch.nn.Parameter(tensor, requires_grad=spec.grad) if parameter else tensor
-
-
-def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
-    """What wants a gradient of the inputs, and of what the function holds: a Module, a partial's, a closure's."""
-    given = list(tree_leaves(inputs))
-    while isinstance(fn, functools.partial):
-        given += tree_leaves((fn.args, fn.keywords))
-        fn = fn.func
-    held = [getattr(fn, "__self__", fn)]
-    held += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if cell != types.CellType()]
-    for value in held:
-        given += value.parameters() if isinstance(value, torch.nn.Module) else [value]
-    wanted = {id(v): v for v in given if isinstance(v, Tensor) and v.requires_grad}
-    return list(wanted.values())

@@ -16,6 +16,7 @@ from compiled_loss.inspection import errors, fake_device
 from compiled_loss.inspection.call import Request
 from compiled_loss.inspection.examine import examine
 from compiled_loss.inspection.measuring import measure, properties
+from compiled_loss.inspection.recorder import Recorder
 from compiled_loss.inspection.targets import Target
 
 _LINES = 12  # of an error that are shown
@@ -30,6 +31,8 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
         except errors.InspectionError as error:
             writing.send(("refused", str(error)))
             return
+    # One for all: what a module makes when it is imported lives in the first one's.
+    recorder = Recorder(torch.device("cuda", 0) if target is not None else torch.device("cpu"))
     writing.send(("done", None))
     while True:
         try:
@@ -37,7 +40,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
         except EOFError:
             return
         try:
-            writing.send(("done", _do(job, request, fake=target is not None, writing=writing)))
+            writing.send(("done", _do(job, request, recorder, writing)))
         except errors.InspectionError as error:
             writing.send(("refused", str(error)))
         except (Exception, SystemExit) as error:
@@ -45,7 +48,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
         sys.stdout.flush()
 
 
-def _do(job: str, request: Request, *, fake: bool, writing: Connection) -> Any:
+def _do(job: str, request: Request, recorder: Recorder, writing: Connection) -> Any:
     def progress(text: str) -> None:
         writing.send(("progress", text))
 
@@ -53,7 +56,7 @@ def _do(job: str, request: Request, *, fake: bool, writing: Connection) -> Any:
         return measure(request)
     if job == "properties":
         return properties()
-    return examine(request, torch.device("cuda", 0) if fake else torch.device("cpu"), progress).to_json()
+    return examine(request, recorder, progress).to_json()
 
 
 def _readable(error: BaseException) -> str:

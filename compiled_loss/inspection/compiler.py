@@ -52,6 +52,18 @@ def _copy_constant(lowering: Any, name: str, device: torch.device | None) -> str
     return copy
 
 
+def _traced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace a call; a number that it brings to the device is not known from then on, for want of a device to hold it."""
+
+    def traced(mode: Any, func: Any, pre_dispatch: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not any(isinstance(v, torch.device) and v.type == "cuda" for v in (*args, *kwargs.values())):
+            return call(mode, func, pre_dispatch, args, kwargs)
+        with mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", -1):
+            return call(mode, func, pre_dispatch, args, kwargs)
+
+    return traced
+
+
 class _Generated(Exception):  # noqa: N818
     """Raised in the place where Inductor would load its code."""
 
@@ -116,6 +128,7 @@ class Compiler:
         from torch._inductor import compile_fx as inductor
         from torch._inductor import config
         from torch._inductor.graph import GraphLowering
+        from torch.fx.experimental import proxy_tensor
 
         build_guards = CheckFunctionManager.__init__
         compile_fx = inductor.compile_fx
@@ -134,7 +147,8 @@ class Compiler:
             stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module", _stop))
             stack.enter_context(mock.patch.object(GraphLowering, "constant_name", _copy_constant))
             stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
-            # What would compute on the device: constants, and timing of padded GEMMs.
+            stack.enter_context(mock.patch.object(proxy_tensor, "proxy_call", _traced(proxy_tensor.proxy_call)))
+            # What would compute on the device: constants, a number's copy, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
             stack.enter_context(config.patch(fx_graph_cache=False))
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))

@@ -14,31 +14,30 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from compiled_loss.inspection import errors
-from compiled_loss.inspection.call import Request, differentiated, unpack
+from compiled_loss.inspection.call import Request, unpack
 from compiled_loss.inspection.compiler import Compiler
+from compiled_loss.inspection.modules import forget_gradients, leaves
 from compiled_loss.inspection.record import Inspection, Kernel, Pass, Saved
 from compiled_loss.inspection.recorder import Recorder
 
 
-def examine(request: Request, device: torch.device, progress: Callable[[str], None]) -> Inspection:
-    """Inspect one call on `device`, which this process takes for real or fakes."""
+def examine(request: Request, recorder: Recorder, progress: Callable[[str], None]) -> Inspection:
+    """Inspect one call on the recorder's device, which this process takes for real or fakes."""
     start = time.monotonic()
     torch.compiler.reset()
-    recorder = Recorder(device)
     compiler = Compiler(recorder, progress)
     with recorder, compiler.installed():
-        fn, inputs = unpack(request.call, device, data=False)
-        wanted = differentiated(fn, inputs) if request.backward else []
+        fn, inputs = unpack(request.call, recorder.device, data=False)
         compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
-        _run(request, recorder, compiled, inputs, wanted)  # compiles
+        _run(request, recorder, compiled, inputs)  # compiles
         gc.collect()  # what the compiler left in cycles
         progress("running on fake tensors")
         for _ in range(3):
             there = recorder.memory.keys()
-            forward, backward, saved = _run(request, recorder, compiled, inputs, wanted)
+            forward, backward, saved = _run(request, recorder, compiled, inputs)
             if there <= recorder.memory.keys():  # else a thread of the compiler's let go of something meanwhile
                 break
-    del compiled, inputs, wanted, fn
+    del compiled, inputs, fn
     kernels = _assembled(request, compiler, (forward, backward), progress)
     return Inspection(
         name=request.name,
@@ -58,7 +57,7 @@ def examine(request: Request, device: torch.device, progress: Callable[[str], No
 
 
 def _run(
-    request: Request, recorder: Recorder, compiled: Callable[..., Any], inputs: Sequence[Any], wanted: list[Tensor]
+    request: Request, recorder: Recorder, compiled: Callable[..., Any], inputs: Sequence[Any]
 ) -> tuple[Pass, Pass | None, tuple[Saved, ...]]:
     memory = recorder.memory
     before, base = memory.keys(), memory.live
@@ -70,14 +69,16 @@ def _run(
     backward = None
     if request.backward:
         outputs = [v for v in results if v.requires_grad]
-        if not outputs or not wanted:
+        if not outputs:
             errors.gradient(request.name)
         upstream = [torch.ones_like(v) for v in outputs]
         base += sum(v.untyped_storage().nbytes() for v in upstream)
+        wanted = leaves(outputs)
         with recorder.record(base) as more:
-            gradients = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+            torch.autograd.backward(outputs, upstream)
         backward = more[0]
-        del gradients, upstream, outputs
+        forget_gradients(wanted)
+        del upstream, outputs, wanted
     return passes[0], backward, saved
 
 

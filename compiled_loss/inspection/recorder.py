@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from compiled_loss.inspection.network import Collective
 from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
+_PRIMITIVES = ("prims", "rngprims")
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm")
 _COMPOSITES = ("linear", "matmul", "einsum", "tensordot")  # arrive whole in an operator, whose autograd is its own
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
@@ -192,8 +193,10 @@ class Recorder(FakeTensorMode):
         self._note(func, name, args, kwargs, result)
         return result
 
-    def _value(self, name: str, source: Tensor) -> Any:
+    def _value(self, name: str, source: Any) -> Any:
         """Stand in for what only the data knows: one for a number, all of them for a choice of elements."""
+        if name == "_local_scalar_dense" and source.constant is not None:
+            return source.constant.item()
         if source.device.type != "cpu":
             self.launch(name, "sync", [source], [])
         if name == "nonzero":
@@ -288,9 +291,12 @@ def _kind(func: Any, name: str, operations: int) -> Kind:
 
 
 def _written_in_python(func: Any, device: torch.device) -> Callable[..., Any] | None:
-    """The implementation of an operator made with torch.library.custom_op."""
+    """The implementation of an operator made with torch.library.custom_op, unless it is one of torch's own primitives.
+
+    Those are made in the same way, and theirs are written in terms of operators that decompose into them.
+    """
     definition = OPDEFS.get(func._schema.name)
-    if definition is None:
+    if definition is None or func.namespace in _PRIMITIVES:
         return None
     implementations: dict[str | None, Callable[..., Any]] = definition._backend_fns
     return implementations.get(device.type) or implementations.get(None)

@@ -1,0 +1,80 @@
+"""Models, which stand for their shapes wherever they were made, and what they are differentiated by.
+
+NOTE [Models]
+A file may make its model on the CPU, on "meta" or on the device; an optimizer may hold its parameters from then on, and
+hooks and shards hang on them. So a parameter or a buffer is put on the device in the moment when a Module takes it, before
+anyone else has seen it there.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+
+
+@contextmanager
+def placed(device: torch.device, *, data: bool) -> Iterator[None]:
+    """Put on `device` what Modules register in the block; with `data` it keeps its elements, or on "meta" they are drawn."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # one that several modules share stays one
+
+    def put(module: nn.Module, name: str, given: Tensor | None) -> Tensor | None:
+        if given is None or given.device.type == device.type or torch.compiler.is_compiling():
+            return None
+        if id(given) not in moved:
+            moved[id(given)] = given, _on(device, given, data=data)
+        return moved[id(given)][1]
+
+    handles = [
+        registration.register_module_parameter_registration_hook(put),
+        registration.register_module_buffer_registration_hook(put),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on(device: torch.device, given: Tensor, *, data: bool) -> Tensor:
+    with torch.no_grad():
+        there = torch.empty_like(given, device=device)
+        if data and given.is_meta and given.is_floating_point():
+            there.normal_(std=max(1, *given.shape[-1:]) ** -0.5)
+        elif data:
+            there.zero_() if given.is_meta else there.copy_(given)
+    if isinstance(given, nn.Parameter):
+        there = nn.Parameter(there, requires_grad=given.requires_grad)
+    vars(there).update({name: value for name, value in vars(given).items() if name not in vars(there)})
+    return there
+
+
+def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """What a gradient of the outputs arrives at: inputs and parameters, wherever the function has them from."""
+    nodes = [torch.autograd.graph.get_gradient_edge(value).node for value in outputs]
+    seen, found = set(nodes), []
+    while nodes:
+        node: Any = nodes.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found
+
+
+def forget_gradients(of: Iterable[Tensor]) -> None:
+    """Drop the gradients of tensors, and of all Modules' parameters, of which a pass may have seen parts or the whole."""
+    for tensor in of:
+        tensor.grad = None
+    for value in gc.get_objects():
+        if issubclass(type(value), nn.Module):  # some objects answer isinstance() by importing things
+            for parameter in value._parameters.values():
+                if parameter is not None:
+                    parameter.grad = None
