@@ -129,6 +129,7 @@ class Request:
     first_only: bool = False
     dump: str | None = None
     inputs: tuple[str, ...] = field(default=())
+    loss: tuple[str, ...] | None = None
 
 
 def parse_inputs(text: str) -> tuple[Any, ...]:
@@ -148,16 +149,36 @@ def parse_inputs(text: str) -> tuple[Any, ...]:
 def find_function(name: str) -> Callable[..., Any]:
     """What `package.module:name` names, or a public function of this library by its name alone."""
     module, _, attribute = name.rpartition(":")
+    module = module or "compiled_loss"
     try:
-        found: Any = importlib.import_module(module or "compiled_loss")
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # what the module imports is missing
+        errors.function(name, str(error))
+    try:
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except AttributeError as error:
         errors.function(name, str(error))
     if not callable(found):
         errors.function(name, f"{type(found).__name__} is not callable")
     result: Callable[..., Any] = found
     return result
+
+
+class Named:
+    """A function that another process finds: this one cannot import its module."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name.rpartition(":")[2]
+        self._name = name
+
+    def __reduce__(self) -> tuple[Callable[[str], Callable[..., Any]], tuple[str]]:
+        return find_function, (self._name,)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        raise NotImplementedError(self._name)
 
 
 def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
@@ -194,6 +215,10 @@ def unpack(call: bytes, device: torch.device, *, data: bool) -> tuple[Callable[.
         with placed(device, data=data):
             fn, inputs = pickle.loads(call)
         return fn, inputs
+    except errors.InspectionError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise errors.ImportRaisedError from error
     finally:
         _where.reset(token)
 

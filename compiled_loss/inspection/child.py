@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import pickle
 import sys
@@ -23,7 +24,7 @@ _LINES = 12  # of an error that are shown
 
 
 def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int, answers: int) -> None:
-    """Answer on file descriptors: ("progress", text)..., then ("done", value), ("refused", text) or ("error", text)."""
+    """Answer on file descriptors: ("progress", text)..., then ("done", value) or ("refused"|"import"|"error", text)."""
     reading, writing = Connection(requests, writable=False), Connection(answers, readable=False)
     if shim is not None and target is not None:
         try:
@@ -43,6 +44,8 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
             writing.send(("done", _do(job, request, recorder, writing)))
         except errors.InspectionError as error:
             writing.send(("refused", str(error)))
+        except errors.ImportRaisedError as error:
+            writing.send(("import", _readable(error.__cause__ or error)))
         except (Exception, SystemExit) as error:
             writing.send(("error", _readable(error)))
         sys.stdout.flush()
@@ -61,7 +64,12 @@ def _do(job: str, request: Request, recorder: Recorder, writing: Connection) -> 
 
 def _readable(error: BaseException) -> str:
     """The traceback without the frames of the compiler, which are dozens."""
-    libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    libraries = (
+        os.path.dirname(torch.__file__),
+        os.path.dirname(__file__),
+        os.path.dirname(importlib.__file__),
+        "<frozen",
+    )
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     said = "".join(traceback.format_exception_only(error)).splitlines(keepends=True)
     # The dispatcher lists every backend it knows.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss.inspection import errors
+from compiled_loss.inspection import attention, errors
+from compiled_loss.inspection.attribution import Attribution
 from compiled_loss.inspection.call import Request, unpack
 from compiled_loss.inspection.compiler import Compiler
 from compiled_loss.inspection.modules import forget_gradients, leaves
@@ -25,7 +26,8 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
     """Inspect one call on the recorder's device, which this process takes for real or fakes."""
     start = time.monotonic()
     torch.compiler.reset()
-    compiler = Compiler(recorder, progress)
+    attribution = Attribution(request.loss)
+    compiler = Compiler(recorder, attribution, progress)
     with recorder, compiler.installed():
         fn, inputs = unpack(request.call, recorder.device, data=False)
         compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
@@ -52,6 +54,8 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
         graphs=tuple(compiler.graphs),
         breaks=tuple(compiler.breaks),
         guards=tuple(compiler.guards),
+        loss=attribution.found,
+        notes=attention.notes(request.device, [kernel.name for kernel in kernels]),
         seconds=time.monotonic() - start,
     )
 

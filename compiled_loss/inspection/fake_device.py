@@ -1,27 +1,27 @@
 """A GPU that is not there: torch, Inductor and Triton are told of a device they then generate code for.
 
 NOTE [Fake device]
-`fake_device.cpp` registers a device guard and CUDA hooks that do nothing, which is what C++ asks for; `fake_attention.cpp`
-chooses between the kernels of fused attention as a GPU's library does; this file answers what Python asks. Nothing can be allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. The
-process is spoiled for a real GPU from then on, so all of this runs in a child (`child.py`), one for each target.
+`fake_device.cpp` registers a device guard and CUDA hooks that do nothing, which is what C++ asks for;
+`fake_attention.cpp` chooses a kernel of fused attention, as torch's CUDA library would; this file answers what Python
+asks. Nothing can be allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. The process is
+spoiled for a real GPU from then on, so all of this runs in a child (`child.py`), one for each target.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compiled_loss.inspection import errors
+from compiled_loss.inspection.attention import cudnn_versions
 from compiled_loss.inspection.targets import Target
 
 _SOURCES = tuple(Path(__file__).with_name(f"fake_{name}.cpp") for name in ("device", "attention"))
@@ -150,14 +150,15 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
 def _prefers_cudnn(target: Target) -> bool:
     """Whether torch takes cuDNN's attention before flash attention: on such GPUs, from version 9.15.1 on.
 
-    The packages of a CUDA build of torch bring theirs. Of a build for CPUs it is not known, and flash attention is taken.
+    The packages of a CUDA build of torch bring theirs. Of a build for CPUs it is not known: flash attention is taken.
     """
-    versions = []
-    for name in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions.append(tuple(map(int, metadata.version(name).split(".")[:3])))
     allowed = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1"
-    return allowed and target.backend == "cuda" and target.major in (9, 10) and max(versions, default=()) > (9, 15, 0)
+    return (
+        allowed
+        and target.backend == "cuda"
+        and target.major in (9, 10)
+        and max(cudnn_versions(), default=()) > (9, 15, 0)
+    )
 
 
 def _properties(target: Target) -> Any:

@@ -1,9 +1,9 @@
 """Models, which stand for their shapes wherever they were made, and what they are differentiated by.
 
 NOTE [Models]
-A file may make its model on the CPU, on "meta" or on the device; an optimizer may hold its parameters from then on, and
-hooks and shards hang on them. So a parameter or a buffer is put on the device in the moment when a Module takes it, before
-anyone else has seen it there.
+A file may make its model on the CPU, on "meta" or on the device; an optimizer may hold its parameters from then on,
+and hooks and shards hang on them. So a parameter or a buffer is put on the device in the moment when a Module takes it,
+before anyone else has seen it there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn.modules import module as registration
 
 @contextmanager
 def placed(device: torch.device, *, data: bool) -> Iterator[None]:
-    """Put on `device` what Modules register in the block; with `data` it keeps its elements, or on "meta" they are drawn."""
+    """Put on `device` what Modules register in the block; with `data` its elements are kept, or of "meta" drawn."""
     moved: dict[int, tuple[Tensor, Tensor]] = {}  # one that several modules share stays one
 
-    def put(module: nn.Module, name: str, given: Tensor | None) -> Tensor | None:
+    def put(module: nn.Module, name: str, given: Tensor | None) -> Any:
         if given is None or given.device.type == device.type or torch.compiler.is_compiling():
             return None
         if id(given) not in moved:
@@ -54,6 +54,16 @@ def _on(device: torch.device, given: Tensor, *, data: bool) -> Tensor:
     return there
 
 
+def swap(one: Tensor, other: Tensor) -> None:
+    """Exchange two tensors behind their objects, as `Module.to` does with fake ones.
+
+    Torch's own refuses where anybody has a weak reference; a fake mode has one to each parameter, and minds nothing.
+    """
+    one.__class__, other.__class__ = other.__class__, one.__class__
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+    torch._C._swap_tensor_impl(one, other)  # type: ignore[attr-defined]
+
+
 def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
     """What a gradient of the outputs arrives at: inputs and parameters, wherever the function has them from."""
     nodes = [torch.autograd.graph.get_gradient_edge(value).node for value in outputs]
@@ -70,7 +80,7 @@ def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 def forget_gradients(of: Iterable[Tensor]) -> None:
-    """Drop the gradients of tensors, and of all Modules' parameters, of which a pass may have seen parts or the whole."""
+    """Drop the gradients of tensors, and of all Modules' parameters, of which a graph may have seen other tensors."""
     for tensor in of:
         tensor.grad = None
     for value in gc.get_objects():
