@@ -4,21 +4,15 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import compiled_loss
 
-KINDS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
-}
 VOCAB, WIDTH = 1000, 64
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -27,10 +21,12 @@ SIZES = {
 
 
 @functools.cache
-def made(kind="llama", attention="sdpa", dtype=torch.bfloat16, where=None, **options):
+def made(kind="Llama", attention="sdpa", dtype=torch.bfloat16, where=None, **options):
     """A model; `where` is a device to make it on."""
-    config, model = KINDS[kind]
-    config = config(**SIZES, attn_implementation=attention, **options)
+    import transformers  # takes seconds, and only a child needs it
+
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options}, attn_implementation=attention)
+    model = getattr(transformers, f"{kind}ForCausalLM")
     if where is None:
         return model(config).to(dtype)
     with torch.device(where):
@@ -48,7 +44,7 @@ def our_loss_of(model, ids, labels):
 
 
 class Step:
-    """A step with a model of its own, made where this arrives: as at the top of a file."""
+    """A step with a model of its own, which is made where this arrives, as if at the top of a file."""
 
     def __init__(self, loss=loss_of, **options):
         self.arguments = (loss, options)
@@ -61,14 +57,38 @@ def _step(loss, options):
     return functools.partial(loss, made(**options))
 
 
+class Sharded(Step):
+    """The same on one rank of many."""
+
+    def __reduce__(self):
+        return _sharded_step, self.arguments
+
+
+def _sharded_step(loss, options):
+    return functools.partial(loss, sharded(**options))
+
+
+class Trained(Step):
+    """The same with an optimizer, whose step is the function's last."""
+
+    def __reduce__(self):
+        return _trained_step, self.arguments
+
+
+def _trained_step(loss, options):
+    model = made(**options)
+    return functools.partial(loss, model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True))
+
+
 # Situations ----------------------------------------------------------------------------------------------------------
 
 
 def inside(ids, labels):
     """Makes its model itself, where its inputs are."""
-    config, model = KINDS["llama"]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.device(ids.device):
-        return loss_of(model(config(**SIZES)), ids, labels)
+        return loss_of(LlamaForCausalLM(LlamaConfig(**SIZES)), ids, labels)
 
 
 def autocast(model, ids, labels):
@@ -97,3 +117,22 @@ def trained(model, ids, labels, optimizer):
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def sharded(**options):
+    """A model that FSDP2 shards over 8 ranks of torch's fake group, of which this is the first."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    model = made(dtype=torch.float32, **options)
+    how = {
+        "mesh": init_device_mesh("cuda", (8,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **how)
+    return fully_shard(model, **how)

@@ -38,11 +38,14 @@ def scratch(name: str, args: Sequence[Any]) -> int:
 
 
 def notes(device: str, kernels: Iterable[str]) -> tuple[str, ...]:
-    """What this build of torch cannot say of the kernels that were chosen."""
+    """What is not known of the kernels that were chosen; `kernels` are those of attention."""
+    found, kernels = [], list(kernels)
     unknown = device in ("cuda:sm_90", "cuda:sm_100") and not cudnn_versions()
-    if not unknown or not any(name.startswith("_scaled_dot_product_flash") for name in kernels):
-        return ()
-    return ("flash attention, or cuDNN's where that is 9.15.1 or later, which a build for CPUs does not bring",)
+    if unknown and any(name.startswith("_scaled_dot_product_flash") for name in kernels):
+        found.append("flash attention, or cuDNN's from its version 9.15.1 on: a build of torch for CPUs does not say")
+    if any(name.startswith("triton") for name in kernels):
+        found.append("operations of FlexAttention depend on what its mask leaves out, and are not counted")
+    return tuple(found)
 
 
 def cudnn_versions() -> list[tuple[int, ...]]:

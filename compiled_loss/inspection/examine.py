@@ -55,7 +55,7 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
         breaks=tuple(compiler.breaks),
         guards=tuple(compiler.guards),
         loss=attribution.found,
-        notes=attention.notes(request.device, [kernel.name for kernel in kernels]),
+        notes=attention.notes(request.device, [kernel.name for kernel in kernels if kernel.kind == "attention"]),
         seconds=time.monotonic() - start,
     )
 

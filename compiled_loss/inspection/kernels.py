@@ -55,6 +55,8 @@ class Kernels:
     def triton(self, name: str, source: str, device_str: str = "cuda") -> Runner:
         short = re.match(r"triton_([a-z]+)_", name)
         kind = _TRITON_KINDS.get(short[1], "other") if short else "other"
+        if kind == "gemm" and "SPARSE_Q_BLOCK_SIZE" in source:  # the template of FlexAttention
+            kind = "attention"
         parameters = re.search(rf"^def {re.escape(name)}\((.*?)\):", source, re.M | re.S)
         arguments = tuple(p.split(":")[0].strip() for p in parameters[1].split(",")) if parameters else ()
         return Runner(self._recorder, GeneratedKernel(name, kind, source, arguments, is_triton=True))
