@@ -110,6 +110,17 @@ def _initialised(x):
     return x * 2
 
 
+@torch._dynamo.disable
+def _until(x):
+    while (x > 1).any():
+        x = x / 2
+    return x
+
+
+def until(x):
+    return _until(x) * 2
+
+
 class Raises:
     """A function whose import raises where it arrives."""
 

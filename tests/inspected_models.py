@@ -20,7 +20,6 @@ SIZES = {
 }
 
 
-@functools.cache
 def made(kind="Llama", attention="sdpa", dtype=torch.bfloat16, where=None, **options):
     """A model; `where` is a device to make it on."""
     import transformers  # takes seconds, and only a child needs it

@@ -55,8 +55,9 @@ class Attribution:
         def decide(kernel: Any, name: str, is_extern: bool = False) -> int:
             nodes = [kernel] if is_extern else [getattr(one, "node", None) for one in kernel]
             origins = [origin for node in nodes for origin in getattr(node, "origins", ())]
-            held = [self.holds(origin) for origin in origins]  # in a kernel of two sides a few are views, for both
-            return int(2 * sum(held) >= len(held) > 0)
+            held = [self.holds(origin) for origin in origins]
+            # A kernel that is fused of both sides has views of the other; a library's has views of its operands.
+            return int(any(held) if is_extern else 2 * sum(held) >= len(held) > 0)
 
         def write(wrapper: Any, name: str, decided: int) -> None:
             wrapper.writeline(f"of_loss({decided})")

@@ -120,6 +120,7 @@ class Compiler:
             stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
             stack.enter_context(mock.patch.object(proxy_tensor, "proxy_call", _traced(proxy_tensor.proxy_call)))
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", modules.swap))
+            stack.enter_context(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", modules.draw))
             stack.enter_context(self.attribution.marking())
             # What would compute on the device: constants, a number's copy, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))

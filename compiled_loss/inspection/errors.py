@@ -86,6 +86,14 @@ def imported(name: str, trace: str) -> None:
     raise InspectionError(f"{name}: its import raised, in the process that inspects:\n{trace}")
 
 
+def endless(times: int) -> None:
+    """Raise: a loop over what only data can say."""
+    raise InspectionError(
+        f"the host asked for data {times} times: expected a program whose loops end whatever the data are, for tensors "
+        "have none here: leave such a loop out of what is inspected"
+    )
+
+
 def died(status: object, output: str) -> None:
     """Raise: the child process is gone."""
     raise InspectionError(

@@ -26,6 +26,7 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
     """Inspect one call on the recorder's device, which this process takes for real or fakes."""
     start = time.monotonic()
     torch.compiler.reset()
+    recorder.asked = 0
     attribution = Attribution(request.loss)
     compiler = Compiler(recorder, attribution, progress)
     with recorder, compiler.installed():

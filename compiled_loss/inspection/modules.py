@@ -54,6 +54,12 @@ def _on(device: torch.device, given: Tensor, *, data: bool) -> Tensor:
     return there
 
 
+def draw(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Stand in for a truncated normal distribution, which torch draws again and again until the data are within."""
+    with torch.no_grad():
+        return tensor.normal_()
+
+
 def swap(one: Tensor, other: Tensor) -> None:
     """Exchange two tensors behind their objects, as `Module.to` does with fake ones.
 

@@ -20,12 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss.inspection import attention, operators
+from compiled_loss.inspection import attention, errors, operators
 from compiled_loss.inspection.network import Collective
 from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
 _COMPOSITES = ("linear", "matmul", "einsum", "tensordot")  # arrive whole in an operator, whose autograd is its own
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
+_MOST_ASKED = 10_000  # in an inspection; a loop that asks until the data say enough gets one answer forever
 
 
 class Memory:
@@ -96,6 +97,7 @@ class Recorder(FakeTensorMode):
         self.memory = Memory()
         self.device = device
         self.recording = False
+        self.asked = 0  # how often the host has asked for data
         self.inside: list[str] = []  # operators written in Python that are running
         self._launches: list[Launch] = []
         self._base = 0
@@ -209,6 +211,9 @@ class Recorder(FakeTensorMode):
         """Stand in for what only the data knows: one for a number, all of them for a choice of elements."""
         if name == "_local_scalar_dense" and source.constant is not None:
             return source.constant.item()
+        self.asked += 1
+        if self.asked > _MOST_ASKED:
+            errors.endless(self.asked)
         if source.device.type != "cpu":
             self.launch(name, "sync", [source], [])
         if name == "nonzero":
