@@ -37,7 +37,7 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
         progress("running on fake tensors")
         for _ in range(3):
             there = recorder.memory.keys()
-            forward, backward, saved = _run(request, recorder, compiled, inputs)
+            forward, backward, saved, parameters = _run(request, recorder, compiled, inputs)
             if there <= recorder.memory.keys():  # else a thread of the compiler's let go of something meanwhile
                 break
     del compiled, inputs, fn
@@ -55,6 +55,7 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
         graphs=tuple(compiler.graphs),
         breaks=tuple(compiler.breaks),
         guards=tuple(compiler.guards),
+        parameters=parameters,
         loss=attribution.found,
         notes=attention.notes(request.device, [kernel.name for kernel in kernels if kernel.kind == "attention"]),
         seconds=time.monotonic() - start,
@@ -63,7 +64,7 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
 
 def _run(
     request: Request, recorder: Recorder, compiled: Callable[..., Any], inputs: Sequence[Any]
-) -> tuple[Pass, Pass | None, tuple[Saved, ...]]:
+) -> tuple[Pass, Pass | None, tuple[Saved, ...], tuple[int, ...]]:
     memory = recorder.memory
     before, base = memory.keys(), memory.live
     with recorder.record(base) as passes:
@@ -71,7 +72,7 @@ def _run(
     results = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
     own = {v.untyped_storage()._cdata for v in results}
     saved = tuple(memory.saved(key) for key in sorted(memory.keys() - before - own))
-    backward = None
+    backward, parameters = None, ()
     if request.backward:
         outputs = [v for v in results if v.requires_grad]
         if not outputs:
@@ -79,12 +80,14 @@ def _run(
         upstream = [torch.ones_like(v) for v in outputs]
         base += sum(v.untyped_storage().nbytes() for v in upstream)
         wanted = leaves(outputs)
+        given = {id(v) for v in tree_leaves(inputs)}
+        parameters = tuple(v.untyped_storage().nbytes() for v in wanted if id(v) not in given)
         with recorder.record(base) as more:
             torch.autograd.backward(outputs, upstream)
         backward = more[0]
         forget_gradients(wanted)
         del upstream, outputs, wanted
-    return passes[0], backward, saved
+    return passes[0], backward, saved, parameters
 
 
 def _assembled(

@@ -164,7 +164,8 @@ class Measured:
 class Inspection:
     """What the compiler made of a function.
 
-    `loss` are the names by which its loss was found: NOTE [The loss]. `notes` say what this build of torch cannot know.
+    `parameters` are the bytes of each tensor that backward reaches and that is no input, `loss` the names by which its
+    loss was found: NOTE [The loss]. `notes` say what is not known.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Inspection:
     guards: tuple[Guard, ...]
     seconds: float
     measured: Measured | None = None
+    parameters: tuple[int, ...] = ()
     loss: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -262,6 +262,7 @@ def _large(inspection: Inspection) -> list[Saved]:
 
 
 def _sizes(inspection: Inspection) -> list[int]:
-    """Bytes of the inputs, which `bf16[8192,4096]:grad` describes: the number is of bits."""
+    """Bytes of parameters, and of inputs, which `bf16[8192,4096]:grad` describes: the number is of bits."""
     found = (re.match(r"[a-z]+(\d*)\w*\[([\d, ]*)\]", given) for given in inspection.inputs)
-    return [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
+    inputs = [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
+    return [*inputs, *inspection.parameters]
