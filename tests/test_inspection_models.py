@@ -89,11 +89,11 @@ def test_the_share_of_the_loss():
         everything = sum(map(len, (of_loss(p) for p in found.passes)))
         assert 4 <= everything <= 12
         assert 0 < found.roofline_seconds(of_loss=True) < found.roofline_seconds()
-    assert plain.loss_saved_bytes == LOGITS + 8 * N
+    assert plain.loss_saved_bytes == LOGITS + 2 * N * WIDTH + 8 * N  # the head's input, and two numbers a token
     assert ours.loss_saved_bytes < 2 * (N + VOCAB) * WIDTH + 16 * N
     assert plain.peak_bytes >= plain.loss_peak_bytes >= LOGITS
-    assert of_loss(plain.forward) == list(plain.forward.launches[-len(of_loss(plain.forward)) :])  # it comes last
-    assert of_loss(plain.backward) == list(plain.backward.launches[: len(of_loss(plain.backward))])  # and first
+    assert [g.of_loss for g in plain.forward.gemms] == [False] * (len(plain.forward.gemms) - 1) + [True]
+    assert sum(g.of_loss for g in plain.backward.gemms) == 2
 
 
 def test_a_loss_by_a_name_of_its_own():

@@ -122,6 +122,7 @@ class Compiler:
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", modules.swap))
             stack.enter_context(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", modules.draw))
             stack.enter_context(self.attribution.marking())
+            stack.enter_context(modules.started(self.recorder))
             # What would compute on the device: constants, a number's copy, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
             stack.enter_context(config.patch(fx_graph_cache=False))

@@ -72,7 +72,8 @@ def _run(
     results = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
     own = {v.untyped_storage()._cdata for v in results}
     saved = tuple(memory.saved(key) for key in sorted(memory.keys() - before - own))
-    backward, parameters = None, ()
+    backward: Pass | None = None
+    parameters: tuple[int, ...] = ()
     if request.backward:
         outputs = [v for v in results if v.requires_grad]
         if not outputs:

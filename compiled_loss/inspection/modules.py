@@ -8,13 +8,16 @@ before anyone else has seen it there.
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules import module as registration
 
 
@@ -94,3 +97,40 @@ def forget_gradients(of: Iterable[Tensor]) -> None:
             for parameter in value._parameters.values():
                 if parameter is not None:
                     parameter.grad = None
+
+
+@contextmanager
+def started(mode: FakeTensorMode) -> Iterator[None]:
+    """Make the states of optimizers in `mode`, which Dynamo leaves for that, and meshes of ranks out of it.
+
+    A mesh asks its tensor of ranks for numbers, to find the rank's own.
+    """
+    with ExitStack() as stack:
+        for kind in _subclasses(torch.optim.Optimizer):
+            if "_init_group" in vars(kind):
+                stack.enter_context(mock.patch.object(kind, "_init_group", _under(vars(kind)["_init_group"], mode)))
+        if torch.distributed.is_available():
+            from torch.distributed import device_mesh
+
+            made, init = device_mesh.init_device_mesh, device_mesh.DeviceMesh.__init__
+            stack.enter_context(mock.patch.object(device_mesh.DeviceMesh, "__init__", _under(init)))
+            for module in (device_mesh, torch.distributed):
+                stack.enter_context(mock.patch.object(module, "init_device_mesh", _under(made)))
+        yield
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def _under(function: Callable[..., Any], mode: FakeTensorMode | None = None) -> Callable[..., Any]:
+    """Call in a mode, or in none."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        with unset_fake_temporarily() if mode is None else mode:
+            return function(*arguments, **options)
+
+    return called
