@@ -126,7 +126,9 @@ class Compiler:
             # What would compute on the device: constants, a number's copy, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
             stack.enter_context(config.patch(fx_graph_cache=False))
-            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+            stack.enter_context(
+                functorch_config.patch(enable_autograd_cache=False, graphsafe_rng_functionalization=False)
+            )
             yield
 
     def _compile_inner(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from compiled_loss.inspection import errors
+from compiled_loss.inspection import errors, fake_streams
 from compiled_loss.inspection.attention import cudnn_versions
 from compiled_loss.inspection.targets import Target
 
@@ -143,6 +143,7 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     cuda.set_rng_state = lambda *a, **k: None
     cuda.synchronize = lambda *a, **k: None
     cuda._lazy_init = lambda: None
+    fake_streams.install()
     native: Any = torch._C
     native._cuda_getCurrentRawStream = lambda device: 0
 

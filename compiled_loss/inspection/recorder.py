@@ -203,7 +203,10 @@ class Recorder(FakeTensorMode):
         # An operator that is told where to write makes nothing new, and not each of them knows fake tensors.
         out = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         with _without_constants(args, kwargs):
-            result = out[0] if len(out) == 1 else super().dispatch(func, types, args, kwargs)
+            if len(out) == 1:
+                result = out[0] if func._schema.returns else None
+            else:
+                result = super().dispatch(func, types, args, kwargs)
         self._note(func, name, args, kwargs, result)
         return result
 
