@@ -89,8 +89,9 @@ def test_the_share_of_the_loss():
         everything = sum(map(len, (of_loss(p) for p in found.passes)))
         assert 4 <= everything <= 12
         assert 0 < found.roofline_seconds(of_loss=True) < found.roofline_seconds()
-    assert plain.loss_saved_bytes == LOGITS + 2 * N * WIDTH + 8 * N  # the head's input, and two numbers a token
-    assert ours.loss_saved_bytes < 2 * (N + VOCAB) * WIDTH + 16 * N
+    small = 2 * N * WIDTH + 32 * N  # the head's input, and some numbers a token
+    assert LOGITS <= plain.loss_saved_bytes <= LOGITS + small
+    assert 0 <= ours.loss_saved_bytes - 2 * VOCAB * WIDTH <= small  # the gradients
     assert plain.peak_bytes >= plain.loss_peak_bytes >= LOGITS
     assert [g.of_loss for g in plain.forward.gemms] == [False] * (len(plain.forward.gemms) - 1) + [True]
     assert sum(g.of_loss for g in plain.backward.gemms) == 2
@@ -102,7 +103,7 @@ def test_a_loss_by_a_name_of_its_own():
     found = inspect(user.linear_cross_entropy, "f32[64,32]:grad", "f32[1000,32]:grad", "i64[64]:0..999")
     assert found.loss == ()  # nobody knows whether the product is a head
     found = inspect(user.linear_cross_entropy, *found.inputs, loss=["linear_cross_entropy"])
-    assert all(launch.of_loss for p in found.passes for launch in p.launches)
+    assert all(gemm.of_loss for p in found.passes for gemm in p.gemms)
 
 
 # How people train ---------------------------------------------------------------------------------------------------
