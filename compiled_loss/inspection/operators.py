@@ -70,14 +70,18 @@ def operations(
 
 
 def collective(name: str, group: Any, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Collective:
-    """What an operator sends; its group comes by name, or in later versions of torch itself."""
+    """What an operator sends; its group comes by name, in a box, or in later versions of torch itself."""
     from torch.distributed import distributed_c10d as c10d
 
     if isinstance(group, str):
         group = c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
-    kind = next((k for k in ("all_reduce", "all_gather", "reduce_scatter") if name.startswith(k)), name.rstrip("_"))
-    size = max(sum(map(extent, reads)), sum(map(extent, writes)))
-    return Collective(kind=kind.replace("_", "-"), size=size, ranks=group.size())
+    elif isinstance(group, torch.ScriptObject):
+        group = c10d.ProcessGroup.unbox(group)  # type: ignore[arg-type]
+    stem = name.strip("_").replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+    kind = next((k for k in ("all_reduce", "all_gather", "reduce_scatter") if stem.startswith(k)), name.rstrip("_"))
+    written = {id(tensor) for tensor in writes}
+    sizes = sum(extent(t) for t in reads if id(t) not in written), sum(map(extent, writes))
+    return Collective(kind=kind.replace("_", "-"), size=max(sizes), ranks=group.size())
 
 
 def kind(func: Any, name: str, operations: int) -> Kind:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -91,6 +92,8 @@ class Memory:
 
 class Recorder(FakeTensorMode):
     """Where fake tensors live, and where everything that runs on them is written down."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -182,6 +185,8 @@ class Recorder(FakeTensorMode):
     ) -> Any:
         """Run an operator on fake tensors."""
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # whose rules are for the class above
+            return func.python_key_table[FakeTensorMode](self, *args, **kwargs)
         if TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)
         if self.inside and func._schema.name.removeprefix("aten::") in _COMPOSITES:
@@ -196,10 +201,9 @@ class Recorder(FakeTensorMode):
             finally:
                 self.inside.pop()
         name = func._schema.name.split("::")[-1]
-        if name in ("_local_scalar_dense", "nonzero"):
-            return self._value(name, args[0])
-        if name == "wait_tensor":  # gives what it is given; its fake gives a new one, and nothing is launched
-            return args[0]
+        if name in ("_local_scalar_dense", "nonzero", "wait_tensor"):
+            # The last gives what it is given; its fake gives a new one, and nothing is launched.
+            return args[0] if name == "wait_tensor" else self._value(name, args[0])
         # An operator that is told where to write makes nothing new, and not each of them knows fake tensors.
         out = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         with _without_constants(args, kwargs):
@@ -227,7 +231,8 @@ class Recorder(FakeTensorMode):
     def _note(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         fresh = [t for t in outputs if t.device.type == self.device.type and self.memory.add(t, name)]
-        if name.startswith(_NO_LAUNCH) or (not fresh and not func._schema.is_mutable):
+        sends = func.namespace == "c10d"  # which write their first argument, and do not say so
+        if name.startswith(_NO_LAUNCH) or not (fresh or sends or func._schema.is_mutable):
             return
         given = [(a, v) for a, v in zip(func._schema.arguments, args, strict=False)]
         given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
@@ -236,6 +241,7 @@ class Recorder(FakeTensorMode):
         for argument, value in given:
             tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
             written = argument.alias_info is not None and argument.alias_info.is_write
+            written = written or (sends and argument is given[0][0])
             if written:
                 writes += tensors
             if not (written and (argument.is_out or argument.kwarg_only or name in ("copy_", "zero_", "fill_"))):
@@ -245,7 +251,8 @@ class Recorder(FakeTensorMode):
         operations, shapes, dtype = operators.operations(func, name, args, kwargs, result)
         across = any(t.device.type != self.device.type for t in (*reads, *writes) if t.dim())
         kind = "transfer" if across else operators.kind(func, name, operations)
-        group = {a.name: value for a, value in given}.get("group_name") if kind == "collective" else None
+        named = {a.name: value for a, value in given} if kind == "collective" else {}
+        group = named.get("group_name", named.get("process_group"))
         self.launch(
             operators.operator_name(func),
             kind,
