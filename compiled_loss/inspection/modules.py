@@ -120,6 +120,7 @@ def started(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
+    each: type
     for each in kind.__subclasses__():
         yield each
         yield from _subclasses(each)

@@ -185,9 +185,8 @@ class Recorder(FakeTensorMode):
     ) -> Any:
         """Run an operator on fake tensors."""
         kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):  # whose rules are for the class above
-            return func.python_key_table[FakeTensorMode](self, *args, **kwargs)
-        if TracingContext.try_get() is not None:  # the compiler at work, not the program
+        higher = isinstance(func, HigherOrderOperator)  # whose rules are for the class above
+        if higher or TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)
         if self.inside and func._schema.name.removeprefix("aten::") in _COMPOSITES:
             with self:
