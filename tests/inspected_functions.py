@@ -77,6 +77,61 @@ class Mlp(nn.Module):
         return self.down(self.up(x).relu()) + self.offset
 
 
+RANDOM = nn.Linear(8, 8), nn.Embedding(9, 4), nn.Conv1d(2, 2, 3), nn.LSTM(4, 4), nn.MultiheadAttention(8, 2)
+
+
+def initialised(x):
+    return _initialised(x)
+
+
+@torch._dynamo.disable
+def _initialised(x):
+    """Every way of torch to draw numbers, on tensors of the device and of the CPU."""
+    for tensor in (torch.empty_like(x), torch.empty(64, 32)):
+        for draw in (
+            nn.init.uniform_,
+            nn.init.normal_,
+            nn.init.trunc_normal_,
+            nn.init.xavier_uniform_,
+            nn.init.xavier_normal_,
+            nn.init.kaiming_uniform_,
+            nn.init.kaiming_normal_,
+            nn.init.orthogonal_,
+        ):
+            draw(tensor)
+        nn.init.sparse_(tensor, 0.5)
+        for name in ("exponential_", "geometric_", "cauchy_", "log_normal_", "bernoulli_", "random_"):
+            getattr(tensor, name)(*[0.5] * (name == "geometric_"))
+        for like in (torch.rand_like, torch.randn_like, torch.bernoulli, torch.poisson, F.dropout):
+            like(tensor)
+        torch.randint(9, (4,), device=tensor.device)
+        torch.randperm(9, device=tensor.device)
+        torch.multinomial(tensor.abs(), 3)
+    return x * 2
+
+
+@torch._dynamo.disable
+def _until(x):
+    while (x > 1).any():
+        x = x / 2
+    return x
+
+
+def until(x):
+    return _until(x) * 2
+
+
+class Raises:
+    """A function whose import raises where it arrives."""
+
+    def __reduce__(self):
+        return _of_mine, ()
+
+
+def _of_mine():
+    raise ZeroDivisionError("of mine")
+
+
 # Breaks, synchronisation, transfers ---------------------------------------------------------------------------------
 
 

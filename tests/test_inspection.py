@@ -413,10 +413,36 @@ def test_autocast():
     assert {g.dtype for g in found.forward.gemms} == {"bfloat16"}
 
 
-@pytest.mark.xfail(strict=True, reason="the fake device has no fused attention, a real one has")
 def test_attention_is_fused():
     found = inspect(user.attention, "bf16[2,4,128,64]:grad")
     assert found.saved_bytes < 2 * 4 * 128 * 128 * 4
+    (forward,), (backward,) = found.forward.attention, found.backward.attention
+    assert forward.operations == 2 * 2 * 2 * 4 * 128 * 128 * 64 / 2  # two products, half of which is masked
+    assert backward.operations == 2.5 * forward.operations
+    assert backward.scratch_bytes == 2 * 4 * 128 * (64 + 1) * 4  # of flash attention: dQ in fp32, and a sum a row
+    assert found.highest_bytes > found.peak_bytes
+    assert not found.forward.gemms
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "kernel"),
+    [
+        ("bf16", {"is_causal": True}, "flash"),
+        ("bf16", {}, "flash"),
+        ("f32", {}, "efficient"),
+        ("bf16", {"attn_mask": True}, "efficient"),
+        ("f64", {}, ""),
+    ],
+)
+def test_attention_is_a_kernel_that_a_gpu_would_choose(dtype, options, kernel):
+    """Of sm_80, which never takes cuDNN's: by the conditions of torch's CUDA library."""
+    inputs = [f"{dtype}[2,4,128,64]"] * (3 + ("attn_mask" in options))
+    if "attn_mask" in options:
+        inputs[3] = f"{dtype}[128,128]"
+        options = {}
+    fn = partial(F.scaled_dot_product_attention, **options)
+    found = inspect(fn, *inputs, device="cuda:sm_80", backward=False)
+    assert [kernel in launch.kernel for launch in found.forward.attention] == [True] * bool(kernel)
 
 
 def test_options_reach_the_compiler():

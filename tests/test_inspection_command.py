@@ -46,6 +46,11 @@ def folder(tmp_path, monkeypatch):
     """The current folder, with a user's module, which is imported anew."""
     (tmp_path / "of_a_user.py").write_text(MODULE)
     (tmp_path / "that_raises.py").write_text("1 / 0")
+    (tmp_path / "that_imports.py").write_text("import nowhere_at_all")
+    (tmp_path / "that_misses.py").write_text("import of_a_user\nof_a_user.nothing")
+    (tmp_path / "on_the_gpu.py").write_text(
+        "import torch\nlayer = torch.nn.Linear(2, 2, device='cuda')\n\n\ndef step(x):\n    return layer(x).sum()\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "of_a_user", raising=False)
@@ -123,6 +128,16 @@ def test_a_tensor_as_an_option_is_an_input():
     labels = torch.tensor([0, 3, 6, 2])
     expected = compiled_loss.linear_cross_entropy(hidden, weight, labels, bias=bias, z_loss=0.5)
     torch.testing.assert_close(case.fn(hidden, weight, labels, bias), expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the file can be imported here")
+def test_a_file_that_needs_a_gpu_is_imported_elsewhere(folder):
+    (case,) = cases("on_the_gpu:step", "--inputs", "f32[4,2]", "--loss", "step", "--loss", "layer")
+    assert (case.label, case.fn.__name__, case.loss) == ("step", "step", ("step", "layer"))
+    find, (name,) = case.fn.__reduce__()
+    assert name == "on_the_gpu:step"
+    with pytest.raises(Exception, match=r"CUDA|NVIDIA"):  # here as well, and not said to be the name's fault
+        find(name)
 
 
 def test_unchunked_is_the_ordinary_loss():
@@ -216,6 +231,11 @@ def test_bad_arguments_of_the_other(capsys):
         (["of_a_user:number"], r"function: expected .*, got 'of_a_user:number': int is not callable"),
         (["of_a_user:Loss"], r"of_a_user:Loss is a class: name a function, or an instance .*"),
         (["that_raises:f"], r"that_raises:f: its import raised ZeroDivisionError: division by zero"),
+        (
+            ["that_imports:f"],
+            r"that_imports:f: its import raised ModuleNotFoundError: .* 'nowhere_at_all'",
+        ),
+        (["that_misses:f"], r"that_misses:f: its import raised AttributeError: module 'of_a_user' has no attribute .*"),
         (["of_a_user:plain"], r"of_a_user:plain: needs --inputs, such as --inputs .*"),
         (["Chunking"], r"Chunking is a class: .*"),
         (["of_a_user:plain", "--inputs", "bf16[8,4"], r"inputs: expected dtype\[size,size\] .*, got 'bf16\[8,4'"),

@@ -56,6 +56,14 @@ def test_nothing_to_differentiate(fn):
     clear(str(caught.value), lines=1)
 
 
+def test_a_loop_that_only_data_end():
+    with pytest.raises(
+        InspectionError, match=r"^the host asked for data 10001 times: expected a program whose loops"
+    ) as e:
+        inspect(user.until, "f32[8]", backward=False)
+    clear(str(e.value), lines=1)
+
+
 def test_a_function_that_cannot_travel():
     lock = threading.Lock()
     expected = r"^<lambda>: expected a function that can be sent to another process, got .*lock.*: define it at the top"

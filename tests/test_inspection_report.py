@@ -117,7 +117,32 @@ def sharded(ranks=8, **changes):
     )
 
 
+def whole():
+    """Of a model: its loss has the second half of the launches, with attention before, and something is not known."""
+    plain = made()
+    attend = Launch(
+        kernel="_flash",
+        kind="attention",
+        read_bytes=8 * MIB,
+        written_bytes=2 * MIB,
+        live_bytes=8 * MIB,
+        scratch_bytes=MIB,
+    )
+    attend = replace(attend, operations=10**12, dtype="bfloat16", shapes="[2, 4, 128, 64] @ [2, 4, 128, 64]")
+    own = tuple(replace(v, of_loss=True, loss_bytes=10 * MIB) for v in plain.forward.launches[4:])
+    last = tuple(replace(v, scratch_bytes=32 * MIB) for v in plain.backward.launches)
+    return replace(
+        plain,
+        forward=replace(plain.forward, launches=(attend, *plain.forward.launches[:3], *own)),
+        backward=replace(plain.backward, launches=last),
+        saved=(replace(plain.saved[0], of_loss=True), replace(plain.saved[0], size=48 * MIB)),
+        loss=("cross_entropy", "lm_head"),
+        notes=("what nobody knows",),
+    )
+
+
 EVERY = {"made": made(), "bare": bare(), "noisy": noisy(), "forward only": made(backward=None), "sharded": sharded()}
+EVERY["whole"] = whole()
 
 
 # Data ---------------------------------------------------------------------------------------------------------------
@@ -192,6 +217,24 @@ def test_key_figures(width):
     assert "and 8 more, see --json" in text
     assert "measured" not in text
     assert "!" not in text
+
+
+@needs_rich
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_share_of_the_loss(width):
+    text = shown(whole(), width=width)
+    assert row(text, "loss, launches") == ["4"]
+    assert row(text, "peak  ") == ["0", "B", "0%"]  # at the third launch, before the loss
+    assert row(text, "kept  ") == ["16.00", "MiB", "25%"]
+    assert row(text, "operations ") == ["17.00", "TFLOP"]
+    assert re.search(r"^  operations +8.00 TFLOP  47% *$", text, re.MULTILINE)
+    assert re.search(r"^  roofline on H100 +[\d.]+ ms  4\d% *$", text, re.MULTILINE)
+    assert row(text, "at most") == ["48.00", "MiB"]  # of 16, and 32 that nobody sees
+    assert "! what nobody knows" in text
+    assert re.search(r"^Fused attention, its first factors *$", text, re.MULTILINE)
+    assert len(re.findall(r"^_flash +\[2, 4, 128, 64\] @ \[2, 4, 128, 64\]", text, re.MULTILINE)) == 1
+    for inspection in (made(), replace(whole(), loss=())):
+        assert "loss, launches" not in shown(inspection, width=width)
 
 
 @needs_rich

@@ -16,7 +16,7 @@ from compiled_loss.inspection.targets import TARGETS
 DEVICES = (*TARGETS, "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 SHAPE = {"tokens": 8192, "hidden": 4096, "vocab": 131072, "dtype": "bfloat16"}
-WHAT = {"inputs": None, **SHAPE, "device": "cuda:sm_90", "backward": True}
+WHAT = {"inputs": None, **SHAPE, "device": "cuda:sm_90", "backward": True, "loss": None}
 DESCRIPTION = """\
 Compile a function, forward and backward, for a GPU that need not be there, and
 show kernels, GEMMs, live memory launch by launch, what is kept for backward,
@@ -99,6 +99,13 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--backward", action=argparse.BooleanOptionalAction, help="also compile the backward (default: yes)"
+    )
+    what.add_argument(
+        "--loss",
+        action="append",
+        metavar="NAME",
+        help="a function, a Module or its attribute that belongs to the loss of a model, repeatable (default: lm_head, "
+        "embed_out, cross_entropy, ForCausalLMLoss); our losses are known",
     )
     how = parser.add_argument_group("how")
     how.add_argument(

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import io
 import pickle
 import re
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from compiled_loss.inspection import errors
+from compiled_loss.inspection.modules import placed
 from compiled_loss.inspection.targets import Target
 
 _DTYPES = {
@@ -131,6 +129,7 @@ class Request:
     first_only: bool = False
     dump: str | None = None
     inputs: tuple[str, ...] = field(default=())
+    loss: tuple[str, ...] | None = None
 
 
 def parse_inputs(text: str) -> tuple[Any, ...]:
@@ -150,16 +149,36 @@ def parse_inputs(text: str) -> tuple[Any, ...]:
 def find_function(name: str) -> Callable[..., Any]:
     """What `package.module:name` names, or a public function of this library by its name alone."""
     module, _, attribute = name.rpartition(":")
+    module = module or "compiled_loss"
     try:
-        found: Any = importlib.import_module(module or "compiled_loss")
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # what the module imports is missing
+        errors.function(name, str(error))
+    try:
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except AttributeError as error:
         errors.function(name, str(error))
     if not callable(found):
         errors.function(name, f"{type(found).__name__} is not callable")
     result: Callable[..., Any] = found
     return result
+
+
+class Named:
+    """A function that another process finds: this one cannot import its module."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name.rpartition(":")[2]
+        self._name = name
+
+    def __reduce__(self) -> tuple[Callable[[str], Callable[..., Any]], tuple[str]]:
+        return find_function, (self._name,)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        raise NotImplementedError(self._name)
 
 
 def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
@@ -193,8 +212,13 @@ def unpack(call: bytes, device: torch.device, *, data: bool) -> tuple[Callable[.
     """The function and its inputs, whose tensors are made on `device`."""
     token = _where.set((device, data))
     try:
-        fn, inputs = pickle.loads(call)
+        with placed(device, data=data):
+            fn, inputs = pickle.loads(call)
         return fn, inputs
+    except errors.InspectionError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise errors.ImportRaisedError from error
     finally:
         _where.reset(token)
 
@@ -207,17 +231,3 @@ def _rebuild(fields: dict[str, Any], parameter: bool) -> Tensor:
     device, data = _where.get()
     tensor = spec.make(device, data=data)
     return torch.nn.Parameter(tensor, requires_grad=spec.grad) if parameter else tensor
-
-
-def differentiated(fn: Any, inputs: Sequence[Any]) -> list[Tensor]:
-    """What wants a gradient of the inputs, and of what the function holds: a Module, a partial's, a closure's."""
-    given = list(tree_leaves(inputs))
-    while isinstance(fn, functools.partial):
-        given += tree_leaves((fn.args, fn.keywords))
-        fn = fn.func
-    held = [getattr(fn, "__self__", fn)]
-    held += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if cell != types.CellType()]
-    for value in held:
-        given += value.parameters() if isinstance(value, torch.nn.Module) else [value]
-    wanted = {id(v): v for v in given if isinstance(v, Tensor) and v.requires_grad}
-    return list(wanted.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Case:
     backward: bool
     dynamic: bool | None
     inductor: dict[str, Any] | None
+    loss: tuple[str, ...] | None
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:
@@ -95,8 +97,9 @@ def _complete(given: argparse.Namespace, above: dict[str, Any]) -> None:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    """Find the function, in the current folder as well."""
-    from compiled_loss.inspection.call import find_function
+    """Find the function, in the current folder as well; what needs a GPU to be imported, another process finds."""
+    from compiled_loss.inspection.call import Named, find_function
+    from compiled_loss.inspection.errors import InspectionError
 
     if name == unchunked.__name__:
         return unchunked
@@ -104,9 +107,11 @@ def _find(name: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found = find_function(name)
-    except RuntimeError:
+    except InspectionError:
         raise
     except Exception as error:  # the user's module runs when it is imported
+        if re.search("cuda|nvidia", str(error), re.IGNORECASE):
+            return Named(name)
         raise RuntimeError(f"{name}: its import raised {type(error).__name__}: {error}") from error
     if isinstance(found, type):
         raise RuntimeError(f"{name} is a class: name a function, or an instance that is made in the module")
@@ -115,7 +120,7 @@ def _find(name: str) -> Callable[..., Any]:
 
 def _case(label: str, given: argparse.Namespace, fn: Callable[..., Any], first: Callable[..., Any] | None) -> Case:
     """Make a call. `first` is the function whose inputs a function that is not ours takes, if there is one."""
-    from compiled_loss.inspection.call import TensorSpec, parse_inputs
+    from compiled_loss.inspection.call import Named, TensorSpec, parse_inputs
 
     options = dict(given.option or ())
     if options and isinstance(fn, torch.nn.Module):  # a partial would hide its parameters
@@ -135,7 +140,7 @@ def _case(label: str, given: argparse.Namespace, fn: Callable[..., Any], first: 
         )
     else:
         inputs = _made(fn if first is None or ":" not in given.function else first, given)
-    if _parameters(fn):
+    if _parameters(fn) and not isinstance(fn, Named):
         try:
             signature(_called(fn)).bind(*inputs, **options)
         except TypeError as error:
@@ -161,6 +166,7 @@ def _case(label: str, given: argparse.Namespace, fn: Callable[..., Any], first: 
         backward=given.backward,
         dynamic=given.dynamic,
         inductor=inductor or None,
+        loss=None if given.loss is None else tuple(given.loss),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import pickle
 import sys
@@ -16,13 +17,14 @@ from compiled_loss.inspection import errors, fake_device
 from compiled_loss.inspection.call import Request
 from compiled_loss.inspection.examine import examine
 from compiled_loss.inspection.measuring import measure, properties
+from compiled_loss.inspection.recorder import Recorder
 from compiled_loss.inspection.targets import Target
 
 _LINES = 12  # of an error that are shown
 
 
 def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int, answers: int) -> None:
-    """Answer on file descriptors: ("progress", text)..., then ("done", value), ("refused", text) or ("error", text)."""
+    """Answer on file descriptors: ("progress", text)..., then ("done", value) or ("refused"|"import"|"error", text)."""
     reading, writing = Connection(requests, writable=False), Connection(answers, readable=False)
     if shim is not None and target is not None:
         try:
@@ -30,6 +32,8 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
         except errors.InspectionError as error:
             writing.send(("refused", str(error)))
             return
+    # One for all: what a module makes when it is imported lives in the first one's.
+    recorder = Recorder(torch.device("cuda", 0) if target is not None else torch.device("cpu"))
     writing.send(("done", None))
     while True:
         try:
@@ -37,15 +41,17 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
         except EOFError:
             return
         try:
-            writing.send(("done", _do(job, request, fake=target is not None, writing=writing)))
+            writing.send(("done", _do(job, request, recorder, writing)))
         except errors.InspectionError as error:
             writing.send(("refused", str(error)))
+        except errors.ImportRaisedError as error:
+            writing.send(("import", _readable(error.__cause__ or error)))
         except (Exception, SystemExit) as error:
             writing.send(("error", _readable(error)))
         sys.stdout.flush()
 
 
-def _do(job: str, request: Request, *, fake: bool, writing: Connection) -> Any:
+def _do(job: str, request: Request, recorder: Recorder, writing: Connection) -> Any:
     def progress(text: str) -> None:
         writing.send(("progress", text))
 
@@ -53,12 +59,17 @@ def _do(job: str, request: Request, *, fake: bool, writing: Connection) -> Any:
         return measure(request)
     if job == "properties":
         return properties()
-    return examine(request, torch.device("cuda", 0) if fake else torch.device("cpu"), progress).to_json()
+    return examine(request, recorder, progress).to_json()
 
 
 def _readable(error: BaseException) -> str:
     """The traceback without the frames of the compiler, which are dozens."""
-    libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    libraries = (
+        os.path.dirname(torch.__file__),
+        os.path.dirname(__file__),
+        os.path.dirname(importlib.__file__),
+        "<frozen",
+    )
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     said = "".join(traceback.format_exception_only(error)).splitlines(keepends=True)
     # The dispatcher lists every backend it knows.

@@ -54,6 +54,7 @@ def _inspect(case: Case, given: argparse.Namespace, folder: Path | None) -> Insp
             options=case.inductor,
             assemble=given.assemble,
             measure=given.measure,
+            loss=case.loss,
             dump=folder,
             progress=progress,
         )

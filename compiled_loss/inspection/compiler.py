@@ -14,7 +14,6 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 
@@ -22,16 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from compiled_loss.inspection.record import Break, Graph, Guard, Kind
+from compiled_loss.inspection import modules
+from compiled_loss.inspection.attribution import MARK, Attribution
+from compiled_loss.inspection.kernels import GeneratedKernel, Kernels
+from compiled_loss.inspection.record import Break, Graph, Guard
 from compiled_loss.inspection.recorder import Recorder
-
-_TRITON_KINDS: dict[str, Kind] = {
-    "poi": "pointwise",
-    "for": "pointwise",
-    "red": "reduction",
-    "per": "reduction",
-    "tem": "gemm",
-}
 
 _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
@@ -52,6 +46,18 @@ def _copy_constant(lowering: Any, name: str, device: torch.device | None) -> str
     return copy
 
 
+def _traced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace a call; a number that it brings to the device is not known from then on: no device holds it."""
+
+    def traced(mode: Any, func: Any, pre_dispatch: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not any(isinstance(v, torch.device) and v.type == "cuda" for v in (*args, *kwargs.values())):
+            return call(mode, func, pre_dispatch, args, kwargs)
+        with mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", -1):
+            return call(mode, func, pre_dispatch, args, kwargs)
+
+    return traced
+
+
 class _Generated(Exception):  # noqa: N818
     """Raised in the place where Inductor would load its code."""
 
@@ -59,30 +65,6 @@ class _Generated(Exception):  # noqa: N818
         super().__init__("host code")
         self.source = source
         self.constants = constants
-
-
-@dataclass
-class GeneratedKernel:
-    """A kernel's source; `arguments` are the names of its parameters, by which reads and writes are told apart."""
-
-    name: str
-    kind: Kind
-    source: str
-    arguments: tuple[str, ...]
-    is_triton: bool
-
-    def run(self, recorder: Recorder, values: Sequence[Any]) -> None:
-        """Write down one launch, unless it is the host's."""
-        tensors = [(n, v) for n, v in zip(self.arguments, values, strict=False) if isinstance(v, Tensor)]
-        if all(v.device.type != recorder.device.type for _, v in tensors):
-            return
-        reads = [v for n, v in tensors if self._uses(n, "load", not n.startswith("out_"))]
-        writes = [v for n, v in tensors if self._uses(n, "store|atomic", not n.startswith("in_ptr"))]
-        recorder.launch(self.name, self.kind, reads, writes)
-
-    def _uses(self, argument: str, how: str, otherwise: bool) -> bool:
-        """Whether the source loads or stores an argument; by its name where the source is not Triton's."""
-        return bool(re.search(rf"\b(?:{how})\w*\({argument}\b", self.source)) if self.is_triton else otherwise
 
 
 _VALUE_GUARDS = (
@@ -99,8 +81,9 @@ _VALUE_GUARDS = (
 class Compiler:
     """Inductor, with its code kept and its launches recorded."""
 
-    def __init__(self, recorder: Recorder, progress: Callable[[str], None]) -> None:
+    def __init__(self, recorder: Recorder, attribution: Attribution, progress: Callable[[str], None]) -> None:
         self.recorder = recorder
+        self.attribution = attribution
         self.graphs: list[Graph] = []
         self.breaks: list[Break] = []
         self.guards: list[Guard] = []
@@ -116,6 +99,7 @@ class Compiler:
         from torch._inductor import compile_fx as inductor
         from torch._inductor import config
         from torch._inductor.graph import GraphLowering
+        from torch.fx.experimental import proxy_tensor
 
         build_guards = CheckFunctionManager.__init__
         compile_fx = inductor.compile_fx
@@ -134,10 +118,17 @@ class Compiler:
             stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module", _stop))
             stack.enter_context(mock.patch.object(GraphLowering, "constant_name", _copy_constant))
             stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
-            # What would compute on the device: constants, and timing of padded GEMMs.
+            stack.enter_context(mock.patch.object(proxy_tensor, "proxy_call", _traced(proxy_tensor.proxy_call)))
+            stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", modules.swap))
+            stack.enter_context(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", modules.draw))
+            stack.enter_context(self.attribution.marking())
+            stack.enter_context(modules.started(self.recorder))
+            # What would compute on the device: constants, a number's copy, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
             stack.enter_context(config.patch(fx_graph_cache=False))
-            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+            stack.enter_context(
+                functorch_config.patch(enable_autograd_cache=False, graphsafe_rng_functionalization=False)
+            )
             yield
 
     def _compile_inner(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Any:
@@ -146,7 +137,7 @@ class Compiler:
 
         nodes = gm.print_readable(print_output=False)
         outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-        origins = [_origin(n) for n in outputs] if isinstance(outputs, (list, tuple)) else []
+        origins = [self._origin(n) for n in outputs] if isinstance(outputs, (list, tuple)) else []
         try:
             compile_fx_inner(gm, example_inputs, **keywords)
         except Exception as error:
@@ -158,11 +149,12 @@ class Compiler:
             return gm.forward  # a graph with nothing to compute
         direction: Literal["forward", "backward"] = "backward" if keywords.get("is_backward") else "forward"
         inside = self.recorder.inside[-1] if self.recorder.inside else ""
-        self.graphs.append(Graph(direction=direction, operator=inside, nodes=nodes, wrapper=source))
+        self.graphs.append(Graph(direction=direction, operator=inside, nodes=nodes, wrapper=MARK.sub("", source)))
         self._progress(f"{direction} graph {sum(g.direction == direction for g in self.graphs)} generated")
 
         def run(arguments: list[Any]) -> Any:
-            results = self._module(source, constants).call(arguments)
+            with self.recorder.attributing():
+                results = self._module(source, constants).call(arguments)
             for value, origin in zip(results, origins, strict=False):
                 if isinstance(value, Tensor) and origin is not None:
                     self.recorder.memory.name(value, *origin)
@@ -170,6 +162,17 @@ class Compiler:
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+    def _origin(self, node: Any) -> tuple[str, str, bool] | None:
+        """What made a graph's output, the line of the program that asked for it, and whether it is the loss's."""
+        if not isinstance(node, torch.fx.Node) or node.op == "placeholder":
+            return None
+        made = node.meta.get("original_aten", node.target)
+        if made is operator.getitem and isinstance(node.args[0], torch.fx.Node):  # one of several results
+            made = node.args[0].args[0] if node.args[0].args else node.args[0].target
+        frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+        line = _innermost([(name, int(line)) for name, line in frames])
+        return f"{node.name} = {made}", line, self.attribution.holds(node)
 
     def _keep_break(self, gm: Any) -> None:
         reason = getattr(gm, "compile_subgraph_reason", None)
@@ -199,7 +202,7 @@ class Compiler:
             module = types.ModuleType(f"compiled_loss_wrapper_{key[:8]}")
             sys.modules[module.__name__] = module
             code = re.sub(r"^async_compile = AsyncCompile\(\)$", "", source, flags=re.M)
-            module.__dict__["async_compile"] = _Kernels(self)
+            module.__dict__["async_compile"] = Kernels(self.recorder, self.name)
             exec(compile(code, module.__name__, "exec"), module.__dict__)
             module.__dict__.update(self._overrides())
             for name, value in constants.items():
@@ -232,6 +235,7 @@ class Compiler:
             assert_alignment=nothing,
             copy_if_misaligned=same,
             get_raw_stream=lambda device: 0,
+            of_loss=self.recorder.attribute,
         )
 
     def name(self, name: str, kernel: GeneratedKernel) -> None:
@@ -244,45 +248,6 @@ class Compiler:
         self.kernels[unique] = kernel
 
 
-class _Kernels:
-    """Takes the place of Inductor's AsyncCompile in the host code."""
-
-    def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
-
-    def triton(self, name: str, source: str, device_str: str = "cuda") -> _Runner:
-        short = re.match(r"triton_([a-z]+)_", name)
-        kind = _TRITON_KINDS.get(short[1], "other") if short else "other"
-        parameters = re.search(rf"^def {re.escape(name)}\((.*?)\):", source, re.M | re.S)
-        arguments = tuple(p.split(":")[0].strip() for p in parameters[1].split(",")) if parameters else ()
-        return _Runner(self._compiler.recorder, GeneratedKernel(name, kind, source, arguments, is_triton=True))
-
-    def cpp_pybinding(self, argument_types: list[str], source: str) -> _Runner:
-        kind: Kind = "reduction" if "_acc" in source else "pointwise"
-        parameters = re.search(r'extern "C"\s+(?:\w+\s+)?void\s+\w+\((.*?)\)', source, re.S)
-        arguments = tuple(re.findall(r"(\w+)\s*(?:,|$)", parameters[1])) if parameters else ()
-        return _Runner(self._compiler.recorder, GeneratedKernel("", kind, source, arguments, is_triton=False))
-
-    def wait(self, scope: dict[str, Any]) -> None:
-        """Called at the end of the definitions: only now is it known what each kernel is called."""
-        for name, value in scope.items():
-            if isinstance(value, _Runner):
-                self._compiler.name(name, value.kernel)
-
-
-class _Runner:
-    """A kernel, where the host code expects one."""
-
-    def __init__(self, recorder: Recorder, kernel: GeneratedKernel) -> None:
-        self.kernel = kernel
-        self._recorder = recorder
-
-    def __call__(self, *values: Any, **keywords: Any) -> None:
-        self.kernel.run(self._recorder, values)
-
-    run = __call__
-
-
 def _tensor_guard(guard: Any, output: Any) -> str:
     """What is compared of a tensor; a size that may change is a symbol."""
     tensor = guard.obj_weakref() if guard.obj_weakref is not None else None
@@ -291,17 +256,6 @@ def _tensor_guard(guard: Any, output: Any) -> str:
     sizes = output.input_source_to_sizes_strides.get(guard.originating_source, {"size": tensor.shape})["size"]
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{guard.name} is {dtype}[{', '.join(map(str, sizes))}], requires_grad={tensor.requires_grad}"
-
-
-def _origin(node: Any) -> tuple[str, str] | None:
-    """What made a graph's output, and the line of the program that asked for it."""
-    if not isinstance(node, torch.fx.Node) or node.op == "placeholder":
-        return None
-    made = node.meta.get("original_aten", node.target)
-    if made is operator.getitem and isinstance(node.args[0], torch.fx.Node):  # one of several results
-        made = node.args[0].args[0] if node.args[0].args else node.args[0].target
-    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{node.name} = {made}", _innermost([(name, int(line)) for name, line in frames])
 
 
 def _user_line(stack: Iterable[traceback.FrameSummary]) -> str:

@@ -9,6 +9,10 @@ class InspectionError(RuntimeError):
     """An inspection that cannot be made; the text says what to change."""
 
 
+class ImportRaisedError(Exception):
+    """Raised from what an import raised, where a function arrives."""
+
+
 def platform(platform: str) -> None:
     """Raise: no fake device here."""
     raise InspectionError(
@@ -75,6 +79,19 @@ def pickle(name: str, reason: str) -> None:
 def raised(name: str, trace: str) -> None:
     """Raise: the user's function, or the compiler, did."""
     raise InspectionError(f"{name} raised while it was inspected:\n{trace}")
+
+
+def imported(name: str, trace: str) -> None:
+    """Raise: the user's module did, when the process that inspects imported it."""
+    raise InspectionError(f"{name}: its import raised, in the process that inspects:\n{trace}")
+
+
+def endless(times: int) -> None:
+    """Raise: a loop over what only data can say."""
+    raise InspectionError(
+        f"the host asked for data {times} times: expected a program whose loops end whatever the data are, for tensors "
+        "have none here: leave such a loop out of what is inspected"
+    )
 
 
 def died(status: object, output: str) -> None:

@@ -13,32 +13,34 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss.inspection import errors
-from compiled_loss.inspection.call import Request, differentiated, unpack
+from compiled_loss.inspection import attention, errors
+from compiled_loss.inspection.attribution import Attribution
+from compiled_loss.inspection.call import Request, unpack
 from compiled_loss.inspection.compiler import Compiler
+from compiled_loss.inspection.modules import forget_gradients, leaves
 from compiled_loss.inspection.record import Inspection, Kernel, Pass, Saved
 from compiled_loss.inspection.recorder import Recorder
 
 
-def examine(request: Request, device: torch.device, progress: Callable[[str], None]) -> Inspection:
-    """Inspect one call on `device`, which this process takes for real or fakes."""
+def examine(request: Request, recorder: Recorder, progress: Callable[[str], None]) -> Inspection:
+    """Inspect one call on the recorder's device, which this process takes for real or fakes."""
     start = time.monotonic()
     torch.compiler.reset()
-    recorder = Recorder(device)
-    compiler = Compiler(recorder, progress)
+    recorder.asked = 0
+    attribution = Attribution(request.loss)
+    compiler = Compiler(recorder, attribution, progress)
     with recorder, compiler.installed():
-        fn, inputs = unpack(request.call, device, data=False)
-        wanted = differentiated(fn, inputs) if request.backward else []
+        fn, inputs = unpack(request.call, recorder.device, data=False)
         compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
-        _run(request, recorder, compiled, inputs, wanted)  # compiles
+        _run(request, recorder, compiled, inputs)  # compiles
         gc.collect()  # what the compiler left in cycles
         progress("running on fake tensors")
         for _ in range(3):
             there = recorder.memory.keys()
-            forward, backward, saved = _run(request, recorder, compiled, inputs, wanted)
+            forward, backward, saved, parameters = _run(request, recorder, compiled, inputs)
             if there <= recorder.memory.keys():  # else a thread of the compiler's let go of something meanwhile
                 break
-    del compiled, inputs, wanted, fn
+    del compiled, inputs, fn
     kernels = _assembled(request, compiler, (forward, backward), progress)
     return Inspection(
         name=request.name,
@@ -53,13 +55,16 @@ def examine(request: Request, device: torch.device, progress: Callable[[str], No
         graphs=tuple(compiler.graphs),
         breaks=tuple(compiler.breaks),
         guards=tuple(compiler.guards),
+        parameters=parameters,
+        loss=attribution.found,
+        notes=attention.notes(request.device, [kernel.name for kernel in kernels if kernel.kind == "attention"]),
         seconds=time.monotonic() - start,
     )
 
 
 def _run(
-    request: Request, recorder: Recorder, compiled: Callable[..., Any], inputs: Sequence[Any], wanted: list[Tensor]
-) -> tuple[Pass, Pass | None, tuple[Saved, ...]]:
+    request: Request, recorder: Recorder, compiled: Callable[..., Any], inputs: Sequence[Any]
+) -> tuple[Pass, Pass | None, tuple[Saved, ...], tuple[int, ...]]:
     memory = recorder.memory
     before, base = memory.keys(), memory.live
     with recorder.record(base) as passes:
@@ -67,18 +72,23 @@ def _run(
     results = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
     own = {v.untyped_storage()._cdata for v in results}
     saved = tuple(memory.saved(key) for key in sorted(memory.keys() - before - own))
-    backward = None
+    backward: Pass | None = None
+    parameters: tuple[int, ...] = ()
     if request.backward:
         outputs = [v for v in results if v.requires_grad]
-        if not outputs or not wanted:
+        if not outputs:
             errors.gradient(request.name)
         upstream = [torch.ones_like(v) for v in outputs]
         base += sum(v.untyped_storage().nbytes() for v in upstream)
+        wanted = leaves(outputs)
+        given = {id(v) for v in tree_leaves(inputs)}
+        parameters = tuple(v.untyped_storage().nbytes() for v in wanted if id(v) not in given)
         with recorder.record(base) as more:
-            gradients = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+            torch.autograd.backward(outputs, upstream)
         backward = more[0]
-        del gradients, upstream, outputs
-    return passes[0], backward, saved
+        forget_gradients(wanted)
+        del upstream, outputs, wanted
+    return passes[0], backward, saved, parameters
 
 
 def _assembled(

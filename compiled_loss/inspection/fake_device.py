@@ -1,9 +1,10 @@
 """A GPU that is not there: torch, Inductor and Triton are told of a device they then generate code for.
 
 NOTE [Fake device]
-`fake_device.cpp` registers a device guard and CUDA hooks that do nothing, which is what C++ asks for; this file answers
-what Python asks. Nothing can be allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. The
-process is spoiled for a real GPU from then on, so all of this runs in a child (`child.py`), one for each target.
+`fake_device.cpp` registers a device guard and CUDA hooks that do nothing, which is what C++ asks for;
+`fake_attention.cpp` chooses a kernel of fused attention, as torch's CUDA library would; this file answers what Python
+asks. Nothing can be allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. The process is
+spoiled for a real GPU from then on, so all of this runs in a child (`child.py`), one for each target.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 
 import torch
 
-from compiled_loss.inspection import errors
+from compiled_loss.inspection import errors, fake_streams
+from compiled_loss.inspection.attention import cudnn_versions
 from compiled_loss.inspection.targets import Target
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCES = tuple(Path(__file__).with_name(f"fake_{name}.cpp") for name in ("device", "attention"))
 
 
 def build() -> Path:
-    """The shared library of `fake_device.cpp` for this torch, compiled once and kept in the compiler's cache."""
+    """The shared library of both C++ files for this torch, compiled once and kept in the compiler's cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     if not sys.platform.startswith("linux"):
@@ -37,7 +39,8 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         errors.cache(str(error))
-    key = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {root}".encode()).hexdigest()[:16]
+    sources = b"".join(source.read_bytes() for source in _SOURCES)
+    key = hashlib.sha256(sources + f"{torch.__version__} {root}".encode()).hexdigest()[:16]
     library = folder / f"fake_device_{key}.so"
     if library.exists():
         return library
@@ -46,7 +49,7 @@ def build() -> Path:
         errors.compiler(os.environ.get("CXX"))
     assert compiler is not None
     scratch = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", *map(str, _SOURCES)]
     command += ["-o", str(scratch), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -58,6 +61,7 @@ def build() -> Path:
 def install(shim: ctypes.CDLL, target: Target) -> None:
     """Make `target` the process's one GPU. `shim` was loaded before torch."""
     shim.install_fake_device_guard()
+    shim.install_fake_attention(target.backend == "hip", _prefers_cudnn(target))
     if target.backend == "hip":
         torch.version.hip = "6.4"
     try:
@@ -139,8 +143,23 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     cuda.set_rng_state = lambda *a, **k: None
     cuda.synchronize = lambda *a, **k: None
     cuda._lazy_init = lambda: None
+    fake_streams.install()
     native: Any = torch._C
     native._cuda_getCurrentRawStream = lambda device: 0
+
+
+def _prefers_cudnn(target: Target) -> bool:
+    """Whether torch takes cuDNN's attention before flash attention: on such GPUs, from version 9.15.1 on.
+
+    The packages of a CUDA build of torch bring theirs. Of a build for CPUs it is not known: flash attention is taken.
+    """
+    allowed = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1"
+    return (
+        allowed
+        and target.backend == "cuda"
+        and target.major in (9, 10)
+        and max(cudnn_versions(), default=()) > (9, 15, 0)
+    )
 
 
 def _properties(target: Target) -> Any:

@@ -31,6 +31,7 @@ def inspect(
     assemble: bool | Sequence[str] = True,
     first_only: bool = False,
     measure: bool = True,
+    loss: str | Sequence[str] | None = None,
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
@@ -51,6 +52,8 @@ def inspect(
             kernels only.
         first_only: assemble the configuration that Inductor would try first, not all of them.
         measure: run it as well where `device` is "cpu" or "cuda", and set `measured`.
+        loss: names of functions, Modules or their attributes that make up the loss of a model, its head included; None
+            for the usual ones ("lm_head", "embed_out", "cross_entropy", "ForCausalLMLoss"). Ours are known.
         dump: a folder to write graphs, host code, kernels, machine code and an index page to.
         progress: called with one line of text at each step.
 
@@ -93,6 +96,7 @@ def inspect(
         first_only=first_only,
         dump=None if dump is None else str(Path(dump).absolute()),
         inputs=tuple(_describe(v) for v in inputs),
+        loss=None if loss is None else (loss,) if isinstance(loss, str) else tuple(loss),
     )
     child = child_for(target, _file_of(fn))
     found = Inspection.from_json(child.ask("examine", request, request.name, progress))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compiled_loss.inspection.call import Request, differentiated, unpack
+from compiled_loss.inspection.call import Request, unpack
+from compiled_loss.inspection.modules import forget_gradients, leaves
 from compiled_loss.inspection.record import Measured
 from compiled_loss.measure import PeakMemory
 
@@ -34,7 +35,6 @@ def measure(request: Request) -> dict[str, Any]:
     """Peak over the inputs and seconds of forward and backward, compiled and warm."""
     device = torch.device(request.device)
     fn, inputs = unpack(request.call, device, data=True)
-    wanted = differentiated(fn, inputs) if request.backward else []
     compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
 
     upstream: list[Tensor] = []
@@ -45,7 +45,9 @@ def measure(request: Request) -> dict[str, Any]:
             outputs = [v for v in tree_leaves(result) if isinstance(v, Tensor) and v.requires_grad]
             if not upstream:
                 upstream.extend(torch.ones_like(v) for v in outputs)  # given, not counted, as in a prediction
-            torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+            wanted = leaves(outputs)
+            torch.autograd.backward(outputs, upstream)
+            forget_gradients(wanted)
         if device.type != "cpu":
             torch.accelerator.synchronize()
 

@@ -86,6 +86,8 @@ class Child:
                 raise
         if kind == "refused":
             raise errors.InspectionError(value)
+        if kind == "import":
+            errors.imported(name, value)
         if kind == "error":
             errors.raised(name, value)
         return value

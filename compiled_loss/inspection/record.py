@@ -17,7 +17,7 @@ from typing import Any, Literal
 from compiled_loss.inspection.network import NETWORKS, Collective
 from compiled_loss.inspection.targets import GPUS, Gpu
 
-Kind = Literal["pointwise", "reduction", "gemm", "collective", "copy", "transfer", "sync", "other"]
+Kind = Literal["pointwise", "reduction", "gemm", "attention", "collective", "copy", "transfer", "sync", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,9 @@ class Kernel:
 class Launch:
     """One launch, in order. `live_bytes` is the most that was alive over the inputs since the launch before.
 
-    Each operand counts once and whole, whatever a cache or a second pass makes of it.
+    Each operand counts once and whole, whatever a cache or a second pass makes of it. `scratch_bytes` are what a kernel
+    of a library takes besides, at most: they are not seen, and not in `live_bytes`. `of_loss` says whether the launch
+    is the loss's, `loss_bytes` how many of the bytes alive the loss wrote.
     """
 
     kernel: str
@@ -60,6 +62,9 @@ class Launch:
     dtype: str = ""
     shapes: str = ""
     collective: Collective | None = None
+    scratch_bytes: int = 0
+    of_loss: bool = False
+    loss_bytes: int = 0
 
     def seconds(self, gpu: Gpu) -> float:
         """At least what this takes: by its operations or by its bytes, whichever is more."""
@@ -83,6 +88,11 @@ class Pass:
     def gemms(self) -> tuple[Launch, ...]:
         """Launches that are GEMMs."""
         return tuple(launch for launch in self.launches if launch.kind == "gemm")
+
+    @property
+    def attention(self) -> tuple[Launch, ...]:
+        """Launches that are a library's kernel of fused attention."""
+        return tuple(launch for launch in self.launches if launch.kind == "attention")
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
@@ -139,6 +149,7 @@ class Saved:
     size: int
     origin: str
     location: str
+    of_loss: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +162,11 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What the compiler made of a function."""
+    """What the compiler made of a function.
+
+    `parameters` are the bytes of each tensor that backward reaches and that is no input, `loss` the names by which its
+    loss was found: NOTE [The loss]. `notes` say what is not known.
+    """
 
     name: str
     device: str
@@ -167,6 +182,9 @@ class Inspection:
     guards: tuple[Guard, ...]
     seconds: float
     measured: Measured | None = None
+    parameters: tuple[int, ...] = ()
+    loss: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -177,6 +195,11 @@ class Inspection:
     def peak_bytes(self) -> int:
         """The most that was alive over the inputs."""
         return max(p.peak_bytes for p in self.passes)
+
+    @property
+    def highest_bytes(self) -> int:
+        """The most that may be alive over the inputs, with what kernels of libraries take for themselves."""
+        return max((v.live_bytes + v.scratch_bytes for p in self.passes for v in p.launches), default=self.peak_bytes)
 
     @property
     def saved_bytes(self) -> int:
@@ -193,10 +216,21 @@ class Inspection:
         """Launches of both passes."""
         return sum(len(p.launches) for p in self.passes)
 
-    def roofline_seconds(self, gpu: str | None = None) -> float | None:
+    @property
+    def loss_peak_bytes(self) -> int:
+        """Of the bytes alive at the peak, those that the loss wrote."""
+        highest = max((v for p in self.passes for v in p.launches), key=lambda v: v.live_bytes, default=None)
+        return highest.loss_bytes if highest is not None else 0
+
+    @property
+    def loss_saved_bytes(self) -> int:
+        """Of the bytes kept between forward and backward, the loss's."""
+        return sum(tensor.size for tensor in self.saved if tensor.of_loss)
+
+    def roofline_seconds(self, gpu: str | None = None, *, of_loss: bool = False) -> float | None:
         """The sum of what each launch takes at least, on `gpu` of `targets.GPUS` or the first of the device's.
 
-        None where no such GPU is known: a CPU's rates are not in a table.
+        None where no such GPU is known: a CPU's rates are not in a table. With `of_loss` of the loss's launches only.
         """
         if gpu is None:
             named = [g for g in GPUS.values() if g.target == self.device]
@@ -205,7 +239,7 @@ class Inspection:
             chosen = named[0]
         else:
             chosen = GPUS[gpu]
-        return sum(launch.seconds(chosen) for p in self.passes for launch in p.launches)
+        return sum(v.seconds(chosen) for p in self.passes for v in p.launches if v.of_loss or not of_loss)
 
     @property
     def sent_bytes(self) -> float:

@@ -84,6 +84,7 @@ def warnings(inspection: Inspection) -> list[Text]:
     if not large and inspection.saved_bytes > sum(_sizes(inspection)) > 0:
         text = f"keeps {size(inspection.saved_bytes)} in {len(inspection.saved)} tensors, more than all inputs together"
         found.append((text, WARNING))
+    found += [(note, WARNING) for note in inspection.notes]
     return [Text(f"! {text}", style) for text, style in found]
 
 
@@ -99,7 +100,8 @@ def tables(inspection: Inspection) -> list[Table]:
     found = (
         _summary(inspection),
         _kernels(inspection),
-        _gemms(inspection),
+        _gemms(inspection, "GEMMs", "gemm"),
+        _gemms(inspection, "Fused attention, its first factors", "attention"),
         _collectives(inspection),
         _table("Kept for backward, beside inputs and results", ("tensor", ">bytes", "origin", "line"), saved),
         _table("Guards: compiled again unless", ("condition", "line"), guards, most=12),
@@ -137,6 +139,8 @@ def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
     if measured:
         found["  measured"] = measured.peak_bytes, size(measured.peak_bytes)
         found["  prediction is off by"] = 0, f"{peak / measured.peak_bytes - 1:+.1%}" if measured.peak_bytes else "-"
+    if inspection.highest_bytes > peak:
+        found["  at most"] = inspection.highest_bytes, size(inspection.highest_bytes)  # attention's scratch
     found["kept for backward"] = inspection.saved_bytes, size(inspection.saved_bytes)
     found["operations"] = inspection.operations, scaled(inspection.operations, 1000, FLOP)
     found["bytes moved"] = moved, size(moved)
@@ -144,6 +148,7 @@ def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
     times = {f"roofline on {name}": inspection.roofline_seconds(name) or 0.0 for name in names}
     times |= {"measured time": measured.seconds} if measured else {}
     found |= {label: (seconds, _milliseconds(seconds)) for label, seconds in times.items()}
+    found |= _loss(inspection, names)
     counts = [len(p.collectives) for p in passes]
     if any(counts):
         sent = inspection.sent_bytes
@@ -152,6 +157,24 @@ def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
             seconds = inspection.communication_seconds(spread=spread)
             found[label] = seconds or 0.0, _milliseconds(seconds)
     return found
+
+
+def _loss(inspection: Inspection, gpus: Sequence[str]) -> dict[str, tuple[float, str]]:
+    """The loss's part of the figures, where it is known which launches are its, and others are not."""
+    own = [launch for launch in _launches(inspection) if launch.of_loss]
+    if not inspection.loss or not 0 < len(own) < inspection.launches:
+        return {}
+    operations, peak = sum(launch.operations for launch in own), inspection.loss_peak_bytes
+    parts: list[tuple[str, float, float, str]] = [
+        ("peak", peak, inspection.peak_bytes, size(peak)),
+        ("kept", inspection.loss_saved_bytes, inspection.saved_bytes, size(inspection.loss_saved_bytes)),
+        ("operations", operations, inspection.operations, scaled(operations, 1000, FLOP)),
+    ]
+    for name in gpus:
+        seconds = inspection.roofline_seconds(name, of_loss=True) or 0.0
+        parts.append((f"roofline on {name}", seconds, inspection.roofline_seconds(name) or 0.0, _milliseconds(seconds)))
+    found: dict[str, tuple[float, str]] = {"loss, launches": (len(own), f"{len(own):,}")}
+    return found | {f"  {name}": (part, f"{text} {part / (all_ or 1):4.0%}") for name, part, all_, text in parts}
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -180,16 +203,16 @@ def _kernels(inspection: Inspection) -> Table:
     return _table(title, ("name", "kind", ">fwd", ">bwd", ">bytes", *machine), rows)
 
 
-def _gemms(inspection: Inspection) -> Table:
-    """Count those of equal operator, shapes and dtype."""
+def _gemms(inspection: Inspection, title: str, kind: str) -> Table:
+    """Count those of a kind of equal operator, shapes and dtype."""
     counts: defaultdict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
     for i, one in enumerate(inspection.passes):
-        for gemm in one.gemms:
+        for gemm in (launch for launch in one.launches if launch.kind == kind):
             count = counts[gemm.kernel, gemm.shapes, gemm.dtype]
             count[i] += 1
             count[2] += gemm.operations
     rows = [(*key, *(str(n or "-") for n in count[:2]), scaled(count[2], 1000, FLOP)) for key, count in counts.items()]
-    return _table("GEMMs", ("operator", "shapes", "dtype", ">fwd", ">bwd", ">together"), rows)
+    return _table(title, ("operator", "shapes", "dtype", ">fwd", ">bwd", ">together"), rows)
 
 
 def _collectives(inspection: Inspection) -> Table:
@@ -239,6 +262,7 @@ def _large(inspection: Inspection) -> list[Saved]:
 
 
 def _sizes(inspection: Inspection) -> list[int]:
-    """Bytes of the inputs, which `bf16[8192,4096]:grad` describes: the number is of bits."""
+    """Bytes of parameters, and of inputs, which `bf16[8192,4096]:grad` describes: the number is of bits."""
     found = (re.match(r"[a-z]+(\d*)\w*\[([\d, ]*)\]", given) for given in inspection.inputs)
-    return [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
+    inputs = [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
+    return [*inputs, *inspection.parameters]

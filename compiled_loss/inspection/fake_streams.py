@@ -1,0 +1,62 @@
+"""Streams and events of a GPU that is not there: everything runs in order, and nothing waits."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+class Event:
+    """Recorded and reached at once."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None:
+        """Do nothing."""
+
+    wait = record
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        """Say that it was reached."""
+        return True
+
+
+class Stream:
+    """The one stream that there is."""
+
+    device = torch.device("cuda", 0)
+    device_index = stream_id = cuda_stream = priority = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None:
+        """Do nothing."""
+
+    wait_event = wait_stream
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Give the event, or one."""
+        return Event() if event is None else event
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        """Say that all is done."""
+        return True
+
+
+def install() -> None:
+    """Give them to `torch.cuda`, for those who overlap what they send with what they compute."""
+    cuda: Any = torch.cuda
+    only = Stream()
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_stream = lambda *a, **k: only
+    cuda.default_stream = lambda *a, **k: only
+    cuda.stream = contextlib.nullcontext
+    cuda.set_stream = lambda stream: None
