@@ -26,7 +26,7 @@ from compiled_loss.config import (  # noqa: E402
     build_loss_module,
     register_loss_config,
 )
-from compiled_loss.engine import flops as _flops  # noqa: E402, F401  (its formulas)
+from compiled_loss.engine import flops as _flops  # noqa: E402
 from compiled_loss.engine.plan import Chunking  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
@@ -66,6 +66,8 @@ from compiled_loss.shells import (  # noqa: E402
     TEParallelCrossEntropy,
 )
 from compiled_loss.vocabulary import VocabShard  # noqa: E402
+
+_flops.register()
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,8 @@
 """What torch's own counter says of our operations: each GEMM once, wherever it hides."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,3 +90,19 @@ def test_fp16_and_wide_accumulators():
                 chunking = Chunking(strategy=strategy, chunk_size=2, accumulate_dtype=torch.float32)
                 linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), chunking=chunking).backward()
             assert counter.get_total_flops() == gemms * GEMM
+
+
+@pytest.mark.parametrize("first", ["compiled_loss", "torch.utils.flop_counter"])
+def test_whichever_is_imported_first(first):
+    """The counter is not imported for its formulas, which are there wherever it is."""
+    code = f"""
+import sys
+import {first}
+assert ("torch.utils.flop_counter" in sys.modules) == ({first!r} != "compiled_loss")
+import compiled_loss, importlib, torch.utils.flop_counter as counter
+names = [str(key) for key in counter.flop_registry]
+assert {{"compiled_loss.add_gradients_", "compiled_loss.run_body"}} <= set(names), names
+assert counter.__spec__.name == "torch.utils.flop_counter"
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -53,6 +53,7 @@ class Kernels:
         self._name = name
 
     def triton(self, name: str, source: str, device_str: str = "cuda") -> Runner:
+        """A generated Triton kernel, kept and made callable on the recorder."""
         short = re.match(r"triton_([a-z]+)_", name)
         kind = _TRITON_KINDS.get(short[1], "other") if short else "other"
         if kind == "gemm" and "SPARSE_Q_BLOCK_SIZE" in source:  # the template of FlexAttention
@@ -62,6 +63,7 @@ class Kernels:
         return Runner(self._recorder, GeneratedKernel(name, kind, source, arguments, is_triton=True))
 
     def cpp_pybinding(self, argument_types: list[str], source: str) -> Runner:
+        """A generated C++ kernel, likewise."""
         kind: Kind = "reduction" if "_acc" in source else "pointwise"
         parameters = re.search(r'extern "C"\s+(?:\w+\s+)?void\s+\w+\((.*?)\)', source, re.S)
         arguments = tuple(re.findall(r"(\w+)\s*(?:,|$)", parameters[1])) if parameters else ()

@@ -45,6 +45,7 @@ def extent(tensor: Tensor) -> int:
 
 
 def operator_name(func: Any) -> str:
+    """As reports write it."""
     return str(func._overloadpacket).replace("aten.", "")
 
 
@@ -85,6 +86,7 @@ def collective(name: str, group: Any, reads: Sequence[Tensor], writes: Sequence[
 
 
 def kind(func: Any, name: str, operations: int) -> Kind:
+    """Which kind of launch an operator is."""
     if "c10d" in func._schema.name:
         return "collective"
     if attention.is_attention(name):
