@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.statistics import looked_at
+
 _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
 _LEAST_WIDTH = 512  # columns of a GEMM that fill a GPU
 
@@ -39,7 +41,7 @@ def add_gradients_(
     d: Tensor,  # [rows, columns], the gradient of a chunk of logits
     hidden: Tensor,  # [rows, H]
     weight: Tensor,  # [columns, H]
-    active: Tensor,  # [N] bool
+    active: Tensor | None,  # [N] bool; None where `fenced` are labels, which know it
     row: int,
     column: int,
     scale: Tensor | None,
@@ -67,7 +69,8 @@ def add_gradients_(
     if d_hidden is not None:
         (_add_product if column else _mm_out)(d_hidden.narrow(0, row, d.shape[0]), d, weight)
     if d_weight is not None:
-        ignored = ~active.narrow(0, row, d.shape[0]).unsqueeze(1)
+        counts = looked_at(fenced) if active is None else active  # a tensor less for the compiler to write out
+        ignored = ~counts.narrow(0, row, d.shape[0]).unsqueeze(1)
         width = max(_LEAST_WIDTH, _BLOCK // max(1, d.shape[0]))
         parts = d_weight.narrow(0, column, d.shape[1]).split(width, 1)
         for part, states in zip(parts, hidden.split(width, 1), strict=True):

@@ -88,7 +88,7 @@ def form_gradients(
     group: str | None,
     wanted: Wanted,
     fenced: Tensor,
-    active: Tensor,  # [N] bool
+    active: Tensor | None,  # [N] bool; None where `fenced` are labels
     rest: Iterable[Tensor | None],
     chunk: Callable[..., bodies.Output],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -165,7 +165,7 @@ class _TokenChunks(torch.autograd.Function):
 
         plan = planned(plan, hidden, *scaled)
         gradients, (losses, *rest) = form_gradients(
-            hidden, weight, bias, plan, group, wanted, labels, active, scaled, chunk
+            hidden, weight, bias, plan, group, wanted, labels, None, scaled, chunk
         )
         loss = torch.where(active, losses, 0.0).sum()
         if scale is not None:
