@@ -193,11 +193,14 @@ def test_kernels_of_the_token_walk(inspected):
     assert_expected_inline(
         counts(inspected, "tokens", "plain"),
         """\
-forward +1 +0C triton_red_fused_mul_ne_ones_scalar_tensor_sum_where
-forward +2 +0C triton_per_fused_mul_ne_ones_scalar_tensor_sum_where
-forward +1 +0C triton_poi_fused_bitwise_and_bitwise_or_eq_ge_lt_mul_ne_ones_reciprocal_scalar_tensor_where
+forward +1 +0C triton_red_fused__to_copy_mul_ne_ones_like_sum
+forward +2 +0C triton_per_fused__to_copy_mul_ne_ones_like_sum
+forward +1 +0C triton_poi_fused__to_copy_bitwise_and_bitwise_or_clamp_eq_ge_lt_mul_ne_ones_like_reciprocal_scalar_tensor_where
 forward +1 +2C mm
-forward +0 +1C triton_red_fused__to_copy_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_isnan_log_lt_mul_ne_ones_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
+forward +0 +1C triton_red_fused__to_copy_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_gt_isnan_log_lt_mul_ne_ones_like_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
+forward +0 +1C gt
+forward +0 +1C bitwise_not
+forward +0 +1C masked_fill
 forward -1 +1C addmm_
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_ne_scalar_tensor_sum_where

@@ -71,7 +71,7 @@ def add_gradients_(
     if d_weight is not None:
         counts = looked_at(fenced) if active is None else active  # a tensor less for the compiler to write out
         ignored = ~counts.narrow(0, row, d.shape[0]).unsqueeze(1)
-        width = max(_LEAST_WIDTH, _BLOCK // max(1, d.shape[0]))
+        width = max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
         parts = d_weight.narrow(0, column, d.shape[1]).split(width, 1)
         for part, states in zip(parts, hidden.split(width, 1), strict=True):
             states = states.masked_fill(ignored, 0)
