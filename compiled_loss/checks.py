@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,9 +88,12 @@ def labels(
     device: torch.device,
     *,
     without: str = "its last dimension",
-    hint: str = "",
+    hint: Callable[[], str] = str,
 ) -> None:
-    """Raise unless `value` is int64, shaped like `rows` without a dimension and on its device; `hint` is for shapes."""
+    """Raise unless `value` is int64, shaped like `rows` without a dimension and on its device.
+
+    `hint` is for shapes. It is called when all else has failed: what it compares would be a guard under torch.compile.
+    """
     tensor("labels", value)
     if value.is_floating_point() and value.dim() == len(shape) + 1:
         raise TypeError(
@@ -100,7 +104,7 @@ def labels(
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
     if value.shape != shape:
         raise ValueError(
-            f"labels: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(value.shape)}{hint}"
+            f"labels: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(value.shape)}{hint()}"
         )
     same_device("labels", value, device)
 
@@ -206,20 +210,26 @@ def tokens(
     weight: Tensor | None = None,
 ) -> None:
     """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`, before `weight`."""
-    swapped = weight is not None and isinstance(labels_, Tensor) and labels_.shape == weight.shape[:-1]
-    hint = f": {name} comes first, its weight second" if swapped else ""
+
+    def hint() -> str:
+        swapped = weight is not None and labels_.shape == weight.shape[:-1]
+        return f": {name} comes first, its weight second" if swapped else ""
+
     labels(labels_, name, source.shape[:-1], source.device, hint=hint)
     weights(labels_, mask, token_weights)
 
 
 def class_labels(labels_: Tensor, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
     """Raise unless labels fit logits [..., V], which were `given` with their classes along `class_dim`."""
-    tensor("labels", labels_)
-    last, hint = class_dim_ in (-1, given.dim() - 1), ""
-    if labels_.shape == given.shape:
-        hint = ": use labels.to(logits.dtype) where they are probabilities"
-    elif last and given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]:
-        hint = ": use class_dim=1"
+    last = class_dim_ in (-1, given.dim() - 1)
+
+    def hint() -> str:
+        if labels_.shape == given.shape:
+            return ": use labels.to(logits.dtype) where they are probabilities"
+        if last and given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]:
+            return ": use class_dim=1"
+        return ""
+
     without = "its last dimension" if last else f"dimension {class_dim_}"
     labels(labels_, "logits", logits_.shape[:-1], logits_.device, without=without, hint=hint)
 

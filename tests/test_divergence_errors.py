@@ -91,7 +91,11 @@ CASES = {
             ValueError,
             "teacher_weight: expected the student's V = 5 rows, got 6",
         ),
-        ({"teacher_weight": zeros(V, 2, dtype=float16)}, TypeError, "weight: expected the dtype of hidden"),
+        (
+            {"teacher_weight": zeros(V, 2, dtype=float16)},
+            TypeError,
+            "teacher_weight: expected the dtype of teacher_hidden",
+        ),
         ({"labels": LABELS.int()}, TypeError, "labels: expected int64, got torch.int32: use labels.long()"),
         ({"chunking": 512}, TypeError, "chunking: expected a Chunking, got int"),
         ({"chunking": Chunking(strategy="vocab")}, ValueError, "strategy: expected 'tokens' or 'auto', got 'vocab'"),

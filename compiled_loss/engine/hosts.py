@@ -46,17 +46,18 @@ _ONE = (
 )
 _TWO = (*(body for kind in divergence_bodies.BODIES.values() for body in kind), divergence_bodies.target_gradient)
 _PROBABILITIES: tuple[Body, ...] = (
-    probability_bodies.fold_probabilities,
+    probability_bodies.fold_beside_probabilities,
     probability_bodies.gradient_beside_probabilities,
     probability_bodies.gradient_of_probabilities,
 )
 _BODIES: dict[str, Body] = {b.__name__: b for b in (*_ONE, *_TWO, *_PROBABILITIES)}
+assert len(_BODIES) == len((*_ONE, *_TWO, *_PROBABILITIES)), "two bodies of one name"
 _REGIONS = {name: torch.compiler.nested_compile_region(body) for name, body in _BODIES.items()}
 REGIONS_WORK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _BLOCK = 1 << 20  # logits in a plain host's block: 4 MiB a temporary in fp32
 _FOLDS = (
     bodies.fold,
-    probability_bodies.fold_probabilities,
+    probability_bodies.fold_beside_probabilities,
     *(kind.fold for kind in divergence_bodies.BODIES.values()),
 )
 # Bodies whose gradient is not the logits', and the operand that it is like.

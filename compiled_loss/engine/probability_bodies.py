@@ -16,7 +16,9 @@ from compiled_loss.engine.divergences import Compared, Pair, row
 _SCALARS = Pair(None, None, None)  # they are the head's
 
 
-def fold_probabilities(source: Tensor, _weight: None, *operands: Tensor | None, group: str | None = None) -> Output:
+def fold_beside_probabilities(
+    source: Tensor, _weight: None, *operands: Tensor | None, group: str | None = None
+) -> Output:
     """(None, *Head, smoothing, target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
     head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
     z, _ = transformed(source, head)

@@ -27,7 +27,9 @@ def statistics(
 
 def plain_statistics(logits: Tensor, target: Tensor, smoothing: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
-    maximum, log_sum, _, loss = probability_bodies.fold_probabilities(logits, None, None, *head, smoothing, target)
+    maximum, log_sum, _, loss = probability_bodies.fold_beside_probabilities(
+        logits, None, None, *head, smoothing, target
+    )
     return loss, maximum + log_sum
 
 
@@ -47,7 +49,7 @@ class _Probabilities(torch.autograd.Function):
         head = Head(bias, class_weights, softcap, inverse_temperature)
         run = hosts.choose(logits.device, "auto", loop=False)
         *rows, loss = run(
-            probability_bodies.fold_probabilities, logits, None, None, *head, smoothing, target, group=group
+            probability_bodies.fold_beside_probabilities, logits, None, None, *head, smoothing, target, group=group
         )
         maximum, log_sum, mass = rows
         ctx.save_for_backward(logits, target, smoothing, *head[:4], maximum, log_sum, mass)

@@ -165,7 +165,7 @@ class Inspection:
     """What the compiler made of a function.
 
     `parameters` are the bytes of each tensor that backward reaches and that is no input, `loss` the names by which its
-    loss was found: NOTE [The loss]. `notes` say what is not known.
+    loss was found, none where it was not. `notes` say what is not known.
     """
 
     name: str
