@@ -219,19 +219,19 @@ def tokens(
     weights(labels_, mask, token_weights)
 
 
-def class_labels(labels_: Tensor, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
-    """Raise unless labels fit logits [..., V], which were `given` with their classes along `class_dim`."""
+def class_labels(labels_: Tensor, name: str, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
+    """Raise unless labels fit logits [..., V], which were `given` as `name` with their classes along `class_dim`."""
     last = class_dim_ in (-1, given.dim() - 1)
 
     def hint() -> str:
-        if labels_.shape == given.shape:
+        if name == "logits" and labels_.shape == given.shape:
             return ": use labels.to(logits.dtype) where they are probabilities"
         if last and given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]:
             return ": use class_dim=1"
         return ""
 
     without = "its last dimension" if last else f"dimension {class_dim_}"
-    labels(labels_, "logits", logits_.shape[:-1], logits_.device, without=without, hint=hint)
+    labels(labels_, name, logits_.shape[:-1], logits_.device, without=without, hint=hint)
 
 
 def weights(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import compiled_loss
-from compiled_loss import cross_entropy, masked_cross_entropy, reference, token_statistics
+from compiled_loss import cross_entropy, distillation, masked_cross_entropy, reference, token_statistics
 from compiled_loss.testing import inputs_unchanged
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -92,6 +92,29 @@ def test_of_the_others():
         torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
+@pytest.mark.parametrize("top", [False, True])
+@pytest.mark.parametrize("shape", [(2, 7, 3), (2, 7, 3, 4)], ids=str)
+def test_distillation(shape, top):
+    """Teachers and their tops have their classes where the student has."""
+    student, teacher = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    labels = torch.where(torch.rand(shape[0], *shape[2:]) < 0.3, -100, torch.randint(0, 7, (shape[0], *shape[2:])))
+    keywords = {"temperature": 1.5, "hard_label_weight": 0.3, "reduction": "none"}
+    kept = tuple((teacher / 1.5).log_softmax(1).topk(3, dim=1)) if top else None
+    theirs = None if kept is None else tuple(v.movedim(1, -1) for v in kept)
+    teacher = None if top else teacher
+    loss = distillation(student, teacher, labels, teacher_topk=kept, class_dim=1, **keywords)
+    last = None if teacher is None else teacher.movedim(1, -1)
+    expected = reference.distillation(student.movedim(1, -1), last, labels, teacher_topk=theirs, **keywords)
+    torch.testing.assert_close(loss, expected, **TIGHT)
+    upstream = torch.rand_like(loss)
+    gradients = [torch.autograd.grad(v, student, upstream)[0] for v in (loss, expected)]
+    torch.testing.assert_close(*gradients, **TIGHT)
+    assert strides(gradients[0]) == strides(student)
+    with pytest.raises(ValueError, match=r"^labels: expected the shape of student_logits .*: use class_dim=1$"):
+        distillation(student, teacher, labels, teacher_topk=kept, **keywords)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled(backend):
     logits = torch.randn(2, 7, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -114,7 +137,7 @@ def test_functorch():
 
 def test_a_loop_over_rows_goes_through_few(monkeypatch):
     """Pixels of an image are as many rows as they can be, for eager code goes through the leading dimensions."""
-    from compiled_loss.functional.logits import merged
+    from compiled_loss.functional.layout import merged
 
     image = torch.randn(2, 7, 30, 40)
     (rows,) = merged(image.movedim(1, -1))

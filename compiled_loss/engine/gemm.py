@@ -50,9 +50,9 @@ def add_gradients_(
     """Where the chunk lies, from (row, column) on, dH += d @ weight, dW += d.T @ hidden and db += d.sum(0).
 
     Chunks come by rows or by columns: the first in a place writes it. `scale`, of a walk by columns, is dW's. Hidden
-    states of rows that are not `active` are taken as 0, in a copy of a few columns at a time: their d is 0, and 0 * NaN
-    would be NaN in all of dW. One operator, since each that writes costs the compiler over 10 ms a chunk; and a kernel
-    of Inductor's for the sums took 33 instructions a logit in sm_90 code.
+    states of rows that are not `active` are taken as 0: their d is 0, and 0 * NaN would be NaN in all of dW. The copy
+    lies where dH is written next, or is one of a few columns at a time. One operator, since each that writes costs the
+    compiler over 10 ms a chunk; and a kernel of Inductor's for the sums took 33 instructions a logit in sm_90 code.
 
     NOTE [Order]
     Nothing but memory makes the second chunk wait for the first, and the compiler is free not to: Inductor ran all the
@@ -66,19 +66,21 @@ def add_gradients_(
     `fenced` is never really written. It is the result of a computation, not a clone: of a slice's clone the compiler
     reads the slice, and where the operator is unfolded from its storage's start (torch 2.11 to 2.15, silently).
     """
-    if d_hidden is not None:
-        (_add_product if column else _mm_out)(d_hidden.narrow(0, row, d.shape[0]), d, weight)
+    states = None if d_hidden is None else d_hidden.narrow(0, row, d.shape[0])
     if d_weight is not None:
         counts = looked_at(fenced) if active is None else active  # a tensor less for the compiler to write out
-        ignored = ~counts.narrow(0, row, d.shape[0]).unsqueeze(1)
-        width = max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
+        ignored, zero = ~counts.narrow(0, row, d.shape[0]).unsqueeze(1), hidden.new_zeros(())
+        free = states is not None and not column and states.dtype == hidden.dtype
+        width = hidden.shape[1] if free else max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
         parts = d_weight.narrow(0, column, d.shape[1]).split(width, 1)
-        for part, states in zip(parts, hidden.split(width, 1), strict=True):
-            states = states.masked_fill(ignored, 0)
+        for part, block in zip(parts, hidden.split(width, 1), strict=True):
+            seen = torch.where(ignored, zero, block, out=states if free else None)
             if scale is None:
-                (_add_product if row else _mm_out)(part, d.t(), states)
+                (_add_product if row else _mm_out)(part, d.t(), seen)
             else:
-                _scaled_mm_out(part, d.t(), states, scale)
+                _scaled_mm_out(part, d.t(), seen, scale)
+    if states is not None:
+        (_add_product if column else _mm_out)(states, d, weight)
     if d_bias is not None:
         _add_column_sums(d_bias.narrow(0, column, d.shape[1]), d, write=row == 0)
 

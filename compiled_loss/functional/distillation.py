@@ -36,6 +36,7 @@ from compiled_loss.engine.divergences import Target
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional import pair
 from compiled_loss.functional.head import cast
+from compiled_loss.functional.layout import classes_last
 from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
@@ -107,6 +108,7 @@ def distillation(
     fp32_upcast: bool = True,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
+    class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
     chunk_size: int = 0,
 ) -> Tensor:
@@ -128,6 +130,7 @@ def distillation(
         fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
         reduction: "mean" over the tokens that count, "sum" or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        class_dim: the dimension of both logits that is V, and of `teacher_topk` that is k; see :func:`cross_entropy`.
         vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
             say so themselves; all else is alike on the group's ranks.
         chunk_size: kept for its callers, an int >= 0. What it bounds elsewhere, temporaries of [N, V], is never held.
@@ -162,20 +165,26 @@ def distillation(
     jsd_weight, temperature, hard_label_weight = target_checks.distillation(
         divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size
     )
+    given = student_logits
+    student_logits = classes_last("student_logits", student_logits, class_dim)
     student_logits, vocabulary = sharding.logits("student_logits", student_logits, vocab_shard)
     checks.logits(student_logits, vocabulary.size, "student_logits")
     labels, *_ = sharding.tokens(labels, None, None, vocabulary)
-    checks.tokens(labels, None, None, "student_logits", student_logits)
+    checks.class_labels(labels, "student_logits", student_logits, given, class_dim)
     vocabulary.compare(labels)
     alike, outside = labels, None
     shard_checks.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     if teacher_topk is None:
         teacher_logits = target_checks.teacher_given("teacher_logits", teacher_logits)
+        teacher_logits = classes_last("teacher_logits", teacher_logits, class_dim)
         teacher_logits = sharding.beside("teacher_logits", teacher_logits, "student_logits", vocabulary, -1)
         target_checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
         target = Target(teacher_logits.detach())
     else:
+        if isinstance(teacher_topk, tuple):
+            parts = [classes_last(f"teacher_topk[{i}]", value, class_dim) for i, value in enumerate(teacher_topk)]
+            teacher_topk = tuple(parts)  # type: ignore[assignment]
         teacher_topk = sharding.top(teacher_topk, vocabulary)
         target_checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
         target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)

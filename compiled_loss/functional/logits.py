@@ -5,8 +5,7 @@ N tokens (any leading shape), V vocabulary.
 
 from __future__ import annotations
 
-from math import inf, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.statistics import RowStatistics, masked
 from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.functional.head import transform
-from compiled_loss.vocabulary import VocabShard, Vocabulary, is_sharded
+from compiled_loss.functional.layout import classes_last, merged
+from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
 class Logits(NamedTuple):
@@ -76,7 +76,7 @@ def given_logits(
     logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
     labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
-    checks.class_labels(labels, logits, given, class_dim)
+    checks.class_labels(labels, "logits", logits, given, class_dim)
     checks.weights(labels, mask, token_weights)
     class_weights = sharding.whole(class_weights)
     checks.class_weights(class_weights, vocabulary.size, logits.device)
@@ -87,48 +87,3 @@ def given_logits(
     )
     head = transform(logits, None, vocabulary.own(class_weights), softcap, temperature)
     return Logits(logits, head, tokens, vocabulary, class_weights, labels)
-
-
-def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
-    """A view [..., V]."""
-    checks.tensor(name, value)
-    checks.class_dim(class_dim)
-    if class_dim == -1:
-        return value
-    checks.class_dim(class_dim, value.dim())
-    if torch.compiler.is_compiling() and not (traced() or is_sharded(value)):
-        view: Tensor = _ClassesLast.apply(value, class_dim)
-        return view
-    return value.movedim(class_dim, -1)
-
-
-class _ClassesLast(torch.autograd.Function):
-    """The view, whose gradient is no view: of those Inductor writes out what is seen, and then copies it."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, class_dim: int) -> Tensor:
-        ctx.class_dim = class_dim
-        return value.movedim(class_dim, -1)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g.movedim(-1, ctx.class_dim).clamp(min=-inf), None  # which changes nothing, and is computed
-
-
-def merged(*values: Tensor) -> list[Tensor]:
-    """Views of [..., V] with as few leading dimensions as all their strides allow, and at least one: no copies.
-
-    Eager code goes through all but two dimensions in a loop.
-    """
-    shape = values[0].shape
-    if len(shape) < 2 or values[0].numel() == 0 or all(v.is_contiguous() for v in values):
-        return [v.reshape(prod(shape[:-1]), shape[-1]) for v in values]
-    if torch.compiler.is_compiling():  # where there is no loop
-        return list(values)
-    sizes = [shape[0]]
-    for i in range(1, len(shape) - 1):
-        if all(v.stride(i - 1) == shape[i] * v.stride(i) for v in values):
-            sizes[-1] *= shape[i]
-        else:
-            sizes.append(shape[i])
-    return [v.view(*sizes, shape[-1]) for v in values]

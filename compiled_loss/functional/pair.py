@@ -19,6 +19,7 @@ from compiled_loss.engine.plan import Chunking, plan
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
 from compiled_loss.engine.transforms import traced, without_autocast
+from compiled_loss.functional.layout import merged
 from compiled_loss.vocabulary import Vocabulary
 
 
@@ -47,11 +48,10 @@ def on_logits(
     if traced():
         logits, target = _looked_at(logits, active), target.map(lambda v: _looked_at(v, active))
         return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
-    # Flat where that is free; other strides stay as they are, for a reshape would copy.
     shape = logits.shape[:-1]
-    if logits.dim() < 2 or logits.numel() == 0 or (logits.is_contiguous() and target.values.is_contiguous()):
-        logits, target = _rows(logits), _flat(target)
-        labels = None if labels is None else labels.reshape(-1)
+    logits, *present = merged(logits, *[v for v in target if v is not None])
+    target = Target(*present)
+    labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):
         soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group)
     return soft.reshape(shape), None if hard is None else hard.reshape(shape)

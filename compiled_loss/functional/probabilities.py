@@ -13,7 +13,7 @@ from compiled_loss import checks, numbers, reduction, shard_checks, sharding, ta
 from compiled_loss.engine import probability_logits
 from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.functional.head import transform
-from compiled_loss.functional.logits import classes_last, merged
+from compiled_loss.functional.layout import classes_last, merged
 from compiled_loss.vocabulary import VocabShard
 
 

@@ -1,0 +1,58 @@
+"""How logits lie: any dimension may be the vocabulary, and any strides are taken without a copy."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.engine.transforms import traced
+from compiled_loss.vocabulary import is_sharded
+
+
+def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
+    """A view [..., V]."""
+    checks.tensor(name, value)
+    checks.class_dim(class_dim)
+    if class_dim == -1:
+        return value
+    checks.class_dim(class_dim, value.dim())
+    if torch.compiler.is_compiling() and not (traced() or is_sharded(value)):
+        view: Tensor = _ClassesLast.apply(value, class_dim)
+        return view
+    return value.movedim(class_dim, -1)
+
+
+class _ClassesLast(torch.autograd.Function):
+    """The view, whose gradient is no view: of those Inductor writes out what is seen, and then copies it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, class_dim: int) -> Tensor:
+        ctx.class_dim = class_dim
+        return value.movedim(class_dim, -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g.movedim(-1, ctx.class_dim).clamp(min=-inf), None  # which changes nothing, and is computed
+
+
+def merged(*values: Tensor) -> list[Tensor]:
+    """Views of [..., V or k] with as few leading dimensions as all their strides allow, at least one: no copies.
+
+    Eager code goes through all but two dimensions in a loop.
+    """
+    shape = values[0].shape
+    if len(shape) < 2 or values[0].numel() == 0 or all(v.is_contiguous() for v in values):
+        return [v.reshape(prod(shape[:-1]), v.shape[-1]) for v in values]
+    if torch.compiler.is_compiling():  # where there is no loop
+        return list(values)
+    sizes = [shape[0]]
+    for i in range(1, len(shape) - 1):
+        if all(v.stride(i - 1) == shape[i] * v.stride(i) for v in values):
+            sizes[-1] *= shape[i]
+        else:
+            sizes.append(shape[i])
+    return [v.view(*sizes, v.shape[-1]) for v in values]
