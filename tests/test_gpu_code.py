@@ -199,8 +199,8 @@ forward +1 +0C triton_poi_fused__to_copy_bitwise_and_bitwise_or_clamp_eq_ge_lt_m
 forward +1 +2C mm
 forward +0 +1C triton_red_fused__to_copy_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_gt_isnan_log_lt_mul_ne_ones_like_reciprocal_scalar_tensor_slice_sub_sum_unsqueeze_where
 forward +0 +1C gt
-forward +0 +1C bitwise_not
-forward +0 +1C masked_fill
+forward +0 +1C new_zeros
+forward +0 +1C where
 forward -1 +1C addmm_
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_ne_scalar_tensor_sum_where

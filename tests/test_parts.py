@@ -82,9 +82,19 @@ def test_more_chunks_run_a_region_no_oftener_without_data(monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "apart"),
     [
-        *((name, None) for name in LOSSES),
-        *((name, apart) for name in LOSSES if name != "probabilities" for apart in ("hidden", "weight")),
+        ("tokens", None),
+        ("vocab", "weight"),
         ("probabilities", "target"),
+        ("teacher", "hidden"),
+        ("divergence", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *((name, None) for name in ("vocab", "probabilities", "teacher")),
+                *((name, "hidden") for name in ("tokens", "vocab", "divergence")),
+                *((name, "weight") for name in ("tokens", "teacher", "divergence")),
+            ]
+        ),
     ],
 )
 def test_no_part_is_copied(name, apart):

@@ -69,12 +69,12 @@ def add_gradients_(
     states = None if d_hidden is None else d_hidden.narrow(0, row, d.shape[0])
     if d_weight is not None:
         counts = looked_at(fenced) if active is None else active  # a tensor less for the compiler to write out
-        ignored, zero = ~counts.narrow(0, row, d.shape[0]).unsqueeze(1), hidden.new_zeros(())
+        counts, zero = counts.narrow(0, row, d.shape[0]).unsqueeze(1), hidden.new_zeros(())
         free = states is not None and not column and states.dtype == hidden.dtype
         width = hidden.shape[1] if free else max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
         parts = d_weight.narrow(0, column, d.shape[1]).split(width, 1)
         for part, block in zip(parts, hidden.split(width, 1), strict=True):
-            seen = torch.where(ignored, zero, block, out=states if free else None)
+            seen = torch.where(counts, block, zero, out=states if free else None)
             if scale is None:
                 (_add_product if row else _mm_out)(part, d.t(), seen)
             else:
