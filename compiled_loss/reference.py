@@ -309,6 +309,7 @@ def multi_token_prediction(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     targets: list[Tensor] | None = None,
+    mask: Tensor | None = None,
     num_label_tokens: int | Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
@@ -318,9 +319,13 @@ def multi_token_prediction(
         packing = {"ignore_index": ignore_index, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
         target = multi_token_targets(labels, k, **packing) if targets is None else targets[k]  # type: ignore[arg-type]
         z = token_logits(states, weight, softcap=softcap).reshape(*target.shape, -1)
+        moved = mask
+        if mask is not None:
+            moved = torch.zeros(labels.shape, dtype=z.dtype)
+            moved[..., : -k - 1] = mask.expand(labels.shape)[..., k + 1 :]
         reduction = "mean" if num_label_tokens is None else "sum"
         total = total + cross_entropy(
-            z, target, ignore_index=ignore_index, reduction=reduction, num_label_tokens=num_label_tokens
+            z, target, mask=moved, ignore_index=ignore_index, reduction=reduction, num_label_tokens=num_label_tokens
         )
     return scaling_factor / len(hidden) * total
 

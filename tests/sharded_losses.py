@@ -226,9 +226,16 @@ LOSSES = {
     "linear_soft_cross_entropy, draft_to_target": soft(("teacher_hidden", "whole_teacher_weight", "draft_to_target")),
     "multi_token_prediction": Loss(
         lambda lib, t, how: lib.multi_token_prediction(
-            [t["hidden"], t["further"]], t["weight"], t["labels"], num_label_tokens=t["count"], softcap=3.0, **how
+            [t["hidden"], t["further"]],
+            t["weight"],
+            t["labels"],
+            mask=t["mask"],
+            num_label_tokens=t["count"],
+            softcap=3.0,
+            **how,
         ),
         ("hidden", "further", "weight"),
+        ("labels", "mask"),
         chunking=ROWS,
     ),
 }
