@@ -143,6 +143,7 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     cuda.set_rng_state = lambda *a, **k: None
     cuda.synchronize = lambda *a, **k: None
     cuda._lazy_init = lambda: None
+    torch.backends.cudnn.is_acceptable = lambda tensor: False  # or an LSTM's weights ask for a version
     fake_streams.install()
     native: Any = torch._C
     native._cuda_getCurrentRawStream = lambda device: 0
