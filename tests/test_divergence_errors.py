@@ -42,6 +42,8 @@ DTYPES = "expected float32, bfloat16, float16 or float64, got"
 
 CASES = {
     "distillation": [
+        ({"class_dim": "classes"}, TypeError, "class_dim: expected an int, got str"),
+        ({"class_dim": 2}, ValueError, "class_dim: expected from -2 to 1, got 2"),
         ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
         ({"student_logits": None}, TypeError, "student_logits: expected a Tensor, got NoneType"),
         ({"student_logits": zeros(N, 0)}, ValueError, "student_logits: expected [..., V] with V >= 1, got [3, 0]"),

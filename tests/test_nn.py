@@ -67,7 +67,7 @@ def test_all_that_is_kept_or_passed_arrives(shell, monkeypatch):
 def test_validated_when_made(shell):
     bad = {"divergence": "kl", "temperature": 0.0, "scaling_factor": -1.0, "reduction": "avg", "chunking": 4}
     bad |= {"ignore_index": "pad", "softcap": 0.0, "hard_label_weight": 2.0, "jsd_weight": 1.0, "chunk_size": -1}
-    bad |= {"fp32_upcast": 1}
+    bad |= {"fp32_upcast": 1, "class_dim": "classes"}
     for name in list(inspect.signature(shell.__init__).parameters)[1:]:
         with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
             shell(**{name: bad[name]})

@@ -141,20 +141,9 @@ class LinearCrossEntropyConfig(_HardLabels):
 
 
 @dataclass
-class DistillationConfig(LossConfig):
-    """Of `nn.Distillation`; see :func:`compiled_loss.distillation`.
+class _Distillation(LossConfig):
+    """What distillation on logits and on heads share."""
 
-    Attributes:
-        divergence: "forward_kl", "reverse_kl" or "jsd".
-        jsd_weight: the teacher's part of the mixture, for "jsd".
-        temperature: divides both logits, > 0.
-        hard_label_weight: from 0 to 1, the part of the labels' own cross-entropy.
-        ignore_index: label of tokens to ignore.
-        reduction: "mean", "sum" or "none".
-
-    """
-
-    module: ClassVar[type[nn.Module] | None] = ours.Distillation
     divergence: str = "forward_kl"
     jsd_weight: float = 0.5
     temperature: float = 1.0
@@ -164,7 +153,26 @@ class DistillationConfig(LossConfig):
 
 
 @dataclass
-class LinearDistillationConfig(DistillationConfig):
+class DistillationConfig(_Distillation):
+    """Of `nn.Distillation`; see :func:`compiled_loss.distillation`.
+
+    Attributes:
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        jsd_weight: the teacher's part of the mixture, for "jsd".
+        temperature: divides both logits, > 0.
+        hard_label_weight: from 0 to 1, the part of the labels' own cross-entropy.
+        ignore_index: label of tokens to ignore.
+        reduction: "mean", "sum" or "none".
+        class_dim: the dimension of both logits that is the vocabulary.
+
+    """
+
+    module: ClassVar[type[nn.Module] | None] = ours.Distillation
+    class_dim: int = -1
+
+
+@dataclass
+class LinearDistillationConfig(_Distillation):
     """Of `nn.LinearDistillation`; see :func:`compiled_loss.linear_distillation`.
 
     Attributes:

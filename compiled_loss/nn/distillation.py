@@ -32,12 +32,14 @@ class Distillation(nn.Module):
         ignore_index: int = -100,
         fp32_upcast: bool = True,
         reduction: str = "mean",
+        class_dim: int = -1,
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
         target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
         checks.alignment(0, ignore_index, 1)
         checks.reduction(reduction)
+        checks.class_dim(class_dim)
         self.divergence = divergence
         self.jsd_weight = jsd_weight
         self.temperature = temperature
@@ -45,6 +47,7 @@ class Distillation(nn.Module):
         self.ignore_index = ignore_index
         self.fp32_upcast = fp32_upcast
         self.reduction = reduction
+        self.class_dim = class_dim
         self.chunk_size = chunk_size
 
     def forward(
@@ -71,6 +74,7 @@ class Distillation(nn.Module):
             ignore_index=self.ignore_index,
             fp32_upcast=self.fp32_upcast,
             reduction=self.reduction,
+            class_dim=self.class_dim,
             chunk_size=self.chunk_size,
             vocab_shard=vocab_shard,
         )
