@@ -31,8 +31,15 @@ class Stream:
 
     device = torch.device("cuda", 0)
     device_index = stream_id = cuda_stream = priority = 0
+    device_type = 1  # CUDA's in c10
 
     def __init__(self, *arguments: Any, **options: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return hash(Stream)
 
     def wait_stream(self, stream: Any) -> None:
         """Do nothing."""
