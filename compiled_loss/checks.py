@@ -32,10 +32,12 @@ def torch_version(version: str) -> None:
 
 def tensor(name: str, value: object) -> None:
     """Raise unless `value` is a tensor whose elements lie in memory as its dtype says, or a DTensor."""
+    kind = type(value)
     if not isinstance(value, Tensor):
-        kind = type(value).__name__
         own = isinstance(value, torch.nn.Module) and isinstance(getattr(value, "weight", None), Tensor)
-        raise TypeError(f"{name}: expected a Tensor, got {kind}" + (f": use {kind.lower()}.weight" if own else ""))
+        raise TypeError(
+            f"{name}: expected a Tensor, got {kind.__name__}" + (f": use {kind.__name__.lower()}.weight" if own else "")
+        )
     if value.is_nested:
         raise TypeError(
             f"{name}: expected a dense Tensor, got a nested one: use .values() of each nested argument, which has all "
@@ -43,8 +45,9 @@ def tensor(name: str, value: object) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense Tensor, got one of layout {value.layout}: use .to_dense()")
-    if hasattr(type(value), "__tensor_flatten__") and not type(value).__module__.startswith("torch."):
-        raise TypeError(f"{name}: expected a plain Tensor, got {type(value).__name__}: {_DEQUANTISE}")
+    known = kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch.")
+    if not known and hasattr(kind, "__tensor_flatten__"):  # Dynamo 2.11 cannot ask a Parameter's class for it
+        raise TypeError(f"{name}: expected a plain Tensor, got {kind.__name__}: {_DEQUANTISE}")
     _no_tangent(name, value)
 
 

@@ -185,7 +185,10 @@ class Recorder(FakeTensorMode):
     ) -> Any:
         """Run an operator on fake tensors."""
         kwargs = kwargs or {}
-        higher = isinstance(func, HigherOrderOperator)  # whose rules are for the class above
+        higher = isinstance(func, HigherOrderOperator)
+        rule = func.python_key_table.get(FakeTensorMode) if higher else None
+        if rule is not None:  # torch looks for it by the mode's class, and this is another
+            return rule(self, *args, **kwargs)
         if higher or TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)
         if self.inside and func._schema.name.removeprefix("aten::") in _COMPOSITES:
