@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
+from torch._higher_order_ops.utils import registered_hop_fake_fns
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -186,9 +187,10 @@ class Recorder(FakeTensorMode):
         """Run an operator on fake tensors."""
         kwargs = kwargs or {}
         higher = isinstance(func, HigherOrderOperator)
-        rule = func.python_key_table.get(FakeTensorMode) if higher else None
-        if rule is not None:  # torch looks for it by the mode's class, and this is another
-            return rule(self, *args, **kwargs)
+        if higher and func not in registered_hop_fake_fns:
+            rule = func.python_key_table.get(FakeTensorMode)  # torch looks by the mode's class, and this is another
+            if rule is not None:
+                return rule(self, *args, **kwargs)
         if higher or TracingContext.try_get() is not None:  # the compiler at work, not the program
             return super().dispatch(func, types, args, kwargs)
         if self.inside and func._schema.name.removeprefix("aten::") in _COMPOSITES:
