@@ -59,6 +59,28 @@ class Head(NamedTuple):
         return Head(bias, class_weights, softcap, inverse_temperature, start)
 
 
+class Problem(NamedTuple):
+    """Logits that nobody holds: N tokens' hidden states, a head of V classes, and labels."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    class_weights: Tensor | None
+    softcap: Tensor | None
+    inverse_temperature: Tensor | None
+    labels: Tensor  # [N], counted from the first of the classes
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor) -> Problem:
+        """With these parts."""
+        return Problem(hidden, weight, *head[:4], labels)
+
+    @property
+    def head(self) -> Head:
+        """The head but for its weight."""
+        return Head(self.bias, self.class_weights, self.softcap, self.inverse_temperature)
+
+
 class Upstream(NamedTuple):
     """What the gradient of a row's logits is made of: exp(z - m) (row - moment (z - m)) - onehot nll + c total.
 

@@ -15,8 +15,11 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from compiled_loss.engine import gemm, hosts
 from compiled_loss.engine.divergence_bodies import BODIES
+from compiled_loss.engine.operators import DEFINED
 
 _COUNTER = "torch.utils.flop_counter"
 _COMPARED = {body.__name__ for kind in BODIES.values() for body in kind}
@@ -58,6 +61,8 @@ def _of_product(a: Shape, columns: int) -> int:
 def _register(counter: ModuleType) -> None:
     for operator, formula in ((gemm.add_gradients_, of_gradients), (hosts.run_body, of_body)):
         counter.register_flop_formula(operator._opoverload._overloadpacket)(formula)
+    for one in DEFINED:
+        counter.register_flop_formula(getattr(torch.ops.compiled_loss, one.name))(one.operations)
 
 
 class _OnImport(MetaPathFinder):

@@ -66,9 +66,25 @@ def add_gradients_(
     `fenced` is never really written. It is the result of a computation, not a clone: of a slice's clone the compiler
     reads the slice, and where the operator is unfolded from its storage's start (torch 2.11 to 2.15, silently).
     """
+    counts = looked_at(fenced) if active is None else active  # a tensor less for the compiler to write out
+    accumulate_gradients(d_hidden, d_weight, d_bias, d, hidden, weight, counts, row, column, scale)
+
+
+def accumulate_gradients(
+    d_hidden: Tensor | None,  # [N, H]
+    d_weight: Tensor | None,  # [V, H]
+    d_bias: Tensor | None,  # [V], in the statistics' dtype
+    d: Tensor,  # [rows, columns], the gradient of a chunk of logits
+    hidden: Tensor,  # [rows, H]
+    weight: Tensor,  # [columns, H]
+    counts: Tensor,  # [N] bool
+    row: int,
+    column: int,
+    scale: Tensor | None,
+) -> None:
+    """The plain code of `add_gradients_`."""
     states = None if d_hidden is None else d_hidden.narrow(0, row, d.shape[0])
     if d_weight is not None:
-        counts = looked_at(fenced) if active is None else active  # a tensor less for the compiler to write out
         counts, zero = counts.narrow(0, row, d.shape[0]).unsqueeze(1), hidden.new_zeros(())
         free = states is not None and not column and states.dtype == hidden.dtype
         width = hidden.shape[1] if free else max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
@@ -125,7 +141,7 @@ def _adds_wide(a: Tensor) -> bool:
 
 def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     if accumulator.dtype == a.dtype:
-        accumulator.addmm_(a, b)
+        torch.addmm(accumulator, a, b, out=accumulator)  # torch counts its operations, and not addmm_'s
     elif _adds_wide(a) and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, a, b, torch.float32, out=accumulator)
     else:
@@ -178,4 +194,17 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     rows = max(1, _BLOCK // max(1, gradient[:1].numel()))
     for block, part in zip(out.split(rows), gradient.split(rows), strict=True):
         block.copy_(part.to(factor.dtype) * factor)
+    return out
+
+
+def scaled_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of a gradient that is not needed again, written over it where the dtypes are the same.
+
+    Autograd, which keeps it, is not told, nor of what the caller does to the result: it would refuse a second backward.
+    """
+    if gradient.dtype != dtype:
+        return scaled(gradient, factor, dtype)
+    out = gradient.data
+    for block in out.split(max(1, _BLOCK // max(1, out[:1].numel()))):
+        block.copy_(block.to(factor.dtype) * factor)
     return out

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -127,6 +127,30 @@ class Plan:
         return extent != self.count * self.chunk
 
 
+class Lengths(NamedTuple):
+    """What a walk's operator is told of its chunks, all of it known before the number of tokens is."""
+
+    chunk_size: int | None
+    memory_budget: int | None
+    accumulate_dtype: torch.dtype | None
+    vocab: int  # columns of each rank, the same number on all
+    ranks: int
+    compiled: bool
+
+    @staticmethod
+    def of(chunking: Chunking, vocab: int, ranks: int, *, compiled: bool) -> Lengths:
+        """Those of a call."""
+        return Lengths(chunking.chunk_size, chunking.budget, chunking.accumulate_dtype, vocab, ranks, compiled)
+
+    def plan(self, strategy: Strategy, hidden: torch.Tensor) -> Plan:
+        """The walk for these hidden states."""
+        chunking = Chunking(
+            chunk_size=self.chunk_size, memory_budget=self.memory_budget, accumulate_dtype=self.accumulate_dtype
+        )
+        tokens, width = hidden.shape
+        return plan(tokens, width, self.vocab, hidden.dtype, chunking, ranks=self.ranks, strategies=(strategy,))
+
+
 def plan(
     tokens: int,
     width: int,
@@ -142,17 +166,8 @@ def plan(
 
     `device` is a type, at whose rates a memory budget is spent.
     """
-    if chunking.strategy != "auto":
-        strategies = (chunking.strategy,)
+    strategy = choose(tokens, width, vocab, dtype, chunking, strategies=strategies, device=device)
     bucket = _bucket(tokens) if chunking.chunk_size is None else 0
-    strategy = strategies[0]
-    if chunking.budget is not None and len(strategies) > 1:
-        least = [chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) for s in strategies]
-        fitting = [s for s, size in zip(strategies, least, strict=True) if size <= chunking.budget]
-        strategy, *others = fitting or [strategies[least.index(min(least))]]  # whose least an error will name
-        for other in others:  # no min(key=...), which Dynamo does not trace
-            times = [_seconds(s, bucket, width, vocab, dtype, chunking, device) for s in (strategy, other)]
-            strategy = other if times[1] < times[0] else strategy
     fixed = chunking.chunk_size is not None or chunking.budget is not None
     if strategy == "vocab":
         chunk = _columns(bucket, width, vocab, dtype, chunking)
@@ -166,6 +181,30 @@ def plan(
         chunk = -(-tokens // count)
     accumulate = chunking.accumulate_dtype or _accumulate_dtype(dtype, count)
     return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate, compile=chunking.compile)
+
+
+def choose(
+    tokens: int,
+    width: int,
+    vocab: int,
+    dtype: torch.dtype,
+    chunking: Chunking,
+    *,
+    strategies: tuple[Strategy, ...],
+    device: str,
+) -> Strategy:
+    """The strategy among those that can do it, best first; it asks for N only where a memory budget decides."""
+    if chunking.strategy != "auto":
+        return chunking.strategy
+    if chunking.budget is None or len(strategies) == 1:
+        return strategies[0]
+    least = [chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) for s in strategies]
+    fitting = [s for s, size in zip(strategies, least, strict=True) if size <= chunking.budget]
+    strategy, *others = fitting or [strategies[least.index(min(least))]]  # whose least an error will name
+    for other in others:  # no min(key=...), which Dynamo does not trace
+        times = [_seconds(s, _bucket(tokens), width, vocab, dtype, chunking, device) for s in (strategy, other)]
+        strategy = other if times[1] < times[0] else strategy
+    return strategy
 
 
 def _bucket(tokens: int) -> int:

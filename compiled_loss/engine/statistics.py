@@ -47,6 +47,12 @@ class State(NamedTuple):
         """The parts that somebody asked for: what a body returns, for Dynamo reuses no region that returns None."""
         return tuple([v for v in self if v is not None])
 
+    @staticmethod
+    def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> State:
+        """From `present()`."""
+        maximum, sum_exp, picked, *rest = present
+        return State(maximum, sum_exp, picked, rest[0] if total else None, rest[-1] if entropy else None)
+
     def replaced(self, present: Sequence[Tensor]) -> State:
         """The same parts with other values."""
         values = list(present)

@@ -6,18 +6,18 @@ N tokens, H width, V vocabulary. Checks come first, then autocast, then the plan
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks, chunk_checks, numbers, reduction, sharding
+from compiled_loss.engine import execution, token_chunks, token_loop, vocab_chunks, vocab_loop
 from compiled_loss.engine import logits as logits_walk
-from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.cost import Strategy, chunk_bytes
-from compiled_loss.engine.plan import Chunking, Plan, plan
+from compiled_loss.engine.plan import Chunking, Lengths, Plan, choose, plan
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.token_chunks import Wanted
 from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
@@ -118,11 +118,10 @@ class LinearHead(NamedTuple):
                 chunk_checks.tokens_strategy(what)
             if differentiable and chunking.strategy == "auto" and chunking.chunk_size is not None:
                 chunk_checks.chunk_size_counts_tokens(chunking.chunk_size)
-            chosen = self._plan(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
-            walk = vocab_chunks if chosen.strategy == "vocab" else token_chunks
-            how = (chosen, vocabulary.group)
+            walk, how = self._walk(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
+            parts = (hidden, weight, self.labels, head, how, vocabulary.group)
             with without_autocast(hidden.device):
-                rows = walk.statistics(hidden, weight, self.labels, head, *how, total=total, entropy=entropy)
+                rows = walk.statistics(*parts, total=total, entropy=entropy)
         return masked(rows, tokens.active.reshape(-1))
 
     def _loss(
@@ -131,22 +130,16 @@ class LinearHead(NamedTuple):
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         wanted = self._wanted()
         if reduction_ != "none" and any(wanted) and not traced():
-            chosen = self._plan(chunking, ("tokens", "vocab"))
-            if chosen.strategy == "tokens":
+            walk, how = self._walk(chunking, ("tokens", "vocab"))
+            if walk in (token_chunks, token_loop):
                 hidden, weight, head, tokens, vocabulary = self
+                parts = (hidden, weight, self.labels, head, how, vocabulary.group)
+                of_tokens = (coefficients, tokens.active.reshape(-1), wanted)
                 with without_autocast(hidden.device):
-                    return token_chunks.weighted_sum(
-                        hidden,
-                        weight,
-                        self.labels,
-                        head,
-                        chosen,
-                        vocabulary.group,
-                        coefficients,
-                        tokens.active.reshape(-1),
-                        wanted,
-                        with_statistics=with_statistics,
+                    found: tuple[Tensor, RowStatistics | None] = walk.weighted_sum(
+                        *parts, *of_tokens, with_statistics=with_statistics
                     )
+                    return found
         total = coefficients.total is not None
         rows = self._statistics(chunking, total=total, entropy=with_statistics, what="reduction='none' with a gradient")
         return reduction.reduced(combine(rows, coefficients), reduction_), rows if with_statistics else None
@@ -160,6 +153,27 @@ class LinearHead(NamedTuple):
             weight=enabled and self.weight.requires_grad,
             bias=enabled and bias is not None and bias.requires_grad,
         )
+
+    def _walk(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> tuple[Any, Plan | Lengths]:
+        """The module that walks, and what it is told of its chunks."""
+        if execution.LOOPS:
+            strategy, lengths = self._lengths(chunking, strategies)
+            return vocab_loop if strategy == "vocab" else token_loop, lengths
+        chosen = self._plan(chunking, strategies)
+        return vocab_chunks if chosen.strategy == "vocab" else token_chunks, chosen
+
+    def _lengths(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> tuple[Strategy, Lengths]:
+        """The strategy, and the errors that only the sizes can tell; N is asked for where there is a budget alone."""
+        (tokens, width), dtype, device = self.hidden.shape, self.hidden.dtype, self.hidden.device
+        if chunking.accumulate_dtype is not None:
+            chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
+        share = self.vocabulary.share
+        strategy = choose(tokens, width, share, dtype, chunking, strategies=strategies, device=device.type)
+        if chunking.budget is not None:
+            least = chunk_bytes(strategy, 1, tokens, share, dtype.itemsize)
+            chunk_checks.memory_budget(chunking.budget, "token" if strategy == "tokens" else "column", least)
+        compiled = execution.is_compiled(device, chunking.compile)
+        return strategy, Lengths.of(chunking, share, self.vocabulary.ranks, compiled=compiled)
 
     def _plan(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> Plan:
         """The walk, and the errors that only the sizes can tell."""

@@ -1,0 +1,95 @@
+"""Operators and their operands by name: each argument is a field of a NamedTuple, and none is counted.
+
+NOTE [Operators]
+A walk's pass is one operator for the compiler: it sees sizes and dtypes of what comes out, never the loop. Forward mode
+and functorch do not look into an operator either, and would give zeros: callers go another way before they come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_SCHEMA = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",
+    "int | None": "SymInt?",
+    "bool": "bool",
+    "str | None": "str?",
+    "torch.dtype | None": "ScalarType?",
+}
+
+
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+class Defined(NamedTuple):
+    """An operator, and how many floating-point operations it does for the shapes of its operands."""
+
+    name: str
+    operations: Callable[..., int]
+
+
+DEFINED: list[Defined] = []
+
+
+def unpack(values: Iterable[Any], *kinds: type[Any]) -> tuple[Any, ...]:
+    """One of each kind of NamedTuple, of as many values as it has fields, and a tuple of what is left."""
+    rest, found = tuple(values), []
+    for kind in kinds:
+        count = len(kind._fields)
+        found.append(kind(*rest[:count]))
+        rest = rest[count:]
+    return *found, rest
+
+
+def none(kind: type[Any]) -> Any:
+    """The kind of NamedTuple with None in every field."""
+    return kind(*(None,) * len(kind._fields))
+
+
+def operator(
+    name: str, *kinds: type[Any], like: Callable[..., Sequence[Tensor]], operations: Callable[..., int]
+) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
+    """Make a function of NamedTuples of these kinds, which returns new tensors, an operator.
+
+    `like` takes the same and returns tensors of the same sizes and dtypes, without data; `operations` takes them with
+    shapes in the place of tensors. In eager code the last argument's `compiled` says whether the operator is called or
+    the function itself.
+    """
+    fields = [
+        f"{_SCHEMA[hint.__forward_arg__]} {field}" for kind in kinds for field, hint in kind.__annotations__.items()
+    ]
+
+    def define(implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        def on_fields(*values: Any) -> list[Tensor]:
+            with torch.no_grad():
+                return implementation(*unpack([_detached(v) for v in values], *kinds)[:-1])
+
+        def below_autograd(*values: Any) -> list[Tensor]:
+            # The first call of compiled code excludes this and later ones do not: a body would be compiled twice.
+            with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                return on_fields(*values)
+
+        schema = f"({', '.join(fields)}) -> Tensor[]"
+        opaque = torch.library.custom_op(f"compiled_loss::{name}", below_autograd, mutates_args=(), schema=schema)
+        opaque.register_fake(lambda *values: list(like(*unpack(values, *kinds)[:-1])))
+        DEFINED.append(Defined(name, lambda *shapes, **_: operations(*unpack(shapes, *kinds)[:-1])))
+
+        def call(*operands: Any) -> list[Tensor]:
+            values = chain.from_iterable(operands)
+            return list(opaque(*values)) if operands[-1].compiled else on_fields(*values)
+
+        return call
+
+    return define
+
+
+def _detached(value: Any) -> Any:
+    """Bodies would be compiled again for each pattern of tensors that require a gradient."""
+    return value.detach() if isinstance(value, Tensor) else value
