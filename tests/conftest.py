@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from compiled_loss.engine import hosts
+from compiled_loss.engine import execution, hosts
 
 pytest_plugins = ["compiled_loss.pytest_plugin"]
 
@@ -14,3 +14,4 @@ def _one_thread_and_fresh_caches():
     torch.compiler.reset()
     yield
     hosts._compiled.cache_clear()
+    execution._compiled.cache_clear()
