@@ -201,7 +201,7 @@ forward +0 +1C triton_red_fused__to_copy_amax_arange_as_strided_bitwise_and_bitw
 forward +0 +1C gt
 forward +0 +1C new_zeros
 forward +0 +1C where
-forward -1 +1C addmm_
+forward -1 +1C addmm
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_ne_scalar_tensor_sum_where
 backward +2 +0C triton_poi_fused__to_copy_expand_mul""",
@@ -226,7 +226,7 @@ forward +1 +0C triton_poi_fused_div_mul_ones_stack
 forward +1 +2C mm
 forward +0 +1C triton_red_fused__to_copy_add_amax_arange_as_strided_bitwise_and_bitwise_or_clamp_div_eq_exp_ge_isnan_log_lt_mul_ne_neg_ones_pow_reciprocal_rsub_scalar_tensor_slice_stack_sub_sum_tanh_unbind_unsqueeze_where
 forward +0 +1C sum
-forward -1 +1C addmm_
+forward -1 +1C addmm
 forward -1 +1C add_
 forward +1 +0C cat
 forward +1 +0C triton_red_fused_bitwise_and_ne_scalar_tensor_sum_where
@@ -252,7 +252,7 @@ backward +1 +0C triton_poi_fused_as_strided_clone
 backward +1 +0C triton_poi_fused_add_div_expand_mul_ones_scalar_tensor_where_zeros
 backward +1 +2C mm
 backward +0 +1C triton_poi_fused__to_copy_add_arange_as_strided_eq_exp_expand_mul_ones_scalar_tensor_slice_sub_unsqueeze_where
-backward -1 +1C addmm_""",
+backward -1 +1C addmm""",
     )
 
 
@@ -279,7 +279,7 @@ backward +1 +0C triton_poi_fused_as_strided_clone
 backward +1 +2C mm
 backward +0 +1C triton_poi_fused__to_copy_add_arange_as_strided_div_eq_exp_expand_mul_reciprocal_rsub_scalar_tensor_slice_sub_tanh_unsqueeze_where
 backward +0 +1C sum
-backward -1 +1C addmm_
+backward -1 +1C addmm
 backward +1 +0C triton_poi_fused__to_copy""",
     )
 
