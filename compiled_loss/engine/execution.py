@@ -24,7 +24,7 @@ from torch import Tensor
 Output = tuple[Tensor, ...]
 Body = Callable[..., Output]
 
-LOOPS = False  # whether linear cross-entropy takes the loops here, instead of nested regions; to be shown first
+LOOPS = False  # True runs linear cross-entropy in token_loop and vocab_loop, instead of nested regions
 _BLOCK = 1 << 20  # logits of a block in eager code: 4 MiB a temporary in fp32
 
 
@@ -83,7 +83,7 @@ def _of(block: slice, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _write(out: Sequence[Tensor | None], values: Output) -> Output:
-    """Each value where it belongs; the others."""
+    """Copy each value to its place, and return the values that have none."""
     for place, value in zip(out, values, strict=False):
         if place is not None:
             place.copy_(value)

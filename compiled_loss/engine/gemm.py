@@ -82,7 +82,7 @@ def accumulate_gradients(
     column: int,
     scale: Tensor | None,
 ) -> None:
-    """The plain code of `add_gradients_`."""
+    """Do what `add_gradients_` says, in plain code for a loop that the compiler does not see."""
     states = None if d_hidden is None else d_hidden.narrow(0, row, d.shape[0])
     if d_weight is not None:
         counts, zero = counts.narrow(0, row, d.shape[0]).unsqueeze(1), hidden.new_zeros(())
@@ -198,9 +198,9 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same of a gradient that is not needed again, written over it where the dtypes are the same.
+    """Return gradient * factor as `scaled` does, written over the gradient where the dtypes are the same.
 
-    Autograd, which keeps it, is not told, nor of what the caller does to the result: it would refuse a second backward.
+    Autograd keeps the gradient and would refuse a second backward if it saw the write, so it does not see it.
     """
     if gradient.dtype != dtype:
         return scaled(gradient, factor, dtype)
