@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from compiled_loss import shard_checks
-from compiled_loss.engine.gemm import in_turn
+from compiled_loss.engine.gemm import opaque_copy
 from compiled_loss.engine.ranks import reduced
 from compiled_loss.numbers import readable
 
@@ -163,6 +163,6 @@ def _between_ranks(tokens: Tensor, vocab: int, group: str, after: Sequence[Tenso
     mixed = ((flat.to(torch.int64) * 0x27D4EB2F165667C5) ^ position) * 0x165667B19E3779F9
     mixed = ((mixed ^ (mixed >> 32)).sum() & (2**62 - 1)).reshape(1)  # whose negative is a number too
     mine = torch.cat([torch.full_like(mixed, flat.shape[0]), torch.full_like(mixed, vocab), mixed])
-    mine = in_turn(torch.cat([-mine, mine]), after)
+    mine = opaque_copy(torch.cat([-mine, mine]), after)
     (found,) = reduced([mine], "max", group)
     return -found[:3], found[3:]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from compiled_loss.engine import execution, hosts
+from compiled_loss.engine import execution
 
 pytest_plugins = ["compiled_loss.pytest_plugin"]
 
@@ -13,5 +13,4 @@ def _one_thread_and_fresh_caches():
     torch.manual_seed(0)
     torch.compiler.reset()
     yield
-    hosts._compiled.cache_clear()
     execution._compiled.cache_clear()

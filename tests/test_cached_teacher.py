@@ -5,7 +5,6 @@ import torch
 from test_divergences import DIVERGENCES, EACH, KEYWORDS, SHAPES, TIGHT, check, heads
 
 from compiled_loss import Chunking, distillation, linear_distillation, reference
-from compiled_loss.engine import hosts
 from compiled_loss.testing import assert_within_error_budget, count_graphs
 
 
@@ -154,16 +153,6 @@ def test_compiled(name):
     wanted = [v for v in inputs if v.requires_grad]
     check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FORMS)
-def test_compiled_as_operators(name, monkeypatch):
-    """The host of torch 2.11, and of eager code on accelerators."""
-    monkeypatch.setattr(hosts, "REGIONS_WORK", False)
-    function, inputs = call(name)
-    wanted = [v for v in inputs if v.requires_grad]
-    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -9,7 +9,6 @@ from gpu_cases import linear
 
 import compiled_loss
 from compiled_loss import Chunking, reference
-from compiled_loss.engine import hosts
 from compiled_loss.testing import assert_label_tokens_fit, assert_single_graph, count_graphs, head_inputs
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -193,7 +192,6 @@ def lengths():
         yield hidden, weight, bias, weights, labels
 
 
-@pytest.mark.skipif(not hosts.REGIONS_WORK, reason="torch 2.11 traces no dynamic mark_non_differentiable, bound or not")
 def test_one_graph_whatever_n():
     """A fraction of N is symbolic, and the fraction itself no input of the graph."""
     call, how = LOSSES["vocab"]

@@ -8,7 +8,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from compiled_loss import Chunking, distillation, linear_cross_entropy, linear_distillation, reference
-from compiled_loss.engine import hosts
 from compiled_loss.testing import head_inputs
 
 N, H, V = 24, 11, 50
@@ -43,7 +42,7 @@ class Ours:
     ],
 )
 def test_arguments_that_are_slices_inside_the_graph(name):
-    """A fence on a clone of a slice read the slice's storage from its start: the loss of other labels, silently."""
+    """Operators get their memory from where the slice begins."""
     inputs = head_inputs(2 * N, H, V, dtype=torch.float64)
     teacher = torch.randn_like(inputs.hidden)
     chunking = COLUMNS if name == "vocab" else ROWS
@@ -64,7 +63,7 @@ def test_arguments_that_are_slices_inside_the_graph(name):
 
 @pytest.mark.parametrize("name", ["distillation", pytest.param("distillation, none", marks=pytest.mark.slow)])
 def test_a_head_that_student_and_teacher_share(name):
-    """No region takes a tensor twice: compiled code raised where both had one weight, as an EAGLE draft has."""
+    """One weight of both, as an EAGLE draft has."""
     inputs = head_inputs(N, H, V, dtype=torch.float64)
     both = torch.randn(2 * N, H, dtype=torch.float64, requires_grad=True)
 
@@ -88,11 +87,10 @@ def test_a_head_that_student_and_teacher_share(name):
             torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
-@pytest.mark.skipif(not hosts.REGIONS_WORK, reason="operators are not inlined")
 @pytest.mark.parametrize("size", ["one chunk", "two, the last ragged", "three, the last ragged", "two even"])
 @pytest.mark.parametrize("name", ["vocab", "distillation, none"])
 def test_no_chunk_is_kept(name, size):
-    """A region that is called once is inlined, and the partitioner kept its logits for backward."""
+    """The partitioner sees no logits that it could keep for backward."""
     extent = V if name == "vocab" else N
     chunk = {"one chunk": extent, "two, the last ragged": extent - 7, "two even": extent // 2}.get(
         size, extent // 3 + 1

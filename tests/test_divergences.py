@@ -13,7 +13,6 @@ from compiled_loss import (
     masked_soft_cross_entropy,
     reference,
 )
-from compiled_loss.engine import hosts
 from compiled_loss.testing import assert_within_error_budget, count_graphs, inputs_unchanged
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # fp64, a few hundred roundings
@@ -287,16 +286,6 @@ def test_compiled(name):
     wanted = [v for v in inputs if v.requires_grad]
     check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["jsd", "logits reverse_kl"])
-def test_compiled_as_operators(name, monkeypatch):
-    """The host of torch 2.11, and of eager code on accelerators."""
-    monkeypatch.setattr(hosts, "REGIONS_WORK", False)
-    function, inputs = everything(name)
-    wanted = [v for v in inputs if v.requires_grad]
-    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)

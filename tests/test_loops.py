@@ -17,11 +17,6 @@ TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 WALKS = pytest.mark.parametrize("walk", ["tokens", "vocab"])
 
 
-@pytest.fixture(autouse=True)
-def loops(monkeypatch):
-    monkeypatch.setattr(execution, "LOOPS", True)
-
-
 def check(fn, truth, leaves, **tolerance):
     """Loss and gradients are those of plain torch."""
     expected, actual = truth(), fn()

@@ -17,7 +17,6 @@ from compiled_loss import (
     linear_cross_entropy,
     multi_token_prediction,
 )
-from compiled_loss.engine import hosts
 from compiled_loss.testing import inputs_unchanged
 
 B, S, H, V = 2, 6, 4, 11
@@ -158,9 +157,8 @@ def test_module_compile(fused):
     compiled = PipelineCausalLMLoss(loss.loss_fn, model)
     compiled.compile(fullgraph=True)
     wanted = [first, *per_depth, model.lm_head.weight]
-    warm = 1 if hosts.REGIONS_WORK else 2  # torch 2.11 compiles bodies once more in the second step
-    for count in range(warm + 2):
-        stance = "default" if count < warm else "fail_on_recompile"
+    for count in range(3):
+        stance = "default" if count == 0 else "fail_on_recompile"
         call = ((first, *per_depth, seq_idx), labels, torch.tensor(7 + count))
         with inputs_unchanged(*wanted, labels), torch.compiler.set_stance(stance):
             found = compiled(*call)

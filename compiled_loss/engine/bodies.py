@@ -1,9 +1,8 @@
-"""The elementwise mathematics of one chunk of logits: plain torch on [rows, columns], written to fuse into one kernel.
+"""The elementwise mathematics of logits: plain torch on [rows, columns], written to fuse into one kernel.
 
-H width; a chunk is `rows` tokens by `columns` of the vocabulary. `source` is a chunk of hidden states [rows, H] with
-its `weight` [columns, H], or logits [..., columns] with None. Then come, in every body and in this order, `labels`
-[rows] and the `Head`. A body writes nothing that it was given; its GEMM is inside it, so that the compiler overwrites
-the logits with their gradient.
+H width. `logits` are a chunk, `rows` tokens by `columns` of the vocabulary, or given ones, [..., V]. Then come, in every
+body and in this order, `labels` [rows] and the `Head`. A body writes nothing that it was given: whoever calls it has
+what it returns written over the logits.
 
 NOTE [Columns are compared, never indexed]
 `where(column == label, z, 0).sum(-1)` instead of a gather: it fuses into the statistics' pass, it cannot leave the row
@@ -18,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.gemm import dense, logits
 from compiled_loss.engine.ranks import largest
 from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, looked_at, statistics_dtype
 
@@ -28,9 +26,8 @@ Output = tuple[Tensor, ...]
 class Head(NamedTuple):
     """What turns h @ w.T into z = softcap * tanh((h @ w.T + bias) / softcap) * inverse_temperature.
 
-    bias and class_weights are [V]. The others are scalar tensors, not numbers: a region is compiled once for all its
-    calls only if no number differs between them, and a number that changes from step to step would become a symbol,
-    which a region does not take. `start`, the chunk's first column, is [1].
+    bias and class_weights are [V]. The others are scalar tensors, not numbers, for which kernels would be compiled
+    again. `start`, the chunk's first column, is [1].
     """
 
     bias: Tensor | None
@@ -106,19 +103,16 @@ class Upstream(NamedTuple):
         total: Tensor | None,
         entropy: Tensor | None,
     ) -> Upstream:
-        """From autograd's gradients of the rows' statistics, each of which may be missing.
-
-        New tensors all: Dynamo traces a backward with example gradients that alias each other, which no region takes.
-        """
+        """From autograd's gradients of the rows' statistics, each of which may be missing."""
         dtype = state.sum_exp.dtype
-        nll = torch.zeros_like(state.sum_exp) if nll is None else nll.to(dtype, copy=True)
+        nll = torch.zeros_like(state.sum_exp) if nll is None else nll.to(dtype)
         row = nll if lse is None else nll + lse
         moment = None
         if entropy is not None:
             assert state.moment is not None
             row = row + entropy * state.moment / state.sum_exp
             moment = entropy / state.sum_exp
-        return Upstream(row / state.sum_exp, nll, None if total is None else total.to(dtype, copy=True), moment)
+        return Upstream(row / state.sum_exp, nll, None if total is None else total.to(dtype), moment)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
         """Each changed; what is None stays None."""
@@ -126,10 +120,9 @@ class Upstream(NamedTuple):
         return Upstream(change(self.row), change(self.nll), total, moment)
 
 
-def _biased(source: Tensor, weight: Tensor | None, head: Head) -> Tensor:
+def _biased(logits: Tensor, head: Head) -> Tensor:
     """The head's logits, but for softcap and temperature."""
-    raw = logits(source, weight)
-    raw = raw.to(statistics_dtype(raw.dtype))
+    raw = logits.to(statistics_dtype(logits.dtype))
     return raw if head.bias is None else raw + head.bias.to(raw.dtype)
 
 
@@ -179,11 +172,11 @@ def _gradient(
     return torch.where(looked_at(labels).unsqueeze(-1), d if slope is None else d * slope, 0.0)
 
 
-def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
+def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
     labels, head, state = operands[0], Head(*operands[1:6]).unpacked(), State(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
-    z, _ = _capped(_biased(source, weight, head), head)
+    z, _ = _capped(_biased(logits, head), head)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = torch.maximum(state.maximum, largest(z.detach()))
     hit = _hit(z, labels, head)
@@ -192,44 +185,36 @@ def fold(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Out
     return maximum, *[past + new for past, new in sums]
 
 
-def gradient(source: Tensor, weight: Tensor | None, *operands: Tensor | None) -> Output:
-    """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like source."""
+def gradient(logits: Tensor, *operands: Tensor | None) -> Output:
+    """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like them."""
     labels, head, maximum = operands[0], Head(*operands[1:6]).unpacked(), operands[6]
     upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
     assert labels is not None and maximum is not None
-    z, slope = _capped(_biased(source, weight, head), head)
-    d = _gradient(z, slope, labels, _hit(z, labels, head), head, maximum, upstream).to(source.dtype)
-    return (d if weight is None else dense(d),)
+    z, slope = _capped(_biased(logits, head), head)
+    return (_gradient(z, slope, labels, _hit(z, labels, head), head, maximum, upstream).to(logits.dtype),)
 
 
-def fold_and_gradient(
-    source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
-) -> Output:
+def fold_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
     """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, loss, ...).
 
     `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
     lse's. What follows is returned for NOTE [Few reads] alone.
     """
-    return _fold_and_gradient(source, weight, operands, group, statistics=False, entropy=False)
+    return _fold_and_gradient(logits, operands, group, statistics=False, entropy=False)
 
 
-def statistics_and_gradient(
-    source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
-) -> Output:
+def statistics_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
     """`fold_and_gradient`, and then the statistics but for the entropy: (d, loss, row, *RowStatistics)."""
-    return _fold_and_gradient(source, weight, operands, group, statistics=True, entropy=False)
+    return _fold_and_gradient(logits, operands, group, statistics=True, entropy=False)
 
 
-def all_statistics_and_gradient(
-    source: Tensor, weight: Tensor | None, *operands: Tensor | None, group: str | None = None
-) -> Output:
+def all_statistics_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
     """The same with the entropy."""
-    return _fold_and_gradient(source, weight, operands, group, statistics=True, entropy=True)
+    return _fold_and_gradient(logits, operands, group, statistics=True, entropy=True)
 
 
 def _fold_and_gradient(
-    source: Tensor,
-    weight: Tensor | None,
+    logits: Tensor,
     operands: tuple[Tensor | None, ...],
     group: str | None,
     *,
@@ -239,7 +224,7 @@ def _fold_and_gradient(
     labels, head = operands[0], Head(*operands[1:6]).unpacked()
     coefficients = Coefficients(*operands[6:])  # type: ignore[arg-type]
     assert labels is not None
-    biased = _biased(source, weight, head)
+    biased = _biased(logits, head)
     z, slope = _capped(biased, head)
     # A softcap keeps the order, so a row's largest is found before it: a tanh less for each logit. Not where statistics
     # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
@@ -254,7 +239,7 @@ def _fold_and_gradient(
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * known.lse
     upstream = Upstream(after(row, *state) / state.sum_exp, coefficients.nll, coefficients.total, None)
-    d = _gradient(z, slope, labels, hit, head, state.maximum, upstream).to(source.dtype)
+    d = _gradient(z, slope, labels, hit, head, state.maximum, upstream).to(logits.dtype)
     loss = combine(known, coefficients)
     if statistics:
         return d, loss, upstream.row, *known.present()
@@ -265,4 +250,4 @@ def _fold_and_gradient(
 
 def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """Z of logits that exist, and its slope; None for 1."""
-    return _capped(_biased(logits, None, head), head)
+    return _capped(_biased(logits, head), head)

@@ -16,13 +16,12 @@ at temperature 1. `raw` are the student's logits in fp32 before the temperature,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.gemm import logits
 from compiled_loss.engine.ranks import largest, reduced
 from compiled_loss.engine.statistics import statistics_dtype
 from compiled_loss.engine.transforms import traced
@@ -37,11 +36,6 @@ class Pair(NamedTuple):
 
     inverse_temperature: Tensor | None
     jsd_weight: Tensor | None
-    target_weight: Tensor | None  # [V, H'], where the target is hidden states; [0] for the student's own
-
-    def head(self, weight: Tensor | None) -> Tensor | None:
-        """What makes logits of the target. Given twice, a weight would be an alias, which no region takes."""
-        return weight if self.target_weight is not None and self.target_weight.dim() == 1 else self.target_weight
 
 
 class Target(NamedTuple):
@@ -49,10 +43,12 @@ class Target(NamedTuple):
 
     values: Tensor  # [rows, V] probabilities or logits, [rows, H of the target], or [rows, k] log-probabilities
     indices: Tensor | None = None  # [rows, k], of the classes whose log-probabilities alone are known
+    weight: Tensor | None = None  # [V, H of the target], where the values are hidden states
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Target:
-        """Each changed; what is None stays None."""
-        return Target(change(self.values), None if self.indices is None else change(self.indices))
+        """What has rows changed."""
+        indices = None if self.indices is None else change(self.indices)
+        return self._replace(values=change(self.values), indices=indices)
 
 
 class Rows(NamedTuple):
@@ -70,13 +66,17 @@ class Rows(NamedTuple):
         return tuple([v for v in self if v is not None])
 
     @staticmethod
-    def of(present: Output, kind: Kind, labels: Tensor | None, indices: Tensor | None) -> tuple[Rows, Output]:
+    def there(kind: Kind, labels: object, indices: object) -> tuple[bool, ...]:
+        """Which of them there are, of labels and indices that may be None."""
+        logits = indices is None and kind != "probabilities"
+        return (True, True, indices is None, logits, logits, labels is not None)
+
+    @staticmethod
+    def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> tuple[Rows, list[Tensor]]:
         """From the front of a body's outputs, and what follows them."""
         left = list(present)
-        logits = indices is None and kind != "probabilities"
-        there = (True, True, indices is None, logits, logits, labels is not None)
-        rows = Rows(*[left.pop(0) if field else None for field in there])  # type: ignore[arg-type]
-        return rows, tuple(left)
+        rows = Rows(*[left.pop(0) if field else None for field in Rows.there(kind, labels, indices)])  # type: ignore[arg-type]
+        return rows, left
 
 
 def row(values: Tensor) -> Tensor:
@@ -134,12 +134,10 @@ class Compared(NamedTuple):
     t: Tensor  # [rows, V], probabilities, or logits over the temperature
 
     @staticmethod
-    def of(kind: Kind, source: Tensor, weight: Tensor | None, target: Tensor, pair: Pair) -> Compared:
-        """From logits or from hidden states and a weight, on either side."""
-        t = logits(target, pair.head(weight))
-        t = t.to(statistics_dtype(t.dtype))
-        raw = logits(source, weight)
-        raw = raw.to(statistics_dtype(raw.dtype))
+    def of(kind: Kind, logits: Tensor, target: Tensor, pair: Pair) -> Compared:
+        """From logits on either side, or probabilities on the target's."""
+        t = target.to(statistics_dtype(target.dtype))
+        raw = logits.to(statistics_dtype(logits.dtype))
         return Compared(kind, pair, raw, t if kind == "probabilities" else warmed(t, pair))
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:

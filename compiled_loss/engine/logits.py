@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import bodies, gemm, hosts
+from compiled_loss.engine import bodies, execution, gemm
 from compiled_loss.engine.bodies import Head, Upstream
 from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
 from compiled_loss.engine.transforms import without_autocast
@@ -22,15 +22,16 @@ def statistics(
     *,
     total: bool,
     entropy: bool,
+    compile: bool | str,
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
-    return RowStatistics(*_Logits.apply(logits, *head[:4], labels, group, total, entropy))
+    return RowStatistics(*_Logits.apply(logits, *head[:4], labels, group, total, entropy, compile))
 
 
 def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool, entropy: bool) -> RowStatistics:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
     state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-    return finish(state.replaced(bodies.fold(logits, None, labels, *head, *state)))
+    return finish(state.replaced(bodies.fold(logits, labels, *head, *state)))
 
 
 class _Logits(torch.autograd.Function):
@@ -46,15 +47,18 @@ class _Logits(torch.autograd.Function):
         group: str | None,
         total: bool,
         entropy: bool,
+        compile: bool | str,
     ) -> tuple[Tensor | None, ...]:
         head = Head(bias, class_weights, softcap, inverse_temperature)
         state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-        run = hosts.choose(logits.device, "auto", loop=False)
-        state = state.replaced(run(bodies.fold, logits, None, labels, *head, *state)).merged(group)
+        found = execution.given(
+            bodies.fold, logits, (labels, *state), head, lambda: state.map(torch.empty_like).present(), compile=compile
+        )
+        state = state.replaced(found).merged(group)
         result = finish(state)
         ctx.save_for_backward(logits, *head[:4], labels, *state)
         ctx.set_materialize_grads(False)
-        ctx.moved = not logits.is_contiguous()
+        ctx.moved, ctx.compile = not logits.is_contiguous(), compile
         return tuple(result)
 
     @staticmethod
@@ -72,8 +76,9 @@ class _Logits(torch.autograd.Function):
             head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             if ctx.moved:  # or Inductor writes a long expression out twice, in its layout and in theirs
-                upstream = upstream.map(lambda v: gemm.in_turn(v, []))
-            operands = (labels, *head, state.maximum, *upstream)
-            run = hosts.choose(logits.device, "auto", loop=False)
-            (d,) = run(bodies.gradient, logits, None, *operands)
-            return d, None, None, None, None, None, None, None, None
+                upstream = upstream.map(lambda v: gemm.opaque_copy(v, []))
+            rows = (labels, state.maximum, *upstream)
+            (d,) = execution.given(
+                bodies.gradient, logits, rows, head, lambda: [torch.empty_like(logits)], compile=ctx.compile
+            )
+            return d, *(None,) * 9

@@ -20,6 +20,7 @@ _SCHEMA = {
     "int": "SymInt",
     "int | None": "SymInt?",
     "bool": "bool",
+    "str": "str",
     "str | None": "str?",
     "torch.dtype | None": "ScalarType?",
 }

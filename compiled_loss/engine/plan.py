@@ -42,6 +42,7 @@ import torch
 
 from compiled_loss import chunk_checks
 from compiled_loss.engine.cost import Strategy, chunk_bytes, rates, seconds
+from compiled_loss.engine.execution import is_compiled
 
 MIN_ROWS = 512
 RANKS_A_NODE = 8  # which NVLink joins
@@ -117,30 +118,17 @@ class Plan:
     chunk: int
     count: int
     accumulate_dtype: torch.dtype
-    compile: bool | str
-    copied: bool = False  # chunks' parts of tensors: parts.py, NOTE [Parts]
-
-    def alone(self, index: int, extent: int) -> bool:
-        """Whether no other chunk of so many tokens or columns has the size of this one."""
-        if self.count == 1 or (self.count > 2 and index + 1 < self.count):  # asks nothing of a size
-            return self.count == 1
-        return extent != self.count * self.chunk
 
 
 class Lengths(NamedTuple):
-    """What a walk's operator is told of its chunks, all of it known before the number of tokens is."""
+    """What an operator is told of its chunks, all of it known before the number of tokens is."""
 
     chunk_size: int | None
     memory_budget: int | None
     accumulate_dtype: torch.dtype | None
-    vocab: int  # columns of each rank, the same number on all
+    columns: int  # of each rank, the same number on all; of two heads those of both
     ranks: int
     compiled: bool
-
-    @staticmethod
-    def of(chunking: Chunking, vocab: int, ranks: int, *, compiled: bool) -> Lengths:
-        """Those of a call."""
-        return Lengths(chunking.chunk_size, chunking.budget, chunking.accumulate_dtype, vocab, ranks, compiled)
 
     def plan(self, strategy: Strategy, hidden: torch.Tensor) -> Plan:
         """The walk for these hidden states."""
@@ -148,7 +136,22 @@ class Lengths(NamedTuple):
             chunk_size=self.chunk_size, memory_budget=self.memory_budget, accumulate_dtype=self.accumulate_dtype
         )
         tokens, width = hidden.shape
-        return plan(tokens, width, self.vocab, hidden.dtype, chunking, ranks=self.ranks, strategies=(strategy,))
+        return plan(tokens, width, self.columns, hidden.dtype, chunking, ranks=self.ranks, strategies=(strategy,))
+
+
+def lengths(
+    hidden: torch.Tensor, columns: int, chunking: Chunking, *, ranks: int, strategies: tuple[Strategy, ...]
+) -> tuple[Strategy, Lengths]:
+    """The strategy, and the errors that only the sizes can tell; N is asked for where there is a budget alone."""
+    (tokens, width), dtype, device = hidden.shape, hidden.dtype, hidden.device
+    if chunking.accumulate_dtype is not None:
+        chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
+    strategy = choose(tokens, width, columns, dtype, chunking, strategies=strategies, device=device.type)
+    if chunking.budget is not None:
+        least = chunk_bytes(strategy, 1, tokens, columns, dtype.itemsize)
+        chunk_checks.memory_budget(chunking.budget, "token" if strategy == "tokens" else "column", least)
+    how = (chunking.chunk_size, chunking.budget, chunking.accumulate_dtype)
+    return strategy, Lengths(*how, columns, ranks, is_compiled(device, chunking.compile))
 
 
 def plan(
@@ -180,7 +183,7 @@ def plan(
         count = min(-(-bucket // most), max(1, isqrt(bucket // 2)))
         chunk = -(-tokens // count)
     accumulate = chunking.accumulate_dtype or _accumulate_dtype(dtype, count)
-    return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate, compile=chunking.compile)
+    return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate)
 
 
 def choose(

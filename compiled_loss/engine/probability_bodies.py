@@ -13,37 +13,35 @@ from torch import Tensor
 from compiled_loss.engine.bodies import Head, Output, transformed
 from compiled_loss.engine.divergences import Compared, Pair, row
 
-_SCALARS = Pair(None, None, None)  # they are the head's
+_SCALARS = Pair(None, None)  # they are the head's
 
 
-def fold_beside_probabilities(
-    source: Tensor, _weight: None, *operands: Tensor | None, group: str | None = None
-) -> Output:
+def fold_beside_probabilities(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
     """(None, *Head, smoothing, target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
     head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
-    z, _ = transformed(source, head)
+    z, _ = transformed(logits, head)
     rows, loss, _ = Compared("probabilities", _SCALARS, z, _weighted(target, smoothing, head, z)).fold(None, group)
     assert rows.slope is not None
     return rows.maximum, rows.log_sum, -rows.slope, loss
 
 
-def gradient_beside_probabilities(source: Tensor, _weight: None, *operands: Tensor | None) -> Output:
-    """(None, *Head, smoothing, target, maximum, log_sum, mass, of loss, of lse) -> (d,), like source."""
+def gradient_beside_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:
+    """(None, *Head, smoothing, target, maximum, log_sum, mass, of loss, of lse) -> (d,), like logits."""
     head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
     maximum, log_sum, mass, loss, lse = _present(*operands[8:])
-    z, slope = transformed(source, head)
+    z, slope = transformed(logits, head)
     q = ((z - row(maximum)) - row(log_sum)).exp()
     d = q * row(loss * mass + lse) - row(loss) * _weighted(target, smoothing, head, z)
     d = d if slope is None else d * slope
-    return (torch.where(row((loss != 0) | (lse != 0)), d, 0.0).to(source.dtype),)  # 0 * NaN would be NaN
+    return (torch.where(row((loss != 0) | (lse != 0)), d, 0.0).to(logits.dtype),)  # 0 * NaN would be NaN
 
 
-def gradient_of_probabilities(source: Tensor, _weight: None, *operands: Tensor | None) -> Output:
+def gradient_of_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:
     """(None, *Head, smoothing, target, maximum, log_sum, of loss) -> (d,), like target."""
     head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
     maximum, log_sum, loss = _present(*operands[8:])
     assert target is not None
-    z, _ = transformed(source, head)
+    z, _ = transformed(logits, head)
     d = row(loss) * (row(log_sum) - (z - row(maximum)))
     if smoothing is not None:
         d = d * smoothing[0]

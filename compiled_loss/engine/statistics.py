@@ -44,8 +44,12 @@ class State(NamedTuple):
     moment: Tensor | None
 
     def present(self) -> tuple[Tensor, ...]:
-        """The parts that somebody asked for: what a body returns, for Dynamo reuses no region that returns None."""
+        """The parts that somebody asked for."""
         return tuple([v for v in self if v is not None])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> State:
+        """Each part changed; what is None stays None."""
+        return self.replaced([change(v) for v in self.present()])
 
     @staticmethod
     def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> State:

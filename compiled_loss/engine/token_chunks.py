@@ -1,41 +1,51 @@
-"""The token walk: rows streamed, their gradient formed while their logits are alive.
+"""Statistics and losses chunked over tokens: a chunk's gradient is formed while its logits are alive.
 
-N tokens, H width, V vocabulary, C rows a chunk. Three GEMMs where both gradients are wanted, 6 N H V operations, all in
-forward; scalar losses only, since the upstream gradient of each row is needed before it exists: it comes as
+N tokens, H width, V vocabulary, C rows per chunk. Three GEMMs where both gradients are wanted, 6 N H V operations, all
+in forward; scalar losses only, since the upstream gradient of each row is needed before it exists: it comes as
 `Coefficients`. Keeps dH, dW and O(N) between forward and backward; creates no [N, V] tensor, one [C, V].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import bodies, gemm, hosts
-from compiled_loss.engine.bodies import Head
-from compiled_loss.engine.parts import part, parts, planned
-from compiled_loss.engine.plan import Plan
+from compiled_loss.engine import bodies, execution, gemm
+from compiled_loss.engine.bodies import Head, Problem
+from compiled_loss.engine.gradients import Formed, Gradients, Needs, hand_out
+from compiled_loss.engine.operators import none, operator, unpack
+from compiled_loss.engine.plan import Lengths
 from compiled_loss.engine.statistics import (
     IGNORED,
     Coefficients,
     RowStatistics,
     finish,
     initial_state,
+    looked_at,
     masked,
     statistics_dtype,
     unit_scale,
 )
 
 
-class Wanted(NamedTuple):
-    """Whose gradients to form."""
+class Asked(NamedTuple):
+    """Which of the statistics are asked for beside nll and lse, and over which ranks."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
+    with_total: bool
+    with_entropy: bool
+    group: str | None
+
+
+class _Forming(NamedTuple):
+    """What the pass that forms gradients does besides."""
+
+    group: str | None
+    with_statistics: bool
+    with_entropy: bool
 
 
 def statistics(
@@ -43,22 +53,15 @@ def statistics(
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [N]
     head: Head,
-    plan: Plan,
+    lengths: Lengths,
     group: str | None,
     *,
     total: bool,
     entropy: bool,
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
-    run = hosts.choose(hidden.device, plan.compile)
-    head = head.packed()
-    plan = planned(plan, hidden, labels)
-    state = initial_state(hidden, (hidden.shape[0],), total=total, entropy=entropy)
-    outputs = [
-        run(bodies.fold, states, weight, rows[0], *head, *rows[1:])
-        for states, rows in parts(plan, hidden, labels, *state)
-    ]
-    return finish(state.replaced([gemm.join(rows, []) for rows in zip(*outputs, strict=True)]).merged(group))
+    found = _fold(Problem.of(hidden, weight, head.packed(), labels), Asked(total, entropy, group), lengths)
+    return RowStatistics.of(found, total=total, entropy=entropy)
 
 
 def weighted_sum(
@@ -66,126 +69,190 @@ def weighted_sum(
     weight: Tensor,
     labels: Tensor,
     head: Head,
-    plan: Plan,
+    lengths: Lengths,
     group: str | None,
     coefficients: Coefficients,
     active: Tensor,  # [N] bool
-    wanted: Wanted,
+    needs: Needs,
     *,
     with_statistics: bool,
 ) -> tuple[Tensor, RowStatistics | None]:
     """sum(combine(statistics, coefficients)), differentiable, and if wanted the masked statistics, detached."""
-    how = (plan, group, wanted, with_statistics)
-    loss, *rest = _TokenChunks.apply(hidden, weight, *head[:4], labels, *coefficients, active, *how)
+    labels = torch.where(active, labels, IGNORED)
+    forming = _Forming(group, with_statistics=False, with_entropy=with_statistics)
+    problem = Problem.of(hidden, weight, head, labels)
+    loss, *rest = _TokenChunks.apply(*problem, *coefficients, needs, forming, lengths)
     return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
 
-def form_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    group: str | None,
-    wanted: Wanted,
-    fenced: Tensor,
-    active: Tensor | None,  # [N] bool; None where `fenced` are labels
-    rest: Iterable[Tensor | None],
-    chunk: Callable[..., bodies.Output],
-) -> tuple[list[Tensor | None], list[Tensor]]:
-    """dH, dW and db, and what else `chunk` returns after its logits' gradient.
-
-    It is called with a host and its rows of hidden, `fenced` and the rest. `fenced` is the result of a computation
-    that every chunk reads: NOTE [Order]. Rows that are not `active` have a gradient of 0, whatever they hold.
-    """
-    run = hosts.choose(hidden.device, plan.compile)
-    d_hidden = torch.empty_like(hidden) if wanted.hidden else None
-    d_weight = torch.empty_like(weight, dtype=plan.accumulate_dtype) if wanted.weight else None
-    d_bias = None if bias is None or not wanted.bias else torch.empty_like(bias, dtype=statistics_dtype(hidden.dtype))
-    outputs: list[list[Tensor]] = []
-    formed: list[Tensor] = []
-    last, apart = plan.count - 1, plan.alone(plan.count - 1, hidden.shape[0])
-    for i, (states, rows) in enumerate(parts(plan, hidden, *rest, alone=apart)):
-        start, host = i * plan.chunk, hosts.of_chunk(run, plan.alone(i, hidden.shape[0]))
-        fenced_rows = part(fenced, start, states.shape[0], copied=plan.copied and not (apart and i == last))
-        states = gemm.taking_turns(states, group, formed)
-        d, *others = chunk(host, states, fenced_rows, *rows)
-        outputs.append(others)
-        gemm.add_gradients_(fenced, d_hidden, d_weight, d_bias, d, states, weight, active, start, 0, None, others)
-        del d  # or eager code holds two chunks
-        formed = [v for v in (d_hidden, d_weight, d_bias) if v is not None]
-    return [d_hidden, d_weight, d_bias], [gemm.join(rows, formed) for rows in zip(*outputs, strict=True)]
+def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = None) -> list[Tensor]:
+    """`RowStatistics` without data."""
+    dtype = statistics_dtype(problem.hidden.dtype)
+    dtypes = [dtype] * (2 + asked.with_total + asked.with_entropy) + [torch.bool]
+    return [problem.labels.new_empty(problem.labels.shape, dtype=d) for d in dtypes]
 
 
-def scaled_gradients(
-    gradients: list[Tensor | None], factor: Tensor, dtypes: list[torch.dtype | None]
-) -> list[Tensor | None]:
-    """Each gradient times the upstream one, in its input's dtype."""
-    return [
-        None if d is None or dtype is None else gemm.scaled(d, factor, dtype)
-        for d, dtype in zip(gradients, dtypes, strict=True)
-    ]
+def fold_operations(problem: Problem, _asked: Asked, _lengths: Lengths) -> int:
+    """Of one GEMM."""
+    return product(problem)
+
+
+def product(problem: Problem) -> int:
+    """Operations of the logits' GEMM, and of each of the gradients'; the problem has shapes for tensors."""
+    tokens, width = problem.hidden
+    return 2 * int(tokens * width) * int(next(iter(problem.weight)))
+
+
+def chunks(hidden: Tensor, weight: Tensor, lengths: Lengths) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each chunk, and its logits, in one buffer for all."""
+    rows, plan = hidden.shape[0], lengths.plan("tokens", hidden)
+    buffer = hidden.new_empty(min(plan.chunk, rows), weight.shape[0])
+    for i in range(plan.count):
+        chunk = slice(min(rows, i * plan.chunk), min(rows, (i + 1) * plan.chunk))
+        z = buffer[: chunk.stop - chunk.start]
+        torch.mm(hidden[chunk], weight.t(), out=z)
+        yield chunk, z
+
+
+def of_chunk(chunk: slice, *rows: Tensor | None) -> list[Tensor | None]:
+    """A chunk's part of each."""
+    return [None if v is None else v[chunk] for v in rows]
+
+
+@operator("fold_token_chunks", Problem, Asked, Lengths, like=statistics_like, operations=fold_operations)
+def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
+    """The statistics of every row."""
+    total, entropy, group = asked
+    state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
+    found = state.map(torch.empty_like)
+    for chunk, z in chunks(problem.hidden, problem.weight, lengths):
+        rows, out = of_chunk(chunk, problem.labels, *state), of_chunk(chunk, *found.present())
+        execution.run(bodies.fold, z, rows, problem.head, out, compiled=lengths.compiled)
+    return list(finish(found.merged(group)).present())
+
+
+def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
+    """The dtype in which dW waits for backward: wider than the weight's for fp16, whose sums are not yet scaled."""
+    return lengths.accumulate_dtype or (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def _rows_like(problem: Problem, coefficients: Coefficients, forming: _Forming) -> list[Tensor]:
+    """Each row's loss, and its statistics."""
+    rows = [problem.labels.new_empty(problem.labels.shape, dtype=statistics_dtype(problem.hidden.dtype))]
+    if forming.with_statistics or forming.with_entropy:
+        rows += statistics_like(problem, Asked(coefficients.total is not None, forming.with_entropy, forming.group))
+    return rows
+
+
+def _formed_like(
+    problem: Problem, coefficients: Coefficients, needs: Needs, forming: _Forming, lengths: Lengths
+) -> list[Tensor]:
+    hidden, weight, bias = problem[:3]
+    gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=kept(weight.dtype, lengths))
+    return gradients.present() + _rows_like(problem, coefficients, forming)
+
+
+def _form_operations(
+    problem: Problem, _coefficients: Coefficients, needs: Needs, _forming: _Forming, _lengths: Lengths
+) -> int:
+    return (1 + needs.needs_hidden + needs.needs_weight) * product(problem)
+
+
+@operator(
+    "form_token_chunks",
+    Problem,
+    Coefficients,
+    Needs,
+    _Forming,
+    Lengths,
+    like=_formed_like,
+    operations=_form_operations,
+)
+def _form(
+    problem: Problem, coefficients: Coefficients, needs: Needs, forming: _Forming, lengths: Lengths
+) -> list[Tensor]:
+    """The gradients that are wanted, each row's loss, and its statistics."""
+    hidden, weight, bias = problem[:3]
+    body = bodies.statistics_and_gradient if forming.with_statistics else bodies.fold_and_gradient
+    if forming.with_entropy:
+        body = bodies.all_statistics_and_gradient
+    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
+    gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
+    active = looked_at(problem.labels)
+    losses, *known = found = _rows_like(problem, coefficients, forming)
+    for chunk, z in chunks(hidden, weight, lengths):
+        rows = of_chunk(chunk, problem.labels, *coefficients)
+        out = [z, losses[chunk], None, *of_chunk(chunk, *known)]  # None: bodies.py, NOTE [Few reads]
+        execution.run(body, z, rows, problem.head, out, compiled=lengths.compiled, group=forming.group)
+        gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
+    del z
+    if gradients.d_weight is not None:
+        gradients = gradients._replace(d_weight=gradients.d_weight.to(kept(weight.dtype, lengths)))
+    return [*gradients.present(), *found]
+
+
+def _formed(
+    problem: Problem, coefficients: Coefficients, needs: Needs, forming: _Forming, lengths: Lengths
+) -> tuple[Formed, Tensor, RowStatistics | None]:
+    """The gradients, and each row's loss and statistics, the loss still to be multiplied by the same scale."""
+    scale = unit_scale(problem.hidden.dtype, *coefficients)
+    if scale is not None:
+        coefficients = coefficients.map(lambda c: c / scale)
+    packed = Problem.of(problem.hidden, problem.weight, problem.head.packed(), problem.labels)
+    found = _form(packed, coefficients, needs, forming, lengths)
+    gradients = Gradients.taken(found, needs, problem.bias)
+    losses, *rest = found
+    known = None
+    if rest:
+        known = RowStatistics.of(rest, total=coefficients.total is not None, entropy=forming.with_entropy)
+    return Formed(gradients, scale), losses, known
+
+
+class _Saved(NamedTuple):
+    """What backward needs beside the inputs, which it needs a second time."""
+
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+    d_bias: Tensor | None
+    scale: Tensor | None
+    nll: Tensor | None
+    lse: Tensor | None
+    total: Tensor | None
 
 
 class _TokenChunks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        class_weights: Tensor | None,
-        softcap: Tensor | None,
-        inverse_temperature: Tensor | None,
-        labels: Tensor,
-        nll: Tensor,
-        lse: Tensor | None,
-        total: Tensor | None,
-        square: Tensor | None,
-        active: Tensor,
-        plan: Plan,
-        group: str | None,
-        wanted: Wanted,
-        with_statistics: bool,
-    ) -> tuple[Tensor | None, ...]:
-        head = Head(bias, class_weights, softcap, inverse_temperature).packed()
-        coefficients = scaled = Coefficients(nll, lse, total, square)
-        scale = unit_scale(hidden.dtype, *coefficients)
-        if scale is not None:
-            scaled = coefficients.map(lambda c: c / scale)
-
-        labels = torch.where(active, labels, IGNORED)  # a new tensor, to be fenced: NOTE [Order]
-        differentiable = any(ctx.needs_input_grad[7:11])
-        body = bodies.statistics_and_gradient if differentiable else bodies.fold_and_gradient
-        if with_statistics:
-            body = bodies.all_statistics_and_gradient
-
-        def chunk(run: hosts.Host, states: Tensor, labels: Tensor, *rows: Tensor | None) -> bodies.Output:
-            d, loss, _, *rest = run(body, states, weight, labels, *head, *rows, group=group)
-            return d, loss, *(() if body is bodies.fold_and_gradient else rest)
-
-        plan = planned(plan, hidden, *scaled)
-        gradients, (losses, *rest) = form_gradients(
-            hidden, weight, bias, plan, group, wanted, labels, None, scaled, chunk
-        )
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        problem, coefficients, (needs, forming, lengths) = unpack(args, Problem, Coefficients)
+        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
+        forming = forming._replace(with_statistics=any(wanted))
+        formed, losses, found = _formed(problem, coefficients, needs, forming, lengths)
+        active = looked_at(problem.labels)
         loss = torch.where(active, losses, 0.0).sum()
-        if scale is not None:
-            loss = loss * scale
-        statistics: tuple[Tensor | None, ...] = (None,) * 5
-        if rest:
-            statistics = masked(RowStatistics.of(rest, total=total is not None, entropy=with_statistics), active)
-        ctx.dtypes = [None if v is None else v.dtype for v in (hidden, weight, bias)]
-        ctx.save_for_backward(*gradients, scale, *(statistics[:3] if differentiable else (None, None, None)))
+        if formed.scale is not None:
+            loss = loss * formed.scale
+        known = none(RowStatistics) if found is None else masked(found, active)
+        rows = (known.nll, known.lse, known.total) if any(wanted) else (None, None, None)
+        inputs = (none(Problem), none(Coefficients)) if torch.compiler.is_compiling() else (problem, coefficients)
+        ctx.save_for_backward(*_Saved(*formed.gradients, formed.scale, *rows), *inputs[0], *inputs[1])
+        ctx.dtypes = [None if v is None else v.dtype for v in (problem.hidden, problem.weight, problem.bias)]
+        ctx.options, ctx.spent = (needs, forming, lengths), False
         ctx.set_materialize_grads(False)
-        return loss, *(statistics if with_statistics else (None,) * 5)
+        return loss, *(known if forming.with_entropy else none(RowStatistics))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
+        d_problem, d_coefficients = none(Problem), none(Coefficients)
         if g is None:
-            return (None,) * 16
-        *gradients, scale, nll, lse, total = ctx.saved_tensors
-        factor = g if scale is None else g * scale
-        dense = scaled_gradients(gradients, factor, ctx.dtypes)
-        statistics = (nll, lse, total, None if lse is None else lse.square())
-        rows = [g * v if wants else None for v, wants in zip(statistics, ctx.needs_input_grad[7:11], strict=True)]
-        return *dense, *(None,) * 4, *rows, *(None,) * 5
+            return *d_problem, *d_coefficients, None, None, None
+        saved, problem, coefficients, _ = unpack(ctx.saved_tensors, _Saved, Problem, Coefficients)
+        formed = Formed(Gradients(*saved[:3]), saved.scale)
+        found = hand_out(ctx, formed, g, ctx.dtypes, lambda: _formed(problem, coefficients, *ctx.options)[0])
+        d_problem = d_problem._replace(hidden=found.d_hidden, weight=found.d_weight, bias=found.d_bias)
+        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
+        if any(wanted):
+            values = (saved.nll, saved.lse, saved.total, saved.lse.square())
+            rows = [g * v if wants else None for v, wants in zip(values, wanted, strict=True)]
+            d_coefficients = Coefficients(*rows)  # type: ignore[arg-type]
+        return *d_problem, *d_coefficients, None, None, None

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.divergences import Compared, Kind, Pair, Rows, Target, hit, over, row, warmed
-from compiled_loss.engine.gemm import logits
+from compiled_loss.engine.divergences import Compared, Kind, Pair, Rows, hit, over, row, warmed
 from compiled_loss.engine.ranks import largest, reduced
 from compiled_loss.engine.statistics import statistics_dtype
 
@@ -34,23 +33,31 @@ class Place(NamedTuple):
         found = torch.where(ours, indices, 0)
         return Place(torch.where(ours, indices, row(found.amax(-1))), ours)
 
-    def take(self, base: Tensor) -> Tensor:
-        """Of [rows, columns], those of the top that are ours; 0 for the others."""
-        if base.shape[-1] == 0:
-            return base.new_zeros(self.columns.shape)
-        return torch.where(self.ours, base.gather(-1, self.columns), 0.0)
+    def take(self, logits: Tensor, values: Tensor, group: str | None) -> Tensor:
+        """The top's logits in fp32, of all ranks; `values` are the target's, -inf where there is no class."""
+        dtype = statistics_dtype(logits.dtype)
+        if logits.shape[-1] == 0:
+            top = logits.new_zeros(self.columns.shape, dtype=dtype)
+        else:
+            top = torch.where(self.ours, logits.gather(-1, self.columns), 0.0).to(dtype)
+        (top,) = reduced([top], "sum", group)
+        return torch.where(values.isneginf(), float("-inf"), top)
 
-    def put(self, base: Tensor, values: Tensor, first: Tensor | None) -> Tensor:
-        """A copy of [rows, columns] with those of the top that are ours; `first` is its first column.
+    def put(self, base: Tensor, values: Tensor) -> Tensor:
+        """A copy of [rows, columns] with those of the top that are ours."""
+        return base.clone() if base.shape[-1] == 0 else base.scatter(-1, self.columns, self._written(base, values))
 
-        A scatter writes all k: what is not ours writes again what is written where it points.
-        """
-        if first is None:
-            return base.clone()
+    def put_(self, base: Tensor, values: Tensor) -> None:
+        """The same written into it."""
+        if base.shape[-1]:
+            base.scatter_(-1, self.columns, self._written(base, values))
+
+    def _written(self, base: Tensor, values: Tensor) -> Tensor:
+        """At all k columns: where a class is not ours, again what is written there for another, or what there is."""
         pointed = self.ours & (self.columns == row(self.columns.amax(-1)))
         again = torch.where(pointed, values, 0.0).sum(-1)
-        again = torch.where(self.ours.any(-1), again, first)
-        return base.scatter(-1, self.columns, torch.where(self.ours, values, row(again)))
+        again = torch.where(self.ours.any(-1), again, base[..., 0])
+        return torch.where(self.ours, values, row(again)).to(base.dtype)
 
 
 class TopCompared(NamedTuple):
@@ -58,41 +65,19 @@ class TopCompared(NamedTuple):
 
     kind: Kind
     pair: Pair
-    rest: Tensor  # [rows, V], the student's logits before the temperature, in fp32
-    first: Tensor | None  # [rows], of them, before the top was taken out; None without a column
-    top: Tensor  # [rows, k], of them, of all ranks
+    rest: Tensor  # [rows, V], the student's logits before the temperature, in fp32; in `fold` -inf where the top is
+    top: Tensor  # [rows, k], the top's, of all ranks
     indices: Tensor  # [rows, k], counted from a rank's first class
-    place: Place
     values: Tensor  # [rows, k], the target's log-probabilities, in fp32; -inf where there is no class
-    sharded: bool
+    whole: bool  # whether all classes may be in the top
 
     @staticmethod
     def of(
-        kind: Kind,
-        source: Tensor,
-        weight: Tensor | None,
-        target: Target,
-        pair: Pair,
-        group: str | None,
-        *,
-        fold: bool,
+        kind: Kind, logits: Tensor, top: Tensor, indices: Tensor, values: Tensor, pair: Pair, group: str | None
     ) -> TopCompared:
-        """From logits, or from hidden states and a weight; `fold` needs a copy of the logits without the top."""
-        assert target.indices is not None
-        raw = logits(source, weight)
-        dtype = statistics_dtype(raw.dtype)
-        place = Place.of(target.indices, raw.shape[-1])
-        top = place.take(raw)
-        first = None if raw.shape[-1] == 0 else raw[..., 0]
-        if fold:
-            raw = place.put(raw, torch.full_like(top, float("-inf")), first)
-        (top,) = reduced([top.to(dtype)], "sum", group)
-        first = None if first is None else first.to(dtype)
-        values = target.values.to(dtype)
-        top = torch.where(values.isneginf(), values, top)
-        return TopCompared(
-            kind, pair, raw.to(dtype), first, top, target.indices, place, values, sharded=group is not None
-        )
+        """From logits, and those of their top."""
+        whole = group is None and indices.shape[-1] == logits.shape[-1]
+        return TopCompared(kind, pair, logits.to(top.dtype), top, indices, values.to(top.dtype), whole)
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
         """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
@@ -114,8 +99,8 @@ class TopCompared(NamedTuple):
 
     def gradient(
         self, labels: Tensor | None, rows: Rows, soft: Tensor, hard: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's logits."""
+    ) -> tuple[Tensor, Tensor]:
+        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's logits, and to the top's."""
         coarse = self._coarse(rows)
         known, _, _ = coarse.fold(None, None)
         inverse = self.pair.inverse_temperature
@@ -123,22 +108,15 @@ class TopCompared(NamedTuple):
         d_top = d[..., : self.indices.shape[-1]]
         last = torch.arange(d.shape[-1], device=d.device) == d.shape[-1] - 1
         d_tail = torch.where(last, d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
-
-        def of_rest(logits: Tensor) -> Tensor:
-            rest = logits - row(rows.maximum)
-            d_rest = row(d_tail) * (warmed(rest, self.pair) - row(_finite(rows.log_sum))).exp()
-            if labels is not None and hard is not None and rows.hard_log_sum is not None:
-                rest = rest - row(rows.hard_log_sum)
-                d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
-            return over(logits, d_rest, soft, hard).to(dtype)
-
+        rest = self.rest - row(rows.maximum)
+        d_rest = row(d_tail) * (warmed(rest, self.pair) - row(_finite(rows.log_sum))).exp()
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
+            rest = rest - row(rows.hard_log_sum)
+            d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
             top = (self.top - row(rows.maximum)) - row(rows.hard_log_sum)
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
             d_top = torch.where(row((soft != 0) | (hard != 0)), d_top, 0.0)
-        # Not read from the whole, or that could not be written over the logits.
-        first = None if self.first is None else of_rest(row(self.first)).squeeze(-1)
-        return self.place.put(of_rest(self.rest), d_top.to(dtype), first)
+        return over(self.rest, d_rest, soft, hard).to(dtype), d_top.to(dtype)
 
     def _coarse(self, rows: Rows) -> Compared:
         """The k classes and the tail; where all V are in the top, nothing is left for it."""
@@ -147,14 +125,14 @@ class TopCompared(NamedTuple):
         # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
         largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))
         left = torch.where(largest, -torch.expm1(t), -t.exp()).sum(-1)
-        if not self.sharded and t.shape[-1] == self.rest.shape[-1]:
+        if self.whole:
             left = torch.where((t > float("-inf")).all(-1), 0.0, left)
         # Less than what 1 - sum can tell counts as that little, or a reverse KL were infinite; and as nothing where
         # the student, too, forbids the tail.
         least = torch.where(rows.log_sum.isinf(), 0.0, torch.finfo(t.dtype).eps)
         z = torch.cat([z, row(rows.log_sum)], -1)
         t = torch.cat([t, row(torch.where(left > torch.finfo(t.dtype).eps, left, least).log())], -1)
-        return Compared(self.kind, Pair(None, self.pair.jsd_weight, None), z, t)
+        return Compared(self.kind, Pair(None, self.pair.jsd_weight), z, t)
 
 
 def _finite(log_sum: Tensor) -> Tensor:

@@ -277,19 +277,17 @@ def linear_distillation(
     alike, outside = labels, None
     shard_checks.spread(reduction, vocabulary.spread)
     hidden, weight = cast(student_hidden, weight, names)
-    vocab, target_weight = vocabulary.size, None
+    vocab = vocabulary.size
     if teacher_topk is None:
         teacher_hidden = target_checks.teacher_given("teacher_hidden", teacher_hidden)
         teacher_weight = target_checks.teacher_given("teacher_weight", teacher_weight)
         teacher_hidden = sharding.rows("teacher_hidden", teacher_hidden, vocabulary)
         teacher_weight = sharding.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
         target_checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
-        states, target_weight = cast(
-            pair.apart(teacher_hidden, student_hidden), teacher_weight.detach(), ("teacher_hidden", "teacher_weight")
-        )
-        if shared:
-            target_weight = weight.new_empty(0)
-        target = Target(states)
+        names = ("teacher_hidden", "teacher_weight")
+        own = weight if shared else teacher_weight  # under autocast one is cast, once
+        states, own = cast(teacher_hidden.detach(), own.detach(), names)
+        target = Target(states, weight=own)
     else:
         teacher_topk = sharding.top(teacher_topk, vocabulary)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
@@ -307,7 +305,6 @@ def linear_distillation(
         outside=outside,
     )
     scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
-    scalars = scalars._replace(target_weight=target_weight)
     scalar = reduction != "none"
     loss = pair.on_head(hidden, weight, target, divergence, scalars, weighted, vocabulary, chunking, scalar=scalar)
     return vocabulary.agreed(loss, alike, loss)

@@ -5,21 +5,20 @@ N tokens, H width, V vocabulary. Checks come first, then autocast, then the plan
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks, chunk_checks, numbers, reduction, sharding
-from compiled_loss.engine import execution, token_chunks, token_loop, vocab_chunks, vocab_loop
+from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.compaction import Compaction
-from compiled_loss.engine.cost import Strategy, chunk_bytes
-from compiled_loss.engine.plan import Chunking, Lengths, Plan, choose, plan
+from compiled_loss.engine.cost import Strategy
+from compiled_loss.engine.gradients import Needs
+from compiled_loss.engine.plan import Chunking, Lengths, lengths
 from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
-from compiled_loss.engine.token_chunks import Wanted
 from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
 from compiled_loss.vocabulary import VocabShard, Vocabulary
 
@@ -113,82 +112,49 @@ class LinearHead(NamedTuple):
             hidden = torch.where(tokens.active.reshape(-1, 1), hidden, 0.0)
             rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
         else:
-            differentiable = any(self._wanted())
+            differentiable = any(self._needs())
             if differentiable and chunking.strategy == "tokens":
                 chunk_checks.tokens_strategy(what)
             if differentiable and chunking.strategy == "auto" and chunking.chunk_size is not None:
                 chunk_checks.chunk_size_counts_tokens(chunking.chunk_size)
-            walk, how = self._walk(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
+            strategy, how = self._chunked(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
+            chunked = vocab_chunks if strategy == "vocab" else token_chunks
             parts = (hidden, weight, self.labels, head, how, vocabulary.group)
             with without_autocast(hidden.device):
-                rows = walk.statistics(*parts, total=total, entropy=entropy)
+                rows = chunked.statistics(*parts, total=total, entropy=entropy)
         return masked(rows, tokens.active.reshape(-1))
 
     def _loss(
         self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, with_statistics: bool
     ) -> tuple[Tensor, RowStatistics | None]:
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
-        wanted = self._wanted()
-        if reduction_ != "none" and any(wanted) and not traced():
-            walk, how = self._walk(chunking, ("tokens", "vocab"))
-            if walk in (token_chunks, token_loop):
+        needs = self._needs()
+        if reduction_ != "none" and any(needs) and not traced():
+            strategy, how = self._chunked(chunking, ("tokens", "vocab"))
+            if strategy == "tokens":
                 hidden, weight, head, tokens, vocabulary = self
                 parts = (hidden, weight, self.labels, head, how, vocabulary.group)
-                of_tokens = (coefficients, tokens.active.reshape(-1), wanted)
+                of_tokens = (coefficients, tokens.active.reshape(-1), needs)
                 with without_autocast(hidden.device):
-                    found: tuple[Tensor, RowStatistics | None] = walk.weighted_sum(
-                        *parts, *of_tokens, with_statistics=with_statistics
-                    )
-                    return found
+                    return token_chunks.weighted_sum(*parts, *of_tokens, with_statistics=with_statistics)
         total = coefficients.total is not None
         rows = self._statistics(chunking, total=total, entropy=with_statistics, what="reduction='none' with a gradient")
         return reduction.reduced(combine(rows, coefficients), reduction_), rows if with_statistics else None
 
-    def _wanted(self) -> Wanted:
+    def _needs(self) -> Needs:
         """Whose gradients autograd may ask for."""
         enabled = torch.is_grad_enabled()
         bias = self.head.bias
-        return Wanted(
-            hidden=enabled and self.hidden.requires_grad,
-            weight=enabled and self.weight.requires_grad,
-            bias=enabled and bias is not None and bias.requires_grad,
+        return Needs(
+            enabled and self.hidden.requires_grad,
+            enabled and self.weight.requires_grad,
+            enabled and bias is not None and bias.requires_grad,
         )
 
-    def _walk(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> tuple[Any, Plan | Lengths]:
-        """The module that walks, and what it is told of its chunks."""
-        if execution.LOOPS:
-            strategy, lengths = self._lengths(chunking, strategies)
-            return vocab_loop if strategy == "vocab" else token_loop, lengths
-        chosen = self._plan(chunking, strategies)
-        return vocab_chunks if chosen.strategy == "vocab" else token_chunks, chosen
-
-    def _lengths(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> tuple[Strategy, Lengths]:
-        """The strategy, and the errors that only the sizes can tell; N is asked for where there is a budget alone."""
-        (tokens, width), dtype, device = self.hidden.shape, self.hidden.dtype, self.hidden.device
-        if chunking.accumulate_dtype is not None:
-            chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
-        share = self.vocabulary.share
-        strategy = choose(tokens, width, share, dtype, chunking, strategies=strategies, device=device.type)
-        if chunking.budget is not None:
-            least = chunk_bytes(strategy, 1, tokens, share, dtype.itemsize)
-            chunk_checks.memory_budget(chunking.budget, "token" if strategy == "tokens" else "column", least)
-        compiled = execution.is_compiled(device, chunking.compile)
-        return strategy, Lengths.of(chunking, share, self.vocabulary.ranks, compiled=compiled)
-
-    def _plan(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> Plan:
-        """The walk, and the errors that only the sizes can tell."""
-        (tokens, width), dtype = self.hidden.shape, self.hidden.dtype
-        if chunking.accumulate_dtype is not None:
-            chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
-        share = self.vocabulary.share
-        ranks, device = self.vocabulary.ranks, self.hidden.device.type
-        chosen = plan(tokens, width, share, dtype, chunking, ranks=ranks, strategies=strategies, device=device)
-        if chunking.budget is not None:
-            least = chunk_bytes(chosen.strategy, 1, tokens, share, dtype.itemsize)
-            chunk_checks.memory_budget(chunking.budget, "token" if chosen.strategy == "tokens" else "column", least)
-        if chosen.strategy == "vocab" and self.weight.shape[0] != share:  # one chunk where there is no column
-            chosen = replace(chosen, count=max(1, -(-self.weight.shape[0] // chosen.chunk)))
-        return chosen
+    def _chunked(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> tuple[Strategy, Lengths]:
+        """What is chunked, and how."""
+        share, ranks = self.vocabulary.share, self.vocabulary.ranks
+        return lengths(self.hidden, share, chunking, ranks=ranks, strategies=strategies)
 
 
 def linear_head(

@@ -30,7 +30,7 @@ class Logits(NamedTuple):
     class_weights: Tensor | None  # [V], of all ranks
     labels: Tensor  # as they came: what ranks compare
 
-    def statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
+    def statistics(self, *, total: bool, entropy: bool, compile: bool | str = "auto") -> RowStatistics:
         """Masked statistics [...], differentiable."""
         logits, head, tokens, vocabulary, *_ = self
         own = vocabulary.labels(tokens.looked_at)
@@ -41,7 +41,9 @@ class Logits(NamedTuple):
             (source,) = merged(logits)
             with without_autocast(logits.device):
                 own = own.reshape(source.shape[:-1])
-                rows = logits_walk.statistics(source, own, head, vocabulary.group, total=total, entropy=entropy)
+                rows = logits_walk.statistics(
+                    source, own, head, vocabulary.group, total=total, entropy=entropy, compile=compile
+                )
         return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
 
     def agreed(self, value: Tensor, after: Tensor) -> Tensor:

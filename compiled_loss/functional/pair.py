@@ -15,9 +15,9 @@ from compiled_loss import checks, chunk_checks, numbers, reduction
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Kind, Pair, Target
-from compiled_loss.engine.plan import Chunking, plan
+from compiled_loss.engine.gradients import Needs
+from compiled_loss.engine.plan import Chunking, lengths
 from compiled_loss.engine.statistics import statistics_dtype
-from compiled_loss.engine.token_chunks import Wanted
 from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.functional.layout import merged
 from compiled_loss.vocabulary import Vocabulary
@@ -29,7 +29,6 @@ def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -
     return Pair(
         None if numbers.known(temperature, 1) else one / temperature,
         None if jsd_weight is None else one * jsd_weight,
-        None,
     )
 
 
@@ -41,6 +40,7 @@ def on_logits(
     kind: str,
     pair: Pair,
     vocabulary: Vocabulary,
+    compile: bool | str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Each token's divergence and, with labels, cross-entropy, [...] each."""
     kind = cast(Kind, kind)
@@ -53,14 +53,14 @@ def on_logits(
     target = Target(*present)
     labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):
-        soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group)
+        soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group, compile)
     return soft.reshape(shape), None if hard is None else hard.reshape(shape)
 
 
 def on_head(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
-    target: Target,  # [..., V] probabilities, [..., H'] where `pair` has a weight, or [..., k]
+    target: Target,  # [..., V] probabilities, [..., H'] with a weight, or [..., k]
     kind: str,
     pair: Pair,
     weighted: Weighted,  # of [...]
@@ -102,39 +102,21 @@ def _on_rows(
         weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
     if traced():
         hidden, target = _looked_at(hidden, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
-        target_weight = pair.head(weight)
-        if target_weight is not None:
-            target = Target(target.values @ target_weight.detach().t())
-            pair = pair._replace(target_weight=None)
+        if target.weight is not None:
+            target = Target(target.values @ target.weight.detach().t())
         logits = hidden @ weight.t()
         losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
         return losses.sum() if scalar else losses
-    (tokens, width), vocab, dtype = hidden.shape, vocabulary.share, hidden.dtype
-    if chunking.accumulate_dtype is not None:
-        chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
-    one = pair.target_weight is None and target.indices is None
-    columns = vocab if one else 2 * vocab  # that a chunk holds
-    chosen = plan(tokens, width, columns, dtype, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
-    if chunking.budget is not None:
-        chunk_checks.memory_budget(chunking.budget, "token", columns * dtype.itemsize)
+    share, group = vocabulary.share, vocabulary.group
+    columns = share if target.weight is None and target.indices is None else 2 * share  # that a chunk holds
+    _, how = lengths(hidden, columns, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     with without_autocast(hidden.device):
         if not scalar:
-            rows = divergence_chunks.divergence(
-                hidden, weight, target, weighted.labels, kind, pair, chosen, vocabulary.group
-            )
+            rows = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, how, group)
             return weighted.of(*rows)
         enabled = torch.is_grad_enabled()
-        wanted = Wanted(enabled and hidden.requires_grad, enabled and weight.requires_grad, False)
-        return divergence_chunks.weighted_sum(
-            hidden, weight, target, kind, pair, weighted, chosen, vocabulary.group, wanted
-        )
-
-
-def apart(target: Tensor, source: Tensor) -> Tensor:
-    """Hidden states of a target, without gradient; copied where they may share memory, which no region takes."""
-    views = target._base is not None and source._base is not None
-    target = target.detach()
-    return target.clone() if torch.compiler.is_compiling() and views else target
+        needs = Needs(enabled and hidden.requires_grad, enabled and weight.requires_grad, needs_bias=False)
+        return divergence_chunks.weighted_sum(hidden, weight, target, kind, pair, weighted, how, group, needs)
 
 
 def _looked_at(rows: Tensor, active: Tensor) -> Tensor:

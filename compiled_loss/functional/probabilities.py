@@ -75,7 +75,7 @@ def probability_cross_entropy(
     else:
         with without_autocast(logits.device):
             source, target = merged(logits, probabilities)
-            loss, lse = probability_logits.statistics(source, target, smoothing, head, vocabulary.group)
+            loss, lse = probability_logits.statistics(source, target, smoothing, head, vocabulary.group, "auto")
     loss, lse = loss.reshape(shape), lse.reshape(shape)
     if shift:
         loss, lse = pad(loss, (0, shift)), pad(lse, (0, shift))

@@ -160,21 +160,18 @@ def linear_soft_cross_entropy(
     hidden, weight = cast(hidden, weight)
     scalars = pair.scalars(hidden, temperature)
     if target_probs is not None:
-        kind, target = "probabilities", target_probs
+        kind, target = "probabilities", Target(target_probs)
     else:
         assert teacher_hidden is not None and teacher_weight is not None
-        teacher_weight = teacher_weight.detach()
+        own = (weight if shared else teacher_weight).detach()  # under autocast one is cast, once
         if draft_to_target is not None:
-            teacher_weight = teacher_weight[vocabulary.own(draft_to_target)]
-        kind = "cross_entropy"
-        target, teacher_weight = cast(
-            pair.apart(teacher_hidden, hidden), teacher_weight, ("teacher_hidden", "teacher_weight")
-        )
-        scalars = scalars._replace(target_weight=weight.new_empty(0) if shared else teacher_weight)
+            own = own[vocabulary.own(draft_to_target)]
+        states, own = cast(teacher_hidden.detach(), own, ("teacher_hidden", "teacher_weight"))
+        kind, target = "cross_entropy", Target(states, weight=own)
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)
     weighted = Weighted(soft, None, None, active)
-    loss = pair.on_head(hidden, weight, Target(target), kind, scalars, weighted, vocabulary, chunking)
+    loss = pair.on_head(hidden, weight, target, kind, scalars, weighted, vocabulary, chunking)
     return vocabulary.agreed(loss, position_mask, loss)
 
 

@@ -1,0 +1,86 @@
+"""dH, dW and db of a chunked loss: where chunks add them up, and how autograd gets them.
+
+N tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss.engine import gemm
+from compiled_loss.engine.statistics import statistics_dtype
+
+
+class Needs(NamedTuple):
+    """Whose gradients to form."""
+
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+
+
+class Gradients(NamedTuple):
+    """Of the inputs that need one."""
+
+    d_hidden: Tensor | None  # [N, H]
+    d_weight: Tensor | None  # [V, H]
+    d_bias: Tensor | None  # [V], in the statistics' dtype while it is added up
+
+    @staticmethod
+    def empty(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Needs,
+        *,
+        hidden_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
+    ) -> Gradients:
+        """Without data; None for a dtype is that of the tensor."""
+        d_bias = None
+        if bias is not None and needs.needs_bias:
+            d_bias = bias.new_empty(weight.shape[:1], dtype=statistics_dtype(hidden.dtype))
+        return Gradients(
+            torch.empty_like(hidden, dtype=hidden_dtype) if needs.needs_hidden else None,
+            torch.empty_like(weight, dtype=weight_dtype) if needs.needs_weight else None,
+            d_bias,
+        )
+
+    @staticmethod
+    def taken(found: list[Tensor], needs: Needs, bias: Tensor | None) -> Gradients:
+        """From the front of a list of what there is."""
+        there = (needs.needs_hidden, needs.needs_weight, needs.needs_bias and bias is not None)
+        return Gradients(*[found.pop(0) if one else None for one in there])
+
+    def present(self) -> list[Tensor]:
+        """Those that there are."""
+        return [v for v in self if v is not None]
+
+
+class Formed(NamedTuple):
+    """Gradients of a loss that forward has formed, still to be multiplied by `scale` and by the upstream one."""
+
+    gradients: Gradients
+    scale: Tensor | None
+
+
+def hand_out(
+    ctx: Any, formed: Formed, g: Tensor, dtypes: Iterable[torch.dtype | None], form: Callable[[], Formed]
+) -> Gradients:
+    """The gradients times the upstream one, g, in their inputs' dtypes.
+
+    Eager code writes them over those that forward kept, and in a second backward forms them again from the inputs:
+    `ctx.spent` remembers. Compiled code leaves to the compiler what it overwrites.
+    """
+    scaled = gemm.scaled
+    if not torch.compiler.is_compiling():
+        if ctx.spent:
+            formed = form()
+        ctx.spent, scaled = True, gemm.scaled_
+    factor = g if formed.scale is None else g * formed.scale
+    pairs = zip(formed.gradients, dtypes, strict=True)
+    return Gradients(*[None if d is None or dtype is None else scaled(d, factor, dtype) for d, dtype in pairs])
