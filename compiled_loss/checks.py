@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def labels(
         )
     if value.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
-    if value.shape != shape:
+    if differ(value.shape, shape):
         raise ValueError(
             f"labels: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(value.shape)}{hint()}"
         )
@@ -196,10 +196,10 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.
     tensor(name, value)
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
-    fits = value.dim() <= len(shape) and all(
-        mine in (1, theirs) for mine, theirs in zip(reversed(value.shape), reversed(shape), strict=False)
-    )
-    if not fits:
+    sizes_ = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.dim() > len(shape) or any(
+        numbers.holds(mine != 1, otherwise=True) and differ([mine], [theirs]) for mine, theirs in sizes_
+    ):
         raise ValueError(f"{name}: expected to broadcast to the labels' {sizes(shape)}, got {sizes(value.shape)}")
     same_device(name, value, device)
 
@@ -329,6 +329,18 @@ def first_derivative() -> None:
             "create_graph: expected False, got True: this loss has no second derivative outside torch.func transforms; "
             "take it with torch.func, or from the functions of compiled_loss.reference"
         )
+
+
+def differ(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether sizes differ. Those of which nothing is known while tracing are asserted to be alike when code runs."""
+    if len(shape) != len(expected):
+        return True
+    for one, other in zip(shape, expected, strict=True):
+        if not numbers.holds(one == other, otherwise=True):
+            return True
+        if torch.compiler.is_compiling():
+            torch._check(one == other)
+    return False
 
 
 def sizes(shape: torch.Size) -> str:

@@ -46,6 +46,15 @@ def known(value: Any, is_: float) -> bool:
     return not isinstance(value, Tensor) and value == is_
 
 
+def holds(comparison: Any, otherwise: bool) -> bool:
+    """Whether a comparison of sizes holds; `otherwise` where nothing is known of one while tracing."""
+    if not torch.compiler.is_compiling():
+        return bool(comparison)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+    return guard_or_true(comparison) if otherwise else guard_or_false(comparison)
+
+
 def readable(values: Tensor) -> bool:
     """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
     special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss import numbers
-from compiled_loss.checks import flag, floating, head, same_device, sizes, tensor, transform
+from compiled_loss.checks import differ, flag, floating, head, same_device, sizes, tensor, transform
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -18,7 +18,7 @@ def same_logits(name: str, value: Tensor, other: str, source: Tensor) -> None:
     """Raise unless `value` has a number for each of those of `source`, the argument called `other`."""
     tensor(name, value)
     floating(name, value)
-    if value.shape != source.shape:
+    if differ(value.shape, source.shape):
         raise ValueError(f"{name}: expected the shape of {other}, {sizes(source.shape)}, got {sizes(value.shape)}")
     same_device(name, value, source.device)
 
@@ -39,7 +39,7 @@ def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -
     for name, value in zip(names, (hidden, weight), strict=True):
         tensor(name, value)
     head(hidden, weight, None, weight.shape[0] if rows is None else 1, names)
-    if hidden.shape[:-1] != student.shape[:-1]:
+    if differ(hidden.shape[:-1], student.shape[:-1]):
         raise ValueError(
             f"teacher_hidden: expected the student's tokens, {sizes(student.shape[:-1])} and a width, "
             f"got {sizes(hidden.shape)}"
@@ -66,14 +66,14 @@ def teacher_topk(value: object, others: dict[str, Tensor | None], source: Tensor
     values, indices = value
     for name, part in (("teacher_topk[0]", values), ("teacher_topk[1]", indices)):
         tensor(name, part)
-        if part.shape[:-1] != source.shape[:-1] or part.dim() != source.dim() or not 1 <= part.shape[-1] <= vocab:
+        if differ(part.shape[:-1], source.shape[:-1]) or not 1 <= part.shape[-1] <= vocab:
             expected = sizes(source.shape[:-1])[:-1] + (", " if source.dim() > 1 else "") + "k]"
             raise ValueError(f"{name}: expected {expected} with k from 1 to V = {vocab}, got {sizes(part.shape)}")
         same_device(name, part, source.device)
     floating("teacher_topk[0]", values)
     if indices.dtype != torch.int64:
         raise TypeError(f"teacher_topk[1]: expected int64, got {indices.dtype}: use indices.long()")
-    if indices.shape != values.shape:
+    if differ(indices.shape, values.shape):
         raise ValueError(f"teacher_topk[1]: expected {sizes(values.shape)} like its values, got {sizes(indices.shape)}")
 
 
@@ -149,7 +149,7 @@ def soft_target(
             raise ValueError("draft_to_target: expected None beside target_probs, which are the draft's, got one")
         tensor("target_probs", target_probs)
         floating("target_probs", target_probs)
-        if target_probs.shape != (*hidden.shape[:-1], columns):
+        if differ(target_probs.shape, (*hidden.shape[:-1], columns)):
             expected = torch.Size([*hidden.shape[:-1], columns])
             raise ValueError(f"target_probs: expected [..., V] = {sizes(expected)}, got {sizes(target_probs.shape)}")
         same_device("target_probs", target_probs, hidden.device)

@@ -30,11 +30,11 @@ class Compaction(NamedTuple):
         tokens, device = active.shape[0], active.device
         row = active.cumsum(0) - 1
         last = torch.where(active, row, rows).clamp(max=rows)  # the row behind the last is for all others
-        token = torch.zeros_like(row[:1]).expand(rows + 1).scatter(0, last, torch.arange(tokens, device=device))
         count = active.sum()
+        token = (count * 0).expand(rows + 1).scatter(0, last, torch.arange(tokens, device=device))
         fits = torch.where(count > rows, float("nan"), 1.0).to(torch.float32)
         taken = torch.arange(rows, device=device) < count
-        return Compaction(token[:rows], taken, row.clamp(0, max(0, rows - 1)), active, fits)
+        return Compaction(token.narrow(0, 0, rows), taken, row.clamp(0, max(0, rows - 1)), active, fits)
 
     def gathered(self, tokens: Tensor) -> Tensor:
         """[N, ...] as [K, ...], differentiable."""

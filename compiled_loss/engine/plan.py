@@ -7,15 +7,12 @@ Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H 
 least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
 1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win. A chunk
 waits for two collectives; ranks on n nodes take n times as many rows, for their GEMMs soon take no longer than that.
-N is then spread evenly over the chunks that takes, which halves them at worst, just above a power of two; and past
-N = 2**17 there are no more chunks than rows in each, so that the last one is never empty.
+N is then spread evenly over the chunks that takes, in multiples of ROW_MULTIPLE, at which a GPU loads several elements
+at once.
 Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in multiples of COLUMN_MULTIPLE.
 
-NOTE [Buckets]
-The defaults see N only rounded up to a power of two, MIN_ROWS at least, and split N into a number of chunks that
-depends on that alone, so that a compiled caller sees one graph a bucket: six for N from 2 to 10000, within Dynamo's
-default limit of eight; and one more for an N that its chunks divide evenly. With `chunk_size` not even that is looked
-at.
+A loop plans when it runs, and knows N. Only a choice between the strategies within a memory budget is made before, and
+sees N rounded up to a power of two, so that a compiled caller has a graph for each power at most.
 
 NOTE [Accumulator]
 A sum over chunks in bf16 rounds once a chunk. The error of dW over that of the unchunked loss, N=8192, on a CPU
@@ -35,18 +32,18 @@ at the peak, two of them backward's copy, and more traffic a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isqrt
 from typing import Literal, NamedTuple
 
 import torch
 
-from compiled_loss import chunk_checks
+from compiled_loss import chunk_checks, numbers
 from compiled_loss.engine.cost import Strategy, chunk_bytes, rates, seconds
 from compiled_loss.engine.execution import is_compiled
 
 MIN_ROWS = 512
 RANKS_A_NODE = 8  # which NVLink joins
 MIN_COLUMNS = 2048
+ROW_MULTIPLE = 16
 COLUMN_MULTIPLE = 256
 _WHOLE = 10**9
 MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32: NOTE [Accumulator]
@@ -107,7 +104,7 @@ compile='auto')
             return None
         # Rounded up, but for what the fraction was rounded by.
         most = -((tokens - 2 * tokens * self._parts) // (2 * _WHOLE)) if self._parts else int(self.max_label_tokens)
-        return None if most >= tokens else most
+        return None if numbers.holds(most >= tokens, otherwise=False) else most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +146,8 @@ def lengths(
     strategy = choose(tokens, width, columns, dtype, chunking, strategies=strategies, device=device.type)
     if chunking.budget is not None:
         least = chunk_bytes(strategy, 1, tokens, columns, dtype.itemsize)
-        chunk_checks.memory_budget(chunking.budget, "token" if strategy == "tokens" else "column", least)
+        if numbers.holds(least > chunking.budget, otherwise=False):
+            chunk_checks.memory_budget(chunking.budget, "token" if strategy == "tokens" else "column", least)
     how = (chunking.chunk_size, chunking.budget, chunking.accumulate_dtype)
     return strategy, Lengths(*how, columns, ranks, is_compiled(device, chunking.compile))
 
@@ -170,18 +168,12 @@ def plan(
     `device` is a type, at whose rates a memory budget is spent.
     """
     strategy = choose(tokens, width, vocab, dtype, chunking, strategies=strategies, device=device)
-    bucket = _bucket(tokens) if chunking.chunk_size is None else 0
-    fixed = chunking.chunk_size is not None or chunking.budget is not None
-    if strategy == "vocab":
-        chunk = _columns(bucket, width, vocab, dtype, chunking)
-        count = -(-vocab // chunk)
-    elif fixed:
-        chunk = _rows(bucket, width, vocab, dtype, chunking)
-        count = max(1, -(-tokens // chunk))
-    else:  # an even split, whose last chunk has a row as long as N > (count - 1) * count
-        most = _rows(bucket, width, vocab, dtype, chunking, ranks)
-        count = min(-(-bucket // most), max(1, isqrt(bucket // 2)))
-        chunk = -(-tokens // count)
+    extent, multiple = (tokens, ROW_MULTIPLE) if strategy == "tokens" else (vocab, COLUMN_MULTIPLE)
+    chunk = _most(strategy, tokens, width, vocab, dtype, chunking, ranks)
+    if chunking.chunk_size is None and chunking.budget is None:
+        even = _quotient(extent, max(1, _quotient(extent, chunk)))
+        chunk = min(extent, _quotient(even, multiple) * multiple)
+    count = max(1, _quotient(extent, max(1, chunk)))
     accumulate = chunking.accumulate_dtype or _accumulate_dtype(dtype, count)
     return Plan(strategy=strategy, chunk=chunk, count=count, accumulate_dtype=accumulate)
 
@@ -202,51 +194,54 @@ def choose(
     if chunking.budget is None or len(strategies) == 1:
         return strategies[0]
     least = [chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) for s in strategies]
-    fitting = [s for s, size in zip(strategies, least, strict=True) if size <= chunking.budget]
-    strategy, *others = fitting or [strategies[least.index(min(least))]]  # whose least an error will name
+    fits = [numbers.holds(size <= chunking.budget, otherwise=False) for size in least]
+    fitting = [s for s, one in zip(strategies, fits, strict=True) if one]
+    if not fitting:  # an error will name the least
+        return strategies[int(numbers.holds(least[1] < least[0], otherwise=False))]
+    strategy, *others = fitting
     for other in others:  # no min(key=...), which Dynamo does not trace
-        times = [_seconds(s, _bucket(tokens), width, vocab, dtype, chunking, device) for s in (strategy, other)]
+        times = [_seconds(s, _rounded(tokens), width, vocab, dtype, chunking, device) for s in (strategy, other)]
         strategy = other if times[1] < times[0] else strategy
     return strategy
 
 
-def _bucket(tokens: int) -> int:
-    """N rounded up: NOTE [Buckets]."""
-    bucket = MIN_ROWS
-    while bucket < tokens:
-        bucket *= 2
-    return bucket
+def _rounded(tokens: int) -> int:
+    """N up to the next power of two, MIN_ROWS at least."""
+    rounded = MIN_ROWS
+    while rounded < tokens:
+        rounded *= 2
+    return rounded
 
 
-def _rows(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, ranks: int = 1) -> int:
-    """Most tokens a chunk: NOTE [Default chunk]."""
+def _quotient(extent: int, size: int) -> int:
+    return -(-extent // size)
+
+
+def _most(
+    strategy: Strategy, tokens: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, ranks: int = 1
+) -> int:
+    """Most tokens or columns per chunk: NOTE [Default chunk]."""
+    other = vocab if strategy == "tokens" else tokens
     if chunking.chunk_size is not None:
-        return chunking.chunk_size
-    if chunking.budget is not None:
-        return max(1, chunking.budget // (vocab * dtype.itemsize))
-    nodes = -(-ranks // RANKS_A_NODE)
-    return min(bucket, max(MIN_ROWS, min(width, nodes * max(1024, width // 4))))
-
-
-def _columns(bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking) -> int:
-    """Most columns a chunk, spread evenly: NOTE [Default chunk]."""
-    if chunking.chunk_size is not None:
-        return min(vocab, chunking.chunk_size)
-    if chunking.budget is not None:
-        return max(1, min(vocab, chunking.budget // (bucket * dtype.itemsize)))
-    most = max(MIN_COLUMNS, _rows(bucket, width, vocab, dtype, chunking) * vocab // bucket)
-    even = -(-vocab // -(-vocab // most))
-    return min(vocab, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+        size = chunking.chunk_size
+    elif chunking.budget is not None:
+        size = max(1, chunking.budget // max(1, other * dtype.itemsize))
+    else:
+        nodes = _quotient(ranks, RANKS_A_NODE)
+        size = max(MIN_ROWS, min(width, nodes * max(1024, width // 4)))
+        if strategy == "vocab":
+            size = max(MIN_COLUMNS, size * vocab // max(size, tokens))
+    return size if strategy == "tokens" else min(vocab, size)
 
 
 def _seconds(
-    strategy: Strategy, bucket: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, device: str
+    strategy: Strategy, tokens: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, device: str
 ) -> float:
-    """Of the walk, in the longest chunks it may take: NOTE [Cost model]."""
-    longest, whole = (_rows, bucket) if strategy == "tokens" else (_columns, vocab)
-    size = min(whole, longest(bucket, width, vocab, dtype, chunking))
-    accumulated = chunking.accumulate_dtype or _accumulate_dtype(dtype, -(-whole // size))
-    sizes = (bucket, width, vocab, dtype.itemsize, accumulated.itemsize)
+    """In the longest chunks it may take: NOTE [Cost model]."""
+    whole = tokens if strategy == "tokens" else vocab
+    size = min(whole, _most(strategy, tokens, width, vocab, dtype, chunking))
+    accumulated = chunking.accumulate_dtype or _accumulate_dtype(dtype, _quotient(whole, size))
+    sizes = (tokens, width, vocab, dtype.itemsize, accumulated.itemsize)
     return seconds(strategy, size, *sizes, rates(device))
 
 

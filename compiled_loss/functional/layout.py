@@ -45,10 +45,12 @@ def merged(*values: Tensor) -> list[Tensor]:
     Eager code goes through all but two dimensions in a loop.
     """
     shape = values[0].shape
-    if len(shape) < 2 or values[0].numel() == 0 or all(v.is_contiguous() for v in values):
+    if len(shape) < 2 or all(v.is_contiguous() for v in values):
         return [v.reshape(prod(shape[:-1]), v.shape[-1]) for v in values]
     if torch.compiler.is_compiling():  # where there is no loop
         return list(values)
+    if values[0].numel() == 0:
+        return [v.reshape(0, v.shape[-1]) for v in values]
     sizes = [shape[0]]
     for i in range(1, len(shape) - 1):
         if all(v.stride(i - 1) == shape[i] * v.stride(i) for v in values):
