@@ -18,7 +18,7 @@ it for: the rank's own.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from compiled_loss.engine.ranks import reduced
 from compiled_loss.engine.transforms import traced
 from compiled_loss.vocabulary import VocabShard, Vocabulary, even, is_sharded
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -136,7 +136,7 @@ def rows(name: str, value: Tensor, part: Vocabulary) -> Tensor:
         if placements[i].is_partial():
             shard_checks.placement(name, placements[i], _dimension(value, i), "Shard or Replicate")
         if members == part.members:
-            placements[i] = Replicate()
+            placements[i] = dist.tensor.Replicate()
     return value.redistribute(placements=placements).to_local(grad_placements=placements)
 
 
@@ -155,7 +155,7 @@ def replicated(value: Tensor, part: Vocabulary) -> Tensor:
     if not is_sharded(value):
         return value
     placements = zip(_groups(value), value.placements, strict=True)
-    return value.redistribute(placements=[Replicate() if g == part.members else p for g, p in placements])
+    return value.redistribute(placements=[dist.tensor.Replicate() if g == part.members else p for g, p in placements])
 
 
 def whole(value: Any) -> Any:
@@ -186,8 +186,8 @@ def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) ->
         shard_checks.mesh(
             "grad_reduce_group", [_dimension(weight, i) for i in range(len(groups))], tuple(sorted(members))
         )
-    placements = [Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
-    gradients = [Partial("avg") if here else p for here, p in zip(gathered, weight.placements, strict=True)]
+    placements = [dist.tensor.Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
+    gradients = [dist.tensor.Partial("avg") if here else p for here, p in zip(gathered, weight.placements, strict=True)]
     if narrow == weight.dtype:
         whole = weight.redistribute(placements=placements)
     else:
@@ -197,7 +197,7 @@ def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) ->
     if not left:
         return local
     mesh = weight.device_mesh[tuple(_dimension(weight, i) for i in left)]
-    return DTensor.from_local(
+    return dist.tensor.DTensor.from_local(
         local,
         mesh,
         [weight.placements[i] for i in left],
@@ -257,7 +257,7 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) ->
             continue
         if placement.is_partial():
             shard_checks.placement(name, placement, _dimension(value, i), "Shard or Replicate")
-        if type(placement) is not Shard:
+        if type(placement) is not dist.tensor.Shard:
             shard_checks.strided(name)
         elif placement.dim == dim:
             sharded.append(i)
@@ -281,7 +281,7 @@ def _states(name: str, hidden: Tensor, part: Vocabulary) -> tuple[Tensor, dict[t
     placements, gradients = list(hidden.placements), list(hidden.placements)
     for i, theirs in enumerate(_groups(hidden)):
         if theirs == part.members:
-            placements[i], gradients[i] = Replicate(), Partial()
+            placements[i], gradients[i] = dist.tensor.Replicate(), dist.tensor.Partial()
     return hidden.redistribute(placements=placements).to_local(grad_placements=gradients), over
 
 
@@ -297,7 +297,7 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> di
             continue
         if groups[i] == part.members and (last is not None or placement.is_partial()):
             continue
-        if type(placement) is not Shard or placement.dim == value.dim() - 1:
+        if type(placement) is not dist.tensor.Shard or placement.dim == value.dim() - 1:
             shard_checks.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens")
         if groups[i] != part.members:
             over[groups[i]] = dimensions[i]
@@ -308,7 +308,9 @@ def _own(value: Tensor, over: dict[tuple[int, ...], str]) -> Tensor:
     """A rank's own of a parameter, whose gradient the ranks' tokens are to be summed into."""
     if not is_sharded(value):
         return value
-    gradients = [Partial() if g in over else p for g, p in zip(_groups(value), value.placements, strict=True)]
+    gradients = [
+        dist.tensor.Partial() if g in over else p for g, p in zip(_groups(value), value.placements, strict=True)
+    ]
     return value.to_local(grad_placements=gradients)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from compiled_loss.engine.gemm import opaque_copy
 from compiled_loss.engine.ranks import reduced
 from compiled_loss.numbers import readable
 
-if dist.is_available():
+if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
@@ -134,7 +134,7 @@ class Vocabulary(NamedTuple):
     def agreed(self, value: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
         """The value, NaN with its gradient where ranks have other tokens: in code that cannot look.
 
-        They compare them once `after` is there, so that all collectives of a loss are in one order: NOTE [Order].
+        They compare them once `after` is there, so that all collectives of a loss are in one order on every rank.
         """
         if self.group is None or readable(tokens):
             return value
@@ -143,8 +143,9 @@ class Vocabulary(NamedTuple):
 
 
 def is_sharded(value: object) -> TypeGuard[DTensor]:
-    """Whether a tensor says itself how it lies on a mesh."""
-    return dist.is_available() and isinstance(value, DTensor)
+    """Whether a tensor says itself how it lies on a mesh. Nobody has one who has not imported its package."""
+    package = getattr(dist, "tensor", None)
+    return package is not None and isinstance(value, package.DTensor)
 
 
 def even(size: int, rank: int, ranks: int) -> tuple[int, int]:

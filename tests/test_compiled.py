@@ -15,6 +15,8 @@ from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_
 from compiled_loss.testing import assert_within_error_budget, count_graphs, head_inputs, inputs_unchanged
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+
+
 @pytest.mark.parametrize("walk", ["tokens", "vocab"])
 @pytest.mark.parametrize("name", ["everything", *(pytest.param(n, marks=pytest.mark.slow) for n in cases.KEYWORDS)])
 def test_values(walk, name):

@@ -101,7 +101,7 @@ import {first}
 assert ("torch.utils.flop_counter" in sys.modules) == ({first!r} != "compiled_loss")
 import compiled_loss, importlib, torch.utils.flop_counter as counter
 names = [str(key) for key in counter.flop_registry]
-assert {{"compiled_loss.add_gradients_", "compiled_loss.run_body"}} <= set(names), names
+assert {{"compiled_loss.form_token_chunks", "compiled_loss.fold_vocab_chunks"}} <= set(names), names
 assert counter.__spec__.name == "torch.utils.flop_counter"
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

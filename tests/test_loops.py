@@ -1,4 +1,4 @@
-"""Walks in loops of our own, NOTE [Execution]: what falls with the walls that hold the compiler's loop."""
+"""Loops of our own, NOTE [Execution]: as one operator they stand beside and inside whatever else is compiled."""
 
 import functools
 
@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from compiled_loss import Chunking, linear_cross_entropy, linear_token_statistics, reference
+from compiled_loss import (
+    Chunking,
+    cross_entropy,
+    distillation,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_token_statistics,
+    reference,
+)
 from compiled_loss.engine import execution
 from compiled_loss.testing import assert_within_error_budget, count_graphs, head_inputs, inputs_unchanged
 
@@ -172,6 +180,7 @@ REGIONS = pytest.mark.skipif(
 
 @REGIONS
 @WALKS
+@pytest.mark.usefixtures("plain_bodies")
 def test_beside_regions_of_the_user(walk):
     """Of regions of ours beside them the last block's gradient is wrong, and the loss right."""
     inputs = head_inputs(13, 7, 29)
@@ -214,3 +223,142 @@ def test_a_second_step_compiles_nothing(walk):
     for stance in ("default", "fail_on_recompile", "fail_on_recompile"):
         with torch.compiler.set_stance(stance):
             torch.autograd.grad(loss(*inputs), [inputs.hidden, inputs.weight])
+
+
+@pytest.fixture
+def plain_bodies(monkeypatch):
+    """Bodies run eagerly inside operators, where the graph around them is what is tested."""
+
+    def keep(kernel, function):
+        kernel.function, kernel.known = function, True
+
+    monkeypatch.setattr(execution._Kernel, "__init__", keep)
+
+
+@WALKS
+@pytest.mark.usefixtures("plain_bodies")
+def test_a_budget_of_many_chunks(walk):
+    """A budget that means 256 chunks and more costs no graph and no kernel more than one chunk."""
+    inputs = head_inputs(512, 8, 512, dtype=torch.float64)
+    loss = torch.compile(cases.linear(Chunking(strategy=walk, memory_budget=2 * 512 * 8)), fullgraph=True)
+    leaves = [inputs.hidden, inputs.weight, inputs.bias]
+    truth = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias)
+    check(lambda: loss(*inputs), lambda: truth, leaves, **TIGHT)
+
+
+CALLS = {
+    "tokens": lambda h, w, y, t: linear_cross_entropy(h, w, y),
+    "vocab": lambda h, w, y, t: linear_cross_entropy(h, w, y, reduction="none").sum(),
+    "chunk_size": lambda h, w, y, t: linear_cross_entropy(h, w, y, chunking=Chunking(chunk_size=7)),
+    "memory_budget": lambda h, w, y, t: linear_cross_entropy(h, w, y, chunking=Chunking(memory_budget=2048)),
+    "max_label_tokens": lambda h, w, y, t: linear_cross_entropy(h, w, y, chunking=Chunking(max_label_tokens=0.9)),
+    "statistics": lambda h, w, y, t: linear_token_statistics(h, w, y).entropy.sum(),
+    "distillation": lambda h, w, y, t: linear_distillation(h, w, t, w.detach(), y),
+    "logits": lambda h, w, y, t: cross_entropy(h @ w.t(), y),
+    "two logits": lambda h, w, y, t: distillation(h @ w.t(), t @ w.detach().t(), y),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("plain_bodies")
+def test_tensors_of_which_no_size_is_known(name):
+    """As torchtitan marks them: of hidden states and labels each, nothing is known while tracing."""
+    inputs = head_inputs(60, 16, 50, dtype=torch.float64, ignored=0.2)
+    tensors = (inputs.hidden, inputs.weight, inputs.labels, torch.randn(60, 16, dtype=torch.float64))
+    marked = [v.detach().clone().requires_grad_(v.requires_grad) for v in tensors]
+    for i in (0, 2, 3):
+        torch._dynamo.decorators.mark_unbacked(marked[i], 0)
+    loss = torch.compile(CALLS[name], fullgraph=True)(*marked)
+    expected = CALLS[name](*tensors)
+    torch.testing.assert_close(loss, expected, **TIGHT)
+    theirs = torch.autograd.grad(expected, tensors[:2])
+    torch.testing.assert_close(torch.autograd.grad(loss, marked[:2]), theirs, **TIGHT)
+
+
+@WALKS
+@pytest.mark.usefixtures("plain_bodies")
+def test_bounded_dynamic_sizes(walk):
+    inputs = head_inputs(60, 16, 50)
+    for v in (inputs.hidden, inputs.labels):
+        torch._dynamo.mark_dynamic(v, 0, min=2, max=8192)
+    loss = functools.partial(linear_cross_entropy, chunking=Chunking(strategy=walk))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs[:3])
+    torch.testing.assert_close(compiled, loss(*inputs[:3]))
+
+
+class Head(torch.nn.Module):
+    def __init__(self, inputs, walk):
+        super().__init__()
+        self.weight = torch.nn.Parameter(inputs.weight.detach())
+        self.loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+
+    def forward(self, hidden, labels):
+        return self.loss(hidden, self.weight, labels)
+
+
+@WALKS
+@pytest.mark.usefixtures("plain_bodies")
+def test_exported(walk):
+    inputs = head_inputs(13, 7, 29)
+    head = Head(inputs, walk)
+    exported = torch.export.export(head, (inputs.hidden.detach(), inputs.labels)).module()
+    again = head_inputs(13, 7, 29, seed=1)
+    torch.testing.assert_close(exported(again.hidden, again.labels), head(again.hidden, again.labels))
+
+
+@WALKS
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.usefixtures("plain_bodies")
+def test_compiled_ahead_of_time(walk, tmp_path):
+    """Into a library, from which Python's operators are called."""
+    inputs = head_inputs(13, 7, 29)
+    head, given = Head(inputs, walk), (inputs.hidden.detach(), inputs.labels)
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(head, given), package_path=str(tmp_path / "head.pt2")
+        )
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*given), head(*given))
+
+
+@WALKS
+@pytest.mark.usefixtures("plain_bodies")
+def test_inside_a_condition(walk):
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+
+    def either(hidden, weight, labels):
+        return torch.cond(hidden.sum() > -1e9, loss, lambda h, w, y: 0 * loss(h, w, y), (hidden, weight, labels))
+
+    compiled = torch.compile(either, fullgraph=True, backend="aot_eager")
+    expected = reference.linear_cross_entropy(*inputs[:3])
+    check(lambda: compiled(*inputs[:3]), lambda: expected, [inputs.hidden, inputs.weight], **TIGHT)
+
+
+@WALKS
+@pytest.mark.usefixtures("plain_bodies")
+def test_a_whole_step_under_compiled_autograd(walk):
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+    theirs = torch.autograd.grad(reference.linear_cross_entropy(*inputs[:3]), inputs[:2])
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs[:3]).backward()
+    torch.testing.assert_close((inputs.hidden.grad, inputs.weight.grad), theirs, **TIGHT)
+
+
+@REGIONS
+@WALKS
+@pytest.mark.usefixtures("plain_bodies")
+def test_inside_a_region_of_the_user(walk):
+    inputs = head_inputs(26, 7, 29, dtype=torch.float64)
+
+    def half(hidden, weight, labels):
+        return linear_cross_entropy(hidden, weight, labels, reduction="sum", chunking=cases.WALKS[walk])
+
+    region = torch.compiler.nested_compile_region(half)
+
+    def loss(hidden, weight, labels):
+        return region(hidden[:13], weight, labels[:13]) + region(hidden[13:], weight, labels[13:])
+
+    expected = reference.linear_cross_entropy(*inputs[:3], reduction="sum")
+    compiled = torch.compile(loss, fullgraph=True)
+    check(lambda: compiled(*inputs[:3]), lambda: expected, [inputs.hidden, inputs.weight], **TIGHT)

@@ -49,7 +49,7 @@ class Weighted(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Two distributions that nobody holds: N tokens' hidden states, a head of V classes, and what it is compared with."""
+    """Two distributions that nobody holds: N hidden states, a head of V classes, and what it is compared with."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -259,9 +259,7 @@ def _gradients(
     return gradients.present()
 
 
-def _formed(
-    problem: Problem, upstream: _Upstream, needs: Needs, how: _How, lengths: Lengths
-) -> tuple[Formed, Tensor]:
+def _formed(problem: Problem, upstream: _Upstream, needs: Needs, how: _How, lengths: Lengths) -> tuple[Formed, Tensor]:
     """The gradients, and each row's loss, which is still to be multiplied by the same scale."""
     scale = unit_scale(problem.hidden.dtype, upstream.soft, upstream.hard)
     soft, hard, active = upstream

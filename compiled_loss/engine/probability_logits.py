@@ -30,9 +30,7 @@ def statistics(
 
 def plain_statistics(logits: Tensor, target: Tensor, smoothing: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
-    maximum, log_sum, _, loss = probability_bodies.fold_beside_probabilities(
-        logits, None, *head, smoothing, target
-    )
+    maximum, log_sum, _, loss = probability_bodies.fold_beside_probabilities(logits, None, *head, smoothing, target)
     return loss, maximum + log_sum
 
 

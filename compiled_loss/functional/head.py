@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks, chunk_checks, numbers, reduction, sharding
-from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine import logits as logits_walk
+from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.cost import Strategy
