@@ -21,6 +21,7 @@ class Head(NamedTuple):
 HEADS = {
     "Llama-3 8B": Head(4096, 128256),
     "Gemma-2 2B": Head(2304, 256000, 30.0),
+    "Gemma-2 9B": Head(3584, 256000, 30.0),
     "Qwen-3 8B": Head(4096, 151936),
     "DeepSeek-V3": Head(7168, 129280),
     "1024 x 32768": Head(1024, 32768),

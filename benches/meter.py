@@ -27,8 +27,10 @@ SLOW = (1.0, 3)  # seconds, and times the floor
 Step = Callable[[], Any]
 
 
-def measure(case: dict[str, Any], names: list[str], device: str, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """A row a provider, the floor first."""
+def measure(
+    case: dict[str, Any], names: list[str], device: str, rounds: int, seed: int, *, forgiving: bool = False
+) -> list[dict[str, Any]]:
+    """A row a provider, the floor first. A failure of ours is raised, or with `forgiving` a row."""
     torch.set_num_threads(os.cpu_count() or 1)
     one = Case(**case)
     given = inputs(one, device, seed)
@@ -39,7 +41,7 @@ def measure(case: dict[str, Any], names: list[str], device: str, rounds: int, se
     warm = torch.compile(lambda v: (v.exp() * 2).sum(), fullgraph=True)  # the compiler's own start is nobody's
     torch.autograd.grad(warm(given.hidden), given.hidden)
     for name in names:
-        rows[name], step = prepared(name, one, given, truth, device)
+        rows[name], step = prepared(name, one, given, truth, device, forgiving)
         if step is not None:
             steps[name] = step
         print(f"    {name}: {rows[name]}", file=sys.stderr, flush=True)
@@ -69,9 +71,9 @@ def ratio(seconds: list[float], floor: list[float]) -> float:
 
 
 def prepared(
-    name: str, case: Case, given: Inputs, truth: Truth | None, device: str
+    name: str, case: Case, given: Inputs, truth: Truth | None, device: str, forgiving: bool
 ) -> tuple[dict[str, Any], Step | None]:
-    """What there is to say before it is timed, and the step; a peer's failure is a row, one of ours is ours."""
+    """What there is to say before it is timed, and the step; a peer's failure is a row."""
     try:
         loss = find(name)(case)
         step = stepping(case, loss, given)
@@ -89,7 +91,7 @@ def prepared(
         torch.get_device_module(device).empty_cache()
         return {"out_of_memory": True}, None
     except Exception as error:
-        if is_ours(name):
+        if is_ours(name) and not forgiving:
             raise
         text = str(error).strip().splitlines()
         kind = "missing" if isinstance(error, ImportError) else "failed"

@@ -37,7 +37,7 @@ def _gradients_only(case: Case) -> None:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def _ours(case: Case, *, mode: str | None = None, **chunking: Any) -> Loss:
+def _ours(case: Case, *, eager: bool = False, mode: str | None = None, **chunking: Any) -> Loss:
     """With masked tokens it is told how many count."""
     if case.masked:
         chunking["max_label_tokens"] = case.counting
@@ -56,15 +56,23 @@ def _ours(case: Case, *, mode: str | None = None, **chunking: Any) -> Loss:
         reduction = "none" if case.wants == "none" else "mean"
         return ours.linear_cross_entropy(h, w, y, softcap=softcap, reduction=reduction, **how)
 
+    if eager:
+        return lambda given: loss(*given)
     # Dynamo counts recompilations by code object, so each gets its own.
     own = types.FunctionType(loss.__code__.replace(), globals(), loss.__name__, None, loss.__closure__)
     compiled = torch.compile(own, fullgraph=True, mode=mode)
-    return lambda given: compiled(*given)
+
+    def step(given: Inputs) -> Tensor:
+        if mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may write over the results of the step before
+        return compiled(*given)
+
+    return step
 
 
-def _vocab(case: Case) -> Loss:
+def _vocab(case: Case, **how: Any) -> Loss:
     _needs(case.wants in ("gradients", "loss", "statistics"), "is the default, or walks tokens")
-    return _ours(case, strategy="vocab")
+    return _ours(case, strategy="vocab", **how)
 
 
 # --- what one would write ---------------------------------------------------------------------------------------------
@@ -148,7 +156,7 @@ def _quack(case: Case) -> Loss:
 
 
 # By default they are the token walk, but for reduction "none".
-OURS: dict[str, Callable[[Case], Loss]] = {"defaults": _ours, "vocab": _vocab}
+OURS: dict[str, Callable[..., Loss]] = {"defaults": _ours, "vocab": _vocab}
 PLAIN: dict[str, Callable[[Case], Loss]] = {"F.cross_entropy, compiled": _compiled, "F.cross_entropy, eager": _eager}
 PEERS: dict[str, Callable[[Case], Loss]] = {
     "F.linear_cross_entropy": _torch,
@@ -160,8 +168,11 @@ PEERS: dict[str, Callable[[Case], Loss]] = {
     "quack": _quack,
 }
 PROVIDERS = OURS | PLAIN | PEERS
-# By name alone: they compile for minutes, or need CUDA graphs.
-MODES = {f"defaults, {mode}": functools.partial(_ours, mode=mode) for mode in ("reduce-overhead", "max-autotune")}
+# By name alone: they are slower, need CUDA graphs, or compile for minutes.
+MODES: dict[str, Callable[[Case], Loss]] = {}
+for _name, _maker in OURS.items():
+    MODES[f"{_name}, eager"] = functools.partial(_maker, eager=True)
+    MODES |= {f"{_name}, {mode}": functools.partial(_maker, mode=mode) for mode in ("reduce-overhead", "max-autotune")}
 FLOOR = "bare GEMMs"
 
 

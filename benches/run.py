@@ -38,7 +38,7 @@ PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures are figures of."""
-    versions: dict[str, str | None] = {"torch": torch.__version__}  # which names the build
+    versions: dict[str, str | None] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -97,8 +97,10 @@ def line(row: dict[str, Any]) -> str:
     for key in ("missing", "failed", "out_of_memory"):
         if key in row:
             return f"  {row['provider']:34} {key.replace('_', ' ')}: {row[key]}"
-    low, middle, high = (s * 1e3 for s in quartiles(row["seconds"]))
-    text = f"  {row['provider']:34} {row['ratio']:6.3f} {middle:9.2f} ms ({low:.2f} to {high:.2f})"
+    text = f"  {row['provider']:34}"
+    if "seconds" in row:
+        low, middle, high = (s * 1e3 for s in quartiles(row["seconds"]))
+        text += f" {row['ratio']:6.3f} {middle:9.2f} ms ({low:.2f} to {high:.2f})"
     if "peak_mib" in row:
         text += f" {row['peak_mib']:9.0f} MiB"
     if "error" in row:

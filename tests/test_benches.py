@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benches import cases, gpu_code, meter, plot, providers, run
+from benches import cases, gpu_check, gpu_code, gpu_parts, meter, plot, providers, run
 
 SMALL = cases.Case(head="small", tokens=96, dtype="float32", masked=0.25)
 
@@ -226,3 +226,50 @@ def test_a_picture_knows_what_it_was_drawn_from(results):
     more = (results / "sizes-2.13.0-cpu.jsonl").read_text().replace("1000", "1001").replace("100.0", "101.0")
     (results / "sizes-2.13.0-cpu.jsonl").write_text(more)
     assert plot.digest() not in picture
+
+
+def test_the_check_of_a_gpu_runs_dry_past_parts_that_fail(monkeypatch, tmp_path, capsys):
+    broken = [
+        gpu_check.Part("raises", "json:loads", {"s": "{"}, 1),
+        gpu_check.Part("crashes", "os:_exit", {"status": 3}, 1),
+        gpu_check.Part("hangs", "signal:pause", {}, 0.1),
+        gpu_check.Part("late", "signal:pause", {}, 1e6),
+    ]
+    sound = list(gpu_check.parts(gpu_check.DRY))
+    monkeypatch.setattr(gpu_check, "parts", lambda _setting: [*broken, *sound])
+    output = tmp_path / "results.jsonl"
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--dry-run", "--output", str(output)])
+    with pytest.raises(SystemExit, match="1"):
+        gpu_check.main()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = {part.name: [row for row in rows if row["part"] == part.name] for part in [*broken, *sound]}
+    assert found["raises"][0]["failed"].startswith("JSONDecodeError")
+    assert found["crashes"][0]["failed"] == "the process ended with exit code 3"
+    assert found["hangs"][0]["failed"] == "no answer after 0 s"
+    assert found["late"][0]["skipped"].startswith("takes about 1000000 s")
+    for part in sound:
+        assert not [row for row in found[part.name] if gpu_check.FAILED & row.keys()]
+    assert all(row["versions"]["torch"] == torch.__version__ for row in rows)
+    timed = [row for row in rows if "seconds" in row]
+    assert all(row["median"] == pytest.approx(sum(row["seconds"]) / 2) for row in timed)
+    budgets = [row["noted"]["within budget"] for row in rows if "within budget" in row.get("noted", {})]
+    assert budgets == [True] * len(gpu_parts.WAYS[1:])
+    gemms = [row["noted"] for row in rows if row.get("provider") == "GEMMs"]
+    assert [(row["predicted"], row["measured"]) for row in gemms] == [(3, 3), (4, 4)]
+    table = capsys.readouterr().out
+    assert all(f"\n{part.name}: " in table for part in [*broken, *sound])
+
+
+def test_the_check_of_a_gpu_does_without_pytest(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    (row,) = gpu_parts.tests(seconds=1, workers=0)
+    assert row["missing"].startswith("not installed")
+
+
+def test_the_unchunked_loss_is_left_out_where_it_does_not_fit():
+    case = cases.Case(head="Gemma-2 9B", tokens=32768)
+    names = ["defaults", gpu_parts.COMPILED]
+    assert gpu_parts.fit(case, names, 141e9) == (names, [])
+    fitting, (row,) = gpu_parts.fit(case, names, 80e9)
+    assert fitting == ["defaults"]
+    assert row == {"provider": gpu_parts.COMPILED, "missing": "takes 84 GiB of 75 that are free"}
