@@ -13,4 +13,4 @@ def _one_thread_and_fresh_caches():
     torch.manual_seed(0)
     torch.compiler.reset()
     yield
-    execution._compiled.cache_clear()
+    execution.forget()

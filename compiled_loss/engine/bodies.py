@@ -1,7 +1,7 @@
 """The elementwise mathematics of logits: plain torch on [rows, columns], written to fuse into one kernel.
 
-`logits` are a chunk, `rows` tokens by `columns` of the vocabulary, or given ones, [..., V]. Then come, in every body and
-in this order, `labels` [rows] and the `Head`. A body writes nothing that it was given: whoever calls it has
+`logits` are a chunk, `rows` tokens by `columns` of the vocabulary, or given ones, [..., V]. Then come, in every body
+and in this order, `labels` [rows] and the `Head`. A body writes nothing that it was given: whoever calls it has
 what it returns written over the logits.
 
 NOTE [Columns are compared, never indexed]

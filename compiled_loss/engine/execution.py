@@ -6,20 +6,19 @@ pass. The compiler sees the operator and never the loop, so that it cannot undo 
 and neither graphs nor compile time depend on the number of chunks. What the compiler is asked for is the body, the
 elementwise mathematics of a chunk, which reads logits and writes their gradient over them.
 
-- compiled: Inductor's kernels of the body. Compiled at the first call for each combination of device, dtype and
-            options, for any number of rows from two on.
+- compiled: Inductor's kernels of the body, NOTE [Kernels].
 - eager:    the body in plain torch, a block of rows at a time so that fp32 temporaries stay small.
 - traced:   logits that exist have no loop to hide: under `torch.compile` the body is a part of the caller's graph.
 """
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from compiled_loss.engine.kernels import Compiled
 
 Output = tuple[Tensor, ...]
 Body = Callable[..., Output]
@@ -68,21 +67,13 @@ def run(
     The body is called with z, the first of `rows`, all of `rest` and the other `rows`, which have a row for each of
     z's. What it returns is new, so that z may be among `out`.
     """
-    if compiled and z.shape[0] > 1:
-        operands = _in_order(rows, rest)
-        present = tuple([v is not None for v in (*operands, None, *out)])
-        kernel = _compiled(body, out[0] is z, z.device.type, z.dtype, z.dim(), present, group)
-        if not kernel.known:  # any number of rows at once, not one and then any other
-            kernel.known = True
-            for v in (z, *rows, *out):
-                if v is not None:
-                    torch._dynamo.maybe_mark_dynamic(v, list(range(z.dim() - 1)))
-        kernel.function(z, operands, [v for v in out if v is not z], **_over(group))
+    if z.dim() > 2:  # not flattened: any strides, and no copy
+        for i in range(z.shape[0]):
+            run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled, group=group)
+    elif compiled and z.shape[0]:
+        _compiled(body, z, rows, rest, out, group)
     elif group is not None:  # whole, or ranks with fewer columns would reduce less often than others
         _write(out, body(z, *_in_order(rows, rest), group=group))
-    elif z.dim() > 2:  # not flattened: any strides, and no copy
-        for i in range(z.shape[0]):
-            run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled)
     else:
         step = max(1, _BLOCK // max(1, z.shape[1]))
         for i in range(0, max(1, z.shape[0]), step):
@@ -110,20 +101,36 @@ def _write(out: Optional, values: Output) -> Output:
     return tuple([v for place, v in zip(out, values, strict=False) if place is None]) + values[len(out) :]
 
 
-class _Kernel:
-    """A body compiled for one combination of options."""
-
-    def __init__(self, function: Callable[..., Output]) -> None:
-        self.function = torch.compile(function, fullgraph=True)
-        self.known = False
+_KERNELS: dict[tuple[object, ...], Compiled] = {}
 
 
-@functools.cache
-def _compiled(body: Body, overwrite: bool, *_options: object) -> _Kernel:
-    """Dynamo counts recompilations by code object, so each combination of options gets its own."""
+def forget() -> None:
+    """Compile all bodies anew when they are next called; `torch.compiler.reset()` does not reach them."""
+    _KERNELS.clear()
 
-    def chunk(z: Tensor, operands: Optional, out: Optional, **over: str) -> Output:
-        return _write([z, *out] if overwrite else out, body(z, *operands, **over))
 
-    code = chunk.__code__.replace(co_name=body.__name__)
-    return _Kernel(types.FunctionType(code, chunk.__globals__, body.__name__, None, chunk.__closure__))
+def _compiled(body: Body, z: Tensor, rows: Optional, rest: Optional, out: Optional, group: str | None) -> None:
+    """`run`, by the kernel for operands that lie so."""
+    overwrite = out[0] is z
+    operands = (z, *rows, *rest, *(out[1:] if overwrite else out))
+    layout = tuple([None if v is None else (v.dtype, v.shape[1:], v.stride()) for v in operands])
+    key = (body, overwrite, len(rows), len(rest), len(out), z.device.type, layout, group)
+    kernel = _KERNELS.get(key)
+    if kernel is None:
+        kernel = _KERNELS[key] = _kernel(body, operands, len(rows), len(rest), overwrite=overwrite, group=group)
+    kernel(*[v for v in operands if v is not None])
+
+
+def _kernel(body: Body, operands: Optional, rows: int, rest: int, *, overwrite: bool, group: str | None) -> Compiled:
+    there = [v is not None for v in operands]
+
+    def chunk(*tensors: Tensor) -> Output:
+        left = list(tensors)
+        z, *others = [left.pop(0) if one else None for one in there]
+        of_rows, scalars, out = others[:rows], others[rows : rows + rest], others[rows + rest :]
+        values = body(z, *_in_order(of_rows, scalars), **_over(group))
+        return _write([z, *out] if overwrite else out, values)
+
+    chunk.__name__ = body.__name__
+    of_rows = [not rows < i <= rows + rest for i, one in enumerate(there) if one]
+    return Compiled(chunk, of_rows)

@@ -26,9 +26,6 @@ _SCHEMA = {
 }
 
 
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-
 class Defined(NamedTuple):
     """An operator, and how many floating-point operations it does for the shapes of its operands."""
 
@@ -70,16 +67,12 @@ def operator(
     def define(implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
         def on_fields(*values: Any) -> list[Tensor]:
             with torch.no_grad():
-                return implementation(*unpack([_detached(v) for v in values], *kinds)[:-1])
+                return implementation(*unpack(values, *kinds)[:-1])
 
-        def below_autograd(*values: Any) -> list[Tensor]:
-            # The first call of compiled code excludes this and later ones do not: a body would be compiled twice.
-            with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-                return on_fields(*values)
-
-        schema = f"({', '.join(fields)}) -> Tensor[]"
-        opaque = torch.library.custom_op(f"compiled_loss::{name}", below_autograd, mutates_args=(), schema=schema)
-        opaque.register_fake(lambda *values: list(like(*unpack(values, *kinds)[:-1])))
+        torch.library.define(f"compiled_loss::{name}", f"({', '.join(fields)}) -> Tensor[]")
+        torch.library.impl(f"compiled_loss::{name}", "CompositeExplicitAutograd")(on_fields)
+        torch.library.register_fake(f"compiled_loss::{name}")(lambda *values: list(like(*unpack(values, *kinds)[:-1])))
+        opaque = getattr(torch.ops.compiled_loss, name).default
         DEFINED.append(Defined(name, lambda *shapes, **_: operations(*unpack(shapes, *kinds)[:-1])))
 
         def call(*operands: Any) -> list[Tensor]:
@@ -89,8 +82,3 @@ def operator(
         return call
 
     return define
-
-
-def _detached(value: Any) -> Any:
-    """Bodies would be compiled again for each pattern of tensors that require a gradient."""
-    return value.detach() if isinstance(value, Tensor) else value

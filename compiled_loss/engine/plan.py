@@ -31,6 +31,7 @@ at the peak, two of them backward's copy, and more traffic a chunk.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -39,8 +40,8 @@ import torch
 from compiled_loss import chunk_checks, numbers
 from compiled_loss.engine.cost import Strategy, chunk_bytes, rates, seconds
 from compiled_loss.engine.execution import is_compiled
+from compiled_loss.engine.kernels import MIN_ROWS
 
-MIN_ROWS = 512
 RANKS_A_NODE = 8  # which NVLink joins
 MIN_COLUMNS = 2048
 ROW_MULTIPLE = 16
@@ -128,12 +129,14 @@ class Lengths(NamedTuple):
     compiled: bool
 
     def plan(self, strategy: Strategy, hidden: torch.Tensor) -> Plan:
-        """The walk for these hidden states."""
-        chunking = Chunking(
-            chunk_size=self.chunk_size, memory_budget=self.memory_budget, accumulate_dtype=self.accumulate_dtype
-        )
-        tokens, width = hidden.shape
-        return plan(tokens, width, self.columns, hidden.dtype, chunking, ranks=self.ranks, strategies=(strategy,))
+        """For these hidden states."""
+        return _planned(self, strategy, *hidden.shape, hidden.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(of: Lengths, strategy: Strategy, tokens: int, width: int, dtype: torch.dtype) -> Plan:
+    chunking = Chunking(chunk_size=of.chunk_size, memory_budget=of.memory_budget, accumulate_dtype=of.accumulate_dtype)
+    return plan(tokens, width, of.columns, dtype, chunking, ranks=of.ranks, strategies=(strategy,))
 
 
 def lengths(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from compiled_loss.engine import execution
 from compiled_loss.inspection import attention, errors
 from compiled_loss.inspection.attribution import Attribution
 from compiled_loss.inspection.call import Request, unpack
@@ -26,6 +27,7 @@ def examine(request: Request, recorder: Recorder, progress: Callable[[str], None
     """Inspect one call on the recorder's device, which this process takes for real or fakes."""
     start = time.monotonic()
     torch.compiler.reset()
+    execution.forget()
     recorder.asked = 0
     attribution = Attribution(request.loss)
     compiler = Compiler(recorder, attribution, progress)

@@ -1,0 +1,71 @@
+"""Kernels of a function of tensors that Inductor writes once, for any number of rows.
+
+NOTE [Kernels]
+A body is traced by us and compiled by Inductor, without Dynamo: there is nothing in it to guard but how its operands
+lie, and a call costs half of a compiled function's. It is compiled once for each combination of dtypes, strides and
+columns, rows being a symbol, and apart for fewer rows than MIN_ROWS, for which Inductor splits reductions over columns.
+What it assumes of their number, such as that 32 bits count the elements, is checked: where it does not hold, the body
+is compiled again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss.engine.transforms import without_autocast
+
+MIN_ROWS = 512  # from which on Inductor writes a reduction over columns as one kernel
+
+Kernel = Callable[..., Any]
+
+
+class Compiled:
+    """A function compiled for one layout of its operands; those that `rows` marks share their first dimension."""
+
+    def __init__(self, function: Callable[..., Any], rows: Sequence[bool]) -> None:
+        self._function, self._rows = function, rows
+        self._kernels: list[tuple[bool, list[Any], Any, Kernel]] = []  # for few rows; what is assumed of a symbol
+        self._of: dict[int, Kernel] = {}
+
+    def __call__(self, *operands: Tensor) -> None:
+        """Run it on operands of that layout."""
+        rows = operands[0].shape[0]
+        kernel = self._of.get(rows)
+        if kernel is None:
+            kernel = self._of[rows] = self._for(rows, operands)
+        kernel(*operands)
+
+    def _for(self, rows: int, operands: Sequence[Tensor]) -> Kernel:
+        for few, guards, symbol, kernel in self._kernels:
+            if few == (rows < MIN_ROWS) and all(bool(guard.subs(symbol, rows)) for guard in guards):
+                return kernel
+        return self._compile(rows, operands)
+
+    def _compile(self, rows: int, operands: Sequence[Tensor]) -> Kernel:
+        from torch._dynamo.source import ConstantSource
+        from torch._inductor.compile_fx import compile_fx
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+        env, source = ShapeEnv(), ConstantSource("rows")
+        symbol = env.create_symbol(max(2, rows), source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        count = env.create_symintnode(symbol, hint=max(2, rows), source=source)
+        fake = FakeTensorMode(shape_env=env)
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(operands[0].device):
+            with fake:
+                fakes = [
+                    torch.empty_strided(
+                        (count, *v.shape[1:]) if of_rows else v.shape, v.stride(), dtype=v.dtype, device=v.device
+                    )
+                    for v, of_rows in zip(operands, self._rows, strict=True)
+                ]
+                graph = make_fx(self._function, tracing_mode="fake")(*fakes)
+            with torch._guards.tracing(torch._guards.TracingContext(fake)):
+                kernel: Any = compile_fx(graph, fakes)
+        self._kernels.append((rows < MIN_ROWS, [guard.expr for guard in env.guards], symbol, kernel))
+        return kernel
