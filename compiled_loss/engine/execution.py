@@ -67,13 +67,13 @@ def run(
     The body is called with z, the first of `rows`, all of `rest` and the other `rows`, which have a row for each of
     z's. What it returns is new, so that z may be among `out`.
     """
-    if z.dim() > 2:  # not flattened: any strides, and no copy
+    if group is not None and not (compiled and z.dim() == 2):  # whole, or ranks whose columns lie otherwise would
+        _write(out, body(z, *_in_order(rows, rest), group=group))  # reduce more or less often than others
+    elif z.dim() > 2:  # not flattened: any strides, and no copy
         for i in range(z.shape[0]):
-            run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled, group=group)
+            run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled)
     elif compiled and z.shape[0]:
         _compiled(body, z, rows, rest, out, group)
-    elif group is not None:  # whole, or ranks with fewer columns would reduce less often than others
-        _write(out, body(z, *_in_order(rows, rest), group=group))
     else:
         step = max(1, _BLOCK // max(1, z.shape[1]))
         for i in range(0, max(1, z.shape[0]), step):
