@@ -30,6 +30,11 @@ def chunking(
         raise ValueError("memory_budget: expected None where chunk_size is given, got both: they say the same thing")
     if accumulate_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"accumulate_dtype: expected a floating torch.dtype or None, got {accumulate_dtype!r}")
+    compiles(compile)
+
+
+def compiles(compile: object) -> None:
+    """Raise unless it says whether eager calls are compiled."""
     if not isinstance(compile, bool) and compile != "auto":
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
 

@@ -13,6 +13,7 @@ import torch
 from expecttest import assert_expected_inline
 from gpu_cases import SHAPES, keywords, linear
 
+from compiled_loss import Chunking, linear_cross_entropy
 from compiled_loss.engine.plan import MIN_ROWS
 from compiled_loss.testing import (
     assert_assembles,
@@ -220,6 +221,20 @@ def test_the_body_of_a_chunk_of_tokens(inspected):
         "triton_red_fused__to_copy_amax_arange_bitwise_and_clamp_copy__div_eq_exp_gt_isnan_log_mul_ne_scalar_tensor_sub_"
         "sum_unsqueeze_where_0",
     )
+
+
+def two_chunk_sizes(hidden, weight, labels):
+    """In chunks of 2**27 and of 2**32 logits."""
+    few = linear_cross_entropy(hidden[:1024], weight, labels[:1024], chunking=Chunking(chunk_size=1024))
+    return few + linear_cross_entropy(hidden, weight, labels, chunking=Chunking(chunk_size=32768))
+
+
+@CONTRACTS
+def test_a_kernel_that_counts_in_32_bits_gets_no_more_logits(inspected):
+    inputs = ("bf16[32768,64]:grad", "bf16[131072,64]:grad", "int64[32768]:0..9")
+    found = inspected(two_chunk_sizes, *inputs, assemble=False)
+    bodies = [k.source for k in found.kernels if "amax" in k.name]
+    assert sorted("'xnumel': 'i64'" in source for source in bodies) == [False, True]
 
 
 @pytest.mark.slow

@@ -21,8 +21,9 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _register(counter: ModuleType) -> None:
-    for one in DEFINED:
-        counter.register_flop_formula(getattr(torch.ops.compiled_loss, one.name))(one.operations)
+    for name, one in DEFINED.items():
+        packet = getattr(torch.ops.compiled_loss, name.removeprefix("compiled_loss::"))
+        counter.register_flop_formula(packet)(one.operations)
 
 
 class _OnImport(MetaPathFinder):

@@ -11,7 +11,7 @@ is compiled again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,6 @@ class Compiled:
                 ]
                 graph = make_fx(self._function, tracing_mode="fake")(*fakes)
             with torch._guards.tracing(torch._guards.TracingContext(fake)):
-                kernel: Any = compile_fx(graph, fakes)
+                kernel = cast(Kernel, compile_fx(graph, fakes))
         self._kernels.append((rows < MIN_ROWS, [guard.expr for guard in env.guards], symbol, kernel))
         return kernel

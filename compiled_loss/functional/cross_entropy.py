@@ -5,11 +5,11 @@ N tokens (any leading shape), H width, V vocabulary, C tokens or columns a chunk
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss import checks, shard_checks, sharding
+from compiled_loss import checks, chunk_checks, shard_checks, sharding
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import combine
@@ -44,6 +44,7 @@ def cross_entropy(
     num_label_tokens: int | Tensor | None = None,
     class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
+    compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""Cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
 
@@ -78,6 +79,8 @@ def cross_entropy(
         vocab_shard: which classes plain `logits` have, where each rank has some: :class:`VocabShard`. DTensors say so
             themselves. Probabilities are sharded as the logits; all else is alike on the group's ranks, `class_weights`
             the whole vocabulary's.
+        compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
+            Under torch.compile it is compiled in any case.
 
     Returns:
         A scalar, or for "none" the shape of the tokens with 0 where ignored; fp32 (fp64 for fp64 logits). Where the
@@ -112,6 +115,7 @@ def cross_entropy(
     """
     checks.tensor("logits", logits)
     checks.tensor("labels", labels)
+    chunk_checks.compiles(compile)
     if labels.is_floating_point() and labels.dim() == logits.dim():
         return probability_cross_entropy(
             logits,
@@ -129,6 +133,7 @@ def cross_entropy(
             num_label_tokens=num_label_tokens,
             class_dim=class_dim,
             vocab_shard=vocab_shard,
+            compile=compile,
         )
     given = given_logits(
         logits,
@@ -153,7 +158,7 @@ def cross_entropy(
         reduction=reduction,
         num_label_tokens=sharding.whole(num_label_tokens),
     )
-    rows = given.statistics(total=coefficients.total is not None, entropy=False)
+    rows = given.statistics(total=coefficients.total is not None, entropy=False, compile=compile)
     loss = reductions.reduced(combine(rows, coefficients), reduction)
     return given.agreed(loss, loss)
 

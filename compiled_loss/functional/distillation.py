@@ -26,10 +26,12 @@ known: make it with the loss's own.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, numbers, shard_checks, sharding, target_checks
+from compiled_loss import checks, chunk_checks, numbers, shard_checks, sharding, target_checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
@@ -111,6 +113,7 @@ def distillation(
     class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
     chunk_size: int = 0,
+    compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""Divergence of a student's logits from a teacher's, in the tokens that `labels` do not ignore.
 
@@ -134,6 +137,8 @@ def distillation(
         vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
             say so themselves; all else is alike on the group's ranks.
         chunk_size: kept for its callers, an int >= 0. What it bounds elsewhere, temporaries of [N, V], is never held.
+        compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
+            Under torch.compile it is compiled in any case.
 
     Returns:
         A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). 0, attached to
@@ -165,6 +170,7 @@ def distillation(
     jsd_weight, temperature, hard_label_weight = target_checks.distillation(
         divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size
     )
+    chunk_checks.compiles(compile)
     given = student_logits
     student_logits = classes_last("student_logits", student_logits, class_dim)
     student_logits, vocabulary = sharding.logits("student_logits", student_logits, vocab_shard)
@@ -200,7 +206,9 @@ def distillation(
         outside=outside,
     )
     scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
-    rows = pair.on_logits(student_logits, target, weighted.labels, weighted.active, divergence, scalars, vocabulary)
+    rows = pair.on_logits(
+        student_logits, target, weighted.labels, weighted.active, divergence, scalars, vocabulary, compile
+    )
     loss = reductions.reduced(weighted.of(*rows), reduction)
     return vocabulary.agreed(loss, alike, loss)
 
@@ -242,9 +250,9 @@ def linear_distillation(
 
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of both logits, 2 [C, V], or of
-        the student's and a copy of them beside `teacher_topk`; dH and dW from forward on. 6 N H V + 2 N H' V
-        operations. reduction="none" walks again in backward, 8 N H V + 4 N H' V, and keeps O(N) until then. Under
-        functorch transforms the logits are held.
+        the student's alone beside `teacher_topk`; dH and dW from forward on. 6 N H V + 2 N H' V operations.
+        reduction="none" walks again in backward, 8 N H V + 4 N H' V, and keeps O(N) until then. Under functorch
+        transforms the logits are held.
 
     Raises:
         ValueError: a shape, device, number or name is off; `chunking.strategy` is "vocab"; in eager CPU code, see

@@ -30,7 +30,7 @@ class Logits(NamedTuple):
     class_weights: Tensor | None  # [V], of all ranks
     labels: Tensor  # as they came: what ranks compare
 
-    def statistics(self, *, total: bool, entropy: bool, compile: bool | str = "auto") -> RowStatistics:
+    def statistics(self, *, total: bool, entropy: bool, compile: bool | str) -> RowStatistics:
         """Masked statistics [...], differentiable."""
         logits, head, tokens, vocabulary, *_ = self
         own = vocabulary.labels(tokens.looked_at)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from compiled_loss import checks
@@ -20,6 +22,7 @@ def masked_cross_entropy(
     num_label_tokens: int | Tensor | None = None,
     class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
+    compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
     """`cross_entropy` whose mask only tells which tokens count, with "sum" as the default.
 
@@ -34,6 +37,8 @@ def masked_cross_entropy(
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
         vocab_shard: see :func:`cross_entropy`.
+        compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
+            Under torch.compile it is compiled in any case.
 
     Returns:
         A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 logits). 0, attached to
@@ -70,4 +75,5 @@ def masked_cross_entropy(
         num_label_tokens=num_label_tokens,
         class_dim=class_dim,
         vocab_shard=vocab_shard,
+        compile=compile,
     )

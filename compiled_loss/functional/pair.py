@@ -40,7 +40,7 @@ def on_logits(
     kind: str,
     pair: Pair,
     vocabulary: Vocabulary,
-    compile: bool | str = "auto",
+    compile: bool | str,
 ) -> tuple[Tensor, Tensor | None]:
     """Each token's divergence and, with labels, cross-entropy, [...] each."""
     kind = cast(Kind, kind)
@@ -108,7 +108,7 @@ def _on_rows(
         losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
         return losses.sum() if scalar else losses
     share, group = vocabulary.share, vocabulary.group
-    columns = share if target.weight is None and target.indices is None else 2 * share  # that a chunk holds
+    columns = share if target.weight is None else 2 * share  # that a chunk holds
     _, how = lengths(hidden, columns, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     with without_autocast(hidden.device):
         if not scalar:

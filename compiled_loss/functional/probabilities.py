@@ -34,6 +34,7 @@ def probability_cross_entropy(
     num_label_tokens: int | Tensor | None,
     class_dim: int,
     vocab_shard: VocabShard | None,
+    compile: bool | str,
 ) -> Tensor:
     """What `cross_entropy` gives of floating labels: sum_v c_v ((1 - e) p_v + e / V) (lse - z_v) at each position."""
     target_checks.no_ignore_index(ignore_index)
@@ -75,7 +76,7 @@ def probability_cross_entropy(
     else:
         with without_autocast(logits.device):
             source, target = merged(logits, probabilities)
-            loss, lse = probability_logits.statistics(source, target, smoothing, head, vocabulary.group, "auto")
+            loss, lse = probability_logits.statistics(source, target, smoothing, head, vocabulary.group, compile)
     loss, lse = loss.reshape(shape), lse.reshape(shape)
     if shift:
         loss, lse = pad(loss, (0, shift)), pad(lse, (0, shift))

@@ -5,10 +5,12 @@ N tokens (any leading shape), H width, H' the teacher's, V vocabulary, C tokens 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, shard_checks, sharding, target_checks
+from compiled_loss import checks, chunk_checks, shard_checks, sharding, target_checks
 from compiled_loss import reduction as reductions
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.divergences import Target
@@ -25,6 +27,7 @@ def masked_soft_cross_entropy(
     position_mask: Tensor,  # [..., 1] or [...]
     *,
     vocab_shard: VocabShard | None = None,
+    compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""Soft-target cross-entropy, the mean over the positions of a mask: sum(w sum_v(-p_v log q_v)) / sum(w).
 
@@ -36,6 +39,8 @@ def masked_soft_cross_entropy(
         vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
             :class:`VocabShard`. DTensors say so themselves; the mask is alike on the group's ranks, which compare it
             and nothing else.
+        compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
+            Under torch.compile it is compiled in any case.
 
     Returns:
         A scalar; fp32 (fp64 for fp64 logits). 0, attached to the graph, where the mask is empty.
@@ -60,6 +65,7 @@ def masked_soft_cross_entropy(
         tensor(0.9100)
 
     """
+    chunk_checks.compiles(compile)
     logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
     target_probs = sharding.beside("target_probs", target_probs, "logits", vocabulary, -1)
@@ -70,7 +76,7 @@ def masked_soft_cross_entropy(
     shard_checks.spread("mean", vocabulary.spread)
     weight, active = _positions(position_mask, logits)
     scalars = pair.scalars(logits, 1.0)
-    soft, _ = pair.on_logits(logits, Target(target_probs), None, active, "probabilities", scalars, vocabulary)
+    soft, _ = pair.on_logits(logits, Target(target_probs), None, active, "probabilities", scalars, vocabulary, compile)
     loss = (reductions.divided(weight, weight, "mean", None) * torch.where(active, soft, 0.0)).sum()
     return vocabulary.agreed(loss, position_mask, loss)
 

@@ -5,11 +5,11 @@ N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in n
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss import reduction
+from compiled_loss import chunk_checks, reduction
 from compiled_loss.engine.plan import Chunking
 from compiled_loss.engine.statistics import RowStatistics
 from compiled_loss.functional.head import linear_head
@@ -51,6 +51,7 @@ def token_statistics(
     shift: int = 0,
     class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
+    compile: bool | Literal["auto"] = "auto",
 ) -> TokenStatistics:
     r"""Statistics of each token under softmax(z), z = softcap tanh(logits / softcap) / temperature.
 
@@ -64,6 +65,8 @@ def token_statistics(
         shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
         vocab_shard: see :func:`cross_entropy`.
+        compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
+            Under torch.compile it is compiled in any case.
 
     Returns:
         :class:`TokenStatistics`, of which the first three are differentiable.
@@ -90,6 +93,7 @@ def token_statistics(
         tensor([ True, False])
 
     """
+    chunk_checks.compiles(compile)
     given = given_logits(
         logits,
         labels,
@@ -101,7 +105,7 @@ def token_statistics(
         class_dim=class_dim,
         vocab_shard=vocab_shard,
     )
-    rows = given.statistics(total=False, entropy=True)
+    rows = given.statistics(total=False, entropy=True, compile=compile)
     return of_tokens(given.agreed_statistics(rows), given.tokens)
 
 

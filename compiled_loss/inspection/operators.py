@@ -11,6 +11,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from compiled_loss.engine.operators import DEFINED
 from compiled_loss.inspection import attention
 from compiled_loss.inspection.network import Collective
 from compiled_loss.inspection.record import Kind
@@ -102,10 +103,13 @@ def kind(func: Any, name: str, operations: int) -> Kind:
 
 
 def written_in_python(func: Any, device: torch.device) -> Callable[..., Any] | None:
-    """The implementation of an operator made with torch.library.custom_op, unless it is one of torch's own primitives.
+    """The implementation of an operator of ours or of torch.library.custom_op, but for torch's own primitives.
 
     Those are made in the same way, and theirs are written in terms of operators that decompose into them.
     """
+    ours = DEFINED.get(func._schema.name)
+    if ours is not None:
+        return ours.implementation
     definition = OPDEFS.get(func._schema.name)
     if definition is None or func.namespace in _PRIMITIVES:
         return None

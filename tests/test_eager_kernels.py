@@ -1,0 +1,70 @@
+"""Whether eager calls of losses on logits run as compiled kernels is the caller's to say, and changes no number."""
+
+import pytest
+import torch
+
+import compiled_loss
+from compiled_loss.engine import kernels
+
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def logits(seed=0):
+    """No parts of one tensor lie one after another."""
+    torch.manual_seed(seed)
+    return torch.randn(3, 6, 29, dtype=torch.float64)[:, :-1]
+
+
+LABELS = torch.randint(0, 29, (3, 5), generator=torch.Generator().manual_seed(0)).masked_fill(
+    torch.arange(5) == 2, -100
+)
+TEACHER, TOP = logits(1), logits(2).log_softmax(-1).topk(4)
+LOSSES = {
+    "cross_entropy": lambda z, how: compiled_loss.cross_entropy(z, LABELS, label_smoothing=0.1, z_loss=1e-3, **how),
+    "class_dim": lambda z, how: compiled_loss.cross_entropy(z.movedim(-1, 1), LABELS, class_dim=1, **how),
+    "probabilities": lambda z, how: compiled_loss.cross_entropy(z, TEACHER.softmax(-1), **how),
+    "masked_cross_entropy": lambda z, how: compiled_loss.masked_cross_entropy(z, LABELS, **how),
+    "token_statistics": lambda z, how: compiled_loss.token_statistics(z, LABELS, **how).entropy.sum(),
+    "distillation": lambda z, how: compiled_loss.distillation(z, TEACHER, LABELS, hard_label_weight=0.3, **how),
+    "cached teacher": lambda z, how: compiled_loss.distillation(z, None, LABELS, teacher_topk=tuple(TOP), **how),
+    "soft": lambda z, how: compiled_loss.masked_soft_cross_entropy(z, TEACHER.softmax(-1), LABELS != -100, **how),
+}
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How many bodies would have been compiled."""
+    found = []
+    monkeypatch.setattr(kernels.Compiled, "_compile", lambda one, rows, _: found.append(rows) or one._function)
+    return found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_where_it_is_asked_for(compilations, name):
+    def step(**how):
+        z = logits().requires_grad_()
+        loss = LOSSES[name](z, how)
+        return loss, *torch.autograd.grad(loss, z)
+
+    expected = step(compile=False)
+    assert all(map(torch.equal, step(), expected))  # on a CPU
+    assert not compilations
+    torch.testing.assert_close(step(compile=True), expected, **TIGHT)
+    assert len(compilations) == 2  # forward's and backward's
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cached teacher"])
+def test_kernels(name):
+    for how in ({"compile": True}, {"compile": False}):
+        z = logits().requires_grad_()
+        loss = LOSSES[name](z, how)
+        found = loss, *torch.autograd.grad(loss, z)
+        if how["compile"]:
+            mine = found
+    torch.testing.assert_close(mine, found, **TIGHT)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_errors(name):
+    with pytest.raises(ValueError, match="compile: expected True, False or 'auto'"):
+        LOSSES[name](logits(), {"compile": 1.5})
