@@ -186,6 +186,42 @@ def _fold(problem: Problem, how: _How, lengths: Lengths) -> list[Tensor]:
     return found
 
 
+def _gradients_like(problem: Problem, needs: Needs, lengths: Lengths) -> list[Tensor]:
+    dtype = kept(problem.weight.dtype, lengths)
+    return Gradients.empty(problem.hidden, problem.weight, None, needs, weight_dtype=dtype).present()
+
+
+def _summed(
+    problem: Problem,
+    upstream: _Upstream,
+    needs: Needs,
+    how: _How,
+    lengths: Lengths,
+    *,
+    known: Rows | None = None,
+    losses: Tensor | None = None,
+) -> list[Tensor]:
+    """The gradients that are wanted, of rows that are known, or of such that each chunk finds, with their losses."""
+    hidden, weight = problem.hidden, problem.weight
+    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
+    gradients = Gradients.empty(hidden, weight, None, needs, weight_dtype=accumulate_dtype)
+    bodies, group = _bodies(problem, how), how.group
+    body = bodies.fold_and_gradient if known is None else bodies.gradient
+    if known is not None and problem.indices is None:
+        group = None  # nothing is reduced
+    for rows, z, target, place in _chunks(problem, how.group, lengths, fold=known is None):
+        labels, soft, hard = of_chunk(rows, problem.labels, upstream.soft, upstream.hard)
+        operands = (labels, *target, *(() if known is None else of_chunk(rows, *known)), soft, hard)
+        d_top = [] if place is None else [z.new_empty(place.columns.shape)]
+        out = [z, *d_top, *([] if losses is None else [losses[rows]])]
+        execution.run(body, z, operands, problem.pair, out, compiled=lengths.compiled, group=group)
+        if place is not None:
+            place.put_(z, d_top[0])
+        gemm.accumulate_gradients(*gradients, z, hidden[rows], weight, upstream.active, rows.start, 0, None)
+    del z
+    return gradients.with_weight_in(kept(weight.dtype, lengths)).present()
+
+
 @operator(
     "form_divergence_chunks",
     Problem,
@@ -194,33 +230,15 @@ def _fold(problem: Problem, how: _How, lengths: Lengths) -> list[Tensor]:
     _How,
     Lengths,
     like=lambda problem, upstream, needs, _how, lengths: [
-        *Gradients.empty(
-            problem.hidden, problem.weight, None, needs, weight_dtype=kept(problem.weight.dtype, lengths)
-        ).present(),
+        *_gradients_like(problem, needs, lengths),
         torch.empty_like(upstream.soft),
     ],
     operations=lambda problem, _upstream, needs, _how, _lengths: _product(problem, sum(needs)),
 )
 def _form(problem: Problem, upstream: _Upstream, needs: Needs, how: _How, lengths: Lengths) -> list[Tensor]:
     """The gradients that are wanted, and each row's loss."""
-    hidden, weight = problem.hidden, problem.weight
-    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
-    gradients = Gradients.empty(hidden, weight, None, needs, weight_dtype=accumulate_dtype)
     losses = torch.empty_like(upstream.soft)
-    body = _bodies(problem, how).fold_and_gradient
-    for rows, z, target, place in _chunks(problem, how.group, lengths, fold=True):
-        labels, soft, hard = of_chunk(rows, problem.labels, upstream.soft, upstream.hard)
-        d_top = [] if place is None else [z.new_empty(place.columns.shape)]
-        out = [z, *d_top, losses[rows]]
-        operands = (labels, *target, soft, hard)
-        execution.run(body, z, operands, problem.pair, out, compiled=lengths.compiled, group=how.group)
-        if place is not None:
-            place.put_(z, d_top[0])
-        gemm.accumulate_gradients(*gradients, z, hidden[rows], weight, upstream.active, rows.start, 0, None)
-    del z
-    if gradients.d_weight is not None:
-        gradients = gradients._replace(d_weight=gradients.d_weight.to(kept(weight.dtype, lengths)))
-    return [*gradients.present(), losses]
+    return [*_summed(problem, upstream, needs, how, lengths, losses=losses), losses]
 
 
 @operator(
@@ -231,32 +249,14 @@ def _form(problem: Problem, upstream: _Upstream, needs: Needs, how: _How, length
     Needs,
     _How,
     Lengths,
-    like=lambda problem, _rows, _upstream, needs, _how, lengths: Gradients.empty(
-        problem.hidden, problem.weight, None, needs, weight_dtype=kept(problem.weight.dtype, lengths)
-    ).present(),
+    like=lambda problem, _rows, _upstream, needs, _how, lengths: _gradients_like(problem, needs, lengths),
     operations=lambda problem, _rows, _upstream, needs, _how, _lengths: _product(problem, sum(needs)),
 )
 def _gradients(
     problem: Problem, known: Rows, upstream: _Upstream, needs: Needs, how: _How, lengths: Lengths
 ) -> list[Tensor]:
     """Those that are wanted."""
-    hidden, weight = problem.hidden, problem.weight
-    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
-    gradients = Gradients.empty(hidden, weight, None, needs, weight_dtype=accumulate_dtype)
-    body = _bodies(problem, how).gradient
-    group = None if problem.indices is None else how.group
-    for rows, z, target, place in _chunks(problem, how.group, lengths, fold=False):
-        labels, soft, hard = of_chunk(rows, problem.labels, upstream.soft, upstream.hard)
-        operands = (labels, *target, *of_chunk(rows, *known), soft, hard)
-        d_top = [] if place is None else [z.new_empty(place.columns.shape)]
-        execution.run(body, z, operands, problem.pair, [z, *d_top], compiled=lengths.compiled, group=group)
-        if place is not None:
-            place.put_(z, d_top[0])
-        gemm.accumulate_gradients(*gradients, z, hidden[rows], weight, upstream.active, rows.start, 0, None)
-    del z
-    if gradients.d_weight is not None:
-        gradients = gradients._replace(d_weight=gradients.d_weight.to(kept(weight.dtype, lengths)))
-    return gradients.present()
+    return _summed(problem, upstream, needs, how, lengths, known=known)
 
 
 def _formed(problem: Problem, upstream: _Upstream, needs: Needs, how: _How, lengths: Lengths) -> tuple[Formed, Tensor]:

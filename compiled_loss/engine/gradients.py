@@ -56,6 +56,10 @@ class Gradients(NamedTuple):
         there = (needs.needs_hidden, needs.needs_weight, needs.needs_bias and bias is not None)
         return Gradients(*[found.pop(0) if one else None for one in there])
 
+    def with_weight_in(self, dtype: torch.dtype) -> Gradients:
+        """The same with dW in a dtype."""
+        return self if self.d_weight is None else self._replace(d_weight=self.d_weight.to(dtype))
+
     def present(self) -> list[Tensor]:
         """Those that there are."""
         return [v for v in self if v is not None]

@@ -186,9 +186,7 @@ def _form(
         execution.run(body, z, rows, problem.head, out, compiled=lengths.compiled, group=forming.group)
         gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
     del z
-    if gradients.d_weight is not None:
-        gradients = gradients._replace(d_weight=gradients.d_weight.to(kept(weight.dtype, lengths)))
-    return [*gradients.present(), *found]
+    return [*gradients.with_weight_in(kept(weight.dtype, lengths)).present(), *found]
 
 
 def _formed(
