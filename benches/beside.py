@@ -1,7 +1,7 @@
 """Two revisions of the library side by side, and the unchunked loss: compile time, step, peak, cost of a call.
 
-    git worktree add /tmp/old 2ab09b4
-    python -m benches.beside /tmp/old
+    git worktree add ../old 2ab09b4
+    python -m benches.beside ../old
 
 Each build is a process of its own, and one at a time is asked for a sample, in turn. Compile times are of cold starts,
 a fresh process and an empty cache for each sample. Ratios are of medians, to the compiled unchunked loss. Results are

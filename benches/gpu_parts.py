@@ -211,7 +211,7 @@ def forget(device: str) -> None:
     """Start as a fresh process, in which the first shape is compiled as a static one; on a CPU compile nothing."""
     torch.compiler.reset()
     torch.compiler.set_stance("force_eager" if device == "cpu" else "default")
-    execution._compiled.cache_clear()
+    execution.forget()
     counters.clear()
     if device != "cpu":
         gc.collect()  # memory that cycles hold would be counted

@@ -42,6 +42,7 @@ DTYPES = "expected float32, bfloat16, float16 or float64, got"
 
 CASES = {
     "distillation": [
+        ({"compile": "always"}, ValueError, "compile: expected True, False or 'auto', got 'always'"),
         ({"class_dim": "classes"}, TypeError, "class_dim: expected an int, got str"),
         ({"class_dim": 2}, ValueError, "class_dim: expected from -2 to 1, got 2"),
         ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
@@ -113,6 +114,7 @@ CASES = {
         ),
     ],
     "masked_soft_cross_entropy": [
+        ({"compile": "always"}, ValueError, "compile: expected True, False or 'auto', got 'always'"),
         ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
         ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
         (

@@ -25,6 +25,8 @@ LOSSES = {
     "probabilities": lambda z, how: compiled_loss.cross_entropy(z, TEACHER.softmax(-1), **how),
     "masked_cross_entropy": lambda z, how: compiled_loss.masked_cross_entropy(z, LABELS, **how),
     "token_statistics": lambda z, how: compiled_loss.token_statistics(z, LABELS, **how).entropy.sum(),
+    "Module": lambda z, how: compiled_loss.nn.CrossEntropy()(z, LABELS, **how),
+    "Module of distillation": lambda z, how: compiled_loss.nn.Distillation()(z, TEACHER, LABELS, **how),
     "distillation": lambda z, how: compiled_loss.distillation(z, TEACHER, LABELS, hard_label_weight=0.3, **how),
     "cached teacher": lambda z, how: compiled_loss.distillation(z, None, LABELS, teacher_topk=tuple(TOP), **how),
     "soft": lambda z, how: compiled_loss.masked_soft_cross_entropy(z, TEACHER.softmax(-1), LABELS != -100, **how),

@@ -90,6 +90,7 @@ CASES = [
         ValueError,
         "weight: expected [V, H] with V >= 1 and H >= 1, got [2, 3, 4]: hidden comes first, weight second",
     ),
+    ({"compile": "always"}, ValueError, "compile: expected True, False or 'auto', got 'always'"),
     ({"class_dim": "classes"}, TypeError, "class_dim: expected an int, got str"),
     ({"class_dim": 2}, ValueError, "class_dim: expected from -2 to 1, got 2"),
     ({"class_dim": -3}, ValueError, "class_dim: expected from -2 to 1, got -3"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from compiled_loss import checks
@@ -61,6 +63,7 @@ class CrossEntropy(nn.Module):
         token_weights: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
         vocab_shard: VocabShard | None = None,
+        compile: bool | Literal["auto"] = "auto",
     ) -> Tensor:
         """The loss; see the function."""
         return cross_entropy(
@@ -79,6 +82,7 @@ class CrossEntropy(nn.Module):
             reduction=self.reduction,
             class_dim=self.class_dim,
             vocab_shard=vocab_shard,
+            compile=compile,
         )
 
 

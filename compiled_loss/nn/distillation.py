@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from compiled_loss import checks, target_checks
@@ -59,6 +61,7 @@ class Distillation(nn.Module):
         teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
         num_label_tokens: int | Tensor | None = None,
         vocab_shard: VocabShard | None = None,
+        compile: bool | Literal["auto"] = "auto",
     ) -> Tensor:
         """The loss; see the function."""
         return distillation(
@@ -76,6 +79,7 @@ class Distillation(nn.Module):
             reduction=self.reduction,
             class_dim=self.class_dim,
             chunk_size=self.chunk_size,
+            compile=compile,
             vocab_shard=vocab_shard,
         )
 
