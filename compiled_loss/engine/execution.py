@@ -114,7 +114,7 @@ def _compiled(body: Body, z: Tensor, rows: Optional, rest: Optional, out: Option
     overwrite = out[0] is z
     operands = (z, *rows, *rest, *(out[1:] if overwrite else out))
     layout = tuple([None if v is None else (v.dtype, v.shape[1:], v.stride()) for v in operands])
-    about = (z.device, torch.get_num_threads())  # both stand in the code
+    about = (z.device, torch.get_num_threads())  # the kernel is written for both
     key = (body, overwrite, len(rows), len(rest), len(out), about, layout, group)
     kernel = _KERNELS.get(key)
     if kernel is None:
