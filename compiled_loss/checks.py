@@ -53,9 +53,10 @@ def tensor(name: str, value: object) -> None:
 
 def _no_tangent(name: str, value: Tensor) -> None:
     """Raise where a forward-mode derivative is asked for, outside functorch transforms."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
         return
-    if forward_ad.unpack_dual(value).tangent is not None:
+    # While tracing nobody can tell which tensors are dual: none is taken.
+    if torch.compiler.is_compiling() or forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"{name}: expected a Tensor without a tangent, got a dual one: this loss has no forward-mode derivative "
             "outside torch.func transforms; take it with torch.func.jvp, or from the functions of "

@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from compiled_loss import (
@@ -358,3 +359,14 @@ def test_inside_a_region_of_the_user(walk):
     expected = reference.linear_cross_entropy(*inputs[:3], reduction="sum")
     compiled = torch.compile(loss, fullgraph=True)
     check(lambda: compiled(*inputs[:3]), lambda: expected, [inputs.hidden, inputs.weight], **TIGHT)
+
+
+@WALKS
+def test_no_tangent_is_lost_in_compiled_code(walk):
+    """An operator has none, and would give zero in silence; also where the loss was compiled without one before."""
+    hidden, weight, labels, _ = (v.detach() for v in head_inputs(13, 7, 29))
+    loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    compiled(hidden, weight, labels)
+    with forward_ad.dual_level(), pytest.raises(Exception, match="expected a Tensor without a tangent"):
+        compiled(forward_ad.make_dual(hidden, torch.ones_like(hidden)), weight, labels)
