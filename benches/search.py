@@ -4,7 +4,7 @@
     python -m benches.search --read             # of the results there are
 
 The regret of a plan under a memory budget is its time over that of the fastest that was found within the budget.
-The fit gives this CPU's rates for `compiled_loss/engine/cost.py`: of GEMMs as the bare ones' time says, the others by
+The fit gives this CPU's rates for `compiled_loss/planner/cost.py`: of GEMMs as the bare ones' time says, the others by
 least squares of the logarithm of each time; it needs both dtypes.
 """
 
@@ -28,8 +28,8 @@ from benches.meter import ratio
 from benches.providers import FLOOR, sized
 from benches.run import RESULTS, machine, measured
 from compiled_loss import Chunking
-from compiled_loss.engine import cost
-from compiled_loss.engine.plan import plan
+from compiled_loss.planner import cost
+from compiled_loss.planner.plan import plan
 
 MEMORY = [1e9 * 1.1**i for i in range(60)]  # bytes a second, of which the fit takes one
 CHUNK = [0.0, *(1e-5 * 1.3**i for i in range(24))]  # seconds

@@ -7,6 +7,20 @@ from compiled_loss import checks as _checks
 _checks.torch_version(_torch.__version__)
 
 from compiled_loss import nn as nn  # noqa: E402, not in __all__: a star import would take torch.nn's name
+from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy  # noqa: E402
+from compiled_loss.compat.modules import (  # noqa: E402
+    FusedLinearCrossEntropy,
+    KDLoss,
+    MaskedCrossEntropy,
+    TEParallelCrossEntropy,
+)
+from compiled_loss.compat.pipeline import (  # noqa: E402
+    MTPLosses,
+    PipelineCausalLMLoss,
+    calculate_loss,
+    calculate_mtp_loss,
+    calculate_mtp_losses,
+)
 from compiled_loss.config import (  # noqa: E402
     LOSS_CONFIG_REGISTRY,
     CrossEntropyConfig,
@@ -26,8 +40,8 @@ from compiled_loss.config import (  # noqa: E402
     build_loss_module,
     register_loss_config,
 )
+from compiled_loss.distributed.vocab_shard import VocabShard  # noqa: E402
 from compiled_loss.engine import flops as _flops  # noqa: E402
-from compiled_loss.engine.plan import Chunking  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
     cross_entropy,
@@ -35,7 +49,6 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy_with_statistics,
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
-from compiled_loss.functional.masked_cross_entropy import masked_cross_entropy  # noqa: E402
 from compiled_loss.functional.multi_token import (  # noqa: E402
     MultiTokenLosses,
     multi_token_losses,
@@ -51,21 +64,8 @@ from compiled_loss.functional.statistics import (  # noqa: E402
     linear_token_statistics,
     token_statistics,
 )
-from compiled_loss.pipeline import (  # noqa: E402
-    MTPLosses,
-    PipelineCausalLMLoss,
-    calculate_loss,
-    calculate_mtp_loss,
-    calculate_mtp_losses,
-)
-from compiled_loss.planning import Explanation, plan  # noqa: E402
-from compiled_loss.shells import (  # noqa: E402
-    FusedLinearCrossEntropy,
-    KDLoss,
-    MaskedCrossEntropy,
-    TEParallelCrossEntropy,
-)
-from compiled_loss.vocabulary import VocabShard  # noqa: E402
+from compiled_loss.planner.chunking import Chunking  # noqa: E402
+from compiled_loss.planner.explain import Explanation, plan  # noqa: E402
 
 _flops.register()
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, numbers
+from compiled_loss import checks
+from compiled_loss.checks import numbers
 from compiled_loss.engine.compaction import Compaction
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import IGNORED, Coefficients, statistics_dtype
+from compiled_loss.engine.math.statistics import IGNORED, Coefficients, statistics_dtype
+from compiled_loss.planner.chunking import Chunking
 
 
 class Tokens(NamedTuple):
@@ -78,7 +79,7 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
     if rows is None:
         return None
     if numbers.readable(active):
-        chunk_checks.label_tokens_fit(int(active.sum()), rows, active.shape[0])
+        checks.chunking.label_tokens_fit(int(active.sum()), rows, active.shape[0])
     return Compaction.of(active, rows)
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.plan import Chunking
 from compiled_loss.inspection import Inspection
+from compiled_loss.planner.chunking import Chunking
 
 
 class HeadInputs(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 import compiled_loss
 from compiled_loss import Chunking
-from compiled_loss.engine.plan import MIN_ROWS
+from compiled_loss.planner.plan import MIN_ROWS
 
 SHAPES = {"8B": (8192, 4096, 131072), "Gemma": (8192, 2304, 256000), "N < H": (2048, 4096, 131072)}
 

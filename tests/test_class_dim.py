@@ -137,7 +137,7 @@ def test_functorch():
 
 def test_a_loop_over_rows_goes_through_few(monkeypatch):
     """Pixels of an image are as many rows as they can be, for eager code goes through the leading dimensions."""
-    from compiled_loss.functional.layout import merged
+    from compiled_loss.dispatch.layout import merged
 
     image = torch.randn(2, 7, 30, 40)
     (rows,) = merged(image.movedim(1, -1))

@@ -14,7 +14,7 @@ from expecttest import assert_expected_inline
 from gpu_cases import SHAPES, keywords, linear
 
 from compiled_loss import Chunking, linear_cross_entropy
-from compiled_loss.engine.plan import MIN_ROWS
+from compiled_loss.planner.plan import MIN_ROWS
 from compiled_loss.testing import (
     assert_assembles,
     assert_kernel_count,

@@ -11,7 +11,7 @@ from transformers_models import B, H, V, batch, llama
 from compiled_loss.huggingface import LinearCausalLMLoss
 from compiled_loss.huggingface.comparison import compare
 from compiled_loss.huggingface.families import Transform
-from compiled_loss.output_head import OutputHead
+from compiled_loss.models.output_head import OutputHead
 
 pytestmark = pytest.mark.xdist_group("transformers")
 

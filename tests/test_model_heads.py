@@ -21,7 +21,7 @@ from compiled_loss import (
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
-from compiled_loss.models import head_weight
+from compiled_loss.models.outputs import head_weight
 
 B, S, H, V = 2, 5, 4, 11
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}

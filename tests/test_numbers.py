@@ -6,7 +6,8 @@ import torch
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import compiled_loss
-from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_distillation, numbers
+from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_distillation
+from compiled_loss.checks import numbers
 from compiled_loss.testing import count_graphs, head_inputs
 
 N, H, V = 12, 5, 17

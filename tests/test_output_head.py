@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from compiled_loss.output_head import output_head
+from compiled_loss.models.output_head import output_head
 
 H, V = 5, 11
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # fp64

@@ -11,7 +11,7 @@ from torch import bfloat16, float16, float32, float64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_loss import Chunking, linear_cross_entropy
-from compiled_loss.engine.plan import COLUMN_MULTIPLE, MAX_ROUNDINGS, MIN_COLUMNS, MIN_ROWS, ROW_MULTIPLE, Plan, plan
+from compiled_loss.planner.plan import COLUMN_MULTIPLE, MAX_ROUNDINGS, MIN_COLUMNS, MIN_ROWS, ROW_MULTIPLE, Plan, plan
 
 DTYPES = st.sampled_from([float16, bfloat16, float32, float64])
 SIZES = {

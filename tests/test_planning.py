@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled_loss import Chunking, linear_cross_entropy, plan
-from compiled_loss.engine import cost
-from compiled_loss.engine import plan as planner
+from compiled_loss.planner import cost
+from compiled_loss.planner import plan as planner
 
 LLAMA = (8192, 4096, 128256)
 POWERS = {"tokens": st.sampled_from([512, 2048, 8192, 32768]), "width": st.sampled_from([256, 1024, 4096])}

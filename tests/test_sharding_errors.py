@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import compiled_loss as cl
-from compiled_loss import Chunking, VocabShard, vocabulary
+from compiled_loss import Chunking, VocabShard
+from compiled_loss.distributed import vocab_shard
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo for processes on CPUs"),
@@ -193,7 +194,7 @@ def test_a_label_out_of_range_is_nan_on_every_rank(tmp_path, walk):
 
 def disagreeing():
     """Losses and gradients where ranks have other labels, or another mask, and code cannot look: two under compile."""
-    vocabulary.readable = lambda tokens: False  # in this process, as on a GPU
+    vocab_shard.readable = lambda tokens: False  # in this process, as on a GPU
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     rank, count = dist.get_rank(), {"reduction": "sum", "num_label_tokens": N}
     torch.manual_seed(0)

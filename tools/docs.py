@@ -23,17 +23,17 @@ GROUPS = {  # of what is imported from the root, by the module that defines it, 
     "Losses": (
         "functional.cross_entropy",
         "functional.statistics",
-        "functional.masked_cross_entropy",
+        "compat.masked_cross_entropy",
         "functional.distillation",
         "functional.soft_cross_entropy",
         "functional.multi_token",
-        "engine.plan",
-        "planning",
+        "planner.chunking",
+        "planner.explain",
     ),
-    "Sharded vocabularies": ("vocabulary",),
-    "Modules": ("shells",),
+    "Sharded vocabularies": ("distributed.vocab_shard",),
+    "Modules": ("compat.modules",),
     "Configs": ("config.base", "config.losses", "config.registry"),
-    "Pipelines": ("pipeline",),
+    "Pipelines": ("compat.pipeline",),
 }
 NOTE = re.compile(r"NOTE \[([^\]]+)\]")
 ROLE = re.compile(r":(\w+):`([^`]+)`")

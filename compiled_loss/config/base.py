@@ -15,8 +15,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from compiled_loss import shell_checks
-from compiled_loss.engine.plan import Chunking
+from compiled_loss import checks
+from compiled_loss.planner.chunking import Chunking
 
 _Config = TypeVar("_Config", bound="Typed")
 _RUNTIME = ("tp_group", "factory")
@@ -36,13 +36,13 @@ class Typed:
         """Plain values by field name: NOTE [Round trip]."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in _RUNTIME:
-            shell_checks.no_runtime(type(self).__name__, name, values.pop(name, None))
+            checks.modules.no_runtime(type(self).__name__, name, values.pop(name, None))
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         """The config of `to_dict`."""
-        shell_checks.fields(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
+        checks.modules.fields(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
         chunking = values.get("chunking")
         return cls(**values | ({"chunking": _chunking(chunking)} if isinstance(chunking, dict) else {}))
 
@@ -56,7 +56,7 @@ def _plain(value: Any) -> Any:
 
 
 def _chunking(fields: dict[str, Any]) -> Chunking:
-    shell_checks.fields("Chunking", fields, [f.name for f in dataclasses.fields(Chunking) if f.init])
+    checks.modules.fields("Chunking", fields, [f.name for f in dataclasses.fields(Chunking) if f.init])
     dtype = fields.get("accumulate_dtype")
     return Chunking(**fields | {"accumulate_dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype})
 
@@ -98,7 +98,7 @@ class LossFromFactoryConfig(LossConfig):
 
     def validate(self) -> None:
         """Raise unless there is something to call."""
-        shell_checks.factory(self.factory, self.kwargs)
+        checks.modules.factory(self.factory, self.kwargs)
 
     def build(self) -> nn.Module:
         """What the factory returns."""

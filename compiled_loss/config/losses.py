@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from compiled_loss import checks
 from compiled_loss import nn as ours
-from compiled_loss import shell_checks
+from compiled_loss.compat.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+from compiled_loss.compat.pipeline import PipelineCausalLMLoss
 from compiled_loss.config.base import LossConfig, Typed
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.pipeline import PipelineCausalLMLoss
-from compiled_loss.shells import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+from compiled_loss.planner.chunking import Chunking
 
 
 @dataclass
@@ -239,7 +239,7 @@ class MTPLossConfig(Typed):
 
     def validate(self) -> None:
         """Raise where a field is not what it may be."""
-        shell_checks.scaling(self.scaling_factor, self.ignore_index)
+        checks.modules.scaling(self.scaling_factor, self.ignore_index)
 
     def build(self, loss_fn: nn.Module, model: nn.Module) -> PipelineCausalLMLoss:
         """The loss of a pipeline's last stage."""

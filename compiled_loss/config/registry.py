@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compiled_loss import shell_checks
+from compiled_loss import checks
 from compiled_loss.config import losses
 from compiled_loss.config.base import LossConfig, LossFromFactoryConfig, Typed
 
@@ -47,7 +47,7 @@ def register_loss_config(name: str, config: type[LossConfig]) -> None:
         Identity()
 
     """
-    shell_checks.registration(name, config, LossConfig, LOSS_CONFIG_REGISTRY)
+    checks.modules.registration(name, config, LossConfig, LOSS_CONFIG_REGISTRY)
     LOSS_CONFIG_REGISTRY[name] = config
 
 
@@ -96,11 +96,11 @@ def build_loss_config(
 
     """
     if isinstance(loss, LossConfig):
-        shell_checks.no_keywords(loss_kwargs)
+        checks.modules.no_keywords(loss_kwargs)
         return loss
     if isinstance(loss, str) and loss in LOSS_CONFIG_REGISTRY:
         return LOSS_CONFIG_REGISTRY[loss](**loss_kwargs)
-    shell_checks.loss_target(loss, Typed, list(LOSS_CONFIG_REGISTRY))
+    checks.modules.loss_target(loss, Typed, list(LOSS_CONFIG_REGISTRY))
     assert callable(loss)
     for config in LOSS_CONFIG_REGISTRY.values():
         if config.module is loss and loss_kwargs.keys() <= {f.name for f in dataclasses.fields(config)}:

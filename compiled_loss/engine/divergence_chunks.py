@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import divergence_bodies, execution, gemm
-from compiled_loss.engine.divergences import Kind, Pair, Rows, Target
+from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Formed, Gradients, Needs, hand_out
+from compiled_loss.engine.math import divergence_bodies
+from compiled_loss.engine.math.divergences import Kind, Pair, Rows, Target
+from compiled_loss.engine.math.statistics import statistics_dtype, unit_scale
+from compiled_loss.engine.math.top_divergences import Place
 from compiled_loss.engine.operators import none, operator, unpack
-from compiled_loss.engine.plan import Lengths
-from compiled_loss.engine.statistics import statistics_dtype, unit_scale
 from compiled_loss.engine.token_chunks import chunks, kept, of_chunk
-from compiled_loss.engine.top_divergences import Place
 from compiled_loss.engine.transforms import without_autocast
+from compiled_loss.planner.plan import Lengths
 
 
 class Weighted(NamedTuple):

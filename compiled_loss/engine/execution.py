@@ -19,19 +19,13 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.kernels import Compiled
+from compiled_loss.planner.chunking import is_compiled
 
 Output = tuple[Tensor, ...]
 Body = Callable[..., Output]
 Optional = Sequence[Tensor | None]
 
 _BLOCK = 1 << 20  # logits of a block in eager code: 4 MiB a temporary in fp32
-
-
-def is_compiled(device: torch.device, compile: bool | str) -> bool:
-    """Whether bodies are compiled; `compile` is `Chunking`'s, which speaks of eager calls alone."""
-    if torch.compiler.is_compiling() or compile != "auto":
-        return torch.compiler.is_compiling() or bool(compile)
-    return device.type not in ("cpu", "meta")
 
 
 def given(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine import gemm
-from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.engine.math.statistics import statistics_dtype
 
 
 class Needs(NamedTuple):

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.transforms import without_autocast
-
-MIN_ROWS = 512  # from which on Inductor writes a reduction over columns as one kernel
+from compiled_loss.planner.plan import MIN_ROWS
 
 Kernel = Callable[..., Any]
 

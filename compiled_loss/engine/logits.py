@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import bodies, execution, gemm
-from compiled_loss.engine.bodies import Head, Upstream
-from compiled_loss.engine.statistics import RowStatistics, State, finish, initial_state
+from compiled_loss.engine import execution, gemm
+from compiled_loss.engine.math import bodies
+from compiled_loss.engine.math.bodies import Head, Upstream
+from compiled_loss.engine.math.statistics import RowStatistics, State, finish, initial_state
 from compiled_loss.engine.transforms import without_autocast
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import execution, gemm, probability_bodies
-from compiled_loss.engine.bodies import Head
-from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.engine import execution, gemm
+from compiled_loss.engine.math import probability_bodies
+from compiled_loss.engine.math.bodies import Head
+from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.transforms import without_autocast
 
 

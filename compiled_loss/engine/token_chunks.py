@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import bodies, execution, gemm
-from compiled_loss.engine.bodies import Head, Problem
+from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Formed, Gradients, Needs, hand_out
-from compiled_loss.engine.operators import none, operator, unpack
-from compiled_loss.engine.plan import Lengths
-from compiled_loss.engine.statistics import (
+from compiled_loss.engine.math import bodies
+from compiled_loss.engine.math.bodies import Head, Problem
+from compiled_loss.engine.math.statistics import (
     IGNORED,
     Coefficients,
     RowStatistics,
@@ -30,6 +29,8 @@ from compiled_loss.engine.statistics import (
     statistics_dtype,
     unit_scale,
 )
+from compiled_loss.engine.operators import none, operator, unpack
+from compiled_loss.planner.plan import Lengths
 
 
 class Asked(NamedTuple):

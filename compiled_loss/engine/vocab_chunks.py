@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.engine import bodies, execution, gemm
-from compiled_loss.engine.bodies import Head, Problem, Upstream
+from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs
-from compiled_loss.engine.operators import none, operator, unpack
-from compiled_loss.engine.plan import Lengths
-from compiled_loss.engine.statistics import (
+from compiled_loss.engine.math import bodies
+from compiled_loss.engine.math.bodies import Head, Problem, Upstream
+from compiled_loss.engine.math.statistics import (
     RowStatistics,
     State,
     finish,
@@ -27,8 +26,10 @@ from compiled_loss.engine.statistics import (
     statistics_dtype,
     unit_scale,
 )
+from compiled_loss.engine.operators import none, operator, unpack
 from compiled_loss.engine.token_chunks import Asked, fold_operations, product, statistics_like
 from compiled_loss.engine.transforms import without_autocast
+from compiled_loss.planner.plan import Lengths
 
 
 class _Known(NamedTuple):

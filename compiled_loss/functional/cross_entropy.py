@@ -9,15 +9,16 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, shard_checks, sharding
+from compiled_loss import checks
 from compiled_loss import reduction as reductions
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import combine
-from compiled_loss.functional.head import linear_head
-from compiled_loss.functional.logits import given_logits
-from compiled_loss.functional.probabilities import probability_cross_entropy
+from compiled_loss.dispatch.linear import linear_head
+from compiled_loss.dispatch.logits import given_logits
+from compiled_loss.dispatch.probabilities import probability_cross_entropy
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard
+from compiled_loss.engine.math.statistics import combine
 from compiled_loss.functional.statistics import TokenStatistics, of_tokens
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.planner.chunking import Chunking
 
 
 class LossAndStatistics(NamedTuple):
@@ -115,7 +116,7 @@ def cross_entropy(
     """
     checks.tensor("logits", logits)
     checks.tensor("labels", labels)
-    chunk_checks.compiles(compile)
+    checks.chunking.compiles(compile)
     if labels.is_floating_point() and labels.dim() == logits.dim():
         return probability_cross_entropy(
             logits,
@@ -148,7 +149,7 @@ def cross_entropy(
         class_dim=class_dim,
         vocab_shard=vocab_shard,
     )
-    shard_checks.spread(reduction, given.vocabulary.spread)
+    checks.sharding.spread(reduction, given.vocabulary.spread)
     coefficients = reductions.coefficients(
         given.tokens,
         vocab=given.vocabulary.size,
@@ -156,7 +157,7 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         reduction=reduction,
-        num_label_tokens=sharding.whole(num_label_tokens),
+        num_label_tokens=dtensor.whole(num_label_tokens),
     )
     rows = given.statistics(total=coefficients.total is not None, entropy=False, compile=compile)
     loss = reductions.reduced(combine(rows, coefficients), reduction)
@@ -234,7 +235,7 @@ def linear_cross_entropy(
                 [ 0.1060,  0.2881]]))
 
     """
-    class_weights, num_label_tokens = sharding.whole(class_weights), sharding.whole(num_label_tokens)
+    class_weights, num_label_tokens = dtensor.whole(class_weights), dtensor.whole(num_label_tokens)
     linear = linear_head(
         hidden,
         weight,
@@ -249,7 +250,7 @@ def linear_cross_entropy(
         shift=shift,
         vocab_shard=vocab_shard,
     )
-    shard_checks.spread(reduction, linear.vocabulary.spread)
+    checks.sharding.spread(reduction, linear.vocabulary.spread)
     coefficients = reductions.coefficients(
         linear.tokens,
         vocab=linear.vocab,
@@ -300,7 +301,7 @@ def linear_cross_entropy_with_statistics(
         (tensor(0.8955), tensor([ True, False]))
 
     """
-    class_weights, num_label_tokens = sharding.whole(class_weights), sharding.whole(num_label_tokens)
+    class_weights, num_label_tokens = dtensor.whole(class_weights), dtensor.whole(num_label_tokens)
     linear = linear_head(
         hidden,
         weight,
@@ -315,7 +316,7 @@ def linear_cross_entropy_with_statistics(
         shift=shift,
         vocab_shard=vocab_shard,
     )
-    shard_checks.spread(reduction, linear.vocabulary.spread)
+    checks.sharding.spread(reduction, linear.vocabulary.spread)
     coefficients = reductions.coefficients(
         linear.tokens,
         vocab=linear.vocab,

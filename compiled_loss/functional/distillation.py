@@ -19,9 +19,9 @@ of -inf and of -1e9, is padding: its index may be any number. Of a class that is
 was appended to the top, the largest value counts.
 
 What the values leave of 1 is the mass of all other classes. It is compared with the student's on them as one class
-(engine/top_divergences.py, NOTE [Tail]). The loss is at most that of the whole teacher, equal to it where k is V, and
-its gradient leaves the proportions in the tail as they are. The mass at another temperature than the cache's cannot be
-known: make it with the loss's own.
+(engine/math/top_divergences.py, NOTE [Tail]). The loss is at most that of the whole teacher, equal to it where k is V,
+and its gradient leaves the proportions in the tail as they are. The mass at another temperature than the cache's cannot
+be known: make it with the loss's own.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, numbers, shard_checks, sharding, target_checks
+from compiled_loss import checks
 from compiled_loss import reduction as reductions
+from compiled_loss.checks import numbers
+from compiled_loss.dispatch import divergence as pair
+from compiled_loss.dispatch.layout import classes_last
+from compiled_loss.dispatch.linear import cast
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
 from compiled_loss.engine.divergence_chunks import Weighted
-from compiled_loss.engine.divergences import Target
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.functional import pair
-from compiled_loss.functional.head import cast
-from compiled_loss.functional.layout import classes_last
-from compiled_loss.vocabulary import VocabShard, Vocabulary
+from compiled_loss.engine.math.divergences import Target
+from compiled_loss.planner.chunking import Chunking
 
 
 def _weighted(
@@ -56,7 +58,7 @@ def _weighted(
 ) -> Weighted:
     """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
-    num_label_tokens = checks.count(sharding.whole(num_label_tokens), reduction, labels.device)
+    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), reduction, labels.device)
     ranged = None if numbers.known(hard_label_weight, 0) else vocab
     tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
     weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
@@ -92,7 +94,7 @@ def _top(
     outside = (((indices < 0) | (indices >= vocabulary.size)) & ~values.isneginf()).any(-1)
     if numbers.readable(values):
         active = labels != ignore_index
-        target_checks.teacher_topk_values(values[active], indices[active], vocabulary.size)
+        checks.targets.teacher_topk_values(values[active], indices[active], vocabulary.size)
     return Target(values, vocabulary.labels(indices)), outside, alike
 
 
@@ -167,32 +169,32 @@ def distillation(
         tensor([0.1120, 0.0000])
 
     """
-    jsd_weight, temperature, hard_label_weight = target_checks.distillation(
+    jsd_weight, temperature, hard_label_weight = checks.targets.distillation(
         divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size
     )
-    chunk_checks.compiles(compile)
+    checks.chunking.compiles(compile)
     given = student_logits
     student_logits = classes_last("student_logits", student_logits, class_dim)
-    student_logits, vocabulary = sharding.logits("student_logits", student_logits, vocab_shard)
+    student_logits, vocabulary = dtensor.logits("student_logits", student_logits, vocab_shard)
     checks.logits(student_logits, vocabulary.size, "student_logits")
-    labels, *_ = sharding.tokens(labels, None, None, vocabulary)
+    labels, *_ = dtensor.tokens(labels, None, None, vocabulary)
     checks.class_labels(labels, "student_logits", student_logits, given, class_dim)
     vocabulary.compare(labels)
     alike, outside = labels, None
-    shard_checks.spread(reduction, vocabulary.spread)
+    checks.sharding.spread(reduction, vocabulary.spread)
     vocab = vocabulary.size
     if teacher_topk is None:
-        teacher_logits = target_checks.teacher_given("teacher_logits", teacher_logits)
+        teacher_logits = checks.targets.teacher_given("teacher_logits", teacher_logits)
         teacher_logits = classes_last("teacher_logits", teacher_logits, class_dim)
-        teacher_logits = sharding.beside("teacher_logits", teacher_logits, "student_logits", vocabulary, -1)
-        target_checks.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+        teacher_logits = dtensor.beside("teacher_logits", teacher_logits, "student_logits", vocabulary, -1)
+        checks.targets.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
         target = Target(teacher_logits.detach())
     else:
         if isinstance(teacher_topk, tuple):
             parts = [classes_last(f"teacher_topk[{i}]", value, class_dim) for i, value in enumerate(teacher_topk)]
             teacher_topk = tuple(parts)  # type: ignore[assignment]
-        teacher_topk = sharding.top(teacher_topk, vocabulary)
-        target_checks.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
+        teacher_topk = dtensor.top(teacher_topk, vocabulary)
+        checks.targets.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
         target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,
@@ -273,33 +275,33 @@ def linear_distillation(
         tensor(0.1120)
 
     """
-    jsd_weight, temperature, hard_label_weight = target_checks.distillation(
+    jsd_weight, temperature, hard_label_weight = checks.targets.distillation(
         divergence, jsd_weight, temperature, hard_label_weight, True, 0
     )
     names, shared = ("student_hidden", "student_weight"), teacher_weight is student_weight
-    student_hidden, weight, _, vocabulary = sharding.head(student_hidden, student_weight, None, vocab_shard, names)
+    student_hidden, weight, _, vocabulary = dtensor.head(student_hidden, student_weight, None, vocab_shard, names)
     checks.head(student_hidden, weight, None, vocabulary.size, names)
-    labels, *_ = sharding.tokens(labels, None, None, vocabulary)
+    labels, *_ = dtensor.tokens(labels, None, None, vocabulary)
     checks.tokens(labels, None, None, "student_hidden", student_hidden, weight)
     vocabulary.compare(labels)
     alike, outside = labels, None
-    shard_checks.spread(reduction, vocabulary.spread)
+    checks.sharding.spread(reduction, vocabulary.spread)
     hidden, weight = cast(student_hidden, weight, names)
     vocab = vocabulary.size
     if teacher_topk is None:
-        teacher_hidden = target_checks.teacher_given("teacher_hidden", teacher_hidden)
-        teacher_weight = target_checks.teacher_given("teacher_weight", teacher_weight)
-        teacher_hidden = sharding.rows("teacher_hidden", teacher_hidden, vocabulary)
-        teacher_weight = sharding.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
-        target_checks.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
+        teacher_hidden = checks.targets.teacher_given("teacher_hidden", teacher_hidden)
+        teacher_weight = checks.targets.teacher_given("teacher_weight", teacher_weight)
+        teacher_hidden = dtensor.rows("teacher_hidden", teacher_hidden, vocabulary)
+        teacher_weight = dtensor.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
+        checks.targets.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
         names = ("teacher_hidden", "teacher_weight")
         own = weight if shared else teacher_weight  # under autocast one is cast, once
         states, own = cast(teacher_hidden.detach(), own.detach(), names)
         target = Target(states, weight=own)
     else:
-        teacher_topk = sharding.top(teacher_topk, vocabulary)
+        teacher_topk = dtensor.top(teacher_topk, vocabulary)
         given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        target_checks.teacher_topk(teacher_topk, given, student_hidden, vocab)
+        checks.targets.teacher_topk(teacher_topk, given, student_hidden, vocab)
         target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
     weighted = _weighted(
         labels,

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, depth_checks, numbers, shard_checks, sharding
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss import checks
+from compiled_loss.checks import numbers
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard
+from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.functional.cross_entropy import linear_cross_entropy_with_statistics
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.planner.chunking import Chunking
 
 
 class MultiTokenLosses(NamedTuple):
@@ -68,7 +70,7 @@ def multi_token_targets(
         tensor([   1,    2,    3, -100,    5, -100])
 
     """
-    depth_checks.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens, mask)
+    checks.multi_token.multi_token(labels, depth, ignore_index, seq_idx, cu_seqlens, mask)
     if mask is not None:
         labels = torch.where(mask == 0, ignore_index, labels)
     segments = None
@@ -187,19 +189,19 @@ def multi_token_losses(
         MultiTokenLosses(loss=tensor(0.8047), per_depth=tensor([1.6094, 1.6094]))
 
     """
-    depth_checks.sequence("hidden", hidden)
-    ignore_index, num_label_tokens = numbers.integer("ignore_index", ignore_index), sharding.whole(num_label_tokens)
-    scaling_factor = depth_checks.scaling(scaling_factor)
+    checks.multi_token.sequence("hidden", hidden)
+    ignore_index, num_label_tokens = numbers.integer("ignore_index", ignore_index), dtensor.whole(num_label_tokens)
+    scaling_factor = checks.multi_token.scaling(scaling_factor)
     checks.instance("chunking", chunking, Chunking)
-    part = sharding.vocabulary(weight, vocab_shard)
-    labels = sharding.rows("labels", labels, part)
-    mask = None if mask is None else sharding.rows("mask", mask, part)
-    hidden = [sharding.replicated(states, part) for states in hidden]
-    rows = depth_checks.depths(
-        [sharding.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor, mask
+    part = dtensor.vocabulary(weight, vocab_shard)
+    labels = dtensor.rows("labels", labels, part)
+    mask = None if mask is None else dtensor.rows("mask", mask, part)
+    hidden = [dtensor.replicated(states, part) for states in hidden]
+    rows = checks.multi_token.depths(
+        [dtensor.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor, mask
     )
     reduction = "mean" if num_label_tokens is None else "sum"
-    shard_checks.spread(reduction, sharding.spread(hidden[0], part))
+    checks.sharding.spread(reduction, dtensor.spread(hidden[0], part))
     if targets is None:
         packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
         targets = [

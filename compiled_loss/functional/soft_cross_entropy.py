@@ -10,15 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, shard_checks, sharding, target_checks
+from compiled_loss import checks
 from compiled_loss import reduction as reductions
+from compiled_loss.dispatch import divergence as pair
+from compiled_loss.dispatch.linear import cast
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.divergence_chunks import Weighted
-from compiled_loss.engine.divergences import Target
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import statistics_dtype
-from compiled_loss.functional import pair
-from compiled_loss.functional.head import cast
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.engine.math.divergences import Target
+from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.planner.chunking import Chunking
 
 
 def masked_soft_cross_entropy(
@@ -65,15 +66,15 @@ def masked_soft_cross_entropy(
         tensor(0.9100)
 
     """
-    chunk_checks.compiles(compile)
-    logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
+    checks.chunking.compiles(compile)
+    logits, vocabulary = dtensor.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
-    target_probs = sharding.beside("target_probs", target_probs, "logits", vocabulary, -1)
-    target_checks.same_logits("target_probs", target_probs, "logits", logits)
-    position_mask = sharding.rows("position_mask", position_mask, vocabulary)
-    target_checks.position_mask(position_mask, "logits", logits)
+    target_probs = dtensor.beside("target_probs", target_probs, "logits", vocabulary, -1)
+    checks.targets.same_logits("target_probs", target_probs, "logits", logits)
+    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
+    checks.targets.position_mask(position_mask, "logits", logits)
     vocabulary.compare(position_mask)
-    shard_checks.spread("mean", vocabulary.spread)
+    checks.sharding.spread("mean", vocabulary.spread)
     weight, active = _positions(position_mask, logits)
     scalars = pair.scalars(logits, 1.0)
     soft, _ = pair.on_logits(logits, Target(target_probs), None, active, "probabilities", scalars, vocabulary, compile)
@@ -147,21 +148,21 @@ def linear_soft_cross_entropy(
 
     """
     shared = teacher_weight is weight and draft_to_target is None
-    hidden, weight, _, vocabulary = sharding.head(hidden, weight, None, vocab_shard)
+    hidden, weight, _, vocabulary = dtensor.head(hidden, weight, None, vocab_shard)
     checks.head(hidden, weight, None, vocabulary.size)
     _, temperature = checks.transform(None, temperature)
-    position_mask = sharding.rows("position_mask", position_mask, vocabulary)
-    target_checks.position_mask(position_mask, "hidden", hidden)
+    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
+    checks.targets.position_mask(position_mask, "hidden", hidden)
     vocabulary.compare(position_mask)
-    target_probs, teacher_hidden, teacher_weight = sharding.targets(
+    target_probs, teacher_hidden, teacher_weight = dtensor.targets(
         target_probs, teacher_hidden, teacher_weight, vocabulary, picked=draft_to_target is not None
     )
     columns = weight.shape[0]
-    target_checks.soft_target(
+    checks.targets.soft_target(
         target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
     )
-    shard_checks.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
-    num_label_tokens = checks.count(sharding.whole(num_label_tokens), "sum", hidden.device)
+    checks.sharding.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
+    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), "sum", hidden.device)
     weights, active = _positions(position_mask, hidden)
     hidden, weight = cast(hidden, weight)
     scalars = pair.scalars(hidden, temperature)

@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss import chunk_checks, reduction
-from compiled_loss.engine.plan import Chunking
-from compiled_loss.engine.statistics import RowStatistics
-from compiled_loss.functional.head import linear_head
-from compiled_loss.functional.logits import given_logits
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss import checks, reduction
+from compiled_loss.dispatch.linear import linear_head
+from compiled_loss.dispatch.logits import given_logits
+from compiled_loss.distributed.vocab_shard import VocabShard
+from compiled_loss.engine.math.statistics import RowStatistics
+from compiled_loss.planner.chunking import Chunking
 
 
 class TokenStatistics(NamedTuple):
@@ -93,7 +93,7 @@ def token_statistics(
         tensor([ True, False])
 
     """
-    chunk_checks.compiles(compile)
+    checks.chunking.compiles(compile)
     given = given_logits(
         logits,
         labels,

@@ -1,4 +1,4 @@
-"""The errors of models of `transformers`; see `compiled_loss.checks`."""
+"""The errors of models of `transformers`; see `compiled_loss.checks.arguments`."""
 
 from __future__ import annotations
 

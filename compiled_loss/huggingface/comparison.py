@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.huggingface import checks
 from compiled_loss.huggingface.families import Transform
-from compiled_loss.output_head import OutputHead
+from compiled_loss.models.output_head import OutputHead
 
 _ROWS = 16
 _CLASSES = 8192  # at a time

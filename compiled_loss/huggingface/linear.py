@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from compiled_loss import checks as arguments
-from compiled_loss.engine.plan import Chunking
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.huggingface import checks, families
 from compiled_loss.huggingface.callers import caller
 from compiled_loss.huggingface.comparison import compare
 from compiled_loss.huggingface.functions import reduced
-from compiled_loss.output_head import OutputHead, output_head
+from compiled_loss.models.output_head import OutputHead, output_head
+from compiled_loss.planner.chunking import Chunking
 
 
 class LinearCausalLMLoss:

@@ -129,7 +129,7 @@ def _case(label: str, given: argparse.Namespace, fn: Callable[..., Any], first: 
     if chunking:
         if "chunking" not in _parameters(fn):
             raise RuntimeError(f"--{next(iter(chunking)).replace('_', '-')}: {given.function} takes no chunking")
-        from compiled_loss.engine.plan import Chunking
+        from compiled_loss.planner.chunking import Chunking
 
         options["chunking"] = Chunking(**chunking)
     if given.inputs is not None:

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from compiled_loss import checks
-from compiled_loss.engine.plan import Chunking
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.cross_entropy import cross_entropy, linear_cross_entropy
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.planner.chunking import Chunking
 
 
 class CrossEntropy(nn.Module):

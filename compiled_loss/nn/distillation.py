@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from compiled_loss import checks, target_checks
-from compiled_loss.engine.plan import Chunking
+from compiled_loss import checks
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.distillation import distillation, linear_distillation
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.planner.chunking import Chunking
 
 
 class Distillation(nn.Module):
@@ -38,7 +38,7 @@ class Distillation(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
+        checks.targets.distillation(divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size)
         checks.alignment(0, ignore_index, 1)
         checks.reduction(reduction)
         checks.class_dim(class_dim)
@@ -108,7 +108,7 @@ class LinearDistillation(nn.Module):
         chunking: Chunking = Chunking(),
     ) -> None:
         super().__init__()
-        target_checks.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
+        checks.targets.distillation(divergence, jsd_weight, temperature, hard_label_weight, True, 0)
         checks.alignment(0, ignore_index, 1)
         checks.reduction(reduction)
         checks.instance("chunking", chunking, Chunking)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from compiled_loss import checks, depth_checks
-from compiled_loss.engine.plan import Chunking
+from compiled_loss import checks
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.multi_token import multi_token_prediction
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.planner.chunking import Chunking
 
 
 class MultiTokenPrediction(nn.Module):
@@ -33,7 +33,7 @@ class MultiTokenPrediction(nn.Module):
         chunking: Chunking = Chunking(),
     ) -> None:
         super().__init__()
-        depth_checks.scaling(scaling_factor)
+        checks.multi_token.scaling(scaling_factor)
         checks.alignment(0, ignore_index, 1)
         checks.transform(softcap, 1.0)
         checks.instance("chunking", chunking, Chunking)

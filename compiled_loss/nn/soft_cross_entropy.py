@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from compiled_loss import checks
-from compiled_loss.engine.plan import Chunking
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.soft_cross_entropy import linear_soft_cross_entropy
-from compiled_loss.vocabulary import VocabShard
+from compiled_loss.planner.chunking import Chunking
 
 
 class LinearSoftCrossEntropy(nn.Module):

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from compiled_loss import checks, shard_checks
-from compiled_loss.engine.ranks import reduced
+from compiled_loss import checks
+from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary, even, is_sharded
+from compiled_loss.engine.collectives import reduced
 from compiled_loss.engine.transforms import traced
-from compiled_loss.vocabulary import VocabShard, Vocabulary, even, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -60,7 +60,7 @@ def head(
     if bias is not None:
         if is_sharded(bias):
             theirs = _vocabulary("bias", bias, 0, None)
-            shard_checks.alike("bias", names[1], theirs[1:3], part[1:3])
+            checks.sharding.alike("bias", names[1], theirs[1:3], part[1:3])
         bias = _own(bias, over)
     _sized(names[1], weight, 0, part)
     return hidden, weight, bias, part._replace(spread=tuple(over.values()))
@@ -87,7 +87,7 @@ def beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int) -> T
     if is_sharded(value):
         dim = dim % value.dim()
         theirs = _vocabulary(name, value, dim, None)
-        shard_checks.alike(name, like, theirs[1:3], part[1:3])
+        checks.sharding.alike(name, like, theirs[1:3], part[1:3])
         value = value.to_local(grad_placements=value.placements)
     elif part.group is not None:
         _sized(name, value, dim, part)
@@ -113,7 +113,7 @@ def targets(
         hidden = rows("teacher_hidden", hidden, part)
     if weight is not None and picked:
         if is_sharded(weight):
-            shard_checks.whole("teacher_weight", _vocabulary("teacher_weight", weight, 0, None).group)
+            checks.sharding.whole("teacher_weight", _vocabulary("teacher_weight", weight, 0, None).group)
             weight = weight.to_local()
     elif weight is not None:
         weight = beside("teacher_weight", weight, "weight", part, 0)
@@ -134,7 +134,7 @@ def rows(name: str, value: Tensor, part: Vocabulary) -> Tensor:
     placements = list(value.placements)
     for i, members in enumerate(_groups(value)):
         if placements[i].is_partial():
-            shard_checks.placement(name, placements[i], _dimension(value, i), "Shard or Replicate")
+            checks.sharding.placement(name, placements[i], _dimension(value, i), "Shard or Replicate")
         if members == part.members:
             placements[i] = dist.tensor.Replicate()
     return value.redistribute(placements=placements).to_local(grad_placements=placements)
@@ -183,7 +183,7 @@ def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) ->
     if group is not None and (not any(gathered) or math.prod(sizes) != len(members)):
         if not any(gathered) and all(len({*theirs} & members) == 1 for theirs in groups):
             return weight.to(narrow)  # gathered before
-        shard_checks.mesh(
+        checks.sharding.mesh(
             "grad_reduce_group", [_dimension(weight, i) for i in range(len(groups))], tuple(sorted(members))
         )
     placements = [dist.tensor.Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
@@ -237,7 +237,7 @@ def _vocabulary(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | No
     """The rank's part of the dimension `dim` of a tensor."""
     part = _part(name, value, dim, vocab_shard)
     if part.group is not None and traced():
-        shard_checks.transforms()
+        checks.sharding.transforms()
     return part
 
 
@@ -249,22 +249,24 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) ->
         over = (vocab_shard.group_name, vocab_shard.members) if len(vocab_shard.members) > 1 else ()
         return Vocabulary(vocab_shard.vocab_size, vocab_shard.start, vocab_shard.stop, *over)
     if vocab_shard is not None:
-        shard_checks.no_vocab_shard(name)
+        checks.sharding.no_vocab_shard(name)
     mesh, size = value.device_mesh, value.shape[dim]
     sharded = []
     for i, placement in enumerate(value.placements):
         if mesh.size(i) == 1 or placement.is_replicate():
             continue
         if placement.is_partial():
-            shard_checks.placement(name, placement, _dimension(value, i), "Shard or Replicate")
+            checks.sharding.placement(name, placement, _dimension(value, i), "Shard or Replicate")
         if type(placement) is not dist.tensor.Shard:
-            shard_checks.strided(name)
+            checks.sharding.strided(name)
         elif placement.dim == dim:
             sharded.append(i)
         elif dim == 0:
-            shard_checks.placement(name, placement, _dimension(value, i), "Shard(0), over the vocabulary, or Replicate")
+            checks.sharding.placement(
+                name, placement, _dimension(value, i), "Shard(0), over the vocabulary, or Replicate"
+            )
     if len(sharded) > 1:
-        shard_checks.one_dimension(name, [_dimension(value, i) for i in sharded])
+        checks.sharding.one_dimension(name, [_dimension(value, i) for i in sharded])
     if not sharded:
         return Vocabulary(size, 0, size)
     (i,) = sharded
@@ -290,7 +292,7 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> di
     groups = _groups(value)
     dimensions = [_dimension(value, i) for i in range(len(groups))]
     if part.group is not None and part.members not in groups:
-        shard_checks.mesh(name, dimensions, part.members)
+        checks.sharding.mesh(name, dimensions, part.members)
     over: dict[tuple[int, ...], str] = {}
     for i, placement in enumerate(value.placements):
         if value.device_mesh.size(i) == 1 or placement.is_replicate():
@@ -298,7 +300,7 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> di
         if groups[i] == part.members and (last is not None or placement.is_partial()):
             continue
         if type(placement) is not dist.tensor.Shard or placement.dim == value.dim() - 1:
-            shard_checks.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens")
+            checks.sharding.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens")
         if groups[i] != part.members:
             over[groups[i]] = dimensions[i]
     return over
@@ -316,4 +318,4 @@ def _own(value: Tensor, over: dict[tuple[int, ...], str]) -> Tensor:
 
 def _sized(name: str, value: Tensor, dim: int, part: Vocabulary) -> None:
     if value.dim():
-        shard_checks.rows_of_shard(name, value.shape[dim], part.start, part.stop)
+        checks.sharding.rows_of_shard(name, value.shape[dim], part.start, part.stop)

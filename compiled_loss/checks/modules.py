@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compiled_loss import checks, depth_checks, numbers
+from compiled_loss.checks import arguments, multi_token, numbers
 
 
 def softcapping(value: float) -> None:
@@ -71,9 +71,9 @@ def loss_target(loss: object, base: type, known: list[str]) -> None:
 def scaling(scaling_factor: float | None, ignored: int | None) -> None:
     """Raise unless the numbers of an auxiliary loss are in range."""
     if scaling_factor is not None:
-        depth_checks.scaling(scaling_factor, " or None")
+        multi_token.scaling(scaling_factor, " or None")
     if ignored is not None:
-        checks.alignment(0, ignored, 1)
+        arguments.alignment(0, ignored, 1)
 
 
 def given(name: str, value: object, loss: object) -> None:
@@ -119,6 +119,6 @@ def seq_idx_tail(value: Tensor) -> None:
     """Raise unless the int32 tensor at the end of a stage's output is a seq_idx."""
     if value.dim() != 2:
         raise ValueError(
-            f"output: expected seq_idx [B, S], the int32 tensor at its end, got {checks.sizes(value.shape)}: "
+            f"output: expected seq_idx [B, S], the int32 tensor at its end, got {arguments.sizes(value.shape)}: "
             "other integers must not come last"
         )

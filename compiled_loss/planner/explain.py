@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from compiled_loss import checks, chunk_checks
-from compiled_loss.engine import cost
-from compiled_loss.engine import plan as planner
-from compiled_loss.engine.cost import Strategy
-from compiled_loss.engine.plan import Chunking, Plan
+from compiled_loss import checks
+from compiled_loss.planner import cost
+from compiled_loss.planner import plan as planner
+from compiled_loss.planner.chunking import Chunking
+from compiled_loss.planner.cost import Strategy
+from compiled_loss.planner.plan import Plan
 
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # alternatives are that many chunks of either walk
 
@@ -103,7 +104,7 @@ def plan(
         TypeError: a size is no int, or `dtype` is none that gradients are computed in.
 
     Source:
-        The model stands in `compiled_loss/engine/cost.py`. Its rates of a CPU are fitted to the times of two cores; an
+        The model stands in `compiled_loss/planner/cost.py`. Its rates of a CPU are fitted to the times of two cores; an
         H100's are those of its data sheet, with 20 us a chunk assumed. Read its times as ratios.
 
     Example:
@@ -114,17 +115,17 @@ def plan(
 
     """
     for name, value in (("tokens", tokens), ("width", width), ("vocab", vocab), ("ranks", ranks)):
-        chunk_checks.positive(name, value)
+        checks.chunking.positive(name, value)
     checks.instance("chunking", chunking, Chunking)
-    chunk_checks.device_type(device)
+    checks.chunking.device_type(device)
     checks.floating_dtype("dtype", dtype)
     if chunking.accumulate_dtype is not None:
-        chunk_checks.accumulator(chunking.accumulate_dtype, dtype)
+        checks.chunking.accumulator(chunking.accumulate_dtype, dtype)
     tokens = chunking.rows(tokens) or tokens
     made = planner.plan(tokens, width, vocab, dtype, chunking, ranks=ranks, device=device)
     if chunking.budget is not None:
         least = cost.chunk_bytes(made.strategy, 1, tokens, vocab, dtype.itemsize)
-        chunk_checks.memory_budget(chunking.budget, "token" if made.strategy == "tokens" else "column", least)
+        checks.chunking.memory_budget(chunking.budget, "token" if made.strategy == "tokens" else "column", least)
     walks: tuple[Strategy, ...] = ("tokens", "vocab")
 
     def costing(one: Plan) -> Alternative:

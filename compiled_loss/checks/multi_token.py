@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, numbers
+from compiled_loss.checks import arguments, numbers
 
 
 def multi_token(
@@ -20,31 +20,31 @@ def multi_token(
     mask: Tensor | None,
 ) -> None:
     """Raise unless targets of a depth can be made of the labels."""
-    checks.tensor("labels", labels_)
-    checks.labels(labels_, "hidden", labels_.shape, labels_.device)
+    arguments.tensor("labels", labels_)
+    arguments.labels(labels_, "hidden", labels_.shape, labels_.device)
     if labels_.dim() not in (1, 2):
-        raise ValueError(f"labels: expected [B, S] or [S], got {checks.sizes(labels_.shape)}")
+        raise ValueError(f"labels: expected [B, S] or [S], got {arguments.sizes(labels_.shape)}")
     if isinstance(depth, bool) or not isinstance(depth, int):
         raise TypeError(f"depth: expected an int >= 0, got {type(depth).__name__}")
     if depth < 0:
         raise ValueError(f"depth: expected an int >= 0, got {depth}")
-    checks.alignment(0, ignore_index, labels_.dim())
-    checks.per_token("mask", mask, labels_.shape, labels_.device)
+    arguments.alignment(0, ignore_index, labels_.dim())
+    arguments.per_token("mask", mask, labels_.shape, labels_.device)
     length = labels_.shape[-1:]
     for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
         if value is None:
             continue
-        checks.tensor(name, value)
+        arguments.tensor(name, value)
         if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
-        checks.same_device(name, value, labels_.device)
+        arguments.same_device(name, value, labels_.device)
     if seq_idx is not None and seq_idx.shape not in (labels_.shape, length, torch.Size([1, *length])):
         raise ValueError(
-            f"seq_idx: expected the labels' shape {checks.sizes(labels_.shape)} or {checks.sizes(length)}, "
-            f"got {checks.sizes(seq_idx.shape)}: under pipelining give each microbatch its own"
+            f"seq_idx: expected the labels' shape {arguments.sizes(labels_.shape)} or {arguments.sizes(length)}, "
+            f"got {arguments.sizes(seq_idx.shape)}: under pipelining give each microbatch its own"
         )
     if cu_seqlens is not None and (cu_seqlens.numel() < 2 or cu_seqlens.numel() != cu_seqlens.shape[-1]):
-        raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {checks.sizes(cu_seqlens.shape)}")
+        raise ValueError(f"cu_seqlens: expected [sequences + 1], 2 at least, got {arguments.sizes(cu_seqlens.shape)}")
 
 
 def sequence(name: str, value: Sequence[Tensor]) -> None:
@@ -64,14 +64,14 @@ def depths(
 ) -> torch.Size:
     """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
     sequence("hidden", hidden)
-    checks.tensor("labels", labels_)
-    checks.per_token("mask", mask, labels_.shape, labels_.device)
+    arguments.tensor("labels", labels_)
+    arguments.per_token("mask", mask, labels_.shape, labels_.device)
     for k, states in enumerate(hidden):
-        checks.tensor(f"hidden[{k}]", states)
+        arguments.tensor(f"hidden[{k}]", states)
         if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
             raise ValueError(
-                f"hidden[{k}]: expected the labels' {checks.sizes(labels_.shape)} tokens and one width, "
-                f"got {checks.sizes(states.shape)}"
+                f"hidden[{k}]: expected the labels' {arguments.sizes(labels_.shape)} tokens and one width, "
+                f"got {arguments.sizes(states.shape)}"
             )
     scaling(scaling_factor)
     if targets is None:
@@ -83,9 +83,10 @@ def depths(
     if len(targets) != len(hidden):
         raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
     for k, target in enumerate(targets):
-        checks.labels(target, "hidden", labels_.shape, labels_.device)
+        arguments.labels(target, "hidden", labels_.shape, labels_.device)
         if target.shape != labels_.shape:
-            raise ValueError(f"targets[{k}]: expected {checks.sizes(labels_.shape)}, got {checks.sizes(target.shape)}")
+            expected, got = arguments.sizes(labels_.shape), arguments.sizes(target.shape)
+            raise ValueError(f"targets[{k}]: expected {expected}, got {got}")
     return hidden[0].shape[:-1]
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.divergences import KINDS, Compared, Kind, Output, Pair, Rows, row, warmed
-from compiled_loss.engine.statistics import after, statistics_dtype
-from compiled_loss.engine.top_divergences import TopCompared
+from compiled_loss.engine.math.divergences import KINDS, Compared, Kind, Output, Pair, Rows, row, warmed
+from compiled_loss.engine.math.statistics import after, statistics_dtype
+from compiled_loss.engine.math.top_divergences import TopCompared
 
 Operands = tuple[Tensor | None, ...]
 

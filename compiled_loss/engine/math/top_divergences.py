@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.divergences import Compared, Kind, Pair, Rows, hit, over, row, warmed
-from compiled_loss.engine.ranks import largest, reduced
-from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.engine.collectives import largest, reduced
+from compiled_loss.engine.math.divergences import Compared, Kind, Pair, Rows, hit, over, row, warmed
+from compiled_loss.engine.math.statistics import statistics_dtype
 
 
 class Place(NamedTuple):

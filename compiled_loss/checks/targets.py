@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_loss import numbers
-from compiled_loss.checks import differ, flag, floating, head, same_device, sizes, tensor, transform
+from compiled_loss.checks import numbers
+from compiled_loss.checks.arguments import differ, flag, floating, head, same_device, sizes, tensor, transform
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 

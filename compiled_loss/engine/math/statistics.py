@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.ranks import reduced
+from compiled_loss.engine.collectives import reduced
 
 IGNORED = -(2**62)
 """The label of a row that is not looked at: its gradient is 0 whatever its logits and its statistics hold."""

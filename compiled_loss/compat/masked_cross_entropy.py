@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.cross_entropy import cross_entropy
-from compiled_loss.vocabulary import VocabShard
 
 
 def masked_cross_entropy(

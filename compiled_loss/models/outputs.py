@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compiled_loss import head_checks
-from compiled_loss.output_head import OutputHead, output_head
+from compiled_loss import checks
+from compiled_loss.models.output_head import OutputHead, output_head
 
 
 def head(model: Any) -> tuple[Any, str]:
@@ -27,7 +27,7 @@ def head(model: Any) -> tuple[Any, str]:
             return module, f"model.{name}"
         if "lm_head" in last and not any(name.startswith(f"{outer}.") for outer in named):
             named[name] = module
-    head_checks.one_head(model, list(named))
+    checks.heads.one_head(model, list(named))
     return next((module, f"model.{name}") for name, module in named.items())
 
 
@@ -35,7 +35,7 @@ def head_weight(model: Any, hidden_states: Any) -> OutputHead:
     """The weight and bias of the model's head; an error where it is more than these, or was never loaded."""
     module, name = head(model)
     found = output_head(module, name)
-    head_checks.loaded(name, module, found.weight, hidden_states)
+    checks.heads.loaded(name, module, found.weight, hidden_states)
     return found
 
 

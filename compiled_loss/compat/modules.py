@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compiled_loss import checks, shard_checks, sharding, shell_checks, target_checks
-from compiled_loss.engine.plan import Chunking
+from compiled_loss import checks
+from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import Ranks
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
-from compiled_loss.functional.masked_cross_entropy import masked_cross_entropy
-from compiled_loss.vocabulary import Ranks
+from compiled_loss.planner.chunking import Chunking
 
 
 class MaskedCrossEntropy(nn.Module):
@@ -83,7 +84,7 @@ class FusedLinearCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         checks.alignment(0, ignore_index, 1)
-        shell_checks.softcapping(logit_softcapping)
+        checks.modules.softcapping(logit_softcapping)
         checks.reduction(reduction)
         checks.instance("chunking", chunking, Chunking)
         self.ignore_index = ignore_index
@@ -132,8 +133,8 @@ class FusedLinearCrossEntropy(nn.Module):
         Where `dtype` is narrower than the weight's, the weight is gathered in it, and its gradient reduced in the
         weight's: a mixed-precision policy's `param_dtype`, which is that of the hidden states.
         """
-        shard_checks.group_of("grad_reduce_group", grad_reduce_group)
-        return sharding.materialize(lm_weight, grad_reduce_group, dtype)
+        checks.sharding.group_of("grad_reduce_group", grad_reduce_group)
+        return dtensor.materialize(lm_weight, grad_reduce_group, dtype)
 
 
 class TEParallelCrossEntropy(nn.Module):
@@ -209,7 +210,7 @@ class KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.alignment(0, ignore_index, 1)
-        target_checks.distillation("forward_kl", 0.5, temperature, 0.0, fp32_upcast, chunk_size)
+        checks.targets.distillation("forward_kl", 0.5, temperature, 0.0, fp32_upcast, chunk_size)
         self.ignore_index = ignore_index
         self.temperature = temperature
         self.fp32_upcast = fp32_upcast

@@ -17,8 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.ranks import largest
-from compiled_loss.engine.statistics import Coefficients, State, after, combine, finish, looked_at, statistics_dtype
+from compiled_loss.engine.collectives import largest
+from compiled_loss.engine.math.statistics import (
+    Coefficients,
+    State,
+    after,
+    combine,
+    finish,
+    looked_at,
+    statistics_dtype,
+)
 
 Output = tuple[Tensor, ...]
 

@@ -11,16 +11,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, numbers, reduction
+from compiled_loss import checks, reduction
+from compiled_loss.checks import numbers
+from compiled_loss.dispatch.layout import merged
+from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
-from compiled_loss.engine.divergences import Kind, Pair, Target
 from compiled_loss.engine.gradients import Needs
-from compiled_loss.engine.plan import Chunking, lengths
-from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.engine.math.divergences import Kind, Pair, Target
+from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.transforms import traced, without_autocast
-from compiled_loss.functional.layout import merged
-from compiled_loss.vocabulary import Vocabulary
+from compiled_loss.planner.chunking import Chunking
+from compiled_loss.planner.plan import lengths
 
 
 def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -> Pair:
@@ -71,7 +73,7 @@ def on_head(
 ) -> Tensor:
     """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum."""
     checks.instance("chunking", chunking, Chunking)
-    chunk_checks.walks_tokens(chunking.strategy)
+    checks.chunking.walks_tokens(chunking.strategy)
     shape = hidden.shape[:-1]
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), _flat(target)
     weighted = weighted.map(lambda v: v.reshape(-1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from compiled_loss import numbers
+from compiled_loss.checks import numbers
 
 OLDEST_TORCH = (2, 11)
 _DEQUANTISE = "give its values in a floating dtype, or use a loss of the logits that its module computes"

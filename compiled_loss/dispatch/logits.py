@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, reduction, sharding
+from compiled_loss import checks, reduction
+from compiled_loss.dispatch.layout import classes_last, merged
+from compiled_loss.dispatch.linear import transform
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
 from compiled_loss.engine import logits as logits_walk
-from compiled_loss.engine.bodies import Head
-from compiled_loss.engine.statistics import RowStatistics, masked
+from compiled_loss.engine.math.bodies import Head
+from compiled_loss.engine.math.statistics import RowStatistics, masked
 from compiled_loss.engine.transforms import traced, without_autocast
-from compiled_loss.functional.head import transform
-from compiled_loss.functional.layout import classes_last, merged
-from compiled_loss.vocabulary import VocabShard, Vocabulary
 
 
 class Logits(NamedTuple):
@@ -75,12 +76,12 @@ def given_logits(
     """Check, and take a rank's own."""
     given = logits
     logits = classes_last("logits", logits, class_dim)
-    logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
+    logits, vocabulary = dtensor.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
-    labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
+    labels, mask, token_weights = dtensor.tokens(labels, mask, token_weights, vocabulary)
     checks.class_labels(labels, "logits", logits, given, class_dim)
     checks.weights(labels, mask, token_weights)
-    class_weights = sharding.whole(class_weights)
+    class_weights = dtensor.whole(class_weights)
     checks.class_weights(class_weights, vocabulary.size, logits.device)
     softcap, temperature = checks.transform(softcap, temperature)
     vocabulary.compare(labels)

@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.ranks import largest, reduced
-from compiled_loss.engine.statistics import statistics_dtype
+from compiled_loss.engine.collectives import largest, reduced
+from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.transforms import traced
 
 Kind = Literal["probabilities", "cross_entropy", "forward_kl", "reverse_kl", "jsd"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.bodies import Head, Output, transformed
-from compiled_loss.engine.divergences import Compared, Pair, row
+from compiled_loss.engine.math.bodies import Head, Output, transformed
+from compiled_loss.engine.math.divergences import Compared, Pair, row
 
 _SCALARS = Pair(None, None)  # they are the head's
 

@@ -10,17 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks, chunk_checks, numbers, reduction, sharding
+from compiled_loss import checks, reduction
+from compiled_loss.checks import numbers
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
 from compiled_loss.engine import logits as logits_walk
 from compiled_loss.engine import token_chunks, vocab_chunks
-from compiled_loss.engine.bodies import Head
 from compiled_loss.engine.compaction import Compaction
-from compiled_loss.engine.cost import Strategy
 from compiled_loss.engine.gradients import Needs
-from compiled_loss.engine.plan import Chunking, Lengths, lengths
-from compiled_loss.engine.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
+from compiled_loss.engine.math.bodies import Head
+from compiled_loss.engine.math.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
-from compiled_loss.vocabulary import VocabShard, Vocabulary
+from compiled_loss.planner.chunking import Chunking
+from compiled_loss.planner.cost import Strategy
+from compiled_loss.planner.plan import Lengths, lengths
 
 
 class LinearHead(NamedTuple):
@@ -114,9 +117,9 @@ class LinearHead(NamedTuple):
         else:
             differentiable = any(self._needs())
             if differentiable and chunking.strategy == "tokens":
-                chunk_checks.tokens_strategy(what)
+                checks.chunking.tokens_strategy(what)
             if differentiable and chunking.strategy == "auto" and chunking.chunk_size is not None:
-                chunk_checks.chunk_size_counts_tokens(chunking.chunk_size)
+                checks.chunking.chunk_size_counts_tokens(chunking.chunk_size)
             strategy, how = self._chunked(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
             chunked = vocab_chunks if strategy == "vocab" else token_chunks
             parts = (hidden, weight, self.labels, head, how, vocabulary.group)
@@ -174,9 +177,9 @@ def linear_head(
 ) -> LinearHead:
     """Check, honour autocast (casting once, outside the chunk loop) and flatten."""
     checks.linear_weight(weight, bias)
-    hidden, weight, bias, vocabulary = sharding.head(hidden, weight, bias, vocab_shard)
+    hidden, weight, bias, vocabulary = dtensor.head(hidden, weight, bias, vocab_shard)
     checks.head(hidden, weight, bias, vocabulary.size)
-    labels, mask, token_weights = sharding.tokens(labels, mask, token_weights, vocabulary)
+    labels, mask, token_weights = dtensor.tokens(labels, mask, token_weights, vocabulary)
     checks.tokens(labels, mask, token_weights, "hidden", hidden, weight)
     checks.class_weights(class_weights, vocabulary.size, hidden.device)
     softcap, temperature = checks.transform(softcap, temperature)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compiled_loss import depth_checks, models, shell_checks
+from compiled_loss import checks
+from compiled_loss.compat.modules import FusedLinearCrossEntropy, mask_beside
 from compiled_loss.functional.multi_token import multi_token_targets
-from compiled_loss.shells import FusedLinearCrossEntropy, mask_beside
+from compiled_loss.models import outputs as models
 
 
 class MTPLosses(NamedTuple):
@@ -60,18 +61,18 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
         "grad_reduce_group",
         "lm_bias",
     )
-    shell_checks.fields("calculate_loss", kwargs, list(known))
+    checks.modules.fields("calculate_loss", kwargs, list(known))
     logits, hidden_states, labels, model, weight, count, group, bias = (kwargs.get(name) for name in known)
-    shell_checks.given("labels", labels, loss_fn)
+    checks.modules.given("labels", labels, loss_fn)
     if not getattr(loss_fn, "takes_hidden_states", False):
-        shell_checks.given("logits", logits, loss_fn)
+        checks.modules.given("logits", logits, loss_fn)
         return loss_fn(logits=logits, labels=labels, num_label_tokens=count)  # type: ignore[no-any-return]
-    shell_checks.given("hidden_states", hidden_states, loss_fn)
+    checks.modules.given("hidden_states", hidden_states, loss_fn)
     if weight is None:
         weight, bias = models.head_weight(model, hidden_states)
     call = {"hidden_states": hidden_states, "labels": labels, "lm_weight": weight, "num_label_tokens": count}
     if bias is not None:
-        shell_checks.takes_bias(loss_fn)
+        checks.modules.takes_bias(loss_fn)
         call["lm_bias"] = bias
     return loss_fn(**call, grad_reduce_group=group)  # type: ignore[no-any-return]
 
@@ -186,10 +187,10 @@ def calculate_mtp_losses(
         MTPLosses(loss=tensor(0.1609), per_depth=[tensor(1.6094)])
 
     """
-    outputs = shell_checks.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
+    outputs = checks.modules.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
     mask = mask_beside(mask, labels)
-    depth_checks.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor, mask)
-    ignore_index = shell_checks.ignore_index(ignore_index, loss_fn)
+    checks.multi_token.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor, mask)
+    ignore_index = checks.modules.ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
     head: dict[str, Any] = {}
     if fused:
@@ -249,11 +250,11 @@ class PipelineCausalLMLoss(nn.Module):
         grad_reduce_group: Any = None,
     ) -> None:
         super().__init__()
-        shell_checks.scaling(scaling_factor, ignore_index)
+        checks.modules.scaling(scaling_factor, ignore_index)
         self.loss_fn = loss_fn
         self._model = (model,)  # in a tuple, or it would become a child
         self.scaling_factor = scaling_factor
-        self.ignore_index = shell_checks.ignore_index(ignore_index, loss_fn)
+        self.ignore_index = checks.modules.ignore_index(ignore_index, loss_fn)
         self.grad_reduce_group = grad_reduce_group
         self.cu_seqlens: Tensor | None = None
 
@@ -266,7 +267,7 @@ class PipelineCausalLMLoss(nn.Module):
     def _extract_seq_idx_tail(output: Any) -> tuple[Tensor | None, Any]:
         """The trailing seq_idx of an output tuple, if its last element is int32, and the rest."""
         if isinstance(output, tuple) and output and isinstance(output[-1], Tensor) and output[-1].dtype == torch.int32:
-            shell_checks.seq_idx_tail(output[-1])
+            checks.modules.seq_idx_tail(output[-1])
             return output[-1], output[:-1]
         return None, output
 

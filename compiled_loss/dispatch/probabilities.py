@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compiled_loss import checks, numbers, reduction, shard_checks, sharding, target_checks
+from compiled_loss import checks, reduction
+from compiled_loss.checks import numbers
+from compiled_loss.dispatch.layout import classes_last, merged
+from compiled_loss.dispatch.linear import transform
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine import probability_logits
 from compiled_loss.engine.transforms import traced, without_autocast
-from compiled_loss.functional.head import transform
-from compiled_loss.functional.layout import classes_last, merged
-from compiled_loss.vocabulary import VocabShard
 
 
 def probability_cross_entropy(
@@ -37,23 +39,23 @@ def probability_cross_entropy(
     compile: bool | str,
 ) -> Tensor:
     """What `cross_entropy` gives of floating labels: sum_v c_v ((1 - e) p_v + e / V) (lse - z_v) at each position."""
-    target_checks.no_ignore_index(ignore_index)
+    checks.targets.no_ignore_index(ignore_index)
     logits = classes_last("logits", logits, class_dim)
     probabilities = classes_last("labels", probabilities, class_dim)
-    logits, vocabulary = sharding.logits("logits", logits, vocab_shard)
+    logits, vocabulary = dtensor.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
-    probabilities = sharding.beside("labels", probabilities, "logits", vocabulary, -1)
-    target_checks.same_logits("labels", probabilities, "logits", logits)
+    probabilities = dtensor.beside("labels", probabilities, "logits", vocabulary, -1)
+    checks.targets.same_logits("labels", probabilities, "logits", logits)
     positions = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)  # all of them count
-    _, mask, token_weights = sharding.tokens(positions, mask, token_weights, vocabulary)
+    _, mask, token_weights = dtensor.tokens(positions, mask, token_weights, vocabulary)
     checks.weights(positions, mask, token_weights)
-    shard_checks.spread(reduction_, vocabulary.spread)
-    class_weights = sharding.whole(class_weights)
+    checks.sharding.spread(reduction_, vocabulary.spread)
+    class_weights = dtensor.whole(class_weights)
     checks.class_weights(class_weights, vocabulary.size, logits.device)
     softcap, temperature = checks.transform(softcap, temperature)
     label_smoothing, z_loss = checks.terms(label_smoothing, z_loss)
     checks.reduction(reduction_)
-    num_label_tokens = checks.count(sharding.whole(num_label_tokens), reduction_, logits.device)
+    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), reduction_, logits.device)
     _, weight, active, _ = reduction.tokens(
         positions, mask, token_weights, ignore_index=-100, shift=shift, vocab=None, dtype=logits.dtype
     )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from compiled_loss import shard_checks
+from compiled_loss import checks
+from compiled_loss.checks.numbers import readable
+from compiled_loss.engine.collectives import reduced
 from compiled_loss.engine.gemm import opaque_copy
-from compiled_loss.engine.ranks import reduced
-from compiled_loss.numbers import readable
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -56,18 +56,18 @@ class VocabShard:
     def __post_init__(self) -> None:
         if self.group_name:
             return
-        shard_checks.shard(self.start, self.stop, self.vocab_size, self.group)
+        checks.sharding.shard(self.start, self.stop, self.vocab_size, self.group)
         object.__setattr__(self, "group_name", self.group.group_name)
         object.__setattr__(self, "members", tuple(dist.get_process_group_ranks(self.group)))
         if dist.get_backend(self.group) != "fake":  # whose ranks say nothing
             known: list[Any] = [None] * len(self.members)
             dist.all_gather_object(known, (self.start, self.stop, self.vocab_size), group=self.group)
-            shard_checks.shards(known)
+            checks.sharding.shards(known)
 
     @staticmethod
     def even(vocab_size: int, group: Any) -> VocabShard:
         """The shard that a DTensor would have: as many classes as the others, the last ranks fewer or none."""
-        shard_checks.shard(0, 0, vocab_size, group)
+        checks.sharding.shard(0, 0, vocab_size, group)
         start, stop = even(vocab_size, group.rank(), group.size())
         return VocabShard(start, stop, vocab_size, group)
 
@@ -76,7 +76,7 @@ class Ranks:
     """A group whose ranks have equal parts of a vocabulary; asked once, for compiled code does not ask it."""
 
     def __init__(self, group: Any) -> None:
-        shard_checks.group_of("tp_group", group)
+        checks.sharding.group_of("tp_group", group)
         self.group = group
         self.rank, self.name = 0, ""
         self.members: tuple[int, ...] = (0,)
@@ -129,7 +129,7 @@ class Vocabulary(NamedTuple):
         """Raise, on every rank that comes here, unless all have the same tokens and V: in code that can look."""
         if self.group is not None and readable(tokens):
             least, most = _between_ranks(tokens, self.size, self.group)
-            shard_checks.same(least.tolist(), most.tolist())
+            checks.sharding.same(least.tolist(), most.tolist())
 
     def agreed(self, value: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
         """The value, NaN with its gradient where ranks have other tokens: in code that cannot look.

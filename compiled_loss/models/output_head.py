@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from compiled_loss import head_checks
+from compiled_loss import checks
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile; checkpoint_wrapper
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -61,11 +61,11 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None
     for value in (weight,) if bias is None else (weight, bias):
-        head_checks.present(name, module, value)
-    head_checks.dense(name, module, weight)
+        checks.heads.present(name, module, value)
+    checks.heads.dense(name, module, weight)
     if isinstance(module, nn.Module):
         if type(module).forward not in _FORWARDS:
-            head_checks.forward(name, module)
+            checks.heads.forward(name, module)
         _unchanged(module, name)
     return OutputHead(weight, bias)
 
@@ -78,9 +78,9 @@ def _inner(module: Any, name: str) -> Any:
             return children[wrapped]
     if isinstance(module, _CONTAINERS):
         if type(module).forward not in (nn.Sequential.forward, nn.Module.forward):
-            head_checks.forward(name, module)
+            checks.heads.forward(name, module)
         members = list(module.children())
-        head_checks.members(name, module, len(members))
+        checks.heads.members(name, module, len(members))
         return members[0]
     if "modules_to_save" in children and "original_module" in children:
         saved, active = module.modules_to_save, _names(module.active_adapter)
@@ -95,11 +95,11 @@ def _without_adapters(module: Any, name: str) -> Any:
     """The layer that PEFT's adapters leave as it is: merged, disabled or none of this layer; else itself, of tokens."""
     active, merged = _active(module), list(module.merged_adapters)
     if module.disable_adapters and merged:
-        head_checks.merged_and_disabled(name, module, merged)
+        checks.heads.merged_and_disabled(name, module, merged)
     if module.disable_adapters or merged or not active:
         return module.base_layer
     if not hasattr(type(module), "get_merged_weights"):
-        head_checks.adapters(name, module, active)
+        checks.heads.adapters(name, module, active)
     return module
 
 
@@ -120,16 +120,16 @@ def _unchanged(module: Any, name: str) -> None:
     if hook is not None:  # accelerate's, which replaces forward
         for part in getattr(hook, "hooks", (hook,)):
             if type(part).__name__ != "AlignDevicesHook" or part.offload:
-                head_checks.offloaded(name, module, part)
+                checks.heads.offloaded(name, module, part)
         forward = own.get("_old_forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         sharded = hasattr(module._parameters.get("weight"), "placements")
         if not (sharded and _origin(forward).startswith("transformers.distributed.")):
-            head_checks.replaced(name, module)
+            checks.heads.replaced(name, module)
     for kind in _HOOKS:
         for called in own.get(kind, {}).values():
             if not _origin(called).startswith(_MOVING):
-                head_checks.hooked(name, module, called)
+                checks.heads.hooked(name, module, called)
 
 
 def _origin(hook: Any) -> str:

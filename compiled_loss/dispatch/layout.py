@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.distributed.vocab_shard import is_sharded
 from compiled_loss.engine.transforms import traced
-from compiled_loss.vocabulary import is_sharded
 
 
 def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:

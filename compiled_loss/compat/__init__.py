@@ -1,0 +1,1 @@
+"""Other code bases' names, signatures and defaults, kept: NeMo Automodel's."""

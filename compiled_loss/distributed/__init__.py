@@ -1,0 +1,1 @@
+"""DTensors, and vocabularies over ranks."""

@@ -1,0 +1,1 @@
+"""The elementwise mathematics of logits."""

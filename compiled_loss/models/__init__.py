@@ -1,0 +1,1 @@
+"""What losses ask of a model and of its output."""
