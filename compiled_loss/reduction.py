@@ -16,26 +16,38 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.checks import numbers
 from compiled_loss.engine.compaction import Compaction
-from compiled_loss.engine.math.statistics import IGNORED, Coefficients, statistics_dtype
+from compiled_loss.engine.math.statistics import Classes, Coefficients, Divisor, statistics_dtype
 from compiled_loss.planner.chunking import Chunking
 
 
 class Tokens(NamedTuple):
-    """The tokens of a loss, each [...]: what they predict, how much they weigh, which of them count at all."""
+    """The tokens of a loss: what they predict, and how much they weigh, each [...].
+
+    `classes` says which labels do not count: by `ignore_index` or by a mask of 0. Nothing of this is computed where
+    labels alone say it, so that a compiled loss needs no kernel for it.
+    """
 
     labels: Tensor
-    weight: Tensor  # fp32; 0 where ignored
-    active: Tensor  # False where ignored: by the label or by a mask of 0
-    poison: Tensor  # 1, or NaN where an active token's label is no class
+    weight: Tensor | None  # in the statistics' dtype, 0 where ignored; None for 1 wherever a token counts
+    classes: Classes
 
     @property
-    def looked_at(self) -> Tensor:
-        """The labels, `IGNORED` where a token does not count."""
-        return torch.where(self.active, self.labels.clamp(min=-1), IGNORED)
+    def active(self) -> Tensor:
+        """False where ignored."""
+        return self.classes.active(self.labels)
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """How much each weighs."""
+        return self.active.to(dtype) if self.weight is None else self.weight
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        """Each changed."""
-        return Tokens(*(change(v) for v in self))
+        """The tensors changed."""
+        return self._replace(labels=change(self.labels), weight=None if self.weight is None else change(self.weight))
+
+    def gathered(self, compact: Compaction) -> Tokens:
+        """Those that count of [N], in the places they have then; the places that are left do not count."""
+        moved = self.map(compact.gathered)
+        return moved._replace(labels=torch.where(compact.taken, moved.labels, self.classes.ignored))
 
 
 def tokens(
@@ -52,24 +64,22 @@ def tokens(
 
     Without `vocab` labels only tell which tokens count.
     """
-    shift, ignore_index = checks.alignment(shift, ignore_index, labels.dim())
-    active = labels != ignore_index
+    classes = Classes(ignore_index, -(2**63), 2**63 - 1) if vocab is None else Classes(ignore_index, 0, vocab)
+    dtype = statistics_dtype(dtype)
+    weight = None
     if mask is not None:
-        active = active & (mask != 0)
-    weight = active.to(statistics_dtype(dtype))
-    for factor in (mask, token_weights):
-        if factor is not None:
-            weight = weight * torch.where(active, factor.to(weight.dtype), 0.0)
+        labels = torch.where(mask != 0, labels, ignore_index)
+    factors = [f for f in (mask, token_weights) if f is not None and f.dtype != torch.bool]
+    if factors:
+        active = classes.active(labels)
+        weight = active.to(dtype)
+        for factor in factors:
+            weight = weight * torch.where(active, factor.to(dtype), 0.0)
     if shift:
-        labels, weight, active = (
-            _shifted(v, shift, f) for v, f in ((labels, ignore_index), (weight, 0), (active, False))
-        )
-    if vocab is None:
-        return Tokens(labels, weight, active, torch.ones_like(weight))
-    bad = active & ((labels < 0) | (labels >= vocab))
-    if numbers.readable(labels):
-        checks.labels_in_range(bad, labels, vocab, ignore_index)
-    return Tokens(labels, weight, active, torch.where(bad, float("nan"), 1.0).to(weight.dtype))
+        labels, weight = _shifted(labels, shift, ignore_index), None if weight is None else _shifted(weight, shift, 0)
+    if vocab is not None and numbers.readable(labels):
+        checks.labels_in_range(classes.bad(labels), labels, vocab, ignore_index)
+    return Tokens(labels, weight, classes)
 
 
 def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
@@ -83,40 +93,51 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
     return Compaction.of(active, rows)
 
 
-def coefficients(
-    tokens: Tokens,
-    *,
-    vocab: int,
-    class_weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_label_tokens: int | Tensor | None = None,
-) -> Coefficients:
-    """Each token's loss as a combination of its statistics, normalised, [...] each.
+class Terms(NamedTuple):
+    """A cross-entropy's numbers, checked."""
+
+    class_weights: Tensor | None  # [V], of all ranks
+    label_smoothing: float | Tensor
+    z_loss: float | Tensor
+
+
+def normalised(
+    tokens: Tokens, terms: Terms, reduction: str, num_label_tokens: int | Tensor | None, dtype: torch.dtype
+) -> tuple[Coefficients, Divisor]:
+    """Each token's loss as a combination of its statistics, [...] each, and what their sum is divided by.
 
     cross-entropy = c_y (1 - e) nll + e / V (sum(c) lse - total), with c the class weights and e the smoothing.
     """
-    label_smoothing, z_loss = checks.terms(label_smoothing, z_loss)
-    checks.reduction(reduction)
-    num_label_tokens = checks.count(num_label_tokens, reduction, tokens.labels.device)
-    weight = tokens.weight
+    class_weights, label_smoothing, z_loss = terms
+    smooth, squared = (not numbers.known(v, 0) for v in (label_smoothing, z_loss))
+    if tokens.weight is None and class_weights is None and not smooth and not squared:
+        return Coefficients(None, None, None, None), _divisor(reduction, num_label_tokens)
+    weight, vocab = tokens.weights(dtype), tokens.classes.last
     class_total: int | Tensor
     if class_weights is None:
         label_weight, class_total = torch.ones_like(weight), vocab
     else:
-        class_weights = class_weights.to(weight.dtype)
+        class_weights = class_weights.to(dtype)
         label_weight = torch.where(tokens.active, class_weights[tokens.labels.clamp(0, vocab - 1)], 0.0)
         class_total = class_weights.sum()
-
     cross_entropy = divided(weight, weight * label_weight, reduction, num_label_tokens)
-    square = divided(weight, weight, reduction, num_label_tokens)
-    smooth = None if numbers.known(label_smoothing, 0) else label_smoothing / vocab * cross_entropy
+    smoothed = label_smoothing / vocab * cross_entropy if smooth else None
+    poison = tokens.classes.poison(tokens.labels, dtype)
+    square = z_loss * divided(weight, weight, reduction, num_label_tokens) if squared else None
     return Coefficients(
-        nll=(1 - label_smoothing) * label_weight * cross_entropy * tokens.poison,
-        lse=None if smooth is None else smooth * class_total,
-        total=None if smooth is None else -smooth,
-        square=None if numbers.known(z_loss, 0) else z_loss * square,
+        nll=(1 - label_smoothing) * label_weight * cross_entropy * poison,
+        lse=None if smoothed is None else smoothed * class_total,
+        total=None if smoothed is None else -smoothed,
+        square=square,
+    ), Divisor(of_rows=False, divisor=None, number=None)
+
+
+def _divisor(reduction: str, num_label_tokens: int | Tensor | None) -> Divisor:
+    tensor = isinstance(num_label_tokens, Tensor)
+    return Divisor(
+        of_rows=reduction == "mean",
+        divisor=num_label_tokens if tensor else None,  # type: ignore[arg-type]
+        number=None if tensor else num_label_tokens,  # type: ignore[arg-type]
     )
 
 

@@ -87,30 +87,33 @@ def linear_weight(weight: object, bias: Tensor | None) -> None:
 
 def labels(
     value: Tensor,
+    own: torch.Size,
     rows: str,
     shape: torch.Size,
     device: torch.device,
     *,
+    name: str = "labels",
     without: str = "its last dimension",
     hint: Callable[[], str] = str,
 ) -> None:
     """Raise unless `value` is int64, shaped like `rows` without a dimension and on its device.
 
-    `hint` is for shapes. It is called when all else has failed: what it compares would be a guard under torch.compile.
+    `own` is the shape of what the rank has of it. `hint` is for shapes. It is called when all else has failed: what it
+    compares would be a guard under torch.compile.
     """
-    tensor("labels", value)
+    tensor(name, value)
     if value.is_floating_point() and value.dim() == len(shape) + 1:
         raise TypeError(
-            f"labels: expected int64 {sizes(shape)}, got {value.dtype} {sizes(value.shape)}: probabilities are labels "
+            f"{name}: expected int64 {sizes(shape)}, got {value.dtype} {sizes(value.shape)}: probabilities are labels "
             "of cross_entropy() on logits, and target_probs of linear_soft_cross_entropy() on a head"
         )
     if value.dtype != torch.int64:
-        raise TypeError(f"labels: expected int64, got {value.dtype}: use labels.long()")
-    if differ(value.shape, shape):
+        raise TypeError(f"{name}: expected int64, got {value.dtype}: use {name}.long()")
+    if differ(own, shape):
         raise ValueError(
-            f"labels: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(value.shape)}{hint()}"
+            f"{name}: expected the shape of {rows} without {without}, {sizes(shape)}, got {sizes(own)}{hint()}"
         )
-    same_device("labels", value, device)
+    same_device(name, value, device)
 
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -134,14 +137,8 @@ def logits(value: Tensor, vocab: int, name: str = "logits") -> None:
         raise ValueError(f"{name}: expected [..., V] with V >= 1, got {sizes(value.shape)}")
 
 
-def head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    vocab: int,
-    names: tuple[str, str] = ("hidden", "weight"),
-) -> None:
-    """Raise unless hidden @ weight.T + bias exists; `names` are those of the first two, `vocab` V of all ranks."""
+def head(hidden: Tensor, weight: Tensor, vocab: int, names: tuple[str, str] = ("hidden", "weight")) -> None:
+    """Raise unless hidden @ weight.T exists; `names` are their arguments, `vocab` V of all ranks."""
     for name, value in zip(names, (hidden, weight), strict=True):
         floating(name, value)
     if weight.dim() != 2 or weight.shape[1] == 0 or vocab == 0:
@@ -157,15 +154,13 @@ def head(
             f"got {sizes(hidden.shape)}" + (f": use {names[1]}.t() where it is [H, V]" if transposed else "")
         )
     same_device(names[1], weight, hidden.device)
-    if bias is not None:
-        vocabulary_vector("bias", bias, weight.shape[0], hidden.device)
 
 
-def same_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> None:
+def same_dtype(hidden: torch.dtype, weight: torch.dtype, names: tuple[str, str]) -> None:
     """Raise unless one GEMM can take both."""
-    if hidden.dtype != weight.dtype:
+    if hidden != weight:
         raise TypeError(
-            f"{names[1]}: expected the dtype of {names[0]}, {hidden.dtype}, got {weight.dtype}: "
+            f"{names[1]}: expected the dtype of {names[0]}, {hidden}, got {weight}: "
             "cast one of them, or call under torch.autocast"
         )
 
@@ -190,41 +185,32 @@ def class_weights(value: Tensor | None, vocab: int, device: torch.device) -> Non
         )
 
 
-def per_token(name: str, value: Tensor | None, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless `value` is None or broadcasts to `shape`, that of the labels."""
-    if value is None:
-        return
-    tensor(name, value)
+def per_token(name: str, value: Tensor, own: torch.Size, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless `value`, of which the rank has `own`, broadcasts to `shape`, that of the labels."""
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
-    sizes_ = zip(reversed(value.shape), reversed(shape), strict=False)
-    if value.dim() > len(shape) or any(
-        numbers.holds(mine != 1, otherwise=True) and differ([mine], [theirs]) for mine, theirs in sizes_
+    pairs = zip(reversed(own), reversed(shape), strict=False)
+    if len(own) > len(shape) or any(
+        numbers.holds(mine != 1, otherwise=True) and differ([mine], [theirs]) for mine, theirs in pairs
     ):
-        raise ValueError(f"{name}: expected to broadcast to the labels' {sizes(shape)}, got {sizes(value.shape)}")
+        raise ValueError(f"{name}: expected to broadcast to the labels' {sizes(shape)}, got {sizes(own)}")
     same_device(name, value, device)
 
 
 def tokens(
-    labels_: Tensor,
-    mask: Tensor | None,
-    token_weights: Tensor | None,
-    name: str,
-    source: Tensor,
-    weight: Tensor | None = None,
+    own: torch.Size, labels_: Tensor, name: str, source: torch.Size, device: torch.device, weight: Tensor | None = None
 ) -> None:
-    """Raise unless the tensors of tokens fit `source` [..., V or H], the argument called `name`, before `weight`."""
+    """Raise unless labels, of which the rank has `own`, fit `source` [..., V or H], the argument before `weight`."""
 
     def hint() -> str:
         swapped = weight is not None and labels_.shape == weight.shape[:-1]
         return f": {name} comes first, its weight second" if swapped else ""
 
-    labels(labels_, name, source.shape[:-1], source.device, hint=hint)
-    weights(labels_, mask, token_weights)
+    labels(labels_, own, name, source[:-1], device, hint=hint)
 
 
-def class_labels(labels_: Tensor, name: str, logits_: Tensor, given: Tensor, class_dim_: int) -> None:
-    """Raise unless labels fit logits [..., V], which were `given` as `name` with their classes along `class_dim`."""
+def class_labels(own: torch.Size, labels_: Tensor, name: str, rows: torch.Size, given: Tensor, class_dim_: int) -> None:
+    """Raise unless labels fit the rows of logits, which were `given` as `name` with their classes along `class_dim`."""
     last = class_dim_ in (-1, given.dim() - 1)
 
     def hint() -> str:
@@ -235,13 +221,7 @@ def class_labels(labels_: Tensor, name: str, logits_: Tensor, given: Tensor, cla
         return ""
 
     without = "its last dimension" if last else f"dimension {class_dim_}"
-    labels(labels_, name, logits_.shape[:-1], logits_.device, without=without, hint=hint)
-
-
-def weights(labels_: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
-    """Raise unless what weighs tokens fits their labels."""
-    per_token("mask", mask, labels_.shape, labels_.device)
-    per_token("token_weights", token_weights, labels_.shape, labels_.device)
+    labels(labels_, own, name, rows, given.device, without=without, hint=hint)
 
 
 def instance(name: str, value: object, kind: type) -> None:
@@ -256,20 +236,30 @@ def transform(softcap: Any, temperature: Any) -> tuple[Any, Any]:
         softcap = numbers.number("softcap", softcap, " or None")
         if not (isinstance(softcap, Tensor) or 0 < softcap < math.inf):  # inf * tanh(z / inf) is NaN
             raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
-    temperature = numbers.number("temperature", temperature)
-    if not (isinstance(temperature, Tensor) or temperature > 0):
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    return softcap, temperature
+    return softcap, positive("temperature", temperature)
+
+
+def positive(name: str, value: Any) -> Any:
+    """The number; raise unless logits can be multiplied or divided by it."""
+    value = numbers.number(name, value)
+    if not (isinstance(value, Tensor) or 0 < value < math.inf):
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
+    return value
 
 
 def alignment(shift: Any, ignore_index: Any, dimensions: int) -> tuple[int, int]:
-    """Both as ints; raise unless tokens can be told apart and moved."""
+    """Both as ints; raise unless tokens can be told apart and moved along so many dimensions."""
     shift, ignore_index = numbers.integer("shift", shift), numbers.integer("ignore_index", ignore_index)
     if shift < 0:
         raise ValueError(f"shift: expected an int >= 0, got {shift}")
+    shift_fits(shift, dimensions)
+    return shift, ignore_index
+
+
+def shift_fits(shift: int, dimensions: int) -> None:
+    """Raise where there is nothing to shift along."""
     if shift and not dimensions:
         raise ValueError(f"shift: expected 0 where labels have no dimension, got {shift}")
-    return shift, ignore_index
 
 
 def terms(label_smoothing: Any, z_loss: Any) -> tuple[Any, Any]:
@@ -294,7 +284,7 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def count(num_label_tokens: Any, value: str, device: torch.device) -> Any:
+def count(num_label_tokens: Any, value: str) -> Any:
     """The count as an int, a tensor or None; raise unless it is one, and goes with the reduction called `value`."""
     if num_label_tokens is None:
         return None
@@ -307,13 +297,17 @@ def count(num_label_tokens: Any, value: str, device: torch.device) -> Any:
             raise TypeError(f"num_label_tokens: expected integer or floating, got {num_label_tokens.dtype}")
         if num_label_tokens.numel() != 1:
             raise ValueError(f"num_label_tokens: expected one element, got {sizes(num_label_tokens.shape)}")
-        if num_label_tokens.device != device and (num_label_tokens.device.type != "cpu" or num_label_tokens.dim()):
-            raise ValueError(f"num_label_tokens: expected on {device}, got {num_label_tokens.device}")
         return num_label_tokens
     num_label_tokens = numbers.integer("num_label_tokens", num_label_tokens, ", a tensor or None")
     if num_label_tokens < 0:
         raise ValueError(f"num_label_tokens: expected >= 0, got {num_label_tokens}")
     return num_label_tokens
+
+
+def count_device(count_: Any, device: torch.device) -> None:
+    """Raise unless what divides is where it can be read without a synchronisation."""
+    if isinstance(count_, Tensor) and count_.device != device and (count_.device.type != "cpu" or count_.dim()):
+        raise ValueError(f"num_label_tokens: expected on {device}, got {count_.device}")
 
 
 def labels_in_range(bad: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:

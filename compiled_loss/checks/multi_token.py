@@ -21,7 +21,7 @@ def multi_token(
 ) -> None:
     """Raise unless targets of a depth can be made of the labels."""
     arguments.tensor("labels", labels_)
-    arguments.labels(labels_, "hidden", labels_.shape, labels_.device)
+    arguments.labels(labels_, labels_.shape, "hidden", labels_.shape, labels_.device)
     if labels_.dim() not in (1, 2):
         raise ValueError(f"labels: expected [B, S] or [S], got {arguments.sizes(labels_.shape)}")
     if isinstance(depth, bool) or not isinstance(depth, int):
@@ -29,7 +29,7 @@ def multi_token(
     if depth < 0:
         raise ValueError(f"depth: expected an int >= 0, got {depth}")
     arguments.alignment(0, ignore_index, labels_.dim())
-    arguments.per_token("mask", mask, labels_.shape, labels_.device)
+    _mask(mask, labels_)
     length = labels_.shape[-1:]
     for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
         if value is None:
@@ -65,7 +65,7 @@ def depths(
     """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
     sequence("hidden", hidden)
     arguments.tensor("labels", labels_)
-    arguments.per_token("mask", mask, labels_.shape, labels_.device)
+    _mask(mask, labels_)
     for k, states in enumerate(hidden):
         arguments.tensor(f"hidden[{k}]", states)
         if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
@@ -83,7 +83,7 @@ def depths(
     if len(targets) != len(hidden):
         raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
     for k, target in enumerate(targets):
-        arguments.labels(target, "hidden", labels_.shape, labels_.device)
+        arguments.labels(target, target.shape, "labels", labels_.shape, labels_.device, name=f"targets[{k}]")
         if target.shape != labels_.shape:
             expected, got = arguments.sizes(labels_.shape), arguments.sizes(target.shape)
             raise ValueError(f"targets[{k}]: expected {expected}, got {got}")
@@ -96,3 +96,9 @@ def scaling(scaling_factor: Any, alternative: str = "") -> Any:
     if not (isinstance(scaling_factor, Tensor) or scaling_factor >= 0):
         raise ValueError(f"scaling_factor: expected a number >= 0{alternative}, got {scaling_factor}")
     return scaling_factor
+
+
+def _mask(mask: Tensor | None, labels: Tensor) -> None:
+    if mask is not None:
+        arguments.tensor("mask", mask)
+        arguments.per_token("mask", mask, mask.shape, labels.shape, labels.device)

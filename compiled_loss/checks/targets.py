@@ -38,7 +38,7 @@ def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -
     names = ("teacher_hidden", "teacher_weight")
     for name, value in zip(names, (hidden, weight), strict=True):
         tensor(name, value)
-    head(hidden, weight, None, weight.shape[0] if rows is None else 1, names)
+    head(hidden, weight, weight.shape[0] if rows is None else 1, names)
     if differ(hidden.shape[:-1], student.shape[:-1]):
         raise ValueError(
             f"teacher_hidden: expected the student's tokens, {sizes(student.shape[:-1])} and a width, "

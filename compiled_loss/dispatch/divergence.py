@@ -111,7 +111,9 @@ def _on_rows(
         return losses.sum() if scalar else losses
     share, group = vocabulary.share, vocabulary.group
     columns = share if target.weight is None else 2 * share  # that a chunk holds
-    _, how = lengths(hidden, columns, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
+    tokens, width = hidden.shape
+    of = (columns, hidden.dtype, hidden.device)
+    _, how = lengths(tokens, width, *of, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     with without_autocast(hidden.device):
         if not scalar:
             rows = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, how, group)

@@ -13,6 +13,16 @@ from compiled_loss.distributed.vocab_shard import is_sharded
 from compiled_loss.engine.transforms import traced
 
 
+def check_class_dim(name: str, value: Tensor, class_dim: int) -> int:
+    """The dimension of a tensor that is V, counted from its first; raise unless there is one."""
+    checks.tensor(name, value)
+    checks.class_dim(class_dim)
+    if class_dim == -1:
+        return value.dim() - 1
+    checks.class_dim(class_dim, value.dim())
+    return class_dim % value.dim()
+
+
 def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
     """A view [..., V]."""
     checks.tensor(name, value)

@@ -1,32 +1,41 @@
-"""From a linear head's arguments to row statistics and losses: what every loss on `hidden` and `weight` shares.
+"""From a linear head's arguments to its loss: what every loss of `hidden`, `weight` and `labels` shares.
 
-N tokens, H width, V vocabulary. Checks come first, then autocast, then the plan; the engine sees [N, H] and [N].
+N tokens, H width, V vocabulary. `linear_call` goes one way: options, tensors as they came, the plan; then a rank's own,
+tokens, the cast. Nothing is computed before the last check. The engine sees [N, H] and [N].
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks, reduction
-from compiled_loss.checks import numbers
+from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.distributed import dtensor
-from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
-from compiled_loss.engine import logits as logits_walk
+from compiled_loss.distributed.vocab_shard import Vocabulary
+from compiled_loss.engine import logits as logits_pass
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.gradients import Needs
-from compiled_loss.engine.math.bodies import Head
-from compiled_loss.engine.math.statistics import Coefficients, RowStatistics, combine, masked, statistics_dtype
+from compiled_loss.engine.math.bodies import Head, Problem
+from compiled_loss.engine.math.statistics import (
+    Classes,
+    Coefficients,
+    Divisor,
+    RowStatistics,
+    combine,
+    masked,
+    statistics_dtype,
+)
 from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
-from compiled_loss.planner.chunking import Chunking
 from compiled_loss.planner.cost import Strategy
 from compiled_loss.planner.plan import Lengths, lengths
 
 
-class LinearHead(NamedTuple):
+class LinearCall(NamedTuple):
     """Checked arguments, a rank's own, after autocast: [N, H], [V, H], the rest of the head, the tokens [...]."""
 
     hidden: Tensor
@@ -34,62 +43,52 @@ class LinearHead(NamedTuple):
     head: Head
     tokens: reduction.Tokens
     vocabulary: Vocabulary
+    keywords: Keywords
+    needs: Needs
+    strategy: Strategy
+    lengths: Lengths
 
-    @property
-    def vocab(self) -> int:
-        """V, of all ranks."""
-        return self.vocabulary.size
+    def loss(self) -> Tensor:
+        """The loss."""
+        return self._loss_and_rows(with_statistics=False)[0]
 
-    @property
-    def labels(self) -> Tensor:
-        """[N], counted from the rank's first class."""
-        return self.vocabulary.labels(self.tokens.looked_at.reshape(-1))
-
-    def statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
-        """Masked statistics [...], differentiable; `what` names what a token walk with gradients could not give."""
-        checks.instance("chunking", chunking, Chunking)
-        compact = reduction.compacted(self.tokens.active, chunking)
-        head = self if compact is None else self._gathered(compact)
-        rows = head._statistics(chunking, total=total, entropy=entropy, what=what)
-        factor = self._factor(compact, rows.nll)
-        return self._back(rows, compact, factor)
-
-    def loss(self, coefficients: Coefficients, reduction_: str, chunking: Chunking) -> Tensor:
-        """The loss of coefficients [...], on the walk that suits it."""
-        return self._loss_and_rows(coefficients, reduction_, chunking, with_statistics=False)[0]
-
-    def loss_and_statistics(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking
-    ) -> tuple[Tensor, RowStatistics]:
+    def loss_and_statistics(self) -> tuple[Tensor, RowStatistics]:
         """The loss, and masked statistics [...] from the same pass."""
-        loss, rows = self._loss_and_rows(coefficients, reduction_, chunking, with_statistics=True)
+        loss, rows = self._loss_and_rows(with_statistics=True)
         assert rows is not None
         return loss, rows
 
-    def _loss_and_rows(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, with_statistics: bool
-    ) -> tuple[Tensor, RowStatistics | None]:
-        checks.instance("chunking", chunking, Chunking)
+    def statistics(self) -> RowStatistics:
+        """Masked statistics [...], differentiable."""
+        compact = reduction.compacted(self.tokens.active, self.keywords.chunking)
+        rows = self._gathered(compact)._statistics(total=False, entropy=True)
+        return self._back(rows, compact, self._factor(compact, rows.nll))
+
+    def _loss_and_rows(self, *, with_statistics: bool) -> tuple[Tensor, RowStatistics | None]:
+        keywords, dtype = self.keywords, statistics_dtype(self.hidden.dtype)
+        terms = reduction.Terms(keywords.class_weights, keywords.label_smoothing, keywords.z_loss)
+        coefficients, divisor = reduction.normalised(
+            self.tokens, terms, keywords.reduction, keywords.num_label_tokens, dtype
+        )
         coefficients = coefficients.map(lambda c: c.reshape(-1))
-        compact = reduction.compacted(self.tokens.active, chunking)
-        head = self
+        compact = reduction.compacted(self.tokens.active, keywords.chunking)
         if compact is not None:
-            head, coefficients = self._gathered(compact), coefficients.map(compact.gathered)
-        loss, rows = head._loss(coefficients, reduction_, chunking, with_statistics=with_statistics)
-        if compact is not None and reduction_ == "none":
-            loss = compact.scattered(loss)
+            coefficients = coefficients.map(compact.gathered)
+        loss, rows = self._gathered(compact)._loss(coefficients, divisor, with_statistics=with_statistics)
         factor = self._factor(compact, loss)
-        if reduction_ == "none":
-            loss = loss.reshape(self.tokens.labels.shape)
+        if keywords.reduction == "none":
+            loss = (loss if compact is None else compact.scattered(loss)).reshape(self.tokens.labels.shape)
         return (
             loss if factor is None else loss * factor,
             None if rows is None else self._back(rows, compact, factor),
         )
 
-    def _gathered(self, compact: Compaction) -> LinearHead:
-        """Of the tokens that count."""
-        tokens = self.tokens.map(lambda v: compact.gathered(v.reshape(-1)))
-        return self._replace(hidden=compact.gathered(self.hidden), tokens=tokens)
+    def _gathered(self, compact: Compaction | None) -> LinearCall:
+        """Of the tokens that count, [N]."""
+        flat = self._replace(tokens=self.tokens.map(lambda v: v.reshape(-1)))
+        if compact is None:
+            return flat
+        return flat._replace(hidden=compact.gathered(self.hidden), tokens=flat.tokens.gathered(compact))
 
     def _factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
         """Of all results: NaN where tokens are not what was promised."""
@@ -108,109 +107,108 @@ class LinearHead(NamedTuple):
             rows = rows.map(lambda v: v * factor.to(v.dtype) if v.is_floating_point() else v)
         return rows
 
-    def _statistics(self, chunking: Chunking, *, total: bool, entropy: bool, what: str) -> RowStatistics:
+    def _engine(self) -> tuple[Problem, Classes]:
+        """What the engine is given: labels are counted from the rank's first class."""
+        labels, start = self.vocabulary.labels(self.tokens.labels), self.vocabulary.start
+        return Problem.of(self.hidden, self.weight, self.head, labels), self.tokens.classes.counted_from(start)
+
+    def _statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
         """Masked statistics of all rows that there are, [N]."""
-        hidden, weight, head, tokens, vocabulary = self
+        (problem, classes), active = self._engine(), self.tokens.active
         if traced():
-            hidden = torch.where(tokens.active.reshape(-1, 1), hidden, 0.0)
-            rows = logits_walk.plain_statistics(hidden @ weight.t(), self.labels, head, total=total, entropy=entropy)
+            hidden = torch.where(active.unsqueeze(1), self.hidden, 0.0)
+            logits = hidden @ self.weight.t()
+            rows = logits_pass.plain_statistics(logits, problem.labels, self.head, total=total, entropy=entropy)
         else:
-            differentiable = any(self._needs())
-            if differentiable and chunking.strategy == "tokens":
-                checks.chunking.tokens_strategy(what)
-            if differentiable and chunking.strategy == "auto" and chunking.chunk_size is not None:
-                checks.chunking.chunk_size_counts_tokens(chunking.chunk_size)
-            strategy, how = self._chunked(chunking, ("vocab",) if differentiable else ("tokens", "vocab"))
-            chunked = vocab_chunks if strategy == "vocab" else token_chunks
-            parts = (hidden, weight, self.labels, head, how, vocabulary.group)
-            with without_autocast(hidden.device):
-                rows = chunked.statistics(*parts, total=total, entropy=entropy)
-        return masked(rows, tokens.active.reshape(-1))
+            asked = token_chunks.Asked(total, entropy, self.vocabulary.group)
+            with without_autocast(self.hidden.device):
+                if self.strategy == "vocab":
+                    rows = vocab_chunks.statistics(problem, classes, asked, self.lengths)
+                else:
+                    rows = token_chunks.statistics(problem, asked, self.lengths)
+        return masked(rows, active)
 
     def _loss(
-        self, coefficients: Coefficients, reduction_: str, chunking: Chunking, *, with_statistics: bool
+        self, coefficients: Coefficients, divisor: Divisor, *, with_statistics: bool
     ) -> tuple[Tensor, RowStatistics | None]:
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
-        needs = self._needs()
-        if reduction_ != "none" and any(needs) and not traced():
-            strategy, how = self._chunked(chunking, ("tokens", "vocab"))
-            if strategy == "tokens":
-                hidden, weight, head, tokens, vocabulary = self
-                parts = (hidden, weight, self.labels, head, how, vocabulary.group)
-                of_tokens = (coefficients, tokens.active.reshape(-1), needs)
-                with without_autocast(hidden.device):
-                    return token_chunks.weighted_sum(*parts, *of_tokens, with_statistics=with_statistics)
-        total = coefficients.total is not None
-        rows = self._statistics(chunking, total=total, entropy=with_statistics, what="reduction='none' with a gradient")
-        return reduction.reduced(combine(rows, coefficients), reduction_), rows if with_statistics else None
-
-    def _needs(self) -> Needs:
-        """Whose gradients autograd may ask for."""
-        enabled = torch.is_grad_enabled()
-        bias = self.head.bias
-        return Needs(
-            enabled and self.hidden.requires_grad,
-            enabled and self.weight.requires_grad,
-            enabled and bias is not None and bias.requires_grad,
-        )
-
-    def _chunked(self, chunking: Chunking, strategies: tuple[Strategy, ...]) -> tuple[Strategy, Lengths]:
-        """What is chunked, and how."""
-        share, ranks = self.vocabulary.share, self.vocabulary.ranks
-        return lengths(self.hidden, share, chunking, ranks=ranks, strategies=strategies)
+        (problem, classes), group = self._engine(), self.vocabulary.group
+        scalar = self.keywords.reduction != "none"
+        if scalar and any(self.needs) and not traced():
+            with without_autocast(self.hidden.device):
+                parts = (problem, classes, coefficients, divisor)
+                if self.strategy == "vocab":
+                    return vocab_chunks.weighted_sum(*parts, self.lengths, group, with_statistics=with_statistics)
+                return token_chunks.weighted_sum(
+                    *parts, self.needs, self.lengths, group, with_statistics=with_statistics
+                )
+        rows = self._statistics(total=coefficients.total is not None, entropy=with_statistics)
+        loss = combine(rows, coefficients, problem.labels, classes)
+        if scalar:
+            loss = divisor.of(loss.sum(), problem.labels, classes)
+        return loss, rows if with_statistics else None
 
 
-def linear_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    token_weights: Tensor | None = None,
-    class_weights: Tensor | None = None,
-    ignore_index: int,
-    softcap: float | None,
-    temperature: float,
-    shift: int,
-    vocab_shard: VocabShard | None,
-) -> LinearHead:
-    """Check, honour autocast (casting once, outside the chunk loop) and flatten."""
+def linear_call(
+    hidden: Tensor, weight: Tensor, labels: Tensor, keywords: Keywords, *, statistics: bool = False
+) -> LinearCall:
+    """Check, plan, take a rank's own, and cast: once, outside the chunk loop. Then ask it for what is wanted.
+
+    `statistics` says that they are to be differentiable.
+    """
+    keywords = keywords.checked()
+    bias, chunking = keywords.bias, keywords.chunking
     checks.linear_weight(weight, bias)
-    hidden, weight, bias, vocabulary = dtensor.head(hidden, weight, bias, vocab_shard)
-    checks.head(hidden, weight, bias, vocabulary.size)
-    labels, mask, token_weights = dtensor.tokens(labels, mask, token_weights, vocabulary)
-    checks.tokens(labels, mask, token_weights, "hidden", hidden, weight)
-    checks.class_weights(class_weights, vocabulary.size, hidden.device)
-    softcap, temperature = checks.transform(softcap, temperature)
-    hidden, weight = cast(hidden, weight)
-    vocabulary.compare(labels)
-    tokens = reduction.tokens(
-        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocabulary.size, dtype=hidden.dtype
+    part = dtensor.head_layout(hidden, weight, bias, keywords.vocab_shard)
+    checks.head(hidden, weight, part.size)
+    if bias is not None:
+        checks.vocabulary_vector("bias", bias, dtensor.classes_of(bias, part), hidden.device)
+    shape = dtensor.own_shape(hidden, part)
+    checks.tensor("labels", labels)
+    dtensor.check_rows("labels", labels)
+    checks.tokens(dtensor.own_shape(labels, part), labels, "hidden", shape, hidden.device, weight)
+    keywords.check_tensors(shape[:-1], part, hidden.device)
+    dtype = computed_dtype(hidden, weight)
+    enabled = torch.is_grad_enabled()
+    needs = Needs(*[enabled and v is not None and v.requires_grad for v in (hidden, weight, bias)])
+    tokens = prod(shape[:-1])
+    rows = chunking.rows(tokens)
+    strategy, how = lengths(
+        tokens if rows is None else rows,
+        shape[-1],
+        part.share,
+        dtype,
+        hidden.device,
+        chunking,
+        ranks=part.ranks,
+        strategies=_strategies(keywords, needs, statistics=statistics),
     )
-    head = transform(hidden, bias, vocabulary.own(class_weights), softcap, temperature)
-    return LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, head, tokens, vocabulary)
+    labels, keywords = keywords.own(labels, part)
+    part.compare(labels)
+    counted = keywords.tokens(labels, part.size, dtype)
+    hidden, weight, bias = dtensor.own_head(hidden, weight, bias, part)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    head = Head(bias, part.own(keywords.class_weights), keywords.scales(hidden))
+    return LinearCall(hidden.reshape(-1, shape[-1]), weight, head, counted, part, keywords, needs, strategy, how)
 
 
-def cast(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> tuple[Tensor, Tensor]:
-    """In the dtype of their product: autocast's where it is on, once and not once a chunk, else the one they share."""
-    dtype = autocast_dtype(hidden.device)
-    if dtype is not None:
-        hidden, weight = (v if v.dtype == torch.float64 else v.to(dtype) for v in (hidden, weight))
-    checks.same_dtype(hidden, weight, names)
-    return hidden, weight
+def computed_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> torch.dtype:
+    """That of their product: autocast's where it is on, else the one they share; raise where they share none."""
+    autocast = autocast_dtype(hidden.device)
+    mine, theirs = (v.dtype if autocast is None or v.dtype == torch.float64 else autocast for v in (hidden, weight))
+    checks.same_dtype(mine, theirs, names)
+    return mine
 
 
-def transform(
-    source: Tensor, bias: Tensor | None, class_weights: Tensor | None, softcap: float | None, temperature: float
-) -> Head:
-    """The engine's `Head`, its scalars as tensors of the statistics' dtype."""
-    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
-    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
-    one = torch.ones((), dtype=statistics_dtype(source.dtype), device=source.device)
-    return Head(
-        bias,
-        class_weights,
-        None if softcap is None else one * softcap,
-        None if numbers.known(temperature, 1) else one / temperature,
-    )
+def _strategies(keywords: Keywords, needs: Needs, *, statistics: bool) -> tuple[Strategy, ...]:
+    """Those that can do what is asked, the best first."""
+    chunking = keywords.chunking
+    if not any(needs) or not (statistics or keywords.reduction == "none") or traced():
+        return ("tokens", "vocab")
+    if chunking.strategy == "tokens":
+        checks.chunking.tokens_strategy(
+            "differentiable statistics" if statistics else "reduction='none' with a gradient"
+        )
+    if chunking.strategy == "auto" and chunking.chunk_size is not None:
+        checks.chunking.chunk_size_counts_tokens(chunking.chunk_size)
+    return ("vocab",)

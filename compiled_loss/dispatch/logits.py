@@ -1,6 +1,6 @@
 """From the arguments of logits that exist to row statistics: what all losses of them share.
 
-N tokens (any leading shape), V vocabulary.
+N tokens (any leading shape), V vocabulary. Nothing is computed before the last check.
 """
 
 from __future__ import annotations
@@ -11,82 +11,79 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks, reduction
-from compiled_loss.dispatch.layout import classes_last, merged
-from compiled_loss.dispatch.linear import transform
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.layout import check_class_dim, classes_last, merged
 from compiled_loss.distributed import dtensor
-from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
-from compiled_loss.engine import logits as logits_walk
+from compiled_loss.distributed.vocab_shard import Vocabulary
+from compiled_loss.engine import logits as logits_pass
+from compiled_loss.engine.logits import Given
 from compiled_loss.engine.math.bodies import Head
-from compiled_loss.engine.math.statistics import RowStatistics, masked
+from compiled_loss.engine.math.statistics import RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.transforms import traced, without_autocast
 
 
-class Logits(NamedTuple):
-    """Checked arguments, a rank's own: [..., V], the head, the tokens [...]."""
+class LogitsCall(NamedTuple):
+    """Checked arguments, a rank's own: [..., V], what is done to them, the tokens [...]."""
 
     logits: Tensor
-    head: Head
+    scales: Tensor | None
     tokens: reduction.Tokens
     vocabulary: Vocabulary
-    class_weights: Tensor | None  # [V], of all ranks
-    labels: Tensor  # as they came: what ranks compare
+    keywords: Keywords
 
-    def statistics(self, *, total: bool, entropy: bool, compile: bool | str) -> RowStatistics:
-        """Masked statistics [...], differentiable."""
-        logits, head, tokens, vocabulary, *_ = self
-        own = vocabulary.labels(tokens.looked_at)
+    def loss(self) -> Tensor:
+        """The loss."""
+        keywords, tokens, dtype = self.keywords, self.tokens, statistics_dtype(self.logits.dtype)
+        terms = reduction.Terms(keywords.class_weights, keywords.label_smoothing, keywords.z_loss)
+        coefficients, divisor = reduction.normalised(
+            tokens, terms, keywords.reduction, keywords.num_label_tokens, dtype
+        )
+        rows = self._statistics(total=coefficients.total is not None, entropy=False)
+        loss = combine(rows, coefficients, tokens.labels, tokens.classes)
+        if keywords.reduction != "none":
+            loss = divisor.of(loss.sum(), tokens.labels, tokens.classes)
+        return self.vocabulary.agreed(loss, tokens.labels, loss)
+
+    def statistics(self) -> RowStatistics:
+        """Masked statistics [...], differentiable; NaN where ranks have other labels."""
+        rows = self._statistics(total=False, entropy=True)
+        if self.vocabulary.group is None:
+            return rows
+        factor = self.vocabulary.agreed(rows.nll.new_ones(()), self.tokens.labels, rows.nll)
+        return rows.map(lambda v: v * factor if v.is_floating_point() else v)
+
+    def _statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
+        logits, tokens, vocabulary = self.logits, self.tokens, self.vocabulary
+        own = vocabulary.labels(tokens.labels)
+        class_weights = vocabulary.own(self.keywords.class_weights)
         if traced():
             logits = torch.where(tokens.active.unsqueeze(-1), logits, 0.0)
-            rows = logits_walk.plain_statistics(logits, own, head, total=total, entropy=entropy)
+            head = Head(None, class_weights, self.scales)
+            rows = logits_pass.plain_statistics(logits, own, head, total=total, entropy=entropy)
         else:
             (source,) = merged(logits)
+            given = Given(source, class_weights, self.scales, own.reshape(source.shape[:-1]))
+            classes = tokens.classes.counted_from(vocabulary.start)
             with without_autocast(logits.device):
-                own = own.reshape(source.shape[:-1])
-                rows = logits_walk.statistics(
-                    source, own, head, vocabulary.group, total=total, entropy=entropy, compile=compile
+                rows = logits_pass.statistics(
+                    given, classes, vocabulary.group, total=total, entropy=entropy, compile=self.keywords.compile
                 )
         return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
 
-    def agreed(self, value: Tensor, after: Tensor) -> Tensor:
-        """The value, NaN where ranks of one vocabulary have other labels."""
-        return self.vocabulary.agreed(value, self.labels, after)
 
-    def agreed_statistics(self, rows: RowStatistics) -> RowStatistics:
-        """The statistics, NaN where ranks have other labels."""
-        if self.vocabulary.group is None:
-            return rows
-        factor = self.agreed(rows.nll.new_ones(()), rows.nll)
-        return rows.map(lambda v: v * factor if v.is_floating_point() else v)
-
-
-def given_logits(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None,
-    token_weights: Tensor | None = None,
-    class_weights: Tensor | None = None,
-    ignore_index: int,
-    softcap: float | None,
-    temperature: float,
-    shift: int,
-    class_dim: int,
-    vocab_shard: VocabShard | None,
-) -> Logits:
-    """Check, and take a rank's own."""
-    given = logits
-    logits = classes_last("logits", logits, class_dim)
-    logits, vocabulary = dtensor.logits("logits", logits, vocab_shard)
-    checks.logits(logits, vocabulary.size)
-    labels, mask, token_weights = dtensor.tokens(labels, mask, token_weights, vocabulary)
-    checks.class_labels(labels, "logits", logits, given, class_dim)
-    checks.weights(labels, mask, token_weights)
-    class_weights = dtensor.whole(class_weights)
-    checks.class_weights(class_weights, vocabulary.size, logits.device)
-    softcap, temperature = checks.transform(softcap, temperature)
-    vocabulary.compare(labels)
-    tokens = reduction.tokens(
-        labels, mask, token_weights, ignore_index=ignore_index, shift=shift, vocab=vocabulary.size, dtype=logits.dtype
-    )
-    head = transform(logits, None, vocabulary.own(class_weights), softcap, temperature)
-    return Logits(logits, head, tokens, vocabulary, class_weights, labels)
+def logits_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: int) -> LogitsCall:
+    """Check, and take a rank's own. Then ask it for what is wanted."""
+    keywords = keywords.checked()
+    dim = check_class_dim("logits", logits, class_dim)
+    part = dtensor.logits_layout("logits", logits, dim, keywords.vocab_shard)
+    checks.logits(logits, part.size)
+    checks.tensor("labels", labels)
+    dtensor.check_rows("labels", labels)
+    rows = dtensor.own_rows(logits, part, dim)
+    checks.class_labels(dtensor.own_shape(labels, part), labels, "logits", rows, logits, class_dim)
+    keywords.check_tensors(rows, part, logits.device)
+    labels, keywords = keywords.own(labels, part)
+    part.compare(labels)
+    tokens = keywords.tokens(labels, part.size, logits.dtype)
+    own = classes_last("logits", dtensor.own(logits), class_dim)
+    return LogitsCall(own, keywords.scales(own), tokens, part, keywords)

@@ -41,6 +41,39 @@ def vocabulary(weight: Tensor, vocab_shard: VocabShard | None) -> Vocabulary:
     return _vocabulary("weight", weight, 0, vocab_shard)
 
 
+def head_layout(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_shard: VocabShard | None,
+    names: tuple[str, str] = ("hidden", "weight"),
+    bias_name: str = "bias",
+) -> Vocabulary:
+    """A rank's part of a head's vocabulary; raise unless all lie so that it can be taken. Nothing is computed."""
+    for name, value in zip(names, (hidden, weight), strict=True):
+        checks.tensor(name, value)
+    if bias is not None:
+        checks.tensor(bias_name, bias)
+    if vocab_shard is None and not (is_sharded(hidden) or is_sharded(weight) or is_sharded(bias)):
+        size = weight.shape[0] if weight.dim() else 0
+        return Vocabulary(size, 0, size)
+    part = _vocabulary(names[1], weight, 0, vocab_shard)
+    over = _tokens(names[0], hidden, part, None) if is_sharded(hidden) else {}
+    if bias is not None and is_sharded(bias):
+        theirs = _vocabulary(bias_name, bias, 0, None)
+        checks.sharding.alike(bias_name, names[1], theirs[1:3], part[1:3])
+    _sized(names[1], weight, 0, part)
+    return part._replace(spread=tuple(over.values()), token_groups=tuple(over))
+
+
+def own_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, part: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A rank's own of each."""
+    own = None if bias is None else _own(bias, part.token_groups)
+    return _states(hidden, part), _own(weight, part.token_groups), own
+
+
 def head(
     hidden: Tensor,
     weight: Tensor,
@@ -49,58 +82,71 @@ def head(
     names: tuple[str, str] = ("hidden", "weight"),
 ) -> tuple[Tensor, Tensor, Tensor | None, Vocabulary]:
     """A rank's own of each, and its part of the vocabulary."""
-    for name, value in zip(names, (hidden, weight), strict=True):
-        checks.tensor(name, value)
-    if vocab_shard is None and not (is_sharded(hidden) or is_sharded(weight) or is_sharded(bias)):
-        size = weight.shape[0] if weight.dim() else 0
-        return hidden, weight, bias, Vocabulary(size, 0, size)
-    part = _vocabulary(names[1], weight, 0, vocab_shard)
-    hidden, over = _states(names[0], hidden, part)
-    weight = _own(weight, over)
-    if bias is not None:
-        if is_sharded(bias):
-            theirs = _vocabulary("bias", bias, 0, None)
-            checks.sharding.alike("bias", names[1], theirs[1:3], part[1:3])
-        bias = _own(bias, over)
-    _sized(names[1], weight, 0, part)
-    return hidden, weight, bias, part._replace(spread=tuple(over.values()))
+    part = head_layout(hidden, weight, bias, vocab_shard, names)
+    return *own_head(hidden, weight, bias, part), part
+
+
+def logits_layout(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
+    """A rank's part of the vocabulary, dimension `dim` of logits; raise unless it can be taken. Nothing is computed."""
+    checks.tensor(name, value)
+    if vocab_shard is None and not is_sharded(value):
+        size = value.shape[dim] if value.dim() else 0
+        return Vocabulary(size, 0, size)
+    part = _vocabulary(name, value, dim, vocab_shard, of_head=False)
+    over = _tokens(name, value, part, dim) if is_sharded(value) else {}
+    _sized(name, value, dim, part)
+    return part._replace(spread=tuple(over.values()), token_groups=tuple(over))
 
 
 def logits(name: str, value: Tensor, vocab_shard: VocabShard | None) -> tuple[Tensor, Vocabulary]:
     """A rank's own logits, and its part of the vocabulary."""
     checks.tensor(name, value)
-    if vocab_shard is None and not is_sharded(value):
-        size = value.shape[-1] if value.dim() else 0
-        return value, Vocabulary(size, 0, size)
-    last = value.dim() - 1
-    part = _vocabulary(name, value, last, vocab_shard)
-    over: dict[tuple[int, ...], str] = {}
+    part = logits_layout(name, value, value.dim() - 1, vocab_shard)
+    return own(value), part
+
+
+def own(value: Tensor) -> Tensor:
+    """A rank's own, and its gradient's."""
+    return value.to_local(grad_placements=value.placements) if is_sharded(value) else value
+
+
+def own_shape(value: Tensor, part: Vocabulary) -> torch.Size:
+    """The shape of a rank's own of what belongs to tokens, before it is taken."""
+    if not is_sharded(value):
+        return value.shape
+    shape, mesh = list(value.shape), value.device_mesh
+    for i, (members, placement) in enumerate(zip(_groups(value), value.placements, strict=True)):
+        if members != part.members and isinstance(placement, dist.tensor.Shard):
+            start, stop = even(shape[placement.dim], mesh.get_local_rank(i), mesh.size(i))
+            shape[placement.dim] = stop - start
+    return torch.Size(shape)
+
+
+def own_rows(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
+    """The shape of a rank's own logits without their classes, the dimension `dim`."""
+    shape = list(own_shape(value, part))
+    del shape[dim : dim + 1]
+    return torch.Size(shape)
+
+
+def classes_of(value: Tensor, part: Vocabulary) -> int:
+    """How many classes a vector over them has as it came: all in a DTensor, else a rank's own."""
+    return part.size if is_sharded(value) else part.stop - part.start
+
+
+def check_beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int, *, of_head: bool = False) -> None:
+    """Raise unless a target lies over the same classes."""
     if is_sharded(value):
-        over = _tokens(name, value, part, last)
-        value = value.to_local(grad_placements=value.placements)
-    _sized(name, value, last, part)
-    return value, part._replace(spread=tuple(over.values()))
+        theirs = _vocabulary(name, value, dim % value.dim(), None, of_head=of_head)
+        checks.sharding.alike(name, like, theirs[1:3], part[1:3])
+    elif part.group is not None:
+        _sized(name, value, dim, part)
 
 
 def beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int) -> Tensor:
     """A rank's own of a target over the same classes."""
-    if is_sharded(value):
-        dim = dim % value.dim()
-        theirs = _vocabulary(name, value, dim, None)
-        checks.sharding.alike(name, like, theirs[1:3], part[1:3])
-        value = value.to_local(grad_placements=value.placements)
-    elif part.group is not None:
-        _sized(name, value, dim, part)
-    return value
-
-
-def tokens(
-    labels: Tensor, mask: Tensor | None, token_weights: Tensor | None, part: Vocabulary
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A rank's own of each: what belongs to its hidden states or logits."""
-    mask = None if mask is None else rows("mask", mask, part)
-    token_weights = None if token_weights is None else rows("token_weights", token_weights, part)
-    return rows("labels", labels, part), mask, token_weights
+    check_beside(name, value, like, part, dim, of_head=dim == 0)
+    return own(value)
 
 
 def targets(
@@ -110,7 +156,8 @@ def targets(
     if probs is not None:
         probs = beside("target_probs", probs, "weight", part, -1)
     if hidden is not None:
-        hidden = rows("teacher_hidden", hidden, part)
+        check_rows("teacher_hidden", hidden)
+        hidden = rows(hidden, part)
     if weight is not None and picked:
         if is_sharded(weight):
             checks.sharding.whole("teacher_weight", _vocabulary("teacher_weight", weight, 0, None).group)
@@ -124,19 +171,27 @@ def top(teacher_topk: Any, part: Vocabulary) -> Any:
     """A rank's own rows of a cached teacher, whose classes are counted from the first of all, if it is one."""
     if not isinstance(teacher_topk, tuple):
         return teacher_topk
-    return tuple([rows(f"teacher_topk[{i}]", value, part) for i, value in enumerate(teacher_topk)])
+    for i, value in enumerate(teacher_topk):
+        check_rows(f"teacher_topk[{i}]", value)
+    return tuple([rows(value, part) for value in teacher_topk])
 
 
-def rows(name: str, value: Tensor, part: Vocabulary) -> Tensor:
-    """A rank's own of one of them."""
+def check_rows(name: str, value: Tensor) -> None:
+    """Raise unless a rank's own rows can be taken."""
+    if is_sharded(value):
+        for i, placement in enumerate(value.placements):
+            if placement.is_partial():
+                checks.sharding.placement(name, placement, _dimension(value, i), "Shard or Replicate")
+
+
+def rows(value: Tensor, part: Vocabulary) -> Tensor:
+    """A rank's own rows of what belongs to tokens."""
     if not is_sharded(value):
         return value
-    placements = list(value.placements)
-    for i, members in enumerate(_groups(value)):
-        if placements[i].is_partial():
-            checks.sharding.placement(name, placements[i], _dimension(value, i), "Shard or Replicate")
-        if members == part.members:
-            placements[i] = dist.tensor.Replicate()
+    placements = [
+        dist.tensor.Replicate() if members == part.members else placement
+        for members, placement in zip(_groups(value), value.placements, strict=True)
+    ]
     return value.redistribute(placements=placements).to_local(grad_placements=placements)
 
 
@@ -233,15 +288,17 @@ def _dimension(value: DTensor, i: int) -> str:
     return str(i) if names is None else names[i]
 
 
-def _vocabulary(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
-    """The rank's part of the dimension `dim` of a tensor."""
-    part = _part(name, value, dim, vocab_shard)
+def _vocabulary(
+    name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None, *, of_head: bool = True
+) -> Vocabulary:
+    """The rank's part of the dimension `dim` of a tensor; a head's other dimension may not be sharded."""
+    part = _part(name, value, dim, vocab_shard, of_head=of_head)
     if part.group is not None and traced():
         checks.sharding.transforms()
     return part
 
 
-def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
+def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None, *, of_head: bool) -> Vocabulary:
     if not is_sharded(value):
         if vocab_shard is None:
             return Vocabulary(value.shape[dim], 0, value.shape[dim])
@@ -261,7 +318,7 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) ->
             checks.sharding.strided(name)
         elif placement.dim == dim:
             sharded.append(i)
-        elif dim == 0:
+        elif of_head:
             checks.sharding.placement(
                 name, placement, _dimension(value, i), "Shard(0), over the vocabulary, or Replicate"
             )
@@ -274,21 +331,23 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) ->
     return Vocabulary(size, start, stop, mesh.get_group(i).group_name, _groups(value)[i])
 
 
-def _states(name: str, hidden: Tensor, part: Vocabulary) -> tuple[Tensor, dict[tuple[int, ...], str]]:
-    """A rank's hidden states, and over what groups, by their mesh dimensions' names, tokens are sharded."""
-    group = part.group
+def _states(hidden: Tensor, part: Vocabulary) -> Tensor:
+    """A rank's hidden states."""
     if not is_sharded(hidden):
-        return hidden if group is None else _Replicated.apply(hidden, group), {}
-    over = _tokens(name, hidden, part, None)
+        return hidden if part.group is None else _Replicated.apply(hidden, part.group)
     placements, gradients = list(hidden.placements), list(hidden.placements)
     for i, theirs in enumerate(_groups(hidden)):
         if theirs == part.members:
             placements[i], gradients[i] = dist.tensor.Replicate(), dist.tensor.Partial()
-    return hidden.redistribute(placements=placements).to_local(grad_placements=gradients), over
+    return hidden.redistribute(placements=placements).to_local(grad_placements=gradients)
 
 
-def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> dict[tuple[int, ...], str]:
-    """Groups over which the tokens of [..., H] or [..., V] are sharded, and their mesh dimensions' names."""
+def _tokens(name: str, value: DTensor, part: Vocabulary, classes: int | None) -> dict[tuple[int, ...], str]:
+    """Groups over which the tokens of [..., H], or of logits, are sharded, and their mesh dimensions' names.
+
+    `classes` is the dimension of logits that is V.
+    """
+    whole = value.dim() - 1 if classes is None else classes
     groups = _groups(value)
     dimensions = [_dimension(value, i) for i in range(len(groups))]
     if part.group is not None and part.members not in groups:
@@ -297,25 +356,26 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, last: int | None) -> di
     for i, placement in enumerate(value.placements):
         if value.device_mesh.size(i) == 1 or placement.is_replicate():
             continue
-        if groups[i] == part.members and (last is not None or placement.is_partial()):
+        if groups[i] == part.members and (classes is not None or placement.is_partial()):
             continue
-        if type(placement) is not dist.tensor.Shard or placement.dim == value.dim() - 1:
+        if type(placement) is not dist.tensor.Shard or placement.dim == whole:
             checks.sharding.placement(name, placement, dimensions[i], "Replicate, or Shard over tokens")
         if groups[i] != part.members:
             over[groups[i]] = dimensions[i]
     return over
 
 
-def _own(value: Tensor, over: dict[tuple[int, ...], str]) -> Tensor:
+def _own(value: Tensor, token_groups: tuple[tuple[int, ...], ...]) -> Tensor:
     """A rank's own of a parameter, whose gradient the ranks' tokens are to be summed into."""
     if not is_sharded(value):
         return value
     gradients = [
-        dist.tensor.Partial() if g in over else p for g, p in zip(_groups(value), value.placements, strict=True)
+        dist.tensor.Partial() if group in token_groups else placement
+        for group, placement in zip(_groups(value), value.placements, strict=True)
     ]
     return value.to_local(grad_placements=gradients)
 
 
 def _sized(name: str, value: Tensor, dim: int, part: Vocabulary) -> None:
-    if value.dim():
+    if value.dim() and not is_sharded(value):
         checks.sharding.rows_of_shard(name, value.shape[dim], part.start, part.stop)

@@ -106,6 +106,7 @@ class Vocabulary(NamedTuple):
     group: str | None = None
     members: tuple[int, ...] = ()  # its ranks, by which meshes are told to be the same
     spread: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
+    token_groups: tuple[tuple[int, ...], ...] = ()  # and the ranks along each
 
     @property
     def ranks(self) -> int:

@@ -24,6 +24,7 @@ from compiled_loss.planner.chunking import is_compiled
 Output = tuple[Tensor, ...]
 Body = Callable[..., Output]
 Optional = Sequence[Tensor | None]
+Known = str | bool | tuple[int, ...] | None
 
 _BLOCK = 1 << 20  # logits of a block in eager code: 4 MiB a temporary in fp32
 
@@ -36,13 +37,13 @@ def given(
     like: Callable[[], Sequence[Tensor]],
     *,
     compile: bool | str,
-    group: str | None = None,
+    **known: Known,
 ) -> Output:
     """What `run` writes of logits that exist, in new tensors; `like` makes them."""
     if torch.compiler.is_compiling():
-        return body(logits, *_in_order(rows, rest), **_over(group))
+        return body(logits, *_in_order(rows, rest), **_present(known))
     out = like()
-    run(body, logits, rows, rest, out, compiled=is_compiled(logits.device, compile), group=group)
+    run(body, logits, rows, rest, out, compiled=is_compiled(logits.device, compile), **known)
     return tuple(out)
 
 
@@ -54,29 +55,31 @@ def run(
     out: Optional,
     *,
     compiled: bool,
-    group: str | None = None,
+    **known: Known,
 ) -> None:
     """Write what the body returns of logits z [..., columns] to `out`, in which None is for what nobody wants.
 
     The body is called with z, the first of `rows`, all of `rest` and the other `rows`, which have a row for each of
-    z's. What it returns is new, so that z may be among `out`.
+    z's; and with what is `known` to a kernel, such as a `group` of ranks. What it returns is new, so that z may be
+    among `out`.
     """
-    if group is not None and not (compiled and z.dim() == 2):  # whole, or ranks whose columns lie otherwise would
-        _write(out, body(z, *_in_order(rows, rest), group=group))  # reduce more or less often than others
+    if known.get("group") is not None and not (compiled and z.dim() == 2):
+        # Whole, or ranks whose columns lie otherwise would reduce more or less often than others.
+        _write(out, body(z, *_in_order(rows, rest), **_present(known)))
     elif z.dim() > 2:  # not flattened: any strides, and no copy
         for i in range(z.shape[0]):
-            run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled)
+            run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled, **known)
     elif compiled and z.shape[0]:
-        _compiled(body, z, rows, rest, out, group)
+        _compiled(body, z, rows, rest, out, _present(known))
     else:
         step = max(1, _BLOCK // max(1, z.shape[1]))
         for i in range(0, max(1, z.shape[0]), step):
             block = slice(i, i + step)
-            _write(_of(block, out), body(z[block], *_in_order(_of(block, rows), rest)))
+            _write(_of(block, out), body(z[block], *_in_order(_of(block, rows), rest), **_present(known)))
 
 
-def _over(group: str | None) -> dict[str, str]:
-    return {} if group is None else {"group": group}
+def _present(known: dict[str, Known]) -> dict[str, Known]:
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _in_order(rows: Optional, rest: Optional) -> tuple[Tensor | None, ...]:
@@ -103,27 +106,29 @@ def forget() -> None:
     _KERNELS.clear()
 
 
-def _compiled(body: Body, z: Tensor, rows: Optional, rest: Optional, out: Optional, group: str | None) -> None:
+def _compiled(body: Body, z: Tensor, rows: Optional, rest: Optional, out: Optional, known: dict[str, Known]) -> None:
     """`run`, by the kernel for operands that lie so."""
     overwrite = out[0] is z
     operands = (z, *rows, *rest, *(out[1:] if overwrite else out))
     layout = tuple([None if v is None else (v.dtype, v.shape[1:], v.stride()) for v in operands])
     about = (z.device, torch.get_num_threads())  # the kernel is written for both
-    key = (body, overwrite, len(rows), len(rest), len(out), about, layout, group)
+    key = (body, overwrite, len(rows), len(rest), len(out), about, layout, tuple(known.items()))
     kernel = _KERNELS.get(key)
     if kernel is None:
-        kernel = _KERNELS[key] = _kernel(body, operands, len(rows), len(rest), overwrite=overwrite, group=group)
+        kernel = _KERNELS[key] = _kernel(body, operands, len(rows), len(rest), overwrite=overwrite, known=known)
     kernel(*[v for v in operands if v is not None])
 
 
-def _kernel(body: Body, operands: Optional, rows: int, rest: int, *, overwrite: bool, group: str | None) -> Compiled:
+def _kernel(
+    body: Body, operands: Optional, rows: int, rest: int, *, overwrite: bool, known: dict[str, Known]
+) -> Compiled:
     there = [v is not None for v in operands]
 
     def chunk(*tensors: Tensor) -> Output:
         left = list(tensors)
         z, *others = [left.pop(0) if one else None for one in there]
         of_rows, scalars, out = others[:rows], others[rows : rows + rest], others[rows + rest :]
-        values = body(z, *_in_order(of_rows, scalars), **_over(group))
+        values = body(z, *_in_order(of_rows, scalars), **known)
         return _write([z, *out] if overwrite else out, values)
 
     chunk.__name__ = body.__name__

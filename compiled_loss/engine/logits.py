@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,22 +11,40 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Head, Upstream
-from compiled_loss.engine.math.statistics import RowStatistics, State, finish, initial_state
+from compiled_loss.engine.math.statistics import Classes, RowStatistics, State, finish, initial_state
+from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast
 
 
+class Given(NamedTuple):
+    """Logits that exist, what is done to them, and labels."""
+
+    logits: Tensor  # [..., V], two dimensions or more, any strides
+    class_weights: Tensor | None  # [V]
+    scales: Tensor | None
+    labels: Tensor  # [...]
+
+    @property
+    def head(self) -> Head:
+        """The head but for its weight."""
+        return Head(None, self.class_weights, self.scales)
+
+
+class _Options(NamedTuple):
+    """What is no tensor."""
+
+    classes: Classes
+    with_total: bool
+    with_entropy: bool
+    group: str | None
+    compile: bool | str
+
+
 def statistics(
-    logits: Tensor,  # [..., V], two dimensions or more, any strides
-    labels: Tensor,  # [...]
-    head: Head,
-    group: str | None,
-    *,
-    total: bool,
-    entropy: bool,
-    compile: bool | str,
+    given: Given, classes: Classes, group: str | None, *, total: bool, entropy: bool, compile: bool | str
 ) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
-    return RowStatistics(*_Logits.apply(logits, *head[:4], labels, group, total, entropy, compile))
+    return RowStatistics(*_Logits.apply(*given, *_Options(classes, total, entropy, group, compile)))
 
 
 def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool, entropy: bool) -> RowStatistics:
@@ -37,30 +55,23 @@ def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool,
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        bias: Tensor | None,
-        class_weights: Tensor | None,
-        softcap: Tensor | None,
-        inverse_temperature: Tensor | None,
-        labels: Tensor,
-        group: str | None,
-        total: bool,
-        entropy: bool,
-        compile: bool | str,
-    ) -> tuple[Tensor | None, ...]:
-        head = Head(bias, class_weights, softcap, inverse_temperature)
-        state = initial_state(logits, labels.shape, total=total, entropy=entropy)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        given, options, _ = unpack(args, Given, _Options)
+        logits, labels = given.logits, given.labels
+        state = initial_state(logits, labels.shape, total=options.with_total, entropy=options.with_entropy)
         found = execution.given(
-            bodies.fold, logits, (labels, *state), head, lambda: state.map(torch.empty_like).present(), compile=compile
+            bodies.fold,
+            logits,
+            (labels, *state),
+            given.head,
+            lambda: state.map(torch.empty_like).present(),
+            compile=options.compile,
         )
-        state = state.replaced(found).merged(group)
-        result = finish(state)
-        ctx.save_for_backward(logits, *head[:4], labels, *state)
+        state = state.replaced(found).merged(options.group)
+        ctx.save_for_backward(*given, *state)
         ctx.set_materialize_grads(False)
-        ctx.moved, ctx.compile = not logits.is_contiguous(), compile
-        return tuple(result)
+        ctx.moved, ctx.options = not logits.is_contiguous(), options
+        return tuple(finish(state))
 
     @staticmethod
     def backward(
@@ -72,14 +83,19 @@ class _Logits(torch.autograd.Function):
         _correct: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        logits, *saved = ctx.saved_tensors
+        given, state, _ = unpack(ctx.saved_tensors, Given, State)
+        logits, options = given.logits, ctx.options
         with without_autocast(logits.device):  # whatever backward's caller is in
-            head, labels, state = Head(*saved[:4]), saved[4], State(*saved[5:])
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
             if ctx.moved:  # or Inductor writes a long expression out twice, in its layout and in theirs
                 upstream = upstream.map(lambda v: gemm.opaque_copy(v, []))
-            rows = (labels, state.maximum, *upstream)
             (d,) = execution.given(
-                bodies.gradient, logits, rows, head, lambda: [torch.empty_like(logits)], compile=ctx.compile
+                bodies.gradient,
+                logits,
+                (given.labels, state.maximum, *upstream),
+                given.head,
+                lambda: [torch.empty_like(logits)],
+                compile=options.compile,
+                classes=options.classes,
             )
-            return d, *(None,) * 9
+            return *none(Given)._replace(logits=d), *none(_Options)

@@ -17,15 +17,14 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Formed, Gradients, Needs, hand_out
 from compiled_loss.engine.math import bodies
-from compiled_loss.engine.math.bodies import Head, Problem
+from compiled_loss.engine.math.bodies import Problem
 from compiled_loss.engine.math.statistics import (
-    IGNORED,
+    Classes,
     Coefficients,
+    Divisor,
     RowStatistics,
     finish,
     initial_state,
-    looked_at,
-    masked,
     statistics_dtype,
     unit_scale,
 )
@@ -49,40 +48,35 @@ class _Forming(NamedTuple):
     with_entropy: bool
 
 
-def statistics(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    labels: Tensor,  # [N]
-    head: Head,
-    lengths: Lengths,
-    group: str | None,
-    *,
-    total: bool,
-    entropy: bool,
-) -> RowStatistics:
+class _Options(NamedTuple):
+    """What is no tensor."""
+
+    classes: Classes
+    needs: Needs
+    forming: _Forming
+    lengths: Lengths
+
+
+def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
-    found = _fold(Problem.of(hidden, weight, head.packed(), labels), Asked(total, entropy, group), lengths)
-    return RowStatistics.of(found, total=total, entropy=entropy)
+    return RowStatistics.of(_fold(problem, asked, lengths), total=asked.with_total, entropy=asked.with_entropy)
 
 
 def weighted_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    head: Head,
+    problem: Problem,
+    classes: Classes,
+    coefficients: Coefficients,
+    divisor: Divisor,
+    needs: Needs,
     lengths: Lengths,
     group: str | None,
-    coefficients: Coefficients,
-    active: Tensor,  # [N] bool
-    needs: Needs,
     *,
     with_statistics: bool,
 ) -> tuple[Tensor, RowStatistics | None]:
-    """sum(combine(statistics, coefficients)), differentiable, and if wanted the masked statistics, detached."""
-    labels = torch.where(active, labels, IGNORED)
+    """sum(combine(statistics, coefficients)) / divisor, differentiable; if wanted the masked statistics, detached."""
     forming = _Forming(group, with_statistics=False, with_entropy=with_statistics)
-    problem = Problem.of(hidden, weight, head, labels)
-    loss, *rest = _TokenChunks.apply(*problem, *coefficients, needs, forming, lengths)
+    options = _Options(classes, needs, forming, lengths)
+    loss, *rest = _TokenChunks.apply(*problem, *coefficients, *divisor, *options)
     return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
 
@@ -93,7 +87,7 @@ def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = N
     return [problem.labels.new_empty(problem.labels.shape, dtype=d) for d in dtypes]
 
 
-def fold_operations(problem: Problem, _asked: Asked, _lengths: Lengths) -> int:
+def fold_operations(problem: Problem, *_rest: Any) -> int:
     """Of one GEMM."""
     return product(problem)
 
@@ -125,10 +119,10 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     """The statistics of every row."""
     total, entropy, group = asked
     state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
-    found = state.map(torch.empty_like)
+    found, head = state.map(torch.empty_like), problem.head.packed()
     for chunk, z in chunks(problem.hidden, problem.weight, lengths):
         rows, out = of_chunk(chunk, problem.labels, *state), of_chunk(chunk, *found.present())
-        execution.run(bodies.fold, z, rows, problem.head, out, compiled=lengths.compiled)
+        execution.run(bodies.fold, z, rows, head, out, compiled=lengths.compiled)
     return list(finish(found.merged(group)).present())
 
 
@@ -137,24 +131,30 @@ def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
     return lengths.accumulate_dtype or (torch.float32 if dtype == torch.float16 else dtype)
 
 
-def _rows_like(problem: Problem, coefficients: Coefficients, forming: _Forming) -> list[Tensor]:
-    """Each row's loss, and its statistics."""
-    rows = [problem.labels.new_empty(problem.labels.shape, dtype=statistics_dtype(problem.hidden.dtype))]
-    if forming.with_statistics or forming.with_entropy:
-        rows += statistics_like(problem, Asked(coefficients.total is not None, forming.with_entropy, forming.group))
-    return rows
+def _known_like(problem: Problem, coefficients: Coefficients, forming: _Forming) -> list[Tensor]:
+    """The statistics that are wanted, without data."""
+    if not (forming.with_statistics or forming.with_entropy):
+        return []
+    return statistics_like(problem, Asked(coefficients.total is not None, forming.with_entropy, forming.group))
 
 
 def _formed_like(
-    problem: Problem, coefficients: Coefficients, needs: Needs, forming: _Forming, lengths: Lengths
+    problem: Problem,
+    coefficients: Coefficients,
+    _divisor: Divisor,
+    _classes: Classes,
+    needs: Needs,
+    forming: _Forming,
+    lengths: Lengths,
 ) -> list[Tensor]:
     hidden, weight, bias = problem[:3]
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=kept(weight.dtype, lengths))
-    return gradients.present() + _rows_like(problem, coefficients, forming)
+    one = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
+    return [*gradients.present(), one, torch.empty_like(one), *_known_like(problem, coefficients, forming)]
 
 
 def _form_operations(
-    problem: Problem, _coefficients: Coefficients, needs: Needs, _forming: _Forming, _lengths: Lengths
+    problem: Problem, _coefficients: Any, _divisor: Any, _classes: Any, needs: Needs, *_rest: Any
 ) -> int:
     return (1 + needs.needs_hidden + needs.needs_weight) * product(problem)
 
@@ -163,6 +163,8 @@ def _form_operations(
     "form_token_chunks",
     Problem,
     Coefficients,
+    Divisor,
+    Classes,
     Needs,
     _Forming,
     Lengths,
@@ -170,41 +172,40 @@ def _form_operations(
     operations=_form_operations,
 )
 def _form(
-    problem: Problem, coefficients: Coefficients, needs: Needs, forming: _Forming, lengths: Lengths
+    problem: Problem,
+    coefficients: Coefficients,
+    divisor: Divisor,
+    classes: Classes,
+    needs: Needs,
+    forming: _Forming,
+    lengths: Lengths,
 ) -> list[Tensor]:
-    """The gradients that are wanted, each row's loss, and its statistics."""
+    """The gradients that are wanted, by what to multiply them, the loss, and the statistics that are wanted, masked."""
     hidden, weight, bias = problem[:3]
-    body = bodies.statistics_and_gradient if forming.with_statistics else bodies.fold_and_gradient
-    if forming.with_entropy:
-        body = bodies.all_statistics_and_gradient
-    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
-    gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
-    active = looked_at(problem.labels)
-    losses, *known = found = _rows_like(problem, coefficients, forming)
-    for chunk, z in chunks(hidden, weight, lengths):
-        rows = of_chunk(chunk, problem.labels, *coefficients)
-        out = [z, losses[chunk], None, *of_chunk(chunk, *known)]  # None: bodies.py, NOTE [Few reads]
-        execution.run(body, z, rows, problem.head, out, compiled=lengths.compiled, group=forming.group)
-        gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
-    del z
-    return [*gradients.with_weight_in(kept(weight.dtype, lengths)).present(), *found]
-
-
-def _formed(
-    problem: Problem, coefficients: Coefficients, needs: Needs, forming: _Forming, lengths: Lengths
-) -> tuple[Formed, Tensor, RowStatistics | None]:
-    """The gradients, and each row's loss and statistics, the loss still to be multiplied by the same scale."""
-    scale = unit_scale(problem.hidden.dtype, *coefficients)
+    labels, head = problem.labels, problem.head.packed()
+    scale = unit_scale(hidden.dtype, *coefficients)
     if scale is not None:
         coefficients = coefficients.map(lambda c: c / scale)
-    packed = Problem.of(problem.hidden, problem.weight, problem.head.packed(), problem.labels)
-    found = _form(packed, coefficients, needs, forming, lengths)
-    gradients = Gradients.taken(found, needs, problem.bias)
-    losses, *rest = found
-    known = None
-    if rest:
-        known = RowStatistics.of(rest, total=coefficients.total is not None, entropy=forming.with_entropy)
-    return Formed(gradients, scale), losses, known
+    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
+    gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
+    losses = labels.new_empty(labels.shape, dtype=statistics_dtype(hidden.dtype))
+    known = _known_like(problem, coefficients, forming)
+    static: dict[str, Any] = {"classes": classes, "group": forming.group}
+    if known:
+        static |= {"statistics": True, "entropy": forming.with_entropy}
+    active = classes.active(labels)
+    for chunk, z in chunks(hidden, weight, lengths):
+        rows = of_chunk(chunk, labels, *coefficients)
+        out = [z, losses[chunk], None, *of_chunk(chunk, *known)]  # None: bodies.py, NOTE [Few reads]
+        execution.run(bodies.fold_and_gradient, z, rows, head, out, compiled=lengths.compiled, **static)
+        gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
+    del z
+    loss, factor = losses.sum(), losses.new_ones(())
+    for by in (scale, divisor.reciprocal(labels, classes, losses.dtype)):
+        factor = factor if by is None else factor * by
+    gradients = gradients.with_weight_in(kept(weight.dtype, lengths))
+    statistics_ = [v & active if v.dtype == torch.bool else v.masked_fill_(~active, 0) for v in known]
+    return [*gradients.present(), factor, loss * factor, *statistics_]
 
 
 class _Saved(NamedTuple):
@@ -213,7 +214,7 @@ class _Saved(NamedTuple):
     d_hidden: Tensor | None
     d_weight: Tensor | None
     d_bias: Tensor | None
-    scale: Tensor | None
+    factor: Tensor
     nll: Tensor | None
     lse: Tensor | None
     total: Tensor | None
@@ -222,36 +223,43 @@ class _Saved(NamedTuple):
 class _TokenChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        problem, coefficients, (needs, forming, lengths) = unpack(args, Problem, Coefficients)
+        problem, coefficients, divisor, options, _ = unpack(args, Problem, Coefficients, Divisor, _Options)
         _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
-        forming = forming._replace(with_statistics=any(wanted))
-        formed, losses, found = _formed(problem, coefficients, needs, forming, lengths)
-        active = looked_at(problem.labels)
-        loss = torch.where(active, losses, 0.0).sum()
-        if formed.scale is not None:
-            loss = loss * formed.scale
-        known = none(RowStatistics) if found is None else masked(found, active)
+        forming = options.forming._replace(with_statistics=any(wanted))
+        options = options._replace(forming=forming)
+        found = _form(problem, coefficients, divisor, *options)
+        gradients = Gradients.taken(found, options.needs, problem.bias)
+        factor, loss, *rest = found
+        known = none(RowStatistics)
+        if rest:
+            known = RowStatistics.of(rest, total=coefficients.total is not None, entropy=forming.with_entropy)
         rows = (known.nll, known.lse, known.total) if any(wanted) else (None, None, None)
-        inputs = (none(Problem), none(Coefficients)) if torch.compiler.is_compiling() else (problem, coefficients)
-        ctx.save_for_backward(*_Saved(*formed.gradients, formed.scale, *rows), *inputs[0], *inputs[1])
+        again = (*problem, *coefficients, divisor.divisor)
+        if torch.compiler.is_compiling():
+            again = (None,) * len(again)
+        ctx.save_for_backward(*_Saved(*gradients, factor, *rows), *again)
         ctx.dtypes = [None if v is None else v.dtype for v in (problem.hidden, problem.weight, problem.bias)]
-        ctx.options, ctx.spent = (needs, forming, lengths), False
+        ctx.divisor, ctx.options, ctx.spent = divisor._replace(divisor=None), options, False
         ctx.set_materialize_grads(False)
         return loss, *(known if forming.with_entropy else none(RowStatistics))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        d_problem, d_coefficients = none(Problem), none(Coefficients)
+        d_problem, d_coefficients, rest = none(Problem), none(Coefficients), (*none(Divisor), *none(_Options))
         if g is None:
-            return *d_problem, *d_coefficients, None, None, None
-        saved, problem, coefficients, _ = unpack(ctx.saved_tensors, _Saved, Problem, Coefficients)
-        formed = Formed(Gradients(*saved[:3]), saved.scale)
-        found = hand_out(ctx, formed, g, ctx.dtypes, lambda: _formed(problem, coefficients, *ctx.options)[0])
+            return *d_problem, *d_coefficients, *rest
+        saved, problem, coefficients, (count,) = unpack(ctx.saved_tensors, _Saved, Problem, Coefficients)
+
+        def form() -> Formed:
+            again = _form(problem, coefficients, ctx.divisor._replace(divisor=count), *ctx.options)
+            return Formed(Gradients.taken(again, ctx.options.needs, problem.bias), again[0])
+
+        found = hand_out(ctx, Formed(Gradients(*saved[:3]), saved.factor), g, ctx.dtypes, form)
         d_problem = d_problem._replace(hidden=found.d_hidden, weight=found.d_weight, bias=found.d_bias)
         _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
         if any(wanted):
             values = (saved.nll, saved.lse, saved.total, saved.lse.square())
             rows = [g * v if wants else None for v, wants in zip(values, wanted, strict=True)]
-            d_coefficients = Coefficients(*rows)  # type: ignore[arg-type]
-        return *d_problem, *d_coefficients, None, None, None
+            d_coefficients = Coefficients(*rows)
+        return *d_problem, *d_coefficients, *rest

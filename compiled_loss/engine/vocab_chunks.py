@@ -18,11 +18,15 @@ from compiled_loss.engine.gradients import Gradients, Needs
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Head, Problem, Upstream
 from compiled_loss.engine.math.statistics import (
+    Classes,
+    Coefficients,
+    Divisor,
     RowStatistics,
     State,
+    combine,
     finish,
     initial_state,
-    looked_at,
+    masked,
     statistics_dtype,
     unit_scale,
 )
@@ -32,27 +36,57 @@ from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import Lengths
 
 
-class _Known(NamedTuple):
-    """What backward knows of every row, and by what to scale the gradients of the parameters."""
+class _Sought(NamedTuple):
+    """Gradients of the rows' statistics, [N] each; of a loss its `Coefficients`, times `g` and `factor`, [] each."""
 
-    maximum: Tensor
-    scale: Tensor | None
+    d_nll: Tensor | None
+    d_lse: Tensor | None
+    d_total: Tensor | None
+    d_square: Tensor | None
+    d_entropy: Tensor | None
+    g: Tensor | None
+    factor: Tensor | None
+
+    def upstream(self, state: State, labels: Tensor, classes: Classes) -> Upstream:
+        """Of the logits."""
+        nll, lse, total, square, entropy, g, factor = self
+        if square is not None:  # of lse squared
+            square = 2 * square * (state.maximum + state.sum_exp.log())
+            lse = square if lse is None else lse + square
+        if g is not None and factor is not None:
+            nll = Coefficients(nll, None, None, None).label_weight(labels, classes, factor.dtype)
+            by = g * factor
+            nll, lse, total = (None if v is None else v * by for v in (nll, lse, total))
+        return Upstream.of(state, nll, lse, total, entropy)
 
 
-def statistics(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    labels: Tensor,  # [N]
-    head: Head,
+class _Options(NamedTuple):
+    """What is no tensor."""
+
+    classes: Classes
+    asked: Asked
+    lengths: Lengths
+
+
+def statistics(problem: Problem, classes: Classes, asked: Asked, lengths: Lengths) -> RowStatistics:
+    """The statistics of NOTE [Relative statistics], all but `correct` differentiable. Over a group: NOTE [Ranks]."""
+    return RowStatistics(*_Statistics.apply(*problem, *_Options(classes, asked, lengths)))
+
+
+def weighted_sum(
+    problem: Problem,
+    classes: Classes,
+    coefficients: Coefficients,
+    divisor: Divisor,
     lengths: Lengths,
     group: str | None,
     *,
-    total: bool,
-    entropy: bool,
-) -> RowStatistics:
-    """The statistics of NOTE [Relative statistics], all but `correct` differentiable. Over a group: NOTE [Ranks]."""
-    problem = Problem.of(hidden, weight, head, labels)
-    return RowStatistics(*_VocabChunks.apply(*problem, Asked(total, entropy, group), lengths))
+    with_statistics: bool,
+) -> tuple[Tensor, RowStatistics | None]:
+    """sum(combine(statistics, coefficients)) / divisor, differentiable; if wanted the masked statistics, detached."""
+    options = _Options(classes, Asked(coefficients.total is not None, with_statistics, group), lengths)
+    loss, *rest = _WeightedSum.apply(*problem, *coefficients, *divisor, *options)
+    return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
 
 def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, Head, Tensor]]:
@@ -73,27 +107,81 @@ def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, H
         yield start, weight[part], head._replace(bias=bias, class_weights=class_weights, start=starts[i : i + 1]), z
 
 
-def _folded_like(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
+def _state_like(problem: Problem, asked: Asked) -> list[Tensor]:
     rows = problem.labels.new_empty(problem.labels.shape, dtype=statistics_dtype(problem.hidden.dtype))
-    state = [torch.empty_like(rows) for _ in range(3 + asked.with_total + asked.with_entropy)]
-    return state + statistics_like(problem, asked, lengths)
+    return [torch.empty_like(rows) for _ in range(3 + asked.with_total + asked.with_entropy)]
 
 
-@operator("fold_vocab_chunks", Problem, Asked, Lengths, like=_folded_like, operations=fold_operations)
-def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
-    """The state of every row, and its statistics."""
+def _taken(found: list[Tensor], asked: Asked) -> State:
+    """The state, from the front of a list of what there is."""
+    parts = [found.pop(0) for _ in range(3 + asked.with_total + asked.with_entropy)]
+    return State.of(parts, total=asked.with_total, entropy=asked.with_entropy)
+
+
+def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> State:
+    """The state of every row."""
     total, entropy, group = asked
     state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
     for _, _, head, z in _chunks(problem, lengths):
         found = state.map(torch.empty_like)
         execution.run(bodies.fold, z, (problem.labels, *state), head, found.present(), compiled=lengths.compiled)
         state = found
-    state = state.merged(group)
+    return state.merged(group)
+
+
+def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[Tensor]:
+    return _state_like(problem, asked) + statistics_like(problem, asked)
+
+
+@operator("fold_vocab_chunks", Problem, Asked, Lengths, like=_statistics_like, operations=fold_operations)
+def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
+    """The state of every row, and its statistics."""
+    state = _folded(problem, asked, lengths)
     return [*state.present(), *(v.clone() if v is state.total else v for v in finish(state).present())]
 
 
+def _sum_like(
+    problem: Problem,
+    _coefficients: Coefficients,
+    _divisor: Divisor,
+    _classes: Classes,
+    asked: Asked,
+    _lengths: Lengths,
+) -> list[Tensor]:
+    one = problem.hidden.new_empty((), dtype=statistics_dtype(problem.hidden.dtype))
+    return [*_state_like(problem, asked), one, torch.empty_like(one), *statistics_like(problem, asked)]
+
+
+@operator(
+    "sum_vocab_chunks",
+    Problem,
+    Coefficients,
+    Divisor,
+    Classes,
+    Asked,
+    Lengths,
+    like=_sum_like,
+    operations=fold_operations,
+)
+def _sum(
+    problem: Problem,
+    coefficients: Coefficients,
+    divisor: Divisor,
+    classes: Classes,
+    asked: Asked,
+    lengths: Lengths,
+) -> list[Tensor]:
+    """The state of every row, by what to multiply its gradients, the loss, and the rows' statistics, masked."""
+    labels, state = problem.labels, _folded(problem, asked, lengths)
+    known = finish(state)
+    loss = combine(known, coefficients, labels, classes).sum()
+    factor = divisor.reciprocal(labels, classes, loss.dtype)
+    factor = loss.new_ones(()) if factor is None else loss.new_ones(()) * factor
+    return [*state.present(), factor, loss * factor, *masked(known, classes.active(labels)).present()]
+
+
 def _gradients_like(
-    problem: Problem, _known: _Known, _upstream: Upstream, needs: Needs, _lengths: Lengths
+    problem: Problem, _state: State, _sought: _Sought, _classes: Classes, needs: Needs, _lengths: Lengths
 ) -> list[Tensor]:
     gradients = Gradients.empty(*problem[:3], needs)
     if gradients.d_bias is not None and problem.bias is not None:
@@ -101,51 +189,66 @@ def _gradients_like(
     return gradients.present()
 
 
-def _operations(problem: Problem, _known: _Known, _upstream: Upstream, needs: Needs, _lengths: Lengths) -> int:
+def _operations(problem: Problem, _state: Any, _sought: Any, _classes: Any, needs: Needs, _lengths: Any) -> int:
     return (1 + needs.needs_hidden + needs.needs_weight) * product(problem)
 
 
 @operator(
     "vocab_chunks_gradients",
     Problem,
-    _Known,
-    Upstream,
+    State,
+    _Sought,
+    Classes,
     Needs,
     Lengths,
     like=_gradients_like,
     operations=_operations,
 )
-def _gradients(problem: Problem, known: _Known, upstream: Upstream, needs: Needs, lengths: Lengths) -> list[Tensor]:
+def _gradients(
+    problem: Problem, state: State, sought: _Sought, classes: Classes, needs: Needs, lengths: Lengths
+) -> list[Tensor]:
     """Those that are wanted."""
     hidden, weight, bias = problem[:3]
-    accumulate_dtype, scale = lengths.plan("vocab", hidden).accumulate_dtype, known.scale
+    upstream = sought.upstream(state, problem.labels, classes)
+    scale = unit_scale(hidden.dtype, *upstream)
+    if scale is not None:
+        upstream = upstream.map(lambda g: g / scale)
+    accumulate_dtype = lengths.plan("vocab", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, hidden_dtype=accumulate_dtype)
-    active = looked_at(problem.labels)
-    rows = (problem.labels, known.maximum, *upstream)
+    active = classes.active(problem.labels)
+    rows = (problem.labels, state.maximum, *upstream)
     for start, columns, head, z in _chunks(problem, lengths):
-        execution.run(bodies.gradient, z, rows, head, [z], compiled=lengths.compiled)
+        execution.run(bodies.gradient, z, rows, head, [z], compiled=lengths.compiled, classes=classes)
         gemm.accumulate_gradients(*gradients, z, hidden, columns, active, 0, start, scale)
     del z
     d_hidden, _, d_bias = gradients
     if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
-        d_hidden = gemm.scaled_(d_hidden, known.maximum.new_ones(()) if scale is None else scale, hidden.dtype)
+        d_hidden = gemm.scaled_(d_hidden, state.maximum.new_ones(()) if scale is None else scale, hidden.dtype)
     if bias is not None and d_bias is not None:
         d_bias = (d_bias if scale is None else d_bias * scale).to(bias.dtype)
     return gradients._replace(d_hidden=d_hidden, d_bias=d_bias).present()
 
 
-class _VocabChunks(torch.autograd.Function):
+def _d_problem(ctx: Any, problem: Problem, state: State, sought: _Sought, options: _Options) -> Problem:
+    """The gradients of what backward may be asked for."""
+    wanted, _ = unpack(ctx.needs_input_grad, Problem)
+    needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
+    with without_autocast(problem.hidden.device):  # whatever backward's caller is in
+        found = _gradients(problem, state, sought, options.classes, needs, options.lengths)
+    hidden, weight, bias = Gradients.taken(found, needs, problem.bias)
+    return none(Problem)._replace(hidden=hidden, weight=weight, bias=bias)  # type: ignore[no-any-return]
+
+
+class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        problem, (asked, lengths) = unpack(args, Problem)
-        found = _fold(problem, asked, lengths)
-        parts = 3 + asked.with_total + asked.with_entropy
-        state = State.of(found[:parts], total=asked.with_total, entropy=asked.with_entropy)
-        result = RowStatistics.of(found[parts:], total=asked.with_total, entropy=asked.with_entropy)
+        problem, options, _ = unpack(args, Problem, _Options)
+        found, asked = _fold(problem, options.asked, options.lengths), options.asked
+        state = _taken(found, asked)
         ctx.save_for_backward(*problem, *state)
         ctx.set_materialize_grads(False)
-        ctx.lengths = lengths
-        return tuple(result)
+        ctx.options = options
+        return tuple(RowStatistics.of(found, total=asked.with_total, entropy=asked.with_entropy))
 
     @staticmethod
     def backward(
@@ -158,13 +261,39 @@ class _VocabChunks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         problem, state, _ = unpack(ctx.saved_tensors, Problem, State)
-        wanted, _ = unpack(ctx.needs_input_grad, Problem)
-        needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
-        with without_autocast(problem.hidden.device):  # whatever backward's caller is in
-            upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
-            scale = unit_scale(problem.hidden.dtype, *upstream)
-            if scale is not None:
-                upstream = upstream.map(lambda g: g / scale)
-            found = _gradients(problem, _Known(state.maximum, scale), upstream, needs, ctx.lengths)
-        hidden, weight, bias = Gradients.taken(found, needs, problem.bias)
-        return *none(Problem)._replace(hidden=hidden, weight=weight, bias=bias), None, None
+        sought = _Sought(g_nll, g_lse, g_total, None, g_entropy, None, None)
+        return *_d_problem(ctx, problem, state, sought, ctx.options), *none(_Options)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        problem, coefficients, divisor, options, _ = unpack(args, Problem, Coefficients, Divisor, _Options)
+        found, asked = _sum(problem, coefficients, divisor, *options), options.asked
+        state = _taken(found, asked)
+        factor, loss, *rest = found
+        known = RowStatistics.of(rest, total=asked.with_total, entropy=asked.with_entropy)
+        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
+        rows = (known.nll, known.lse, known.total) if any(wanted) else (None, None, None)
+        ctx.save_for_backward(*problem, *state, *coefficients, factor, *rows)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return loss, *(known if asked.with_entropy else none(RowStatistics))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
+        checks.first_derivative()
+        d_problem, d_coefficients, rest = none(Problem), none(Coefficients), (*none(Divisor), *none(_Options))
+        if g is None:
+            return *d_problem, *d_coefficients, *rest
+        found = unpack(ctx.saved_tensors, Problem, State, Coefficients)
+        problem, state, coefficients, (factor, nll, lse, total) = found
+        nll_, lse_, total_, square = coefficients
+        sought = _Sought(nll_, lse_, total_, square, None, g, factor)
+        d_problem = _d_problem(ctx, problem, state, sought, ctx.options)
+        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
+        if any(wanted):
+            values = (nll, lse, total, lse.square())
+            rows = [g * v if wants else None for v, wants in zip(values, wanted, strict=True)]
+            d_coefficients = Coefficients(*rows)
+        return *d_problem, *d_coefficients, *rest

@@ -10,13 +10,11 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss import reduction as reductions
-from compiled_loss.dispatch.linear import linear_head
-from compiled_loss.dispatch.logits import given_logits
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.linear import linear_call
+from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.dispatch.probabilities import probability_cross_entropy
-from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import combine
 from compiled_loss.functional.statistics import TokenStatistics, of_tokens
 from compiled_loss.planner.chunking import Chunking
 
@@ -39,6 +37,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     reduction: str = "mean",
@@ -49,8 +48,8 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
 
-    With z = softcap tanh(logits / softcap) / temperature, lse = logsumexp(z), e = label_smoothing, c = class_weights,
-    and w the token's weight, valid * mask * token_weights, each token's loss is
+    With z = softcap tanh(logit_scale logits / softcap) / temperature, lse = logsumexp(z), e = label_smoothing,
+    c = class_weights, and w the token's weight, valid * mask * token_weights, each token's loss is
 
         w (c_y (1 - e) (lse - z_y) + e / V sum_v c_v (lse - z_v)  +  z_loss lse^2)
 
@@ -68,7 +67,8 @@ def cross_entropy(
         ignore_index: label of tokens to ignore. Beside probabilities it means nothing, and has to be negative.
         label_smoothing: from 0 to 1.
         z_loss: weight of lse squared (PaLM, section 5), >= 0.
-        softcap: bound of the logits (Gemma 2, section 2), > 0; None for none.
+        softcap: bound of the scaled logits (Gemma 2, section 2), > 0; None for none.
+        logit_scale: multiplies the logits before the softcap (Cohere's; the reciprocal of Granite's), > 0.
         temperature: divides the logits, > 0.
         shift: logits[..., t] predict labels[..., t + shift]; the mask and weights are the label's; the last `shift`
             positions are ignored. 1 for a causal model's unshifted labels.
@@ -116,52 +116,25 @@ def cross_entropy(
     """
     checks.tensor("logits", logits)
     checks.tensor("labels", labels)
-    checks.chunking.compiles(compile)
-    if labels.is_floating_point() and labels.dim() == logits.dim():
-        return probability_cross_entropy(
-            logits,
-            labels,
-            mask=mask,
-            token_weights=token_weights,
-            class_weights=class_weights,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            temperature=temperature,
-            shift=shift,
-            reduction_=reduction,
-            num_label_tokens=num_label_tokens,
-            class_dim=class_dim,
-            vocab_shard=vocab_shard,
-            compile=compile,
-        )
-    given = given_logits(
-        logits,
-        labels,
+    keywords = Keywords(
         mask=mask,
         token_weights=token_weights,
         class_weights=class_weights,
         ignore_index=ignore_index,
-        softcap=softcap,
-        temperature=temperature,
-        shift=shift,
-        class_dim=class_dim,
-        vocab_shard=vocab_shard,
-    )
-    checks.sharding.spread(reduction, given.vocabulary.spread)
-    coefficients = reductions.coefficients(
-        given.tokens,
-        vocab=given.vocabulary.size,
-        class_weights=given.class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        shift=shift,
         reduction=reduction,
-        num_label_tokens=dtensor.whole(num_label_tokens),
+        num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
+        compile=compile,
     )
-    rows = given.statistics(total=coefficients.total is not None, entropy=False, compile=compile)
-    loss = reductions.reduced(combine(rows, coefficients), reduction)
-    return given.agreed(loss, loss)
+    if labels.is_floating_point() and labels.dim() == logits.dim():
+        return probability_cross_entropy(logits, labels, keywords, class_dim)
+    return logits_call(logits, labels, keywords, class_dim).loss()
 
 
 def linear_cross_entropy(
@@ -177,6 +150,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     reduction: str = "mean",
@@ -193,8 +167,8 @@ def linear_cross_entropy(
         weight: the head's weight [V, H], in the dtype of `hidden`; under autocast both are cast, once.
         labels: [...], int64, from 0 to V - 1 or `ignore_index`.
         bias: [V], any floating dtype.
-        mask, token_weights, class_weights, ignore_index, label_smoothing, z_loss, softcap, temperature, shift,
-            reduction, num_label_tokens: see :func:`cross_entropy`.
+        mask, token_weights, class_weights, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+            temperature, shift, reduction, num_label_tokens: see :func:`cross_entropy`.
         vocab_shard: which classes plain `weight` and `bias` have, where each rank has some: :class:`VocabShard`.
             DTensors say so themselves; one that fully_shard made has to be gathered first, by unshard() of its module,
             for its ranks have other tokens. Hidden states and all else are alike on the group's ranks, and their
@@ -235,32 +209,24 @@ def linear_cross_entropy(
                 [ 0.1060,  0.2881]]))
 
     """
-    class_weights, num_label_tokens = dtensor.whole(class_weights), dtensor.whole(num_label_tokens)
-    linear = linear_head(
-        hidden,
-        weight,
-        labels,
+    keywords = Keywords(
         bias=bias,
         mask=mask,
         token_weights=token_weights,
         class_weights=class_weights,
         ignore_index=ignore_index,
-        softcap=softcap,
-        temperature=temperature,
-        shift=shift,
-        vocab_shard=vocab_shard,
-    )
-    checks.sharding.spread(reduction, linear.vocabulary.spread)
-    coefficients = reductions.coefficients(
-        linear.tokens,
-        vocab=linear.vocab,
-        class_weights=class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        shift=shift,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
     )
-    return linear.loss(coefficients, reduction, chunking)
+    return linear_call(hidden, weight, labels, keywords).loss()
 
 
 def linear_cross_entropy_with_statistics(
@@ -276,6 +242,7 @@ def linear_cross_entropy_with_statistics(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     reduction: str = "mean",
@@ -301,31 +268,23 @@ def linear_cross_entropy_with_statistics(
         (tensor(0.8955), tensor([ True, False]))
 
     """
-    class_weights, num_label_tokens = dtensor.whole(class_weights), dtensor.whole(num_label_tokens)
-    linear = linear_head(
-        hidden,
-        weight,
-        labels,
+    keywords = Keywords(
         bias=bias,
         mask=mask,
         token_weights=token_weights,
         class_weights=class_weights,
         ignore_index=ignore_index,
-        softcap=softcap,
-        temperature=temperature,
-        shift=shift,
-        vocab_shard=vocab_shard,
-    )
-    checks.sharding.spread(reduction, linear.vocabulary.spread)
-    coefficients = reductions.coefficients(
-        linear.tokens,
-        vocab=linear.vocab,
-        class_weights=class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        shift=shift,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
     )
-    loss, rows = linear.loss_and_statistics(coefficients, reduction, chunking)
-    statistics = of_tokens(rows, linear.tokens)
-    return LossAndStatistics(loss, TokenStatistics(*(value.detach() for value in statistics)))
+    linear = linear_call(hidden, weight, labels, keywords)
+    loss, rows = linear.loss_and_statistics()
+    return LossAndStatistics(loss, TokenStatistics(*[value.detach() for value in of_tokens(rows, linear.tokens)]))

@@ -36,11 +36,12 @@ from compiled_loss import reduction as reductions
 from compiled_loss.checks import numbers
 from compiled_loss.dispatch import divergence as pair
 from compiled_loss.dispatch.layout import classes_last
-from compiled_loss.dispatch.linear import cast
+from compiled_loss.dispatch.linear import computed_dtype
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.math.divergences import Target
+from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -58,10 +59,13 @@ def _weighted(
 ) -> Weighted:
     """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
     checks.reduction(reduction)
-    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), reduction, labels.device)
+    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), reduction)
+    checks.count_device(num_label_tokens, labels.device)
     ranged = None if numbers.known(hard_label_weight, 0) else vocab
     tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
-    weight = reductions.divided(tokens.weight, tokens.weight, reduction, num_label_tokens) * tokens.poison
+    each = tokens.weights(statistics_dtype(like.dtype))
+    poison = tokens.classes.poison(tokens.labels, each.dtype)
+    weight = reductions.divided(each, each, reduction, num_label_tokens) * poison
     if outside is not None:
         weight = torch.where(tokens.active & outside, float("nan"), weight)
     soft = weight * ((1 - hard_label_weight) * temperature**2)
@@ -177,8 +181,10 @@ def distillation(
     student_logits = classes_last("student_logits", student_logits, class_dim)
     student_logits, vocabulary = dtensor.logits("student_logits", student_logits, vocab_shard)
     checks.logits(student_logits, vocabulary.size, "student_logits")
-    labels, *_ = dtensor.tokens(labels, None, None, vocabulary)
-    checks.class_labels(labels, "student_logits", student_logits, given, class_dim)
+    checks.tensor("labels", labels)
+    dtensor.check_rows("labels", labels)
+    labels = dtensor.rows(labels, vocabulary)
+    checks.class_labels(labels.shape, labels, "student_logits", student_logits.shape[:-1], given, class_dim)
     vocabulary.compare(labels)
     alike, outside = labels, None
     checks.sharding.spread(reduction, vocabulary.spread)
@@ -280,23 +286,29 @@ def linear_distillation(
     )
     names, shared = ("student_hidden", "student_weight"), teacher_weight is student_weight
     student_hidden, weight, _, vocabulary = dtensor.head(student_hidden, student_weight, None, vocab_shard, names)
-    checks.head(student_hidden, weight, None, vocabulary.size, names)
-    labels, *_ = dtensor.tokens(labels, None, None, vocabulary)
-    checks.tokens(labels, None, None, "student_hidden", student_hidden, weight)
+    checks.head(student_hidden, weight, vocabulary.size, names)
+    checks.tensor("labels", labels)
+    dtensor.check_rows("labels", labels)
+    labels = dtensor.rows(labels, vocabulary)
+    checks.tokens(labels.shape, labels, "student_hidden", student_hidden.shape, student_hidden.device, weight)
     vocabulary.compare(labels)
     alike, outside = labels, None
     checks.sharding.spread(reduction, vocabulary.spread)
-    hidden, weight = cast(student_hidden, weight, names)
+    dtype = computed_dtype(student_hidden, weight, names)
+    hidden, weight = student_hidden.to(dtype), weight.to(dtype)
     vocab = vocabulary.size
     if teacher_topk is None:
         teacher_hidden = checks.targets.teacher_given("teacher_hidden", teacher_hidden)
         teacher_weight = checks.targets.teacher_given("teacher_weight", teacher_weight)
-        teacher_hidden = dtensor.rows("teacher_hidden", teacher_hidden, vocabulary)
+        checks.tensor("teacher_hidden", teacher_hidden)
+        dtensor.check_rows("teacher_hidden", teacher_hidden)
+        teacher_hidden = dtensor.rows(teacher_hidden, vocabulary)
         teacher_weight = dtensor.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
         checks.targets.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
         names = ("teacher_hidden", "teacher_weight")
         own = weight if shared else teacher_weight  # under autocast one is cast, once
-        states, own = cast(teacher_hidden.detach(), own.detach(), names)
+        dtype = computed_dtype(teacher_hidden, own, names)
+        states, own = teacher_hidden.detach().to(dtype), own.detach().to(dtype)
         target = Target(states, weight=own)
     else:
         teacher_topk = dtensor.top(teacher_topk, vocabulary)

@@ -194,8 +194,8 @@ def multi_token_losses(
     scaling_factor = checks.multi_token.scaling(scaling_factor)
     checks.instance("chunking", chunking, Chunking)
     part = dtensor.vocabulary(weight, vocab_shard)
-    labels = dtensor.rows("labels", labels, part)
-    mask = None if mask is None else dtensor.rows("mask", mask, part)
+    labels = dtensor.rows(labels, part)
+    mask = None if mask is None else dtensor.rows(mask, part)
     hidden = [dtensor.replicated(states, part) for states in hidden]
     rows = checks.multi_token.depths(
         [dtensor.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor, mask
@@ -219,7 +219,7 @@ def multi_token_losses(
         weights = torch.where(valid, torch.stack(moved), 0).to(counts.dtype)
         counts = weights.flatten(1).sum(-1)
     if num_label_tokens is not None:
-        num_label_tokens = checks.count(num_label_tokens, "sum", labels.device)
+        num_label_tokens = checks.count(num_label_tokens, "sum")
         counts = torch.ones_like(counts) * num_label_tokens
     share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts))
     scale = (share * (scaling_factor / len(hidden))).reshape(-1, *(1,) * len(rows))

@@ -13,7 +13,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss import reduction as reductions
 from compiled_loss.dispatch import divergence as pair
-from compiled_loss.dispatch.linear import cast
+from compiled_loss.dispatch.linear import computed_dtype
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.divergence_chunks import Weighted
@@ -71,7 +71,9 @@ def masked_soft_cross_entropy(
     checks.logits(logits, vocabulary.size)
     target_probs = dtensor.beside("target_probs", target_probs, "logits", vocabulary, -1)
     checks.targets.same_logits("target_probs", target_probs, "logits", logits)
-    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
+    checks.tensor("position_mask", position_mask)
+    dtensor.check_rows("position_mask", position_mask)
+    position_mask = dtensor.rows(position_mask, vocabulary)
     checks.targets.position_mask(position_mask, "logits", logits)
     vocabulary.compare(position_mask)
     checks.sharding.spread("mean", vocabulary.spread)
@@ -149,9 +151,11 @@ def linear_soft_cross_entropy(
     """
     shared = teacher_weight is weight and draft_to_target is None
     hidden, weight, _, vocabulary = dtensor.head(hidden, weight, None, vocab_shard)
-    checks.head(hidden, weight, None, vocabulary.size)
+    checks.head(hidden, weight, vocabulary.size)
     _, temperature = checks.transform(None, temperature)
-    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
+    checks.tensor("position_mask", position_mask)
+    dtensor.check_rows("position_mask", position_mask)
+    position_mask = dtensor.rows(position_mask, vocabulary)
     checks.targets.position_mask(position_mask, "hidden", hidden)
     vocabulary.compare(position_mask)
     target_probs, teacher_hidden, teacher_weight = dtensor.targets(
@@ -162,9 +166,11 @@ def linear_soft_cross_entropy(
         target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
     )
     checks.sharding.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
-    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), "sum", hidden.device)
+    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), "sum")
+    checks.count_device(num_label_tokens, hidden.device)
     weights, active = _positions(position_mask, hidden)
-    hidden, weight = cast(hidden, weight)
+    dtype = computed_dtype(hidden, weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     scalars = pair.scalars(hidden, temperature)
     if target_probs is not None:
         kind, target = "probabilities", Target(target_probs)
@@ -173,7 +179,8 @@ def linear_soft_cross_entropy(
         own = (weight if shared else teacher_weight).detach()  # under autocast one is cast, once
         if draft_to_target is not None:
             own = own[vocabulary.own(draft_to_target)]
-        states, own = cast(teacher_hidden.detach(), own, ("teacher_hidden", "teacher_weight"))
+        dtype = computed_dtype(teacher_hidden, own, ("teacher_hidden", "teacher_weight"))
+        states, own = teacher_hidden.detach().to(dtype), own.to(dtype)
         kind, target = "cross_entropy", Target(states, weight=own)
     reduction = "mean" if num_label_tokens is None else "sum"
     soft = reductions.divided(weights, weights, reduction, num_label_tokens)

@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss import checks, reduction
-from compiled_loss.dispatch.linear import linear_head
-from compiled_loss.dispatch.logits import given_logits
+from compiled_loss import reduction
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.linear import linear_call
+from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.math.statistics import RowStatistics
 from compiled_loss.planner.chunking import Chunking
@@ -35,7 +36,7 @@ class TokenStatistics(NamedTuple):
 def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
     """Rows' statistics as a user sees them: NaN and False where the label is no class."""
     assert rows.entropy is not None
-    poison = tokens.poison
+    poison = tokens.classes.poison(tokens.labels, rows.nll.dtype)
     logprob = -rows.nll * poison
     return TokenStatistics(logprob, rows.lse * poison, rows.entropy * poison, rows.correct & ~logprob.isnan())
 
@@ -47,20 +48,22 @@ def token_statistics(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> TokenStatistics:
-    r"""Statistics of each token under softmax(z), z = softcap tanh(logits / softcap) / temperature.
+    r"""Statistics of each token under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
         labels: the tokens asked about [...], int64, from 0 to V - 1 or `ignore_index`.
         mask: tokens to ask about; broadcasts to `labels`; bool, int or float, 0 ignores.
         ignore_index: label of tokens to ignore.
-        softcap: bound of the logits, > 0; None for none.
+        softcap: bound of the scaled logits, > 0; None for none.
+        logit_scale: multiplies the logits before the softcap, > 0.
         temperature: divides the logits, > 0.
         shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
@@ -93,20 +96,18 @@ def token_statistics(
         tensor([ True, False])
 
     """
-    checks.chunking.compiles(compile)
-    given = given_logits(
-        logits,
-        labels,
+    keywords = Keywords(
         mask=mask,
         ignore_index=ignore_index,
         softcap=softcap,
+        logit_scale=logit_scale,
         temperature=temperature,
         shift=shift,
-        class_dim=class_dim,
         vocab_shard=vocab_shard,
+        compile=compile,
     )
-    rows = given.statistics(total=False, entropy=True, compile=compile)
-    return of_tokens(given.agreed_statistics(rows), given.tokens)
+    call = logits_call(logits, labels, keywords, class_dim)
+    return of_tokens(call.statistics(), call.tokens)
 
 
 def linear_token_statistics(
@@ -118,12 +119,15 @@ def linear_token_statistics(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
-    r"""Statistics of each token under softmax(z), z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature.
+    r"""Statistics of each token under softmax(z), without holding the logits.
+
+    z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature.
 
     Args:
         hidden: hidden states [..., H]; fp32, bf16, fp16 or fp64.
@@ -132,7 +136,8 @@ def linear_token_statistics(
         bias: added to the logits [V], any floating dtype.
         mask: tokens to ask about; broadcasts to `labels`; bool, int or float, 0 ignores.
         ignore_index: label of tokens to ignore.
-        softcap: bound of the logits, > 0; None for none.
+        softcap: bound of the scaled logits, > 0; None for none.
+        logit_scale: multiplies the logits before the softcap, > 0.
         temperature: divides the logits, > 0.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
         vocab_shard: see :func:`linear_cross_entropy`.
@@ -165,17 +170,16 @@ def linear_token_statistics(
         tensor([ True, False])
 
     """
-    linear = linear_head(
-        hidden,
-        weight,
-        labels,
+    keywords = Keywords(
         bias=bias,
         mask=mask,
         ignore_index=ignore_index,
         softcap=softcap,
+        logit_scale=logit_scale,
         temperature=temperature,
         shift=shift,
         vocab_shard=vocab_shard,
+        chunking=chunking,
     )
-    rows = linear.statistics(chunking, total=False, entropy=True, what="differentiable statistics")
-    return of_tokens(rows, linear.tokens)
+    call = linear_call(hidden, weight, labels, keywords, statistics=True)
+    return of_tokens(call.statistics(), call.tokens)

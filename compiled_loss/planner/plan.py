@@ -82,10 +82,17 @@ def _planned(of: Lengths, strategy: Strategy, tokens: int, width: int, dtype: to
 
 
 def lengths(
-    hidden: torch.Tensor, columns: int, chunking: Chunking, *, ranks: int, strategies: tuple[Strategy, ...]
+    tokens: int,
+    width: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunking: Chunking,
+    *,
+    ranks: int,
+    strategies: tuple[Strategy, ...],
 ) -> tuple[Strategy, Lengths]:
     """The strategy, and the errors that only the sizes can tell; N is asked for where there is a budget alone."""
-    (tokens, width), dtype, device = hidden.shape, hidden.dtype, hidden.device
     if chunking.accumulate_dtype is not None:
         checks.chunking.accumulator(chunking.accumulate_dtype, dtype)
     strategy = choose(tokens, width, columns, dtype, chunking, strategies=strategies, device=device.type)

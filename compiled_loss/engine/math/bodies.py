@@ -19,49 +19,51 @@ from torch import Tensor
 
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math.statistics import (
+    Classes,
     Coefficients,
     State,
     after,
     combine,
     finish,
-    looked_at,
     statistics_dtype,
 )
+from compiled_loss.engine.operators import unpack
 
 Output = tuple[Tensor, ...]
 
 
 class Head(NamedTuple):
-    """What turns h @ w.T into z = softcap * tanh((h @ w.T + bias) / softcap) * inverse_temperature.
+    """What turns raw = h @ w.T + bias into z: outer * tanh(inner * raw) with a softcap, else outer * raw, or raw.
 
-    bias and class_weights are [V]. The others are scalar tensors, not numbers, for which kernels would be compiled
-    again. `start`, the chunk's first column, is [1].
+    bias and class_weights are [V]. `scales` are (inner, outer), [2], or outer, []: a tensor, for numbers kernels would
+    be compiled again. `start`, the chunk's first column, is [1].
     """
 
     bias: Tensor | None
     class_weights: Tensor | None
-    softcap: Tensor | None
-    inverse_temperature: Tensor | None
+    scales: Tensor | None
     start: Tensor | None = None
 
     def packed(self) -> Head:
-        """The vectors in one tensor and the scalars in one, where there are two of a kind: NOTE [Few reads]."""
-        bias, class_weights, softcap, inverse_temperature, start = self
-        if bias is not None and class_weights is not None:
-            dtype = torch.promote_types(bias.dtype, class_weights.dtype)
-            bias, class_weights = torch.stack((bias.to(dtype), class_weights.to(dtype))), None
-        if softcap is not None and inverse_temperature is not None:
-            softcap, inverse_temperature = torch.stack((softcap, inverse_temperature)), None
-        return Head(bias, class_weights, softcap, inverse_temperature, start)
+        """The vectors in one tensor where there are two: NOTE [Few reads]."""
+        if self.bias is None or self.class_weights is None:
+            return self
+        dtype = torch.promote_types(self.bias.dtype, self.class_weights.dtype)
+        both = torch.stack((self.bias.to(dtype), self.class_weights.to(dtype)))
+        return self._replace(bias=both, class_weights=None)
 
     def unpacked(self) -> Head:
         """What was packed, or was not."""
-        bias, class_weights, softcap, inverse_temperature, start = self
-        if bias is not None and bias.dim() == 2:
-            bias, class_weights = bias.unbind()
-        if softcap is not None and softcap.dim() == 1:
-            softcap, inverse_temperature = softcap.unbind()
-        return Head(bias, class_weights, softcap, inverse_temperature, start)
+        if self.bias is None or self.bias.dim() == 1:
+            return self
+        bias, class_weights = self.bias.unbind()
+        return self._replace(bias=bias, class_weights=class_weights)
+
+
+class Labels(NamedTuple):
+    """The first operand of every body."""
+
+    labels: Tensor  # [rows]
 
 
 class Problem(NamedTuple):
@@ -71,19 +73,18 @@ class Problem(NamedTuple):
     weight: Tensor  # [V, H]
     bias: Tensor | None
     class_weights: Tensor | None
-    softcap: Tensor | None
-    inverse_temperature: Tensor | None
+    scales: Tensor | None
     labels: Tensor  # [N], counted from the first of the classes
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor) -> Problem:
         """With these parts."""
-        return Problem(hidden, weight, *head[:4], labels)
+        return Problem(hidden, weight, *head[:3], labels)
 
     @property
     def head(self) -> Head:
         """The head but for its weight."""
-        return Head(self.bias, self.class_weights, self.softcap, self.inverse_temperature)
+        return Head(self.bias, self.class_weights, self.scales)
 
 
 class Upstream(NamedTuple):
@@ -94,7 +95,7 @@ class Upstream(NamedTuple):
     longer writes the result over the logits: a second chunk. So what can be combined per row is combined before, and
     what can share a tensor does; and what is combined inside a body is also returned from it, or reads more than four
     tensors and is used twice, or Inductor does not write it out but reads its parts again for each logit. The gradient
-    reads eight with everything on: logits, [bias, class weights], [softcap, temperature], labels, maximum, row, nll,
+    reads eight with everything on: logits, [bias, class weights], scales, labels, maximum, row, nll,
     total.
     """
 
@@ -129,22 +130,20 @@ class Upstream(NamedTuple):
 
 
 def _biased(logits: Tensor, head: Head) -> Tensor:
-    """The head's logits, but for softcap and temperature."""
+    """The head's logits, before `scales`."""
     raw = logits.to(statistics_dtype(logits.dtype))
     return raw if head.bias is None else raw + head.bias.to(raw.dtype)
 
 
-def _capped(z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Z through softcap and temperature, and the slope; None for 1."""
-    slope = None
-    if head.softcap is not None:
-        capped = torch.tanh(z * head.softcap.reciprocal())
-        z = head.softcap * capped
-        slope = 1 - capped * capped
-    if head.inverse_temperature is not None:
-        z = z * head.inverse_temperature
-        slope = head.inverse_temperature if slope is None else slope * head.inverse_temperature
-    return z, slope
+def _scaled(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Z of the raw logits, and its slope; None for 1."""
+    if head.scales is None:
+        return raw, None
+    if head.scales.dim() == 0:
+        return raw * head.scales, head.scales
+    inner, outer = head.scales.unbind()
+    capped = torch.tanh(raw * inner)
+    return outer * capped, (inner * outer) * (1 - capped * capped)
 
 
 def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
@@ -166,7 +165,7 @@ def _seen(z: Tensor, hit: Tensor, head: Head, maximum: Tensor, *, total: bool, e
 
 
 def _gradient(
-    z: Tensor, slope: Tensor | None, labels: Tensor, hit: Tensor, head: Head, maximum: Tensor, upstream: Upstream
+    z: Tensor, slope: Tensor | None, active: Tensor, hit: Tensor, head: Head, maximum: Tensor, upstream: Upstream
 ) -> Tensor:
     """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
     shifted = z - maximum.unsqueeze(-1)
@@ -177,14 +176,14 @@ def _gradient(
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
-    return torch.where(looked_at(labels).unsqueeze(-1), d if slope is None else d * slope, 0.0)
+    return torch.where(active.unsqueeze(-1), d if slope is None else d * slope, 0.0)
 
 
 def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
-    labels, head, state = operands[0], Head(*operands[1:6]).unpacked(), State(*operands[6:])  # type: ignore[arg-type]
-    assert labels is not None
-    z, _ = _capped(_biased(logits, head), head)
+    (labels,), head, state, _ = unpack(operands, Labels, Head, State)
+    head = head.unpacked()
+    z, _ = _scaled(_biased(logits, head), head)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = torch.maximum(state.maximum, largest(z.detach()))
     hit = _hit(z, labels, head)
@@ -193,69 +192,54 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     return maximum, *[past + new for past, new in sums]
 
 
-def gradient(logits: Tensor, *operands: Tensor | None) -> Output:
+def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes) -> Output:
     """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like them."""
-    labels, head, maximum = operands[0], Head(*operands[1:6]).unpacked(), operands[6]
-    upstream = Upstream(*operands[7:])  # type: ignore[arg-type]
-    assert labels is not None and maximum is not None
-    z, slope = _capped(_biased(logits, head), head)
-    return (_gradient(z, slope, labels, _hit(z, labels, head), head, maximum, upstream).to(logits.dtype),)
+    (labels,), head, (maximum, *rest) = unpack(operands, Labels, Head)
+    head, upstream = head.unpacked(), Upstream(*rest)
+    z, slope = _scaled(_biased(logits, head), head)
+    d = _gradient(z, slope, classes.active(labels), _hit(z, labels, head), head, maximum, upstream)
+    return (d.to(logits.dtype),)
 
 
-def fold_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-    """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, loss, ...).
+def fold_and_gradient(
+    logits: Tensor,
+    *operands: Tensor | None,
+    classes: Classes,
+    statistics: bool = False,
+    entropy: bool = False,
+    group: str | None = None,
+) -> Output:
+    """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, loss, row, ...).
 
     `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
-    lse's. What follows is returned for NOTE [Few reads] alone.
+    lse's. `row` is returned for NOTE [Few reads] alone. With `statistics`, `RowStatistics` follow; with `entropy` they
+    have it.
     """
-    return _fold_and_gradient(logits, operands, group, statistics=False, entropy=False)
-
-
-def statistics_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-    """`fold_and_gradient`, and then the statistics but for the entropy: (d, loss, row, *RowStatistics)."""
-    return _fold_and_gradient(logits, operands, group, statistics=True, entropy=False)
-
-
-def all_statistics_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-    """The same with the entropy."""
-    return _fold_and_gradient(logits, operands, group, statistics=True, entropy=True)
-
-
-def _fold_and_gradient(
-    logits: Tensor,
-    operands: tuple[Tensor | None, ...],
-    group: str | None,
-    *,
-    statistics: bool,
-    entropy: bool,
-) -> Output:
-    labels, head = operands[0], Head(*operands[1:6]).unpacked()
-    coefficients = Coefficients(*operands[6:])  # type: ignore[arg-type]
-    assert labels is not None
+    (labels,), head, coefficients, _ = unpack(operands, Labels, Head, Coefficients)
+    head = head.unpacked()
     biased = _biased(logits, head)
-    z, slope = _capped(biased, head)
+    z, slope = _scaled(biased, head)
     # A softcap keeps the order, so a row's largest is found before it: a tanh less for each logit. Not where statistics
     # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
-    maximum = largest(z) if statistics else _capped(largest(biased), head)[0]
+    maximum = largest(z) if statistics else _scaled(largest(biased), head)[0]
     maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
     hit = _hit(z, labels, head)
     state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy).merged(group)
     known = finish(state)
-    row = coefficients.nll
+    row = nll = coefficients.label_weight(labels, classes, z.dtype)
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * known.lse
-    upstream = Upstream(after(row, *state) / state.sum_exp, coefficients.nll, coefficients.total, None)
-    d = _gradient(z, slope, labels, hit, head, state.maximum, upstream).to(logits.dtype)
-    loss = combine(known, coefficients)
+    upstream = Upstream(after(row, *state) / state.sum_exp, nll, coefficients.total, None)
+    d = _gradient(z, slope, classes.active(labels), hit, head, state.maximum, upstream).to(logits.dtype)
+    found = (d, combine(known, coefficients, labels, classes), upstream.row)
     if statistics:
-        return d, loss, upstream.row, *known.present()
-    if head.softcap is None or group is not None:  # a group's maximum is written out as it is
-        return d, loss, upstream.row
-    return d, loss, upstream.row, maximum
+        return *found, *known.present()
+    # With a softcap the maximum is no number that was read: NOTE [Few reads]. A group's is written out as it is.
+    return found if head.scales is None or head.scales.dim() == 0 or group is not None else (*found, maximum)
 
 
 def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """Z of logits that exist, and its slope; None for 1."""
-    return _capped(_biased(logits, head), head)
+    return _scaled(_biased(logits, head), head)

@@ -1,63 +1,65 @@
 """The elementwise mathematics of logits beside a probability of each class, as torch's cross-entropy takes it.
 
 With t = c ((1 - e) p + e / V), c the class weights and e the smoothing, a row's loss is sum(t (lse - z)). Operands are
-None, for there is no label, the `Head`, `smoothing` and the target, p [..., V]; `smoothing` is [2], 1 - e and e / V, or
-None. Bodies as in `bodies.py`. t is formed where it is used: nothing of [N, V] is kept.
+None, for there is no label, the `Head` and the `Target`, whose `smoothing` is [2], 1 - e and e / V, or None. Bodies as
+in `bodies.py`. t is formed where it is used: nothing of [N, V] is kept.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.math.bodies import Head, Output, transformed
+from compiled_loss.engine.math.bodies import Head, Labels, Output, transformed
 from compiled_loss.engine.math.divergences import Compared, Pair, row
+from compiled_loss.engine.operators import unpack
 
 _SCALARS = Pair(None, None)  # they are the head's
 
 
+class Target(NamedTuple):
+    """What stands beside the logits, behind the `Head`."""
+
+    smoothing: Tensor | None  # [2]
+    probabilities: Tensor  # [..., V]
+
+
 def fold_beside_probabilities(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-    """(None, *Head, smoothing, target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
-    head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
+    """(None, *Head, *Target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
+    _, head, target, _ = unpack(operands, Labels, Head, Target)
     z, _ = transformed(logits, head)
-    rows, loss, _ = Compared("probabilities", _SCALARS, z, _weighted(target, smoothing, head, z)).fold(None, group)
+    rows, loss, _ = Compared("probabilities", _SCALARS, z, _weighted(target, head, z)).fold(None, group)
     assert rows.slope is not None
     return rows.maximum, rows.log_sum, -rows.slope, loss
 
 
 def gradient_beside_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:
-    """(None, *Head, smoothing, target, maximum, log_sum, mass, of loss, of lse) -> (d,), like logits."""
-    head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
-    maximum, log_sum, mass, loss, lse = _present(*operands[8:])
+    """(None, *Head, *Target, maximum, log_sum, mass, of loss, of lse) -> (d,), like logits."""
+    _, head, target, (maximum, log_sum, mass, loss, lse) = unpack(operands, Labels, Head, Target)
     z, slope = transformed(logits, head)
     q = ((z - row(maximum)) - row(log_sum)).exp()
-    d = q * row(loss * mass + lse) - row(loss) * _weighted(target, smoothing, head, z)
+    d = q * row(loss * mass + lse) - row(loss) * _weighted(target, head, z)
     d = d if slope is None else d * slope
     return (torch.where(row((loss != 0) | (lse != 0)), d, 0.0).to(logits.dtype),)  # 0 * NaN would be NaN
 
 
 def gradient_of_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:
-    """(None, *Head, smoothing, target, maximum, log_sum, of loss) -> (d,), like target."""
-    head, smoothing, target = Head(*operands[1:6]), operands[6], operands[7]
-    maximum, log_sum, loss = _present(*operands[8:])
-    assert target is not None
+    """(None, *Head, *Target, maximum, log_sum, of loss) -> (d,), like the probabilities."""
+    _, head, target, (maximum, log_sum, loss) = unpack(operands, Labels, Head, Target)
     z, _ = transformed(logits, head)
     d = row(loss) * (row(log_sum) - (z - row(maximum)))
-    if smoothing is not None:
-        d = d * smoothing[0]
+    if target.smoothing is not None:
+        d = d * target.smoothing[0]
     if head.class_weights is not None:
         d = d * head.class_weights.to(d.dtype)
-    return (torch.where(row(loss) != 0, d, 0.0).to(target.dtype),)
+    return (torch.where(row(loss) != 0, d, 0.0).to(target.probabilities.dtype),)
 
 
-def _weighted(target: Tensor | None, smoothing: Tensor | None, head: Head, z: Tensor) -> Tensor:
+def _weighted(target: Target, head: Head, z: Tensor) -> Tensor:
     """What a row's log-probabilities are summed with."""
-    assert target is not None
-    t = target.to(z.dtype)
-    if smoothing is not None:
-        t = t * smoothing[0] + smoothing[1]
+    t = target.probabilities.to(z.dtype)
+    if target.smoothing is not None:
+        t = t * target.smoothing[0] + target.smoothing[1]
     return t if head.class_weights is None else t * head.class_weights.to(z.dtype)
-
-
-def _present(*operands: Tensor | None) -> list[Tensor]:
-    return [v for v in operands if v is not None]

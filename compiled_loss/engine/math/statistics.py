@@ -25,13 +25,33 @@ from torch import Tensor
 
 from compiled_loss.engine.collectives import reduced
 
-IGNORED = -(2**62)
-"""The label of a row that is not looked at: its gradient is 0 whatever its logits and its statistics hold."""
 
+class Classes(NamedTuple):
+    """What labels mean: `ignored` is a row that does not count, from `first` to `last` - 1 they are classes.
 
-def looked_at(labels: Tensor) -> Tensor:
-    """Which rows are not `IGNORED`, also where labels are counted from a rank's first class."""
-    return labels > IGNORED // 2
+    A row that does not count has no gradient, whatever its logits and its statistics hold. The numbers are not in
+    tensors: a kernel knows them.
+    """
+
+    ignored: int
+    first: int
+    last: int
+
+    def active(self, labels: Tensor) -> Tensor:
+        """Which rows count."""
+        return labels != self.ignored
+
+    def bad(self, labels: Tensor) -> Tensor:
+        """Which rows count and have no class."""
+        return self.active(labels) & ((labels < self.first) | (labels >= self.last))
+
+    def poison(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """NaN for the bad rows, 1 for the others."""
+        return torch.where(self.bad(labels), float("nan"), 1.0).to(dtype)
+
+    def counted_from(self, start: int) -> Classes:
+        """The same, for labels that are counted from the class `start`."""
+        return Classes(self.ignored - start, self.first - start, self.last - start)
 
 
 class State(NamedTuple):
@@ -106,17 +126,47 @@ class RowStatistics(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """A loss as data: nll * stats.nll + lse * stats.lse + total * stats.total + square * stats.lse**2, summed."""
+    """A loss as data: nll * stats.nll + lse * stats.lse + total * stats.total + square * stats.lse**2, summed.
 
-    nll: Tensor
+    None for `nll` is 1 for the rows that count, and NaN for those whose label is no class.
+    """
+
+    nll: Tensor | None
     lse: Tensor | None
     total: Tensor | None
     square: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
         """Each coefficient changed; what is None stays None."""
-        rest = [None if v is None else change(v) for v in self[1:]]
-        return Coefficients(change(self.nll), *rest)
+        return Coefficients(*[None if v is None else change(v) for v in self])
+
+    def label_weight(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor:
+        """The coefficient of nll."""
+        return classes.poison(labels, dtype) if self.nll is None else self.nll
+
+
+class Divisor(NamedTuple):
+    """What a sum of losses is divided by: the number of rows that count, a number of its own, or nothing."""
+
+    of_rows: bool
+    divisor: Tensor | None
+    number: int | None
+
+    def of(self, total: Tensor, labels: Tensor, classes: Classes) -> Tensor:
+        """A sum over it."""
+        share = self.reciprocal(labels, classes, total.dtype)
+        return total if share is None else total * share
+
+    def reciprocal(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor | None:
+        """1 over it, [], or 0 where it is 0; None where there is none."""
+        if self.of_rows:
+            return classes.active(labels).sum(dtype=dtype).clamp(min=1).reciprocal()  # a sum over no row is 0
+        if self.number is not None:
+            return torch.full((), 1 / self.number if self.number else 0.0, dtype=dtype, device=labels.device)
+        if self.divisor is not None:
+            count = self.divisor.to(dtype).reshape(())  # on its own device: nothing waits for it
+            return torch.where(count == 0, 0.0, count.reciprocal())
+        return None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,9 +214,9 @@ def after(value: Tensor, *reductions: Tensor | None) -> Tensor:
     return value
 
 
-def combine(statistics: RowStatistics, coefficients: Coefficients) -> Tensor:
-    """Each row's loss."""
-    loss = coefficients.nll * statistics.nll
+def combine(statistics: RowStatistics, coefficients: Coefficients, labels: Tensor, classes: Classes) -> Tensor:
+    """Each row's loss, 0 where it does not count."""
+    loss = coefficients.label_weight(labels, classes, statistics.nll.dtype) * statistics.nll
     if coefficients.lse is not None:
         loss = loss + coefficients.lse * statistics.lse
     if coefficients.total is not None:
@@ -174,7 +224,7 @@ def combine(statistics: RowStatistics, coefficients: Coefficients) -> Tensor:
         loss = loss + coefficients.total * statistics.total
     if coefficients.square is not None:
         loss = loss + coefficients.square * statistics.lse.square()
-    return loss
+    return torch.where(classes.active(labels), loss, 0.0)
 
 
 def unit_scale(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:

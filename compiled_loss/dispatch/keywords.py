@@ -1,0 +1,105 @@
+"""The keywords of losses of labels, in one record for all of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss import reduction as reductions
+from compiled_loss.checks import numbers
+from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
+from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.planner.chunking import Chunking
+
+
+class Keywords(NamedTuple):
+    """What a loss was called with. A loss that lacks a keyword leaves it at the value that changes nothing."""
+
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    token_weights: Tensor | None = None
+    class_weights: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float | Tensor = 0.0
+    z_loss: float | Tensor = 0.0
+    softcap: float | Tensor | None = None
+    logit_scale: float | Tensor = 1.0
+    temperature: float | Tensor = 1.0
+    shift: int = 0
+    reduction: str = "sum"
+    num_label_tokens: int | Tensor | None = None
+    vocab_shard: VocabShard | None = None
+    chunking: Chunking = Chunking()
+    compile: bool | Literal["auto"] = "auto"
+
+    def checked(self) -> Keywords:
+        """Raise unless each that is no tensor of numbers is in its range; numbers come back as numbers."""
+        checks.instance("chunking", self.chunking, Chunking)
+        checks.chunking.compiles(self.compile)
+        checks.reduction(self.reduction)
+        softcap, temperature = checks.transform(self.softcap, self.temperature)
+        label_smoothing, z_loss = checks.terms(self.label_smoothing, self.z_loss)
+        shift, ignore_index = checks.alignment(self.shift, self.ignore_index, 1)
+        return self._replace(
+            softcap=softcap,
+            logit_scale=checks.positive("logit_scale", self.logit_scale),
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            shift=shift,
+            ignore_index=ignore_index,
+            num_label_tokens=checks.count(self.num_label_tokens, self.reduction),
+        )
+
+    def check_tensors(self, shape: torch.Size, part: Vocabulary, device: torch.device) -> None:
+        """Raise unless those that are tensors fit the vocabulary, and labels of which a rank has this shape."""
+        for name, value in (("mask", self.mask), ("token_weights", self.token_weights)):
+            if value is not None:
+                checks.tensor(name, value)
+                dtensor.check_rows(name, value)
+                checks.per_token(name, value, dtensor.own_shape(value, part), shape, device)
+        checks.class_weights(self.class_weights, part.size, device)
+        checks.count_device(self.num_label_tokens, device)
+        checks.shift_fits(self.shift, len(shape))
+        checks.sharding.spread(self.reduction, part.spread)
+
+    def own(self, labels: Tensor, part: Vocabulary) -> tuple[Tensor, Keywords]:
+        """The labels and the keywords of a rank."""
+        mask, token_weights = (None if v is None else dtensor.rows(v, part) for v in (self.mask, self.token_weights))
+        return dtensor.rows(labels, part), self._replace(
+            mask=mask,
+            token_weights=token_weights,
+            class_weights=dtensor.whole(self.class_weights),
+            num_label_tokens=dtensor.whole(self.num_label_tokens),
+        )
+
+    def tokens(self, labels: Tensor, vocab: int | None, dtype: torch.dtype) -> reductions.Tokens:
+        """Which tokens count, and how much."""
+        return reductions.tokens(
+            labels,
+            self.mask,
+            self.token_weights,
+            ignore_index=self.ignore_index,
+            shift=self.shift,
+            vocab=vocab,
+            dtype=dtype,
+        )
+
+    def scales(self, like: Tensor) -> Tensor | None:
+        """The `scales` of the engine's `Head`."""
+        return scales(like, self.softcap, self.logit_scale, self.temperature)
+
+
+def scales(like: Tensor, softcap: Any, logit_scale: Any, temperature: Any) -> Tensor | None:
+    """The `scales` of the engine's `Head`, in the statistics' dtype."""
+    if softcap is None and numbers.known(logit_scale, 1) and numbers.known(temperature, 1):
+        return None
+    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
+    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
+    one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
+    outer: Tensor = one * (logit_scale if softcap is None else softcap) / temperature
+    return outer if softcap is None else torch.stack((one * logit_scale / softcap, outer))
