@@ -11,17 +11,25 @@ from torch import Tensor
 
 
 def token_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> Tensor:
-    """Z = softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
-    return transformed(hidden @ weight.transpose(0, 1), bias, softcap, temperature)
+    """Z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
+    return transformed(hidden @ weight.transpose(0, 1), bias, softcap, temperature, logit_scale)
 
 
-def transformed(logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Tensor:
+def transformed(
+    logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float, logit_scale: float = 1.0
+) -> Tensor:
     """Z of raw logits."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if bias is not None:
         z = z + bias.to(z.dtype)
+    z = logit_scale * z
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
@@ -47,6 +55,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     reduction: str = "mean",
@@ -55,7 +64,7 @@ def cross_entropy(
 ) -> Tensor:
     """Masked, weighted cross-entropy plus z-loss."""
     logits = logits.movedim(class_dim, -1)
-    z = transformed(logits, None, softcap, temperature)
+    z = transformed(logits, None, softcap, temperature, logit_scale)
     vocab = z.shape[-1]
     probabilities = None
     if labels.is_floating_point():
@@ -109,11 +118,12 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     **keywords: object,
 ) -> Tensor:
     """`cross_entropy` of the head's logits."""
-    z = token_logits(hidden, weight, bias, softcap, temperature)
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     return cross_entropy(z, labels, **keywords)  # type: ignore[arg-type]
 
 
@@ -124,12 +134,13 @@ def token_statistics(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
     class_dim: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, log-sum-exp, entropy and correctness of each token."""
-    z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature)
+    z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature, logit_scale)
     valid = labels != ignore_index
     if mask is not None:
         valid = valid & (mask != 0).expand(labels.shape)
@@ -150,11 +161,12 @@ def linear_token_statistics(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     **keywords: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`token_statistics` of the head's logits."""
-    z = token_logits(hidden, weight, bias, softcap, temperature)
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     return token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
 
 
@@ -310,19 +322,24 @@ def multi_token_prediction(
     cu_seqlens: Tensor | None = None,
     targets: list[Tensor] | None = None,
     mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     num_label_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
 ) -> Tensor:
     """scaling_factor / D times the sum over the depths."""
     total = torch.zeros((), dtype=hidden[0].dtype)
     for k, states in enumerate(hidden):
         packing = {"ignore_index": ignore_index, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
         target = multi_token_targets(labels, k, **packing) if targets is None else targets[k]  # type: ignore[arg-type]
-        z = token_logits(states, weight, softcap=softcap).reshape(*target.shape, -1)
-        moved = mask
-        if mask is not None:
-            moved = torch.zeros(labels.shape, dtype=z.dtype)
-            moved[..., : -k - 1] = mask.expand(labels.shape)[..., k + 1 :]
+        z = token_logits(states, weight, bias, softcap, temperature, logit_scale).reshape(*target.shape, -1)
+        moved = torch.ones(labels.shape, dtype=z.dtype)
+        for factor in (mask, token_weights):
+            if factor is not None:
+                moved = moved * factor.expand(labels.shape)
+        moved = moved if targets is not None else aligned(moved, k + 1, 0.0)
         reduction = "mean" if num_label_tokens is None else "sum"
         total = total + cross_entropy(
             z, target, mask=moved, ignore_index=ignore_index, reduction=reduction, num_label_tokens=num_label_tokens

@@ -21,7 +21,7 @@ def multi_token(
 ) -> None:
     """Raise unless targets of a depth can be made of the labels."""
     arguments.tensor("labels", labels_)
-    arguments.labels(labels_, labels_.shape, "hidden", labels_.shape, labels_.device)
+    arguments.labels(labels_, labels_.shape, "labels", labels_.shape, labels_.device)
     if labels_.dim() not in (1, 2):
         raise ValueError(f"labels: expected [B, S] or [S], got {arguments.sizes(labels_.shape)}")
     if isinstance(depth, bool) or not isinstance(depth, int):
@@ -54,40 +54,41 @@ def sequence(name: str, value: Sequence[Tensor]) -> None:
 
 
 def depths(
-    hidden: Sequence[Tensor],
-    labels_: Tensor,
+    shapes: Sequence[torch.Size],
+    own: torch.Size,
+    labels: Tensor,
     targets: Sequence[Tensor] | None,
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
-    scaling_factor: float,
-    mask: Tensor | None = None,
+    *,
+    weighed: Sequence[str],
 ) -> torch.Size:
-    """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'."""
-    sequence("hidden", hidden)
-    arguments.tensor("labels", labels_)
-    _mask(mask, labels_)
-    for k, states in enumerate(hidden):
-        arguments.tensor(f"hidden[{k}]", states)
-        if states.shape != hidden[0].shape or states.shape[:-1].numel() != labels_.numel():
+    """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'.
+
+    `shapes` and `own` are those of a rank's hidden states and labels, `weighed` the arguments that weigh labels.
+    """
+    arguments.labels(labels, own, "labels", own, labels.device)
+    for k, shape in enumerate(shapes):
+        if shape != shapes[0] or shape[:-1].numel() != own.numel():
             raise ValueError(
-                f"hidden[{k}]: expected the labels' {arguments.sizes(labels_.shape)} tokens and one width, "
-                f"got {arguments.sizes(states.shape)}"
+                f"hidden[{k}]: expected the labels' {arguments.sizes(own)} tokens and one width, "
+                f"got {arguments.sizes(shape)}"
             )
-    scaling(scaling_factor)
     if targets is None:
-        return hidden[0].shape[:-1]
+        multi_token(labels, 0, -100, seq_idx, cu_seqlens, None)
+        return shapes[0][:-1]
     if seq_idx is not None or cu_seqlens is not None:
         raise ValueError("targets: expected None beside seq_idx or cu_seqlens, which they know already, got both")
-    if mask is not None:
-        raise ValueError("targets: expected None beside mask, for theirs are ignored already, got both")
-    if len(targets) != len(hidden):
-        raise ValueError(f"targets: expected one for each of {len(hidden)} depths, got {len(targets)}")
+    for name in weighed:
+        raise ValueError(f"targets: expected None beside {name}, for theirs are ignored already, got both")
+    if len(targets) != len(shapes):
+        raise ValueError(f"targets: expected one for each of {len(shapes)} depths, got {len(targets)}")
     for k, target in enumerate(targets):
-        arguments.labels(target, target.shape, "labels", labels_.shape, labels_.device, name=f"targets[{k}]")
-        if target.shape != labels_.shape:
-            expected, got = arguments.sizes(labels_.shape), arguments.sizes(target.shape)
-            raise ValueError(f"targets[{k}]: expected {expected}, got {got}")
-    return hidden[0].shape[:-1]
+        arguments.tensor(f"targets[{k}]", target)
+        if target.dtype == torch.int64 and target.shape != own:
+            raise ValueError(f"targets[{k}]: expected {arguments.sizes(own)}, got {arguments.sizes(target.shape)}")
+        arguments.labels(target, target.shape, "labels", own, labels.device, name=f"targets[{k}]")
+    return shapes[0][:-1]
 
 
 def scaling(scaling_factor: Any, alternative: str = "") -> Any:

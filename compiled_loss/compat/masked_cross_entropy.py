@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.functional.cross_entropy import cross_entropy
+from compiled_loss.functional.cross_entropy import cross_entropy_call
 
 
 def masked_cross_entropy(
@@ -64,16 +65,13 @@ def masked_cross_entropy(
 
     """
     checks.flag("fp32_upcast", fp32_upcast)
-    if mask is not None:
-        checks.tensor("mask", mask)
-    return cross_entropy(
-        logits,
-        labels,
-        mask=None if mask is None else mask != 0,
+    keywords = Keywords(
+        mask=mask,
+        mask_weighs=False,
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
-        class_dim=class_dim,
         vocab_shard=vocab_shard,
         compile=compile,
     )
+    return cross_entropy_call(logits, labels, keywords, class_dim)

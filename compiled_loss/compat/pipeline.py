@@ -189,7 +189,13 @@ def calculate_mtp_losses(
     """
     outputs = checks.modules.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
     mask = mask_beside(mask, labels)
-    checks.multi_token.depths(outputs, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, scaling_factor, mask)
+    checks.multi_token.scaling(scaling_factor)
+    for k, states in enumerate(outputs):
+        checks.tensor(f"hidden[{k}]", states)
+    checks.tensor("labels", labels)
+    weighed = [] if mask is None else ["mask"]
+    shapes = [states.shape for states in outputs]
+    checks.multi_token.depths(shapes, labels.shape, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, weighed=weighed)
     ignore_index = checks.modules.ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
     head: dict[str, Any] = {}

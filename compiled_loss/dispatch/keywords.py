@@ -35,6 +35,7 @@ class Keywords(NamedTuple):
     vocab_shard: VocabShard | None = None
     chunking: Chunking = Chunking()
     compile: bool | Literal["auto"] = "auto"
+    mask_weighs: bool = True  # or only tells which tokens count
 
     def checked(self) -> Keywords:
         """Raise unless each that is no tensor of numbers is in its range; numbers come back as numbers."""
@@ -70,6 +71,8 @@ class Keywords(NamedTuple):
     def own(self, labels: Tensor, part: Vocabulary) -> tuple[Tensor, Keywords]:
         """The labels and the keywords of a rank."""
         mask, token_weights = (None if v is None else dtensor.rows(v, part) for v in (self.mask, self.token_weights))
+        if mask is not None and not self.mask_weighs:
+            mask = mask != 0
         return dtensor.rows(labels, part), self._replace(
             mask=mask,
             token_weights=token_weights,

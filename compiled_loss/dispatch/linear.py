@@ -158,11 +158,7 @@ def linear_call(
     """
     keywords = keywords.checked()
     bias, chunking = keywords.bias, keywords.chunking
-    checks.linear_weight(weight, bias)
-    part = dtensor.head_layout(hidden, weight, bias, keywords.vocab_shard)
-    checks.head(hidden, weight, part.size)
-    if bias is not None:
-        checks.vocabulary_vector("bias", bias, dtensor.classes_of(bias, part), hidden.device)
+    part = check_head(hidden, weight, keywords)
     shape = dtensor.own_shape(hidden, part)
     checks.tensor("labels", labels)
     dtensor.check_rows("labels", labels)
@@ -190,6 +186,19 @@ def linear_call(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = Head(bias, part.own(keywords.class_weights), keywords.scales(hidden))
     return LinearCall(hidden.reshape(-1, shape[-1]), weight, head, counted, part, keywords, needs, strategy, how)
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, keywords: Keywords, names: tuple[str, str] = ("hidden", "weight")
+) -> Vocabulary:
+    """A rank's part of the vocabulary; raise unless hidden states and a head fit each other."""
+    checks.linear_weight(weight, keywords.bias)
+    part = dtensor.head_layout(hidden, weight, keywords.bias, keywords.vocab_shard, names)
+    checks.head(hidden, weight, part.size, names)
+    if keywords.bias is not None:
+        checks.vocabulary_vector("bias", keywords.bias, dtensor.classes_of(keywords.bias, part), hidden.device)
+    computed_dtype(hidden, weight, names)
+    return part
 
 
 def computed_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> torch.dtype:

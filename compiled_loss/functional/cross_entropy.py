@@ -114,8 +114,6 @@ def cross_entropy(
         tensor(0.2395)
 
     """
-    checks.tensor("logits", logits)
-    checks.tensor("labels", labels)
     keywords = Keywords(
         mask=mask,
         token_weights=token_weights,
@@ -132,6 +130,13 @@ def cross_entropy(
         vocab_shard=vocab_shard,
         compile=compile,
     )
+    return cross_entropy_call(logits, labels, keywords, class_dim)
+
+
+def cross_entropy_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: int) -> Tensor:
+    """The cross-entropy of labels, or of probabilities."""
+    checks.tensor("logits", logits)
+    checks.tensor("labels", labels)
     if labels.is_floating_point() and labels.dim() == logits.dim():
         return probability_cross_entropy(logits, labels, keywords, class_dim)
     return logits_call(logits, labels, keywords, class_dim).loss()

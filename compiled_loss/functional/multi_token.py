@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.checks import numbers
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.linear import check_head, linear_call
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.math.statistics import statistics_dtype
-from compiled_loss.functional.cross_entropy import linear_cross_entropy_with_statistics
+from compiled_loss.functional.statistics import of_tokens
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -99,8 +100,12 @@ def multi_token_prediction(
     cu_seqlens: Tensor | None = None,
     targets: Sequence[Tensor] | None = None,  # D of [...]
     mask: Tensor | None = None,  # broadcasts to the labels
+    token_weights: Tensor | None = None,  # broadcasts to the labels
     num_label_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
@@ -116,8 +121,10 @@ def multi_token_prediction(
             sequence is split.
         mask: broadcasts to `labels`; 0 ignores a label at every depth, fractions weigh it. It moves with its label:
             depth k at position t has that of t + k + 1. None beside `targets`.
+        token_weights: broadcasts to `labels`, differentiable; they weigh as fractions of a mask do, and move with it.
+            None beside `targets`.
         num_label_tokens: divides each depth's sum; without it each depth is the mean over its own targets, weighed.
-        softcap, vocab_shard, chunking: see :func:`linear_cross_entropy`.
+        bias, softcap, logit_scale, temperature, vocab_shard, chunking: see :func:`linear_cross_entropy`.
 
     Returns:
         A scalar; fp32 (fp64 for fp64 inputs). 0, attached to the graph, where no target counts.
@@ -151,8 +158,12 @@ def multi_token_prediction(
         cu_seqlens=cu_seqlens,
         targets=targets,
         mask=mask,
+        token_weights=token_weights,
         num_label_tokens=num_label_tokens,
+        bias=bias,
         softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
         vocab_shard=vocab_shard,
         chunking=chunking,
     ).loss
@@ -169,8 +180,12 @@ def multi_token_losses(
     cu_seqlens: Tensor | None = None,
     targets: Sequence[Tensor] | None = None,  # D of [...]
     mask: Tensor | None = None,  # broadcasts to the labels
+    token_weights: Tensor | None = None,  # broadcasts to the labels
     num_label_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> MultiTokenLosses:
@@ -190,52 +205,66 @@ def multi_token_losses(
 
     """
     checks.multi_token.sequence("hidden", hidden)
-    ignore_index, num_label_tokens = numbers.integer("ignore_index", ignore_index), dtensor.whole(num_label_tokens)
     scaling_factor = checks.multi_token.scaling(scaling_factor)
-    checks.instance("chunking", chunking, Chunking)
-    part = dtensor.vocabulary(weight, vocab_shard)
-    labels = dtensor.rows(labels, part)
-    mask = None if mask is None else dtensor.rows(mask, part)
-    hidden = [dtensor.replicated(states, part) for states in hidden]
-    rows = checks.multi_token.depths(
-        [dtensor.local(v) for v in hidden], labels, targets, seq_idx, cu_seqlens, scaling_factor, mask
-    )
-    reduction = "mean" if num_label_tokens is None else "sum"
-    checks.sharding.spread(reduction, dtensor.spread(hidden[0], part))
-    if targets is None:
-        packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
-        targets = [
-            multi_token_targets(labels, k, ignore_index=ignore_index, mask=mask, **packing) for k in range(len(hidden))
-        ]
-    if isinstance(chunking.max_label_tokens, int):  # of each depth
-        chunking = replace(chunking, max_label_tokens=chunking.max_label_tokens * len(hidden))
-    states = torch.stack(list(hidden))
-    stacked = torch.stack([target.reshape(rows) for target in targets])
-    valid = stacked != ignore_index
-    counts = valid.flatten(1).sum(-1, dtype=statistics_dtype(states.dtype))
-    weights = None
-    if mask is not None:
-        moved = [_ahead(mask.expand(labels.shape), k + 1, 0).reshape(rows) for k in range(len(hidden))]
-        weights = torch.where(valid, torch.stack(moved), 0).to(counts.dtype)
-        counts = weights.flatten(1).sum(-1)
-    if num_label_tokens is not None:
-        num_label_tokens = checks.count(num_label_tokens, "sum")
-        counts = torch.ones_like(counts) * num_label_tokens
-    share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts))
-    scale = (share * (scaling_factor / len(hidden))).reshape(-1, *(1,) * len(rows))
-    loss, statistics = linear_cross_entropy_with_statistics(
-        states,
-        weight,
-        stacked,
-        token_weights=scale if weights is None else scale * weights,
+    keywords = Keywords(
+        bias=bias,
+        mask=mask,
+        token_weights=token_weights,
         ignore_index=ignore_index,
         softcap=softcap,
-        vocab_shard=vocab_shard,
+        logit_scale=logit_scale,
+        temperature=temperature,
         reduction="sum",
+        num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
         chunking=chunking,
+    ).checked()
+    for k, states in enumerate(hidden):
+        part = check_head(states, weight, keywords, (f"hidden[{k}]", "weight"))
+    checks.tensor("labels", labels)
+    dtensor.check_rows("labels", labels)
+    rows = checks.multi_token.depths(
+        [dtensor.own_shape(states, part) for states in hidden],
+        dtensor.own_shape(labels, part),
+        labels,
+        targets,
+        seq_idx,
+        cu_seqlens,
+        weighed=[name for name, value in (("mask", mask), ("token_weights", token_weights)) if value is not None],
     )
-    logprob = statistics.logprob if weights is None else statistics.logprob * weights
-    return MultiTokenLosses(loss, -(logprob.flatten(1).sum(-1) * share))
+    keywords.check_tensors(dtensor.own_shape(labels, part), part, labels.device)
+    checks.sharding.spread("mean" if num_label_tokens is None else "sum", part.spread)
+
+    labels, keywords = keywords.own(labels, part)
+    states = torch.stack([dtensor.replicated(one, part) for one in hidden])
+    if targets is None:
+        packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+        depths = range(len(hidden))
+        targets = [multi_token_targets(labels, k, ignore_index=keywords.ignore_index, **packing) for k in depths]
+    dtype = statistics_dtype(states.dtype)
+    weights = None
+    for factor in (keywords.mask, keywords.token_weights):
+        if factor is not None:
+            factor = factor.to(dtype).expand(labels.shape)
+            weights = factor if weights is None else weights * factor
+    stacked = torch.stack([target.reshape(rows) for target in targets])
+    counted = (stacked != keywords.ignore_index).to(dtype)
+    if weights is not None:
+        moved = torch.stack([_ahead(weights, k + 1, 0).reshape(rows) for k in range(len(hidden))])
+        counted = torch.where(counted != 0, moved, 0.0)
+        stacked = torch.where(moved != 0, stacked, keywords.ignore_index)
+    counts = counted.flatten(1).sum(-1)
+    if keywords.num_label_tokens is not None:
+        counts = torch.ones_like(counts) * keywords.num_label_tokens
+    share = torch.where(counts == 0, 0.0, 1.0 / torch.where(counts == 0, 1.0, counts))
+    scale = (share * (scaling_factor / len(hidden))).reshape(-1, *(1,) * len(rows))
+    if isinstance(chunking.max_label_tokens, int):  # of each depth
+        chunking = replace(chunking, max_label_tokens=chunking.max_label_tokens * len(hidden))
+    call = keywords._replace(mask=None, token_weights=scale * counted, num_label_tokens=None, chunking=chunking)
+    linear = linear_call(states, weight, stacked, call)
+    loss, found = linear.loss_and_statistics()
+    logprob = of_tokens(found, linear.tokens).logprob.detach() * counted.detach()
+    return MultiTokenLosses(loss, -(logprob.flatten(1).sum(-1) * share.detach()))
 
 
 def _ahead(values: Tensor, by: int, fill: int) -> Tensor:
