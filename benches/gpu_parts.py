@@ -37,10 +37,10 @@ Row = dict[str, Any]
 
 
 def tests(seconds: float, workers: int) -> list[Row]:
-    """tests/test_cuda.py, in its own process."""
+    """tests/compile/test_cuda.py, in its own process."""
     if importlib.util.find_spec("pytest") is None:
         return [{"provider": "pytest", "missing": "not installed; the part values checks modes and synchronisation"}]
-    command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-v", "--color=no", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "tests/compile/test_cuda.py", "-v", "--color=no", "--tb=short"]
     command += ["-p", "no:cacheprovider"]
     if workers and importlib.util.find_spec("xdist") is not None:
         command += ["-p", "xdist", "-n", str(workers)]

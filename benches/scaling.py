@@ -27,7 +27,7 @@ GPU = "H100"
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     rows = []
     for ranks in RANKS:
         for walk in ("tokens", "one chunk", "vocab"):

@@ -16,7 +16,7 @@ from compiled_loss import cli
 
 pytestmark = pytest.mark.skipif(any(find_spec(name) is None for name in cli.DEMO_EXTRAS), reason="needs the extra demo")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--vocab", "1024", "--tokens", "256", "--width", "64", "--layers", "1")
 
 

@@ -258,7 +258,7 @@ def test_communication(width):
 @needs_rich
 def test_communication_in_the_docs():
     """The page's rows are what the report makes of their kind, ranks, bytes and counts."""
-    page = (Path(__file__).parents[1] / "docs" / "inspection.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "inspection.md").read_text(encoding="utf-8")
     documented = re.findall(r"^all-reduce +(\d+) +([\d.]+) ([KM]i|)B +(\d+|-) +(\d+|-) .*$", page, re.MULTILINE)
     assert len(documented) == 4
     launch = Launch(kernel="k", kind="collective", read_bytes=0, written_bytes=0, live_bytes=0)

@@ -21,7 +21,7 @@ from compiled_loss.inspection import command
 from compiled_loss.inspection.cases import cases_of
 from compiled_loss.inspection.record import Inspection
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OURS = "bf16[8192,4096]:grad", "bf16[131072,4096]:grad", "int64[8192]:0..131071"
 MODULE = """
 import torch

@@ -14,7 +14,7 @@ pytestmark = [
 ]
 TOKENS, WIDTH, VOCAB, MIB = 4096, 256, 32768, 1 << 20
 OUTPUTS = 4 * (TOKENS * WIDTH + VOCAB * WIDTH)
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
 CHUNKS = {
     ("tokens", "dW"): WIDTH,
     ("tokens", "dW / 8"): WIDTH // 8,

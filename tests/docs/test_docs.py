@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import compiled_loss
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "docs.py"
 GUIDE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 

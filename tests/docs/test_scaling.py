@@ -9,7 +9,7 @@ import pytest
 
 from compiled_loss.inspection.network import Link, Network
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SLOW = Network(
     node=8,
     within=Link(bytes_per_second=100, step_seconds=1, source=""),

@@ -1,7 +1,7 @@
 """Contracts 5 and 8 of the compiled GPU code, on any machine: generated for GPUs that are not there, and assembled.
 
 Production shapes, bf16, inspected for sm_90. The bounds are sums of tensors and 5%; none is tuned. Expectations of
-names are of torch 2.13: EXPECTTEST_ACCEPT=1 make test ARGS=tests/test_gpu_code.py refreshes them, on purpose.
+names are of torch 2.13: EXPECTTEST_ACCEPT=1 make test ARGS=tests/compile/test_gpu_code.py refreshes them, on purpose.
 """
 
 from collections import Counter
