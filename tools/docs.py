@@ -65,7 +65,7 @@ def page(name: str) -> pdoc.doc.Module:
         cls.members = {key: member for key, member in cls.members.items() if not silent(member)}
         if "__init__" in cls.members:  # its docstring is inherited: the class's own describes the arguments
             cls.members["__init__"].docstring = ""
-        hidden = [base for _, base, _ in cls.bases if base.startswith("_")]
+        hidden = [base.__qualname__ for base in cls.obj.__mro__ if is_hidden(base)]
         cls.bases = [base for base in cls.bases if base[1] not in hidden]
         for member in cls.members.values():
             if member.taken_from[1].rpartition(".")[0] in hidden:  # what a hidden base gives is the class's own
@@ -74,6 +74,13 @@ def page(name: str) -> pdoc.doc.Module:
         member.docstring = WRAPPED.sub(r"\1 ", member.docstring)
         member.docstring += "".join(note(cited, member.obj.__module__) for cited in NOTE.findall(member.docstring))
     return module
+
+
+def is_hidden(cls: type) -> bool:
+    """Whether a base class is ours and on no page."""
+    return cls.__module__.startswith(ROOT) and all(
+        getattr(sys.modules[page], cls.__name__, None) is not cls for page in PAGES
+    )
 
 
 def describe(variable: pdoc.doc.Variable) -> None:

@@ -2,15 +2,107 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from compiled_loss.checks import arguments, multi_token, numbers
+from compiled_loss.checks import arguments, multi_token, numbers, targets
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def named(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let the errors of a function speak of its own arguments: each keyword is a word of our texts, and what to say.
+
+    It costs nothing while there is no error, and `torch.compile` traces it.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return calling(names, function, *args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def calling(names: Mapping[str, str], function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """What the function returns; its errors with other names, as in `named`."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        text = str(error)
+        if ": expected" not in text:  # it is not ours
+            raise
+        raise type(error)(renamed(text, names)) from None
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """A text with other names for arguments. After an article a word is prose, and after a dot it is an attribute.
+
+    It is plain Python, without `re`, because Dynamo traces it where a compiled loss gets a bad argument.
+    """
+    words = [""]
+    for word in text.split(" "):
+        for old, new in names.items():
+            rest = word.removeprefix(old)
+            if rest != word and rest[:1] in ("", ".", ",", ":", ";", "=", "[") and words[-1] not in ("a", "its", "the"):
+                word = new + rest
+                break
+        words.append(word)
+    return " ".join(words[1:])
+
+
+def kept(values: Mapping[str, Any], chunking: type) -> None:
+    """Raise unless each keyword that a Module keeps, known by its name, is in its range; `chunking` is a class."""
+    given = values.get
+    arguments.transform(given("softcap"), given("temperature", 1.0))
+    arguments.terms(given("label_smoothing", 0.0), given("z_loss", 0.0))
+    arguments.alignment(given("shift", 0), given("ignore_index", -100), 1)
+    arguments.reduction(given("reduction", "mean"))
+    arguments.class_dim(given("class_dim", -1))
+    arguments.flag("fp32_upcast", given("fp32_upcast", True))
+    multi_token.scaling(given("scaling_factor", 0.1))
+    softcapping(given("logit_softcapping", 0.0))
+    targets.distillation(
+        given("divergence", "forward_kl"),
+        given("jsd_weight", 0.5),
+        given("temperature", 1.0),
+        given("hard_label_weight", 0.0),
+        given("fp32_upcast", True),
+        given("chunk_size", 0),
+    )
+    if "chunking" in values:
+        arguments.instance("chunking", values["chunking"], chunking)
+    weights = given("class_weights")
+    if weights is not None:
+        arguments.tensor("class_weights", weights)
+        arguments.class_weights(weights, weights.numel(), weights.device)
+
+
+def keywords(owner: Any, given: Mapping[str, object], module: Any) -> None:
+    """Raise where a constructor does not know a keyword. A config tells of which `module` it is."""
+    if torch.compiler.is_compiling():  # Dynamo asks for no signatures; it names an unknown keyword itself
+        return
+    parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    elsewhere: dict[str, str] = {}
+    if module is not None:
+        elsewhere |= {name: "comes with the call" for name in inspect.signature(module.forward).parameters}
+    if module not in (None, owner):
+        where = f"is set on the {module.__name__} that is built"
+        elsewhere |= dict.fromkeys(inspect.signature(module).parameters, where)
+    fields(owner.__name__, given, [p.name for p in parameters], elsewhere)
 
 
 def softcapping(value: float) -> None:
@@ -20,11 +112,19 @@ def softcapping(value: float) -> None:
         raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
 
 
-def fields(owner: str, values: dict[str, object], known: list[str]) -> None:
-    """Raise where a keyword is unknown."""
-    unknown = sorted(values.keys() - set(known))
+def fields(owner: str, given: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> None:
+    """Raise where a keyword is unknown; `elsewhere` says where some of these belong."""
+    hints = []
+    unknown = sorted(set(given) - set(known))
+    for name in unknown:
+        if elsewhere and name in elsewhere:
+            hints.append(f"{name} {elsewhere[name]}")
+        else:
+            hints += [f"did you mean {close}?" for close in difflib.get_close_matches(name, known, 1)]
     if unknown:
-        raise TypeError(f"{owner}: expected of {', '.join(known)}, got {', '.join(unknown)}")
+        expected = f"only {', '.join(known)}" if known else "no keywords"
+        advice = f": {', '.join(hints)}" if hints else ""
+        raise TypeError(f"{owner}: expected {expected}, got {', '.join(unknown)}{advice}")
 
 
 def no_runtime(owner: str, name: str, value: object) -> None:
@@ -36,7 +136,8 @@ def no_runtime(owner: str, name: str, value: object) -> None:
 def factory(value: object, kwargs: object) -> None:
     """Raise unless there is something to call, with keywords."""
     if not callable(value):
-        raise TypeError(f"factory: expected a callable that returns a loss, got {type(value).__name__}")
+        came = repr(value) if isinstance(value, str) else type(value).__name__
+        raise TypeError(f"factory: expected a callable that returns a loss, got {came}")
     if not isinstance(kwargs, dict):
         raise TypeError(f"kwargs: expected a dict, got {type(kwargs).__name__}")
 
@@ -74,6 +175,14 @@ def scaling(scaling_factor: float | None, ignored: int | None) -> None:
         multi_token.scaling(scaling_factor, " or None")
     if ignored is not None:
         arguments.alignment(0, ignored, 1)
+
+
+def pipeline(loss: object, model: object) -> None:
+    """Raise unless a pipeline's loss can be called, and its model has Modules."""
+    if not callable(loss):
+        raise TypeError(f"loss_fn: expected a loss to call, got {type(loss).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
 
 
 def given(name: str, value: object, loss: object) -> None:

@@ -1,26 +1,43 @@
-"""Modules with the reference's names, signatures and defaults; no mathematics.
+"""Modules with the names, signatures and defaults of NeMo Automodel; no mathematics.
 
 A loss that takes a head's hidden states and weight instead of logits says so with `takes_hidden_states = True`: that is
 all that `calculate_loss` asks of it, whoever wrote it. Of a head with a bias it gets that too, as `lm_bias`.
+
+The fields are spelled once, in a dataclass of options that the Module and its config inherit: NOTE [Kept keywords].
+Errors name the arguments of these Modules and not those of the functions below.
 """
 
-from __future__ import annotations
-
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy
 from compiled_loss.distributed import dtensor
-from compiled_loss.distributed.vocab_shard import Ranks
+from compiled_loss.distributed.vocab_shard import Ranks, VocabShard
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
+from compiled_loss.nn.base import Loss, loss_module
 from compiled_loss.planner.chunking import Chunking
 
 
-class MaskedCrossEntropy(nn.Module):
+@dataclass(eq=False, repr=False)
+class MaskedCrossEntropyOptions:
+    """The keywords that `MaskedCrossEntropy` and its config keep."""
+
+    fp32_upcast: bool = True
+    """Kept for its callers; without effect."""
+    ignore_index: int = -100
+    """Label of tokens to ignore."""
+    reduction: str = "sum"
+    """"sum", "mean" or "none"."""
+
+
+@loss_module()
+@dataclass(eq=False, repr=False)
+class MaskedCrossEntropy(MaskedCrossEntropyOptions, Loss):
     """:func:`compiled_loss.masked_cross_entropy` with its keywords kept: `fp32_upcast`, `ignore_index`, `reduction`.
 
     Example:
@@ -33,15 +50,7 @@ class MaskedCrossEntropy(nn.Module):
 
     takes_hidden_states: ClassVar[bool] = False
 
-    def __init__(self, fp32_upcast: bool = True, ignore_index: int = -100, reduction: str = "sum") -> None:
-        super().__init__()
-        checks.flag("fp32_upcast", fp32_upcast)
-        checks.alignment(0, ignore_index, 1)
-        checks.reduction(reduction)
-        self.fp32_upcast = fp32_upcast
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-
+    @checks.modules.named(**{"class_dim=1": "logits.movedim(1, -1)"})
     def forward(
         self,
         logits: Tensor,
@@ -61,7 +70,23 @@ class MaskedCrossEntropy(nn.Module):
         )
 
 
-class FusedLinearCrossEntropy(nn.Module):
+@dataclass(eq=False, repr=False)
+class FusedLinearCrossEntropyOptions:
+    """The keywords that `FusedLinearCrossEntropy` and its config keep."""
+
+    ignore_index: int = -100
+    """Label of tokens to ignore."""
+    logit_softcapping: float = 0.0
+    """Bound of the logits; 0 for none."""
+    reduction: str = "sum"
+    """"sum", "mean" or "none"."""
+    chunking: Chunking = field(default=Chunking(), kw_only=True)
+    """How the loss is chunked, which does not change what it is."""
+
+
+@loss_module()
+@dataclass(eq=False, repr=False)
+class FusedLinearCrossEntropy(FusedLinearCrossEntropyOptions, Loss):
     """:func:`compiled_loss.linear_cross_entropy`: logits are never held. `logit_softcapping` 0 means none.
 
     Example:
@@ -74,24 +99,9 @@ class FusedLinearCrossEntropy(nn.Module):
 
     takes_hidden_states: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        logit_softcapping: float = 0.0,
-        reduction: str = "sum",
-        *,
-        chunking: Chunking = Chunking(),
-    ) -> None:
-        super().__init__()
-        checks.alignment(0, ignore_index, 1)
-        checks.modules.softcapping(logit_softcapping)
-        checks.reduction(reduction)
-        checks.instance("chunking", chunking, Chunking)
-        self.ignore_index = ignore_index
-        self.logit_softcapping = logit_softcapping
-        self.reduction = reduction
-        self.chunking = chunking
-
+    @checks.modules.named(
+        hidden="hidden_states", weight="lm_weight", bias="lm_bias", softcap="logit_softcapping", second="third"
+    )
     def forward(
         self,
         hidden_states: Tensor,
@@ -137,7 +147,21 @@ class FusedLinearCrossEntropy(nn.Module):
         return dtensor.materialize(lm_weight, grad_reduce_group, dtype)
 
 
-class TEParallelCrossEntropy(nn.Module):
+@dataclass(eq=False, repr=False)
+class TEParallelCrossEntropyOptions:
+    """The keywords that `TEParallelCrossEntropy` and its config keep."""
+
+    ignore_index: int = -100
+    """Label of tokens to ignore."""
+    reduction: str = "sum"
+    """"sum", "mean" or "none"."""
+    tp_group: Any = None
+    """The tensor-parallel process group, which exists where the program runs."""
+
+
+@loss_module()
+@dataclass(eq=False, repr=False)
+class TEParallelCrossEntropy(TEParallelCrossEntropyOptions, Loss):
     """Cross-entropy on logits whose vocabulary is sharded over `tp_group`, or over a DTensor's own mesh.
 
     Each rank of `tp_group` has as many classes as the others, in the order of the group. Parts that differ in size are
@@ -153,15 +177,10 @@ class TEParallelCrossEntropy(nn.Module):
 
     takes_hidden_states: ClassVar[bool] = False
 
-    def __init__(self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None) -> None:
-        super().__init__()
-        checks.alignment(0, ignore_index, 1)
-        checks.reduction(reduction)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.tp_group = tp_group
-        self._ranks = Ranks(tp_group)
+    def __post_init__(self) -> None:
+        self._ranks = Ranks(self.tp_group)
 
+    @checks.modules.named(vocab_size="logits", **{"class_dim=1": "logits.movedim(1, -1)"})
     def forward(
         self,
         logits: Tensor,
@@ -180,11 +199,29 @@ class TEParallelCrossEntropy(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             num_label_tokens=num_label_tokens if self.reduction == "sum" else None,
-            vocab_shard=self._ranks.shard(logits),
+            vocab_shard=_shard(self._ranks, logits),
         )
 
 
-class KDLoss(nn.Module):
+@dataclass(eq=False, repr=False)
+class KDLossOptions:
+    """The keywords that `KDLoss` and its config keep."""
+
+    ignore_index: int = -100
+    """Label of tokens to ignore."""
+    temperature: float = 1.0
+    """Divides both logits, > 0; the loss is multiplied by its square."""
+    fp32_upcast: bool = True
+    """Kept for its callers; without effect."""
+    tp_group: Any = None
+    """The tensor-parallel process group, which exists where the program runs."""
+    chunk_size: int = 0
+    """Kept for its callers, an int >= 0; without effect."""
+
+
+@loss_module()
+@dataclass(eq=False, repr=False)
+class KDLoss(KDLossOptions, Loss):
     """Forward KL of a student from its teacher, times T squared: :func:`compiled_loss.distillation` with keywords kept.
 
     `tp_group`: see :class:`TEParallelCrossEntropy`; of both logits.
@@ -200,24 +237,14 @@ class KDLoss(nn.Module):
 
     takes_hidden_states: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        fp32_upcast: bool = True,
-        tp_group: Any = None,
-        chunk_size: int = 0,
-    ) -> None:
-        super().__init__()
-        checks.alignment(0, ignore_index, 1)
-        checks.targets.distillation("forward_kl", 0.5, temperature, 0.0, fp32_upcast, chunk_size)
-        self.ignore_index = ignore_index
-        self.temperature = temperature
-        self.fp32_upcast = fp32_upcast
-        self.tp_group = tp_group
-        self.chunk_size = chunk_size
-        self._ranks = Ranks(tp_group)
+    def __post_init__(self) -> None:
+        self._ranks = Ranks(self.tp_group)
 
+    @checks.modules.named(
+        num_label_tokens="num_batch_labels",
+        vocab_size="student_logits",
+        **{"class_dim=1": "student_logits.movedim(1, -1)"},
+    )
     def forward(
         self,
         student_logits: Tensor,
@@ -226,6 +253,7 @@ class KDLoss(nn.Module):
         num_batch_labels: int | Tensor | None = None,
     ) -> Tensor:
         """The sum over the valid tokens of labels [...] over `num_batch_labels`, or their mean."""
+        checks.tensor("teacher_logits", teacher_logits)  # `distillation` has another form of it
         return distillation(
             beside(student_logits, labels),
             beside(teacher_logits, labels),
@@ -235,7 +263,7 @@ class KDLoss(nn.Module):
             fp32_upcast=self.fp32_upcast,
             reduction="mean" if num_batch_labels is None else "sum",
             num_label_tokens=num_batch_labels,
-            vocab_shard=self._ranks.shard(student_logits),
+            vocab_shard=_shard(self._ranks, student_logits),
             chunk_size=self.chunk_size,
         )
 
@@ -256,3 +284,8 @@ def mask_beside(mask: Tensor | None, labels: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.shape == labels.shape:
         return mask
     return beside(mask.unsqueeze(-1), labels).squeeze(-1)
+
+
+def _shard(ranks: Ranks, logits: Tensor) -> VocabShard | None:
+    """The rank's part of logits; None of what are none, and whose errors are the function's."""
+    return ranks.shard(logits) if isinstance(logits, Tensor) and logits.dim() else None

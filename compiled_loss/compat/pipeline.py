@@ -188,14 +188,25 @@ def calculate_mtp_losses(
 
     """
     outputs = checks.modules.mtp_outputs(mtp_per_depth_h, mtp_per_depth_logits, loss_fn)
+    given = "mtp_per_depth_h" if mtp_per_depth_logits is None else "mtp_per_depth_logits"
     mask = mask_beside(mask, labels)
     checks.multi_token.scaling(scaling_factor)
     for k, states in enumerate(outputs):
-        checks.tensor(f"hidden[{k}]", states)
+        checks.tensor(f"{given}[{k}]", states)
     checks.tensor("labels", labels)
-    weighed = [] if mask is None else ["mask"]
-    shapes = [states.shape for states in outputs]
-    checks.multi_token.depths(shapes, labels.shape, labels, mtp_per_depth_targets, seq_idx, cu_seqlens, weighed=weighed)
+    names = {"targets": "mtp_per_depth_targets"}
+    names |= {f"hidden[{k}]:": f"{given}[{k}]:" for k in range(len(outputs))}
+    checks.modules.calling(
+        names,
+        checks.multi_token.depths,
+        [states.shape for states in outputs],
+        labels.shape,
+        labels,
+        mtp_per_depth_targets,
+        seq_idx,
+        cu_seqlens,
+        weighed=[] if mask is None else ["mask"],
+    )
     ignore_index = checks.modules.ignore_index(ignore_index, loss_fn)
     fused = getattr(loss_fn, "takes_hidden_states", False)
     head: dict[str, Any] = {}
@@ -213,7 +224,10 @@ def calculate_mtp_losses(
         if not fused and mtp_per_depth_logits is None:
             states = models.head_logits(model, states)
         call = {"hidden_states" if fused else "logits": states, "labels": targets, "num_label_tokens": num_label_tokens}
-        losses.append(calculate_loss(loss_fn, **call, **head))
+        names = {"logits:": f"{given}[{k}]:", "hidden_states:": f"{given}[{k}]:"}
+        if mtp_per_depth_targets is not None:
+            names["labels:"] = f"mtp_per_depth_targets[{k}]:"
+        losses.append(checks.modules.calling(names, calculate_loss, loss_fn, **call, **head))
     return MTPLosses(scaling_factor / len(losses) * torch.stack(losses).sum(), losses)
 
 
@@ -256,7 +270,9 @@ class PipelineCausalLMLoss(nn.Module):
         grad_reduce_group: Any = None,
     ) -> None:
         super().__init__()
+        checks.modules.pipeline(loss_fn, model)
         checks.modules.scaling(scaling_factor, ignore_index)
+        checks.sharding.group_of("grad_reduce_group", grad_reduce_group)
         self.loss_fn = loss_fn
         self._model = (model,)  # in a tuple, or it would become a child
         self.scaling_factor = scaling_factor
@@ -279,6 +295,9 @@ class PipelineCausalLMLoss(nn.Module):
 
     def forward(self, output: Any, labels: Tensor, num_label_tokens: int | Tensor | None = None) -> Tensor:
         """The loss of one microbatch: `output` of the last stage, labels [B, S] aligned to it."""
+        return checks.modules.calling(_parts(output), self._loss, output, labels, num_label_tokens)
+
+    def _loss(self, output: Any, labels: Tensor, num_label_tokens: int | Tensor | None) -> Tensor:
         seq_idx, output = self._extract_seq_idx_tail(output)
         fused = getattr(self.loss_fn, "takes_hidden_states", False)
         depth_hidden = depth_logits = None
@@ -313,6 +332,19 @@ class PipelineCausalLMLoss(nn.Module):
             seq_idx=seq_idx,
             **shared,
         )
+
+
+def _parts(output: Any) -> dict[str, str]:
+    """What errors call the parts of a stage's output."""
+    if isinstance(output, Tensor):
+        main, depths = "output", "output"
+    elif isinstance(output, tuple) and not hasattr(output, "_fields"):
+        main, depths = "output[0]", "output[1:]"
+    else:
+        fields = ("logits", "hidden_states", "mtp_per_depth_h", "mtp_per_depth_logits")
+        return {f"{name}:": f"output.{name}:" for name in fields[:2]} | {name: f"output.{name}" for name in fields[2:]}
+    named = {"logits:": f"{main}:", "hidden_states:": f"{main}:", "seq_idx:": "output[-1]:"}
+    return named | {"mtp_per_depth_h": depths, "mtp_per_depth_logits": depths}
 
 
 def _shared_head(loss_fn: Any, model: Any, group: Any, hidden_states: Any) -> dict[str, Tensor]:

@@ -1,16 +1,18 @@
 """What configs share: fields, validation, and what is written down of them.
 
 NOTE [Round trip]
-`to_dict` gives plain values that JSON and YAML hold, and `from_dict` takes them back. Process groups are made where the
-program runs: a config that holds one has no dict, and says so.
+`to_dict` gives plain values that JSON and YAML hold, and `from_dict` takes them back. A process group is made where the
+program runs, so a config that holds one has no dict, and says so. A factory is written as "module:name", which
+`from_dict` imports. What has no such name, a lambda for instance, and a factory's keywords stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,15 +20,23 @@ from torch import nn
 from compiled_loss import checks
 from compiled_loss.planner.chunking import Chunking
 
-_Config = TypeVar("_Config", bound="Typed")
-_RUNTIME = ("tp_group", "factory")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
 class Typed:
     """What all configs share. Fields stay assignable, so they are validated on construction and again by `build`."""
 
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        checks.modules.keywords(cls, keywords, getattr(cls, "module", None))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, Chunking) and isinstance(value, Mapping):
+                setattr(self, f.name, _chunking(value))
         self.validate()
 
     def validate(self) -> None:
@@ -35,16 +45,13 @@ class Typed:
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name: NOTE [Round trip]."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in _RUNTIME:
-            checks.modules.no_runtime(type(self).__name__, name, values.pop(name, None))
+        checks.modules.no_runtime(type(self).__name__, "tp_group", values.pop("tp_group", None))
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The config of `to_dict`."""
-        checks.modules.fields(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
-        chunking = values.get("chunking")
-        return cls(**values | ({"chunking": _chunking(chunking)} if isinstance(chunking, dict) else {}))
+        return cls(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -55,10 +62,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _chunking(fields: dict[str, Any]) -> Chunking:
-    checks.modules.fields("Chunking", fields, [f.name for f in dataclasses.fields(Chunking) if f.init])
-    dtype = fields.get("accumulate_dtype")
-    return Chunking(**fields | {"accumulate_dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype})
+def _chunking(values: Mapping[str, Any]) -> Chunking:
+    checks.modules.fields("Chunking", values, [f.name for f in dataclasses.fields(Chunking) if f.init])
+    dtype = values.get("accumulate_dtype")
+    return Chunking(**{**values, "accumulate_dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype})
 
 
 @dataclass
@@ -85,7 +92,7 @@ class LossConfig(Typed):
 
 @dataclass
 class LossFromFactoryConfig(LossConfig):
-    """Of any class or callable that returns a loss.
+    """The config of any class or callable that returns a loss.
 
     Attributes:
         factory: called as factory(**kwargs).
@@ -105,3 +112,22 @@ class LossFromFactoryConfig(LossConfig):
         self.validate()
         assert self.factory is not None
         return self.factory(**self.kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The factory's name and its keywords: NOTE [Round trip]."""
+        name = f"{getattr(self.factory, '__module__', None)}:{getattr(self.factory, '__qualname__', None)}"
+        return {"factory": name if _found(name) == self.factory else self.factory, "kwargs": dict(self.kwargs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config of `to_dict`; it imports a factory that is a name."""
+        factory = values.get("factory")
+        return cls(**{**values, "factory": _found(factory) or factory})
+
+
+def _found(name: Any) -> Any:
+    """What "module:name" stands for, None where it stands for nothing."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (TypeError, ValueError, ImportError, AttributeError):
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +73,10 @@ def build_loss_config(
     """The config of a loss that is named in any of four ways.
 
     Args:
-        loss: a config, which is returned as it is; a name of the registry; a registered loss class, by identity and not
-            by its name, whose keywords fit its config; or any other class or callable, which is wrapped in a
-            :class:`LossFromFactoryConfig`. Dotted paths are the caller's to resolve.
-        loss_kwargs: keywords of the loss; none beside a config.
+        loss: a config, which is returned as it is; a name of the registry; a registered loss class, known by identity
+            and not by its name; or any other class or callable, which is wrapped in a :class:`LossFromFactoryConfig`.
+            Dotted paths are the caller's to resolve.
+        loss_kwargs: keywords of the loss; none beside a config. `chunking` may be a dict of its fields.
 
     Returns:
         A :class:`LossConfig`, validated.
@@ -87,7 +86,8 @@ def build_loss_config(
 
     Raises:
         ValueError: keywords beside a config.
-        TypeError: a config class, an `MTPLossConfig`, an unknown name, or nothing that can be called.
+        TypeError: a config class, an `MTPLossConfig`, an unknown name, or nothing that can be called; or a keyword that
+            the config of a registered loss does not have.
 
     Example:
         >>> from compiled_loss import build_loss_config
@@ -103,7 +103,7 @@ def build_loss_config(
     checks.modules.loss_target(loss, Typed, list(LOSS_CONFIG_REGISTRY))
     assert callable(loss)
     for config in LOSS_CONFIG_REGISTRY.values():
-        if config.module is loss and loss_kwargs.keys() <= {f.name for f in dataclasses.fields(config)}:
+        if config.module is loss:
             return config(**loss_kwargs)
     return LossFromFactoryConfig(factory=loss, kwargs=dict(loss_kwargs))
 

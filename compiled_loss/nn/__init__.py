@@ -1,7 +1,7 @@
-"""Module shells: they keep keywords and call the function of the same name. No mathematics, no weights.
+"""Modules of the losses. Each keeps keywords and calls the function of its name; none has mathematics or weights.
 
-Each field is a keyword of its function, with the same default; the tensors stay arguments of the call. A test walks
-both signatures and fails where they differ.
+The fields of a Module are keywords of its function, with the same defaults. The tensors of a batch, and `compile`, come
+with the call.
 """
 
 from compiled_loss.nn.cross_entropy import CrossEntropy, LinearCrossEntropy

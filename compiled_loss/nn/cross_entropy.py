@@ -1,18 +1,51 @@
-"""Module shells of cross-entropy."""
+"""Modules of cross-entropy."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-from typing import Literal
-
-from torch import Tensor, nn
-
-from compiled_loss import checks
-from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.cross_entropy import cross_entropy, linear_cross_entropy
+from compiled_loss.nn.base import ClassWeighted, loss_module
 from compiled_loss.planner.chunking import Chunking
 
 
-class CrossEntropy(nn.Module):
+@dataclass(kw_only=True, eq=False, repr=False)
+class HardLabelOptions:
+    """The keywords that cross-entropy of logits and of a head share."""
+
+    ignore_index: int = -100
+    """Label of tokens to ignore."""
+    label_smoothing: float = 0.0
+    """Share of a uniform distribution in the target, from 0 to 1."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp, >= 0."""
+    softcap: float | None = None
+    """Bound of the logits, > 0; None for none."""
+    temperature: float = 1.0
+    """Divides the logits, > 0."""
+    shift: int = 0
+    """How far ahead labels are: position t predicts label t + shift."""
+    reduction: str = "mean"
+    """"mean", "sum" or "none"."""
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class CrossEntropyOptions(HardLabelOptions):
+    """The keywords that `CrossEntropy` and its config keep."""
+
+    class_dim: int = -1
+    """The dimension of the logits that is the vocabulary."""
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LinearCrossEntropyOptions(HardLabelOptions):
+    """The keywords that `LinearCrossEntropy` and its config keep."""
+
+    chunking: Chunking = Chunking()
+    """How the loss is chunked, which does not change what it is."""
+
+
+@loss_module(cross_entropy)
+@dataclass(kw_only=True, eq=False, repr=False)
+class CrossEntropy(CrossEntropyOptions, ClassWeighted):
     """:func:`compiled_loss.cross_entropy` with its keywords kept.
 
     Example:
@@ -23,70 +56,10 @@ class CrossEntropy(nn.Module):
 
     """
 
-    class_weights: Tensor | None
 
-    def __init__(
-        self,
-        *,
-        class_weights: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        shift: int = 0,
-        reduction: str = "mean",
-        class_dim: int = -1,
-    ) -> None:
-        super().__init__()
-        checks.transform(softcap, temperature)
-        checks.terms(label_smoothing, z_loss)
-        checks.alignment(shift, ignore_index, 1)
-        checks.reduction(reduction)
-        checks.class_dim(class_dim)
-        self.register_buffer("class_weights", class_weights)
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.temperature = temperature
-        self.shift = shift
-        self.reduction = reduction
-        self.class_dim = class_dim
-
-    def forward(
-        self,
-        logits: Tensor,  # [..., V]
-        labels: Tensor,  # [...] or [..., V]
-        *,
-        mask: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        num_label_tokens: int | Tensor | None = None,
-        vocab_shard: VocabShard | None = None,
-        compile: bool | Literal["auto"] = "auto",
-    ) -> Tensor:
-        """The loss; see the function."""
-        return cross_entropy(
-            logits,
-            labels,
-            mask=mask,
-            token_weights=token_weights,
-            num_label_tokens=num_label_tokens,
-            class_weights=self.class_weights,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            temperature=self.temperature,
-            shift=self.shift,
-            reduction=self.reduction,
-            class_dim=self.class_dim,
-            vocab_shard=vocab_shard,
-            compile=compile,
-        )
-
-
-class LinearCrossEntropy(nn.Module):
+@loss_module(linear_cross_entropy)
+@dataclass(kw_only=True, eq=False, repr=False)
+class LinearCrossEntropy(LinearCrossEntropyOptions, ClassWeighted):
     """:func:`compiled_loss.linear_cross_entropy` with its keywords kept; weight and bias come with each call.
 
     Example:
@@ -97,67 +70,3 @@ class LinearCrossEntropy(nn.Module):
         tensor(1.3863)
 
     """
-
-    class_weights: Tensor | None
-
-    def __init__(
-        self,
-        *,
-        class_weights: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        shift: int = 0,
-        reduction: str = "mean",
-        chunking: Chunking = Chunking(),
-    ) -> None:
-        super().__init__()
-        checks.transform(softcap, temperature)
-        checks.terms(label_smoothing, z_loss)
-        checks.alignment(shift, ignore_index, 1)
-        checks.reduction(reduction)
-        checks.instance("chunking", chunking, Chunking)
-        self.register_buffer("class_weights", class_weights)
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.temperature = temperature
-        self.shift = shift
-        self.reduction = reduction
-        self.chunking = chunking
-
-    def forward(
-        self,
-        hidden: Tensor,  # [..., H]
-        weight: Tensor,  # [V, H]
-        labels: Tensor,  # [...]
-        *,
-        bias: Tensor | None = None,  # [V]
-        mask: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        num_label_tokens: int | Tensor | None = None,
-        vocab_shard: VocabShard | None = None,
-    ) -> Tensor:
-        """The loss; see the function."""
-        return linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            mask=mask,
-            token_weights=token_weights,
-            num_label_tokens=num_label_tokens,
-            class_weights=self.class_weights,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            temperature=self.temperature,
-            shift=self.shift,
-            reduction=self.reduction,
-            chunking=self.chunking,
-            vocab_shard=vocab_shard,
-        )

@@ -1,18 +1,29 @@
-"""Module shell of multi-token prediction."""
+"""Module of multi-token prediction."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
-
-from compiled_loss import checks
-from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.multi_token import multi_token_prediction
+from compiled_loss.nn.base import Loss, loss_module
 from compiled_loss.planner.chunking import Chunking
 
 
-class MultiTokenPrediction(nn.Module):
+@dataclass(kw_only=True, eq=False, repr=False)
+class MultiTokenOptions:
+    """The keywords that `MultiTokenPrediction` and its config keep."""
+
+    scaling_factor: float = 0.1
+    """Weight of the auxiliary loss, >= 0."""
+    ignore_index: int = -100
+    """Label of tokens to ignore."""
+    softcap: float | None = None
+    """Bound of the logits, > 0; None for none."""
+    chunking: Chunking = Chunking()
+    """How the loss is chunked, which does not change what it is."""
+
+
+@loss_module(multi_token_prediction)
+@dataclass(kw_only=True, eq=False, repr=False)
+class MultiTokenPrediction(MultiTokenOptions, Loss):
     """:func:`compiled_loss.multi_token_prediction` with its keywords kept; the packing comes with each call.
 
     Example:
@@ -23,51 +34,3 @@ class MultiTokenPrediction(nn.Module):
         tensor(1.6094)
 
     """
-
-    def __init__(
-        self,
-        *,
-        scaling_factor: float = 0.1,
-        ignore_index: int = -100,
-        softcap: float | None = None,
-        chunking: Chunking = Chunking(),
-    ) -> None:
-        super().__init__()
-        checks.multi_token.scaling(scaling_factor)
-        checks.alignment(0, ignore_index, 1)
-        checks.transform(softcap, 1.0)
-        checks.instance("chunking", chunking, Chunking)
-        self.scaling_factor = scaling_factor
-        self.ignore_index = ignore_index
-        self.softcap = softcap
-        self.chunking = chunking
-
-    def forward(
-        self,
-        hidden: Sequence[Tensor],  # D of [..., H]
-        weight: Tensor,  # [V, H]
-        labels: Tensor,  # [...]
-        *,
-        seq_idx: Tensor | None = None,  # [B, S] or [S]
-        cu_seqlens: Tensor | None = None,  # [sequences + 1]
-        targets: Sequence[Tensor] | None = None,  # D of [...]
-        mask: Tensor | None = None,  # broadcasts to the labels
-        num_label_tokens: int | Tensor | None = None,
-        vocab_shard: VocabShard | None = None,
-    ) -> Tensor:
-        """The loss; see the function."""
-        return multi_token_prediction(
-            hidden,
-            weight,
-            labels,
-            seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
-            targets=targets,
-            mask=mask,
-            num_label_tokens=num_label_tokens,
-            scaling_factor=self.scaling_factor,
-            ignore_index=self.ignore_index,
-            softcap=self.softcap,
-            chunking=self.chunking,
-            vocab_shard=vocab_shard,
-        )

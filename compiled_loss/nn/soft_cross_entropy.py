@@ -1,16 +1,25 @@
-"""Module shell of cross-entropy with soft targets."""
+"""Module of cross-entropy with soft targets."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-from torch import Tensor, nn
-
-from compiled_loss import checks
-from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.soft_cross_entropy import linear_soft_cross_entropy
+from compiled_loss.nn.base import Loss, loss_module
 from compiled_loss.planner.chunking import Chunking
 
 
-class LinearSoftCrossEntropy(nn.Module):
+@dataclass(kw_only=True, eq=False, repr=False)
+class LinearSoftCrossEntropyOptions:
+    """The keywords that `LinearSoftCrossEntropy` and its config keep."""
+
+    temperature: float = 1.0
+    """Divides both logits, > 0."""
+    chunking: Chunking = Chunking()
+    """How the loss is chunked, which does not change what it is."""
+
+
+@loss_module(linear_soft_cross_entropy)
+@dataclass(kw_only=True, eq=False, repr=False)
+class LinearSoftCrossEntropy(LinearSoftCrossEntropyOptions, Loss):
     """:func:`compiled_loss.linear_soft_cross_entropy` with its keywords kept; the target comes with each call.
 
     Example:
@@ -21,43 +30,3 @@ class LinearSoftCrossEntropy(nn.Module):
         tensor(1.3863)
 
     """
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        chunking: Chunking = Chunking(),
-    ) -> None:
-        super().__init__()
-        checks.transform(None, temperature)
-        checks.instance("chunking", chunking, Chunking)
-        self.temperature = temperature
-        self.chunking = chunking
-
-    def forward(
-        self,
-        hidden: Tensor,  # [..., H]
-        weight: Tensor,  # [V, H]
-        position_mask: Tensor,  # [..., 1] or [...]
-        *,
-        target_probs: Tensor | None = None,  # [..., V]
-        teacher_hidden: Tensor | None = None,  # [..., H']
-        teacher_weight: Tensor | None = None,  # [V, H']
-        draft_to_target: Tensor | None = None,  # [V]
-        num_label_tokens: int | Tensor | None = None,
-        vocab_shard: VocabShard | None = None,
-    ) -> Tensor:
-        """The loss; see the function."""
-        return linear_soft_cross_entropy(
-            hidden,
-            weight,
-            position_mask,
-            target_probs=target_probs,
-            teacher_hidden=teacher_hidden,
-            teacher_weight=teacher_weight,
-            draft_to_target=draft_to_target,
-            num_label_tokens=num_label_tokens,
-            temperature=self.temperature,
-            chunking=self.chunking,
-            vocab_shard=vocab_shard,
-        )

@@ -226,7 +226,7 @@ def test_a_weight_wider_than_the_hidden_states(dtype):
         assert [g.dtype for g in mine] == [dtype, torch.float32, torch.float32]
         for g, b, t in zip(mine, baseline, gradients, strict=True):
             assert_within_error_budget(g, b, t)
-    with pytest.raises(TypeError, match=r"weight: expected the dtype of hidden, torch.float32, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"^lm_weight: expected the dtype of hidden_states, torch.float32, got torch.b"):
         fused(hidden.float(), labels, weight.bfloat16())
 
 

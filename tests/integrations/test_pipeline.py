@@ -210,7 +210,7 @@ HIDDEN, LABELS = torch.zeros(B, S, H), torch.zeros(B, S, dtype=torch.int64)
         (lambda: calculate_loss(MaskedCrossEntropy(), labels=LABELS), "logits: expected, for MaskedCrossEntropy takes"),
         (lambda: calculate_loss(FusedLinearCrossEntropy(), labels=LABELS), "hidden_states: expected, for FusedLinear"),
         (lambda: calculate_loss(MaskedCrossEntropy(), logits=HIDDEN), "labels: expected"),
-        (lambda: calculate_loss(MaskedCrossEntropy(), typo=1), "calculate_loss: expected of logits, .*, got typo"),
+        (lambda: calculate_loss(MaskedCrossEntropy(), typo=1), "calculate_loss: expected only logits, .*, got typo"),
         (
             lambda: calculate_loss(FusedLinearCrossEntropy(), labels=LABELS, hidden_states=HIDDEN, model=nn.Identity()),
             r"model: expected get_output_embeddings\(\) or a Module called lm_head, got Identity: give lm_weight",

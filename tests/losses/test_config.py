@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,85 +19,138 @@ from compiled_loss import (
     LOSS_CONFIG_REGISTRY,
     Chunking,
     CrossEntropyConfig,
-    DistillationConfig,
     FusedLinearCEConfig,
     KDLossConfig,
-    LinearCrossEntropyConfig,
-    LinearDistillationConfig,
-    LinearSoftCrossEntropyConfig,
     LossConfig,
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     MTPLossConfig,
-    MultiTokenPredictionConfig,
     TEParallelCEConfig,
     build_loss_config,
     build_loss_module,
     register_loss_config,
 )
 
-FIELDS = {
+FIELDS = {  # NeMo Automodel's, and `chunking`
     MaskedCrossEntropyConfig: {"fp32_upcast": True, "ignore_index": -100, "reduction": "sum"},
-    FusedLinearCEConfig: {"ignore_index": -100, "logit_softcapping": 0.0, "reduction": "sum"},
+    FusedLinearCEConfig: {
+        "ignore_index": -100,
+        "logit_softcapping": 0.0,
+        "reduction": "sum",
+        "chunking": Chunking(),
+    },
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
     KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
     MTPLossConfig: {"scaling_factor": None, "ignore_index": -100},
 }
-OURS = [CrossEntropyConfig, LinearCrossEntropyConfig, DistillationConfig, LinearDistillationConfig]
-OURS += [LinearSoftCrossEntropyConfig, MultiTokenPredictionConfig]
-NOT_WRITTEN = {"class_weights", "fp32_upcast", "chunk_size"}  # a tensor, and what has no effect
-LOSSES = [c for c in FIELDS if c is not MTPLossConfig]
+LOSSES = list(LOSS_CONFIG_REGISTRY.values())
+# A value other than the default for every field.
+CHANGED = {"fp32_upcast": False, "ignore_index": 7, "reduction": "none", "logit_softcapping": 5.0, "tp_group": None}
+CHANGED |= {"temperature": 0.5, "chunk_size": 3, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 2.0, "shift": 1}
+CHANGED |= {"class_dim": 1, "divergence": "jsd", "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
+CHANGED |= {"chunking": Chunking(chunk_size=5, accumulate_dtype=torch.float64, compile=False)}
+
+
+def names(config):
+    return [f.name for f in dataclasses.fields(config)]
 
 
 @pytest.mark.parametrize("config", FIELDS)
 def test_fields_and_defaults(config):
-    assert dataclasses.asdict(config()) == FIELDS[config]
-    for name in FIELDS[config]:
-        assert f"{name}:" in config.__doc__
+    assert vars(config()) == FIELDS[config]
+    assert list(inspect.signature(config).parameters) == list(FIELDS[config])
+    positional = [value for name, value in FIELDS[config].items() if name != "chunking"]
+    assert config(*positional) == config()
 
 
 @pytest.mark.parametrize("config", LOSSES)
 def test_build(config):
-    made = config(ignore_index=3).build()
-    assert isinstance(made, nn.Module) and made.ignore_index == 3
-    for name, value in FIELDS[config].items():
-        if name != "ignore_index":
-            assert getattr(made, name) == value
-    assert type(made) is config.module is getattr(compiled_loss, config.module.__name__)
-
-
-@pytest.mark.parametrize("config", FIELDS)
-def test_round_trip(config):
-    one = config(ignore_index=7)
-    text = json.dumps(one.to_dict())
-    assert "tp_group" not in text
-    assert config.from_dict(json.loads(text)) == one
-    assert config.from_dict(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
-    with pytest.raises(TypeError, match=rf"^{config.__name__}: expected of .*ignore_index.*, got typo"):
-        config.from_dict({"typo": 1})
-
-
-@pytest.mark.parametrize("config", OURS)
-def test_configs_of_our_modules(config):
-    """The fields are the Module's keywords, with its defaults; by name and by class; through YAML."""
-    made, module = config().build(), config.module
-    assert module.__module__.startswith("compiled_loss.nn.") and type(made) is module
-    keywords = {k: p.default for k, p in inspect.signature(module).parameters.items() if k not in NOT_WRITTEN}
-    assert {f.name: f.default for f in dataclasses.fields(config)} == keywords
-    for name, value in keywords.items():
-        assert f"{name}:" in config.__doc__ or f"{name}," in config.__doc__
-        assert getattr(made, name) == value
+    module = config.module
+    assert module is getattr(compiled_loss, module.__name__, None) or module is getattr(
+        compiled_loss.nn, module.__name__
+    )
     assert build_loss_config(module.__name__) == build_loss_config(module) == config()
-    options = {"chunking": Chunking(chunk_size=5, accumulate_dtype=torch.float32), "temperature": 0.5, "shift": 1}
-    one = config(**{name: value for name, value in options.items() if name in keywords})
-    assert config.from_dict(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
-    if "chunking" in keywords:
-        with pytest.raises(TypeError, match=r"^Chunking: expected of strategy, chunk_size, .*, got size"):
-            config.from_dict({"chunking": {"size": 4}})
-        with pytest.raises(TypeError, match=r"^chunking: expected a Chunking, got int"):
-            config(chunking=4)
-        with pytest.raises(TypeError, match=r"^accumulate_dtype: expected a floating torch.dtype or None, got 'half!'"):
-            config.from_dict({"chunking": {"accumulate_dtype": "half!"}})
+    changed = {name: CHANGED[name] for name in names(config)}
+    made = config(**changed).build()
+    assert type(made) is module
+    assert {name: getattr(made, name) for name in changed} == changed
+
+
+@pytest.mark.parametrize("config", [*LOSSES, MTPLossConfig])
+def test_round_trip(config):
+    """Plain values, `Chunking` included, that make an equal config and so an equal loss; by each door."""
+    for one in (config(), config(**{name: CHANGED[name] for name in names(config)})):
+        plain = one.to_dict()
+        assert plain.keys() == {*names(config)} - {"tp_group"}
+        for written in (json.loads(json.dumps(plain)), yaml.safe_load(yaml.safe_dump(plain))):
+            assert config.from_dict(written) == config(**written) == one
+            if config is not MTPLossConfig:
+                assert build_loss_config(config.module.__name__, **written) == one
+                assert build_loss_config(config.module, **written) == one
+                made = build_loss_module(config.module.__name__, **written)
+                assert repr(made) == repr(one.build())
+                assert vars(one).items() <= {name: getattr(made, name) for name in names(config)}.items()
+
+
+@pytest.mark.parametrize("config", [c for c in LOSSES if "chunking" in names(c)])
+def test_a_chunking_that_is_none(config):
+    with pytest.raises(TypeError, match=r"^Chunking: expected only strategy, chunk_size, .*, got size$"):
+        config.from_dict({"chunking": {"size": 4}})
+    with pytest.raises(TypeError, match=r"^chunking: expected a Chunking, got int"):
+        config(chunking=4)
+    with pytest.raises(TypeError, match=r"^accumulate_dtype: expected a floating torch.dtype or None, got 'half!'"):
+        config.from_dict({"chunking": {"accumulate_dtype": "half!"}})
+
+
+@pytest.mark.parametrize("config", LOSSES)
+def test_an_unknown_keyword_is_refused_alike_at_every_door(config):
+    """With the class, the keyword, those that exist, and the one that was meant."""
+    typo = "ignore_indx" if "ignore_index" in names(config) else "temperatur"
+    meant = {"ignore_indx": "ignore_index", "temperatur": "temperature"}[typo]
+    known = ", ".join(names(config))
+    module = config.module
+    for door in (
+        partial(config, **{typo: 1}),
+        partial(config.from_dict, yaml.safe_load(f"{typo}: 1")),
+        partial(build_loss_config, module.__name__, **{typo: 1}),
+        partial(build_loss_config, module, **{typo: 1}),
+        partial(build_loss_module, module, **{typo: 1}),
+    ):
+        text = f"{config.__name__}: expected only {known}, got {typo}: did you mean {meant}?"
+        with pytest.raises(TypeError, match="^" + re.escape(text) + "$"):
+            door()
+    known = ", ".join(inspect.signature(module).parameters)
+    text = f"{module.__name__}: expected only {known}, got {typo}: did you mean {meant}?"
+    with pytest.raises(TypeError, match="^" + re.escape(text) + "$"):
+        module(**{typo: 1})
+
+
+def test_a_keyword_of_another_place_is_refused_with_the_place():
+    weights = torch.ones(3)
+    for door in (build_loss_config, build_loss_module):
+        with pytest.raises(TypeError, match=r": class_weights is set on the CrossEntropy that is built$"):
+            door(compiled_loss.nn.CrossEntropy, class_weights=weights)
+    for owner in (compiled_loss.nn.CrossEntropy, CrossEntropyConfig):
+        with pytest.raises(TypeError, match=r": mask comes with the call$"):
+            owner(mask=None)
+    with pytest.raises(TypeError, match=r"got mask, nonsense: mask comes with the call$"):
+        build_loss_config("CrossEntropy", mask=None, nonsense=1)
+    with pytest.raises(TypeError, match=r"^LossConfig: expected no keywords, got scale$"):
+        LossConfig(scale=1)
+    built = CrossEntropyConfig(reduction="sum").build()
+    built.class_weights = weights * 2
+    logits, labels = torch.randn(2, 3), torch.tensor([0, 2])
+    expected = compiled_loss.cross_entropy(logits, labels, class_weights=weights * 2, reduction="sum")
+    torch.testing.assert_close(built(logits, labels), expected, rtol=0, atol=0)
+    assert list(built.state_dict()) == ["class_weights"]
+
+
+def test_the_type_of_a_config_depends_on_no_keyword():
+    for keywords in ({}, {"chunking": Chunking(chunk_size=3)}, {"chunking": {"chunk_size": 3}}):
+        for loss in ("FusedLinearCrossEntropy", compiled_loss.FusedLinearCrossEntropy):
+            config = build_loss_config(loss, **keywords)
+            assert type(config) is FusedLinearCEConfig
+            assert config.build().chunking == Chunking(chunk_size=3 if keywords else None)
 
 
 def test_a_process_group_is_not_written_down():
@@ -144,8 +198,47 @@ def test_dispatch():
     wrapped = build_loss_config(nn.CrossEntropyLoss, reduction="sum")
     assert wrapped == LossFromFactoryConfig(factory=nn.CrossEntropyLoss, kwargs={"reduction": "sum"})
     assert wrapped.build().reduction == "sum"
-    chunking = compiled_loss.Chunking(chunk_size=3)  # no field of the config: the class itself is called
-    assert build_loss_module(compiled_loss.FusedLinearCrossEntropy, chunking=chunking).chunking == chunking
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    @classmethod
+    def doubled(cls, scale):
+        return cls(2 * scale)
+
+
+def local_factories():
+    class Local(Scaled): ...
+
+    return [Local, lambda scale: Scaled(2 * scale), partial(Scaled)]
+
+
+@pytest.mark.parametrize("factory", [Scaled, Scaled.doubled, nn.CrossEntropyLoss, dataclasses.make_dataclass])
+def test_a_factory_is_written_by_its_name(factory):
+    one = LossFromFactoryConfig(factory, {"scale": 3.0})
+    plain = one.to_dict()
+    assert plain == {"factory": f"{factory.__module__}:{factory.__qualname__}", "kwargs": {"scale": 3.0}}
+    again = LossFromFactoryConfig.from_dict(yaml.safe_load(yaml.safe_dump(plain)))
+    assert again == one
+    if factory in (Scaled, Scaled.doubled):
+        assert again.build().scale == one.build().scale
+
+
+@pytest.mark.parametrize("factory", local_factories())
+def test_a_factory_without_a_name_stays_as_it_is(factory):
+    one = LossFromFactoryConfig(factory, {"scale": 3.0})
+    assert one.to_dict() == {"factory": factory, "kwargs": {"scale": 3.0}}
+    assert LossFromFactoryConfig.from_dict(one.to_dict()) == one
+    assert one.to_dict()["kwargs"] is not one.kwargs
+
+
+@pytest.mark.parametrize("name", ["nowhere:Loss", "torch.nn:Nothing", "Loss", "a b", ""])
+def test_a_factory_that_is_not_found(name):
+    with pytest.raises(TypeError, match=f"^factory: expected a callable that returns a loss, got '{name}'"):
+        LossFromFactoryConfig.from_dict({"factory": name})
 
 
 def test_a_users_class_of_the_same_name_is_not_replaced():
