@@ -191,6 +191,7 @@ def calculate_mtp_losses(
     given = "mtp_per_depth_h" if mtp_per_depth_logits is None else "mtp_per_depth_logits"
     mask = mask_beside(mask, labels)
     checks.multi_token.scaling(scaling_factor)
+    checks.modules.calling({"hidden:": f"{given}:"}, checks.multi_token.sequence, "hidden", outputs)
     for k, states in enumerate(outputs):
         checks.tensor(f"{given}[{k}]", states)
     checks.tensor("labels", labels)

@@ -187,8 +187,8 @@ def linear_cross_entropy(
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of logits, [C, V] or [N, C].
         The token walk holds dH and dW from forward on, the vocabulary walk O(N) until backward. Without gradients,
-        one chunk. Eager code without `Chunking(compile=True)` adds a few blocks of 4 MiB; a second eager backward of the
-        token walk forms dH and dW again. Under non-reentrant checkpointing the token walk runs twice.
+        one chunk. Eager code without `Chunking(compile=True)` adds a few blocks of 4 MiB. A second eager backward of
+        the token walk forms dH and dW again. Under non-reentrant checkpointing the token walk runs twice.
         Over ranks a rank's V is its own. The vocabulary walk makes two collectives of O(N) forward, the token walk two
         of O(C) a chunk, each one of 48 bytes more; backward makes one of [N, H], unless the hidden states are a
         DTensor.

@@ -18,7 +18,9 @@ class HardLabelOptions:
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp, >= 0."""
     softcap: float | None = None
-    """Bound of the logits, > 0; None for none."""
+    """Bound of the scaled logits, > 0; None for none."""
+    logit_scale: float = 1.0
+    """Multiplies the logits before the softcap, > 0."""
     temperature: float = 1.0
     """Divides the logits, > 0."""
     shift: int = 0

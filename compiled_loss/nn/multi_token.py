@@ -16,7 +16,11 @@ class MultiTokenOptions:
     ignore_index: int = -100
     """Label of tokens to ignore."""
     softcap: float | None = None
-    """Bound of the logits, > 0; None for none."""
+    """Bound of the scaled logits, > 0; None for none."""
+    logit_scale: float = 1.0
+    """Multiplies the logits before the softcap, > 0."""
+    temperature: float = 1.0
+    """Divides the logits, > 0."""
     chunking: Chunking = Chunking()
     """How the loss is chunked, which does not change what it is."""
 

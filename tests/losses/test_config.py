@@ -46,7 +46,15 @@ FIELDS = {  # NeMo Automodel's, and `chunking`
 LOSSES = list(LOSS_CONFIG_REGISTRY.values())
 # A value other than the default for every field.
 CHANGED = {"fp32_upcast": False, "ignore_index": 7, "reduction": "none", "logit_softcapping": 5.0, "tp_group": None}
-CHANGED |= {"temperature": 0.5, "chunk_size": 3, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 2.0, "shift": 1}
+CHANGED |= {
+    "logit_scale": 0.25,
+    "temperature": 0.5,
+    "chunk_size": 3,
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 2.0,
+    "shift": 1,
+}
 CHANGED |= {"class_dim": 1, "divergence": "jsd", "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
 CHANGED |= {"chunking": Chunking(chunk_size=5, accumulate_dtype=torch.float64, compile=False)}
 

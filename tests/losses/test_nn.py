@@ -209,7 +209,14 @@ def test_all_that_is_kept_or_passed_arrives(module):
     assert all(seen[name] is value for name, value in (kept | passed).items())
 
 
-BAD = {"divergence": "kl", "temperature": 0.0, "scaling_factor": -1.0, "reduction": "avg", "chunking": 4}
+BAD = {
+    "divergence": "kl",
+    "logit_scale": 0.0,
+    "temperature": 0.0,
+    "scaling_factor": -1.0,
+    "reduction": "avg",
+    "chunking": 4,
+}
 BAD |= {"ignore_index": "pad", "softcap": 0.0, "hard_label_weight": 2.0, "jsd_weight": 1.0, "chunk_size": -1}
 BAD |= {"fp32_upcast": 1, "class_dim": "classes", "label_smoothing": 2.0, "z_loss": -1.0, "shift": -1}
 BAD |= {"class_weights": torch.ones(2, requires_grad=True), "logit_softcapping": -1.0, "tp_group": "tp"}
@@ -411,6 +418,7 @@ KEPT = {
     "label_smoothing": 0.1,
     "z_loss": 0.01,
     "softcap": 2.0,
+    "logit_scale": 0.4,
     "temperature": 0.7,
     "shift": 2,
     "reduction": "none",
