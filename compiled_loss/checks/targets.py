@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from compiled_loss.checks import numbers
-from compiled_loss.checks.arguments import differ, flag, floating, head, same_device, sizes, tensor, transform
+from compiled_loss.checks.arguments import (
+    differ,
+    flag,
+    floating,
+    head,
+    same_device,
+    sizes,
+    tensor,
+    transform,
+    vocabulary_vector,
+)
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -49,6 +59,40 @@ def teacher(hidden: Tensor, weight: Tensor, student: Tensor, rows: int | None) -
     same_device("teacher_hidden", hidden, student.device)
 
 
+def head_weight(name: str, weight: object, bias_name: str, bias: Tensor | None) -> None:
+    """Raise where the weight of a head is a Module that has a bias, too."""
+    if isinstance(weight, torch.nn.Module) and bias is None and isinstance(getattr(weight, "bias", None), Tensor):
+        kind = type(weight).__name__
+        own = kind.lower()
+        raise TypeError(f"{name}: expected a Tensor, got {kind}: use {own}.weight and {bias_name}={own}.bias")
+
+
+def logit_map(softcap: Any, logit_scale: Any, prefix: str = "") -> tuple[Any, Any]:
+    """Both as numbers; raise unless z is defined. The names begin with `prefix`."""
+    found = []
+    for name, value, none in (("softcap", softcap, True), ("logit_scale", logit_scale, bool(prefix))):
+        alternative = " or None" if none else ""
+        if not (none and value is None):
+            value = numbers.number(prefix + name, value, alternative)
+            if not (isinstance(value, Tensor) or 0 < value < math.inf):
+                raise ValueError(f"{prefix}{name}: expected a number > 0{alternative}, got {value}")
+        found.append(value)
+    return found[0], found[1]
+
+
+def teacher_bias(value: Tensor | None, weight: Tensor) -> None:
+    """Raise unless `value` is None or has a number for each row of the teacher's weight."""
+    if value is not None:
+        vocabulary_vector("teacher_bias", value, weight.shape[0], weight.device)
+
+
+def no_teacher(beside: str, **others: object) -> None:
+    """Raise unless nothing that speaks of a teacher's head or logits is given beside the argument called `beside`."""
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(f"{name}: expected None beside {beside}, got a {type(other).__name__}")
+
+
 def teacher_given(name: str, value: Tensor | None) -> Tensor:
     """The teacher; raise where it is missing, and no cached one came instead."""
     if value is None:
@@ -56,11 +100,8 @@ def teacher_given(name: str, value: Tensor | None) -> Tensor:
     return value
 
 
-def teacher_topk(value: object, others: dict[str, Tensor | None], source: Tensor, vocab: int) -> None:
-    """Raise unless `value` holds the top of a distribution for each row of `source`, and no other teacher is given."""
-    for name, other in others.items():
-        if other is not None:
-            raise ValueError(f"{name}: expected None beside teacher_topk, got a {type(other).__name__}")
+def teacher_topk(value: object, source: Tensor, vocab: int) -> None:
+    """Raise unless `value` holds the top of a distribution for each row of `source`."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"teacher_topk: expected (values, indices) or None, got {type(value).__name__}")
     values, indices = value

@@ -6,7 +6,7 @@ N tokens, H width, V vocabulary. The engine sees [N, H], [N, V] and [N].
 from __future__ import annotations
 
 from math import prod
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,38 +25,73 @@ from compiled_loss.planner.chunking import Chunking
 from compiled_loss.planner.plan import lengths
 
 
-def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -> Pair:
-    """The engine's `Pair`, its scalars as tensors: see `head.transform`."""
+def check(chunking: Chunking) -> None:
+    """Raise unless heads can be chunked so: over tokens."""
+    checks.instance("chunking", chunking, Chunking)
+    checks.chunking.walks_tokens(chunking.strategy)
+
+
+class Transform(NamedTuple):
+    """What a head does to h @ w.T, as its caller says it: softcap * tanh(logit_scale * (h @ w.T + bias) / softcap)."""
+
+    softcap: Any = None  # a number, or None for none
+    logit_scale: Any = None  # a number, or None for 1
+    bias: Tensor | None = None  # [V], a rank's own
+
+
+def pair(
+    like: Tensor,
+    temperature: Any,
+    student: Transform,
+    target: Transform = Transform(),
+    *,
+    jsd_weight: Any = None,
+    hard: bool = False,
+) -> Pair:
+    """The engine's `Pair`; `hard` where a cross-entropy with labels is wanted, which is at temperature 1."""
+    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
+    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
+
+    def scalars(transform: Transform, temperature: Any) -> tuple[Tensor | None, Tensor | None]:
+        softcap, scale = transform.softcap, 1 if transform.logit_scale is None else transform.logit_scale
+        if softcap is not None:
+            return one * scale / softcap, one * softcap / temperature
+        unchanged = numbers.known(scale, 1) and numbers.known(temperature, 1)
+        return None, None if unchanged else one * scale / temperature
+
     return Pair(
-        None if numbers.known(temperature, 1) else one / temperature,
+        one / temperature if hard and not numbers.known(temperature, 1) else None,
         None if jsd_weight is None else one * jsd_weight,
+        student.bias,
+        *scalars(student, 1 if hard else temperature),
+        target.bias,
+        *scalars(target, temperature),
     )
 
 
 def on_logits(
     logits: Tensor,  # [..., V]
     target: Target,  # [..., V] or [..., k]
-    labels: Tensor | None,  # [...]
-    active: Tensor,  # [...] bool
     kind: str,
     pair: Pair,
+    weighted: Weighted,  # of [...]
     vocabulary: Vocabulary,
     compile: bool | str,
-) -> tuple[Tensor, Tensor | None]:
-    """Each token's divergence and, with labels, cross-entropy, [...] each."""
+) -> Tensor:
+    """Each active token's soft * divergence + hard * cross-entropy, [...]."""
     kind = cast(Kind, kind)
-    labels = None if labels is None else vocabulary.labels(labels)
+    labels = None if weighted.labels is None else vocabulary.labels(weighted.labels)
     if traced():
-        logits, target = _looked_at(logits, active), target.map(lambda v: _looked_at(v, active))
-        return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
+        logits, target = _looked_at(logits, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
+        return weighted.of(*divergence_logits.plain_divergence(logits, target, labels, kind, pair))
     shape = logits.shape[:-1]
     logits, *present = merged(logits, *[v for v in target if v is not None])
     target = Target(*present)
     labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):
         soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group, compile)
-    return soft.reshape(shape), None if hard is None else hard.reshape(shape)
+    return weighted.of(soft.reshape(shape), None if hard is None else hard.reshape(shape))
 
 
 def on_head(
@@ -69,13 +104,11 @@ def on_head(
     vocabulary: Vocabulary,
     chunking: Chunking,
     *,
-    scalar: bool = True,
+    scalar: bool,
 ) -> Tensor:
     """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum."""
-    checks.instance("chunking", chunking, Chunking)
-    checks.chunking.walks_tokens(chunking.strategy)
     shape = hidden.shape[:-1]
-    hidden, target = hidden.reshape(-1, hidden.shape[-1]), _flat(target)
+    hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.map(_rows)
     weighted = weighted.map(lambda v: v.reshape(-1))
     compact = reduction.compacted(weighted.active, chunking)
     if compact is None:
@@ -116,18 +149,18 @@ def _on_rows(
         if not scalar:
             rows = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, how, group)
             return weighted.of(*rows)
-        enabled = torch.is_grad_enabled()
-        needs = Needs(enabled and hidden.requires_grad, enabled and weight.requires_grad, needs_bias=False)
+        enabled, bias = torch.is_grad_enabled(), pair.bias
+        needs = Needs(
+            enabled and hidden.requires_grad,
+            enabled and weight.requires_grad,
+            enabled and bias is not None and bias.requires_grad,
+        )
         return divergence_chunks.weighted_sum(hidden, weight, target, kind, pair, weighted, how, group, needs)
 
 
 def _looked_at(rows: Tensor, active: Tensor) -> Tensor:
     """Rows that count, 0 in all others."""
     return torch.where(active.unsqueeze(-1), rows, 0)
-
-
-def _flat(target: Target) -> Target:
-    return target.map(_rows)
 
 
 def _rows(values: Tensor) -> Tensor:

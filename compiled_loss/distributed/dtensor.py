@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def vocabulary(weight: Tensor, vocab_shard: VocabShard | None) -> Vocabulary:
+def vocabulary(weight: Tensor, vocab_shard: VocabShard | None, name: str = "weight") -> Vocabulary:
     """A rank's part of a weight's."""
-    checks.tensor("weight", weight)
-    return _vocabulary("weight", weight, 0, vocab_shard)
+    checks.tensor(name, weight)
+    return _vocabulary(name, weight, 0, vocab_shard)
 
 
 def head(

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss import reduction as reductions
-from compiled_loss.dispatch import divergence as pair
+from compiled_loss.dispatch import divergence as two
+from compiled_loss.dispatch.divergence import Transform
 from compiled_loss.dispatch.linear import cast
 from compiled_loss.distributed import dtensor
-from compiled_loss.distributed.vocab_shard import VocabShard
+from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.math.divergences import Target
-from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -27,30 +27,50 @@ def masked_soft_cross_entropy(
     target_probs: Tensor,  # [..., V]
     position_mask: Tensor,  # [..., 1] or [...]
     *,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Soft-target cross-entropy, the mean over the positions of a mask: sum(w sum_v(-p_v log q_v)) / sum(w).
+    r"""Soft-target cross-entropy of the positions of a mask, by default its mean.
+
+    With z = softcap tanh(logit_scale logits / softcap) / temperature, or z = logit_scale logits / temperature without a
+    softcap, log q = z - logsumexp(z), and w the position's weight, position_mask * token_weights, each position's loss
+    is
+
+        w sum_v(-p_v log q_v)
 
     Args:
         logits: draft logits [..., V], such as [B, S, V], any strides; fp32, bf16, fp16 or fp64. Never written.
         target_probs: the same shape; any floating dtype, used as it is: not normalised. Gets its gradient.
         position_mask: the shape of the logits with 1 for V, or without its last dimension; no other, and nothing
-            broadcasts. Bool, or numbers: 0 ignores a position, fractions weigh it, and the weights are what divides.
+            broadcasts. Bool, or numbers: 0 ignores a position, fractions weigh it.
+        token_weights: broadcasts to the positions, [...]; differentiable.
+        softcap: bound of the logits (Gemma 2, section 2), > 0. None for none, and for logits that a model has bounded
+            already.
+        logit_scale: multiplies the logits before the softcap, > 0.
+        temperature: divides the logits, > 0. The loss is not multiplied by its square.
+        reduction: "mean" divides by the sum of w; "sum"; "none".
+        num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
-            :class:`VocabShard`. DTensors say so themselves; the mask is alike on the group's ranks, which compare it
-            and nothing else.
+            :class:`VocabShard`. DTensors say so themselves; the weights w are alike on the group's ranks, which compare
+            them and nothing else.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
     Returns:
-        A scalar; fp32 (fp64 for fp64 logits). 0, attached to the graph, where the mask is empty.
+        A scalar, or for "none" the shape of the positions, [...], with 0 where ignored; fp32 (fp64 for fp64 logits).
+        Where the divisor is 0 the loss is 0, attached to the graph.
 
     Memory:
         Keeps nothing of [N, V] beyond the inputs: one pass forward, one back for each gradient that is wanted.
 
     Raises:
-        ValueError: a shape or device is off.
+        ValueError: a shape, device, number or name is off.
         TypeError: a dtype is off.
 
     Source:
@@ -67,19 +87,20 @@ def masked_soft_cross_entropy(
 
     """
     checks.chunking.compiles(compile)
+    checks.reduction(reduction)
+    draft = Transform(*checks.targets.logit_map(softcap, logit_scale))
+    _, temperature = checks.transform(None, temperature)
     logits, vocabulary = dtensor.logits("logits", logits, vocab_shard)
     checks.logits(logits, vocabulary.size)
     target_probs = dtensor.beside("target_probs", target_probs, "logits", vocabulary, -1)
     checks.targets.same_logits("target_probs", target_probs, "logits", logits)
-    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
-    checks.targets.position_mask(position_mask, "logits", logits)
-    vocabulary.compare(position_mask)
-    checks.sharding.spread("mean", vocabulary.spread)
-    weight, active = _positions(position_mask, logits)
-    scalars = pair.scalars(logits, 1.0)
-    soft, _ = pair.on_logits(logits, Target(target_probs), None, active, "probabilities", scalars, vocabulary, compile)
-    loss = (reductions.divided(weight, weight, "mean", None) * torch.where(active, soft, 0.0)).sum()
-    return vocabulary.agreed(loss, position_mask, loss)
+    weighted, compared = _weighted(
+        position_mask, token_weights, reduction, num_label_tokens, ("logits", logits), vocabulary
+    )
+    pair = two.pair(logits, temperature, draft)
+    rows = two.on_logits(logits, Target(target_probs), "probabilities", pair, weighted, vocabulary, compile)
+    loss = reductions.reduced(rows, reduction)
+    return vocabulary.agreed(loss, compared, loss)
 
 
 def linear_soft_cross_entropy(
@@ -91,12 +112,23 @@ def linear_soft_cross_entropy(
     teacher_hidden: Tensor | None = None,  # [..., H']
     teacher_weight: Tensor | None = None,  # [V', H']
     draft_to_target: Tensor | None = None,  # [V]
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V']
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float | None = None,
     temperature: float = 1.0,
+    reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
     r"""`masked_soft_cross_entropy` of a draft head, whose logits are never held; nor are its teacher's.
+
+    The draft's logits are `hidden @ weight.T + bias`. The teacher's z is made of its own bias, scale and softcap, and
+    of the same temperature; its softmax is the target.
 
     Args:
         hidden: the draft's hidden states [..., H]; fp32, bf16, fp16 or fp64.
@@ -107,22 +139,28 @@ def linear_soft_cross_entropy(
         teacher_weight: [V', H'], in its dtype; V' is V unless `draft_to_target` is given. Gets no gradient.
         draft_to_target: int64 [V], the teacher's row of each draft token, where the draft's vocabulary is a part of
             the teacher's. The teacher's distribution is the softmax over these rows alone.
+        bias: [V] of the draft, any floating dtype; gets its gradient.
+        teacher_bias: [V'], a number for each row of `teacher_weight`, any floating dtype. Gets no gradient.
+        teacher_softcap, teacher_logit_scale: `softcap` and `logit_scale` of the teacher's logits; None for none and for
+            1. Beside `target_probs` these and `teacher_bias` have to be None.
+        token_weights, softcap, logit_scale, reduction, num_label_tokens: see :func:`masked_soft_cross_entropy`.
         temperature: divides both logits, > 0. The loss is not multiplied by its square.
-        num_label_tokens: divides the sum, instead of the mask's; an int or a one-element tensor, never synchronised.
-        vocab_shard: which classes plain `weight`, `target_probs` and `teacher_weight` have, where each rank has some:
-            :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's ranks, the gradient of
-            `hidden` complete on each. `draft_to_target` is the whole draft's, its `teacher_weight` whole on every rank.
+        vocab_shard: which classes plain `weight`, `bias`, `target_probs`, `teacher_weight` and `teacher_bias` have,
+            where each rank has some: :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's
+            ranks, the gradient of `hidden` complete on each. `draft_to_target` is the whole draft's, its
+            `teacher_weight` and `teacher_bias` whole on every rank.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for all logits of a chunk.
 
     Returns:
-        A scalar; fp32 (fp64 for fp64 inputs).
+        A scalar, or for "none" the shape of the positions, [...], with 0 where ignored; fp32 (fp64 for fp64 inputs).
 
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H], and one chunk of logits [C, V], with a
         teacher's head two; with `draft_to_target` also the chosen rows, [V, H']. dH and dW from forward on.
+        reduction="none" walks again in backward, and keeps O(N) until then.
 
     Raises:
-        ValueError: a shape, device or number is off, not exactly one form of target is given, or
+        ValueError: a shape, device, number or name is off, not exactly one form of target is given, or
             `chunking.strategy` is "vocab".
         TypeError: a dtype is off.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
@@ -147,13 +185,26 @@ def linear_soft_cross_entropy(
         tensor(0.9100)
 
     """
-    shared = teacher_weight is weight and draft_to_target is None
-    hidden, weight, _, vocabulary = dtensor.head(hidden, weight, None, vocab_shard)
-    checks.head(hidden, weight, None, vocabulary.size)
+    draft = Transform(*checks.targets.logit_map(softcap, logit_scale))
+    teacher = Transform(*checks.targets.logit_map(teacher_softcap, teacher_logit_scale, "teacher_"))
     _, temperature = checks.transform(None, temperature)
-    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
-    checks.targets.position_mask(position_mask, "hidden", hidden)
-    vocabulary.compare(position_mask)
+    checks.reduction(reduction)
+    two.check(chunking)
+    checks.targets.head_weight("weight", weight, "bias", bias)
+    checks.targets.head_weight("teacher_weight", teacher_weight, "teacher_bias", teacher_bias)
+    if target_probs is not None:
+        checks.targets.no_teacher(
+            "target_probs",
+            teacher_bias=teacher_bias,
+            teacher_softcap=teacher_softcap,
+            teacher_logit_scale=teacher_logit_scale,
+        )
+    shared = teacher_weight is weight and draft_to_target is None
+    hidden, weight, bias, vocabulary = dtensor.head(hidden, weight, bias, vocab_shard)
+    checks.head(hidden, weight, bias, vocabulary.size)
+    weighted, compared = _weighted(
+        position_mask, token_weights, reduction, num_label_tokens, ("hidden", hidden), vocabulary
+    )
     target_probs, teacher_hidden, teacher_weight = dtensor.targets(
         target_probs, teacher_hidden, teacher_weight, vocabulary, picked=draft_to_target is not None
     )
@@ -161,28 +212,60 @@ def linear_soft_cross_entropy(
     checks.targets.soft_target(
         target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
     )
-    checks.sharding.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
-    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), "sum", hidden.device)
-    weights, active = _positions(position_mask, hidden)
     hidden, weight = cast(hidden, weight)
-    scalars = pair.scalars(hidden, temperature)
     if target_probs is not None:
         kind, target = "probabilities", Target(target_probs)
     else:
         assert teacher_hidden is not None and teacher_weight is not None
+        teacher_bias = _teacher_bias(teacher_bias, teacher_weight, draft_to_target, vocabulary)
         own = (weight if shared else teacher_weight).detach()  # under autocast one is cast, once
         if draft_to_target is not None:
             own = own[vocabulary.own(draft_to_target)]
         states, own = cast(teacher_hidden.detach(), own, ("teacher_hidden", "teacher_weight"))
         kind, target = "cross_entropy", Target(states, weight=own)
-    reduction = "mean" if num_label_tokens is None else "sum"
-    soft = reductions.divided(weights, weights, reduction, num_label_tokens)
-    weighted = Weighted(soft, None, None, active)
-    loss = pair.on_head(hidden, weight, target, kind, scalars, weighted, vocabulary, chunking)
-    return vocabulary.agreed(loss, position_mask, loss)
+    pair = two.pair(hidden, temperature, draft._replace(bias=bias), teacher._replace(bias=teacher_bias))
+    scalar = reduction != "none"
+    loss = two.on_head(hidden, weight, target, kind, pair, weighted, vocabulary, chunking, scalar=scalar)
+    return vocabulary.agreed(loss, compared, loss)
 
 
-def _positions(mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Each position's weight and whether it counts, shaped like the rows of `source`."""
-    rows = mask.reshape(source.shape[:-1])
-    return rows.to(statistics_dtype(source.dtype)), rows != 0
+def _weighted(
+    position_mask: Tensor,
+    token_weights: Tensor | None,
+    reduction: str,
+    num_label_tokens: int | Tensor | None,
+    source: tuple[str, Tensor],  # [..., V or H], and its name
+    vocabulary: Vocabulary,
+) -> tuple[Weighted, Tensor]:
+    """The coefficient of each position, and what ranks must have alike."""
+    name, rows = source
+    position_mask = dtensor.rows("position_mask", position_mask, vocabulary)
+    checks.targets.position_mask(position_mask, name, rows)
+    positions = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=rows.device)  # which all count
+    _, _, token_weights = dtensor.tokens(positions, None, token_weights, vocabulary)
+    checks.weights(positions, None, token_weights)
+    checks.sharding.spread(reduction, vocabulary.spread)
+    count = checks.count(dtensor.whole(num_label_tokens), reduction, rows.device)
+    mask = position_mask.reshape(positions.shape)
+    _, weight, active, _ = reductions.tokens(
+        positions, mask, token_weights, ignore_index=-100, shift=0, vocab=None, dtype=rows.dtype
+    )
+    compared = weight.detach()
+    vocabulary.compare(compared)
+    return Weighted(reductions.divided(weight, weight, reduction, count), None, None, active), compared
+
+
+def _teacher_bias(
+    bias: Tensor | None, weight: Tensor, draft_to_target: Tensor | None, vocabulary: Vocabulary
+) -> Tensor | None:
+    """A rank's own, of the draft's classes."""
+    if bias is None:
+        return None
+    theirs = dtensor.vocabulary(bias, None, "teacher_bias")
+    if draft_to_target is None:
+        bias = dtensor.beside("teacher_bias", bias, "weight", vocabulary, 0)
+    else:
+        checks.sharding.whole("teacher_bias", theirs.group)
+        bias = dtensor.local(bias)
+    checks.targets.teacher_bias(bias, weight)
+    return bias.detach() if draft_to_target is None else bias.detach()[vocabulary.own(draft_to_target)]
