@@ -111,9 +111,8 @@ def _after_fold(
     """
     rows, divergence, cross_entropy = both.fold(labels, group)
     found = (divergence,) if cross_entropy is None else (divergence, cross_entropy)
-    present = rows.present()
-    soft = after(upstream.soft, *present, *found)
-    packed = torch.stack([*present, soft, *([] if upstream.hard is None else [upstream.hard])])
+    soft, hard = upstream.map(lambda g: after(g, *found))  # all other reductions are in the one tensor
+    packed = torch.stack([*rows.present(), soft, *([] if hard is None else [hard])])
     rows, rest = Rows.of(packed.unbind(), both.kind, labels, indices)
     return rows, RowGradients(rest[0], rest[1] if len(rest) > 1 else None), found, packed
 

@@ -143,8 +143,9 @@ def _terms(kind: Kind, a: Tensor, p: Tensor, b: Tensor | None, pair: Pair) -> tu
     """The summands of the divergence that are not its slopes, and the slopes.
 
     NOTE [Used once]
-    What reads more than four tensors and is used twice is written out by Inductor, in fp32 and as large as the logits.
-    a and b read four; so a - b is used once in each sum, and the divergence is put together from sums.
+    Where logits exist, the compiler is the caller's: it writes out what reads more than four tensors and is used twice,
+    in fp32 and as large as the logits. a and b read four; so a - b is used once in each sum, and the divergence is put
+    together from sums. In loops nothing is written out, NOTE [Kernels].
     """
     if b is None or kind == "cross_entropy":
         return -_times(p, a), -p
