@@ -176,23 +176,32 @@ def distillation(
     labels: Tensor,
     *,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float | None = None,
     hard_label_weight: float = 0.0,
     ignore_index: int = -100,
+    shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """(1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label.
+    """W ((1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label).
 
     A cached teacher's distribution has one more class, all those that are not in its top.
     """
-    raw = transformed(student_logits, None, None, 1.0)
-    log_q = torch.log_softmax(raw / temperature, dim=-1)
+    z = transformed(student_logits, None, softcap, 1.0, logit_scale)
+    log_q = torch.log_softmax(z / temperature, dim=-1)
     if teacher_topk is None:
         assert teacher_logits is not None
-        log_p = torch.log_softmax(transformed(teacher_logits.detach(), None, None, temperature).to(raw.dtype), dim=-1)
+        scale = 1.0 if teacher_logit_scale is None else teacher_logit_scale
+        teacher = transformed(teacher_logits.detach(), None, teacher_softcap, temperature, scale)
+        log_p = torch.log_softmax(teacher.to(z.dtype), dim=-1)
     else:
         log_p, log_q = _topped(*teacher_topk, log_q)
     p, q = log_p.exp(), log_q.exp()
@@ -204,15 +213,31 @@ def distillation(
         log_m = (jsd_weight * p + (1 - jsd_weight) * q).log()
         rows = jsd_weight * (p * (log_p - log_m)).sum(-1) + (1 - jsd_weight) * (q * (log_q - log_m)).sum(-1)
     valid = labels != ignore_index
+    weight = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
+    for factor in (mask, token_weights):
+        if factor is not None:
+            weight = weight * factor.to(z.dtype).expand(labels.shape)
+    if mask is not None:
+        valid = valid & (mask != 0).expand(labels.shape)
+    labels, weight = aligned(labels, shift, ignore_index), aligned(weight, shift, 0.0)
+    valid = aligned(valid, shift, False)
     rows = (1 - hard_label_weight) * temperature**2 * rows
     if hard_label_weight:
         target = torch.where(valid, labels, 0).unsqueeze(-1)
-        rows = rows - hard_label_weight * torch.log_softmax(raw, dim=-1).gather(-1, target).squeeze(-1)
-    rows = torch.where(valid, rows, 0.0)
+        rows = rows - hard_label_weight * torch.log_softmax(z, dim=-1).gather(-1, target).squeeze(-1)
+    return _weighed(rows, weight, valid, reduction, num_label_tokens)
+
+
+def _weighed(
+    rows: Tensor, weight: Tensor, valid: Tensor, reduction: str, num_label_tokens: int | Tensor | None
+) -> Tensor:
+    """Rows times their weight, reduced: a mean divides by the sum of the weights."""
+    weight = torch.where(valid, weight, 0.0)
+    rows = torch.where(valid, weight * rows, 0.0)
     if reduction == "none":
         return rows
     if reduction == "mean":
-        return _ratio(rows.sum(), valid.sum())
+        return _ratio(rows.sum(), weight.sum())
     return rows.sum() if num_label_tokens is None else _ratio(rows.sum(), torch.as_tensor(num_label_tokens))
 
 
@@ -232,12 +257,15 @@ def linear_distillation(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     **keywords: object,
 ) -> Tensor:
     """`distillation` of the heads' logits."""
-    student, teacher = token_logits(student_hidden, student_weight), None
+    student, teacher = token_logits(student_hidden, student_weight, bias), None
     if teacher_hidden is not None and teacher_weight is not None:
-        teacher = token_logits(teacher_hidden, teacher_weight)
+        teacher = token_logits(teacher_hidden, teacher_weight, teacher_bias)
     return distillation(student, teacher, labels, **keywords)  # type: ignore[arg-type]
 
 
@@ -246,14 +274,23 @@ def masked_soft_cross_entropy(
     target_probs: Tensor,
     position_mask: Tensor,
     *,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
+    reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """sum(w sum(-p log q)) / sum(w)."""
-    log_q = torch.log_softmax(transformed(logits, None, None, temperature), dim=-1)
-    weight = position_mask.reshape(log_q.shape[:-1]).to(log_q.dtype)
-    total = torch.where(weight != 0, weight * -(target_probs.to(log_q.dtype) * log_q).sum(-1), 0.0).sum()
-    return _ratio(total, weight.sum() if num_label_tokens is None else torch.as_tensor(num_label_tokens))
+    """W sum(-p log q), by default the sum over the positions divided by that of w."""
+    log_q = torch.log_softmax(transformed(logits, None, softcap, temperature, logit_scale), dim=-1)
+    mask = position_mask.reshape(log_q.shape[:-1])
+    weight = mask.to(log_q.dtype)
+    if token_weights is not None:
+        weight = weight * token_weights.to(log_q.dtype).expand(mask.shape)
+    rows = -(target_probs.to(log_q.dtype) * log_q).sum(-1)
+    if num_label_tokens is not None and reduction == "mean":
+        reduction = "sum"
+    return _weighed(rows, weight, mask != 0, reduction, num_label_tokens)
 
 
 def linear_soft_cross_entropy(
@@ -265,21 +302,24 @@ def linear_soft_cross_entropy(
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     draft_to_target: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float | None = None,
     temperature: float = 1.0,
-    num_label_tokens: int | Tensor | None = None,
+    **keywords: object,
 ) -> Tensor:
     """`masked_soft_cross_entropy` of the draft head's logits and its teacher's distribution."""
     if target_probs is None:
         assert teacher_hidden is not None and teacher_weight is not None
-        rows = teacher_weight.detach() if draft_to_target is None else teacher_weight.detach()[draft_to_target]
-        target_probs = torch.softmax(token_logits(teacher_hidden.detach(), rows, temperature=temperature), dim=-1)
-    return masked_soft_cross_entropy(
-        token_logits(hidden, weight),
-        target_probs,
-        position_mask,
-        temperature=temperature,
-        num_label_tokens=num_label_tokens,
-    )
+        rows, shift = teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
+        if draft_to_target is not None:
+            rows, shift = rows[draft_to_target], None if shift is None else shift[draft_to_target]
+        scale = 1.0 if teacher_logit_scale is None else teacher_logit_scale
+        z = token_logits(teacher_hidden.detach(), rows, shift, teacher_softcap, temperature, scale)
+        target_probs = torch.softmax(z, dim=-1)
+    logits = token_logits(hidden, weight, bias)
+    return masked_soft_cross_entropy(logits, target_probs, position_mask, temperature=temperature, **keywords)  # type: ignore[arg-type]
 
 
 def multi_token_targets(

@@ -77,11 +77,9 @@ def kept(values: Mapping[str, Any], chunking: type) -> None:
     targets.distillation(
         given("divergence", "forward_kl"),
         given("jsd_weight", 0.5),
-        given("temperature", 1.0),
         given("hard_label_weight", 0.0),
-        given("fp32_upcast", True),
-        given("chunk_size", 0),
     )
+    targets.kept_for_callers(given("fp32_upcast", True), given("chunk_size", 0))
     if "chunking" in values:
         arguments.instance("chunking", values["chunking"], chunking)
     weights = given("class_weights")

@@ -6,13 +6,14 @@ N tokens, H width, V vocabulary. The engine sees [N, H], [N, V] and [N].
 from __future__ import annotations
 
 from math import prod
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks, reduction
 from compiled_loss.checks import numbers
+from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.layout import merged
 from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import divergence_chunks, divergence_logits
@@ -21,42 +22,96 @@ from compiled_loss.engine.gradients import Needs
 from compiled_loss.engine.math.divergences import Kind, Pair, Target
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.transforms import traced, without_autocast
-from compiled_loss.planner.chunking import Chunking
-from compiled_loss.planner.plan import lengths
+from compiled_loss.planner.plan import Lengths, lengths
 
 
-def scalars(like: Tensor, temperature: float, jsd_weight: float | None = None) -> Pair:
-    """The engine's `Pair`, its scalars as tensors: see `head.transform`."""
+class Transform(NamedTuple):
+    """What a head does to h @ w.T, as its caller says it: softcap * tanh(logit_scale * (h @ w.T + bias) / softcap)."""
+
+    softcap: Any = None  # a number, or None for none
+    logit_scale: Any = None  # a number, or None for 1
+    bias: Tensor | None = None  # [V], a rank's own
+
+
+def pair(
+    like: Tensor,
+    temperature: Any,
+    student: Transform,
+    target: Transform = Transform(),
+    *,
+    jsd_weight: Any = None,
+    hard: bool = False,
+) -> Pair:
+    """The engine's `Pair`; `hard` where a cross-entropy with labels is wanted, which is at temperature 1."""
+    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
+    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
+
+    def scalars(transform: Transform, temperature: Any) -> tuple[Tensor | None, Tensor | None]:
+        softcap, scale = transform.softcap, 1 if transform.logit_scale is None else transform.logit_scale
+        if softcap is not None:
+            return one * scale / softcap, one * softcap / temperature
+        unchanged = numbers.known(scale, 1) and numbers.known(temperature, 1)
+        return None, None if unchanged else one * scale / temperature
+
     return Pair(
-        None if numbers.known(temperature, 1) else one / temperature,
+        one / temperature if hard and not numbers.known(temperature, 1) else None,
         None if jsd_weight is None else one * jsd_weight,
+        student.bias,
+        *scalars(student, 1 if hard else temperature),
+        target.bias,
+        *scalars(target, temperature),
     )
 
 
 def on_logits(
     logits: Tensor,  # [..., V]
     target: Target,  # [..., V] or [..., k]
-    labels: Tensor | None,  # [...]
-    active: Tensor,  # [...] bool
     kind: str,
     pair: Pair,
+    weighted: Weighted,  # of [...]
     vocabulary: Vocabulary,
     compile: bool | str,
-) -> tuple[Tensor, Tensor | None]:
-    """Each token's divergence and, with labels, cross-entropy, [...] each."""
+) -> Tensor:
+    """Each active token's soft * divergence + hard * cross-entropy, [...]."""
     kind = cast(Kind, kind)
-    labels = None if labels is None else vocabulary.labels(labels)
+    labels = None if weighted.labels is None else vocabulary.labels(weighted.labels)
     if traced():
-        logits, target = _looked_at(logits, active), target.map(lambda v: _looked_at(v, active))
-        return divergence_logits.plain_divergence(logits, target, labels, kind, pair)
+        logits, target = _looked_at(logits, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
+        return weighted.of(*divergence_logits.plain_divergence(logits, target, labels, kind, pair))
     shape = logits.shape[:-1]
     logits, *present = merged(logits, *[v for v in target if v is not None])
     target = Target(*present)
     labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):
         soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group, compile)
-    return soft.reshape(shape), None if hard is None else hard.reshape(shape)
+    return weighted.of(soft.reshape(shape), None if hard is None else hard.reshape(shape))
+
+
+def planned(
+    shape: torch.Size,  # a rank's hidden states
+    part: Vocabulary,
+    keywords: Keywords,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    heads: int,  # whose logits a chunk holds
+) -> Lengths:
+    """How heads are chunked: over tokens, or raise."""
+    chunking = keywords.chunking
+    checks.chunking.walks_tokens(chunking.strategy)
+    tokens = prod(shape[:-1])
+    rows = chunking.rows(tokens)
+    return lengths(
+        tokens if rows is None else rows,
+        shape[-1],
+        heads * part.share,
+        dtype,
+        device,
+        chunking,
+        ranks=part.ranks,
+        strategies=("tokens",),
+    )[1]
 
 
 def on_head(
@@ -66,23 +121,20 @@ def on_head(
     kind: str,
     pair: Pair,
     weighted: Weighted,  # of [...]
-    vocabulary: Vocabulary,
-    chunking: Chunking,
-    *,
-    scalar: bool = True,
+    part: Vocabulary,
+    how: Lengths,
+    keywords: Keywords,
 ) -> Tensor:
     """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum."""
-    checks.instance("chunking", chunking, Chunking)
-    checks.chunking.walks_tokens(chunking.strategy)
-    shape = hidden.shape[:-1]
-    hidden, target = hidden.reshape(-1, hidden.shape[-1]), _flat(target)
+    shape, scalar = hidden.shape[:-1], keywords.reduction != "none"
+    hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.map(_rows)
     weighted = weighted.map(lambda v: v.reshape(-1))
-    compact = reduction.compacted(weighted.active, chunking)
+    compact = reduction.compacted(weighted.active, keywords.chunking)
     if compact is None:
-        loss = _on_rows(hidden, weight, target, kind, pair, weighted, vocabulary, chunking, scalar=scalar)
+        loss = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
         return loss if scalar else loss.reshape(shape)
     hidden, target, weighted = compact.gathered(hidden), target.map(compact.gathered), weighted.map(compact.gathered)
-    loss = _on_rows(hidden, weight, target, kind, pair, weighted, vocabulary, chunking, scalar=scalar)
+    loss = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
     return (loss if scalar else compact.scattered(loss).reshape(shape)) * compact.fits
 
 
@@ -93,15 +145,15 @@ def _on_rows(
     kind: str,
     pair: Pair,
     weighted: Weighted,  # of [N]
-    vocabulary: Vocabulary,
-    chunking: Chunking,
+    part: Vocabulary,
+    how: Lengths,
     *,
     scalar: bool,
 ) -> Tensor:
     """`on_head`, [N], of all rows that there are."""
-    kind = cast(Kind, kind)
+    kind, group = cast(Kind, kind), part.group
     if weighted.labels is not None:
-        weighted = weighted._replace(labels=vocabulary.labels(weighted.labels))
+        weighted = weighted._replace(labels=part.labels(weighted.labels))
     if traced():
         hidden, target = _looked_at(hidden, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
         if target.weight is not None:
@@ -109,27 +161,22 @@ def _on_rows(
         logits = hidden @ weight.t()
         losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
         return losses.sum() if scalar else losses
-    share, group = vocabulary.share, vocabulary.group
-    columns = share if target.weight is None else 2 * share  # that a chunk holds
-    tokens, width = hidden.shape
-    of = (columns, hidden.dtype, hidden.device)
-    _, how = lengths(tokens, width, *of, chunking, ranks=vocabulary.ranks, strategies=("tokens",))
     with without_autocast(hidden.device):
         if not scalar:
             rows = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, how, group)
             return weighted.of(*rows)
-        enabled = torch.is_grad_enabled()
-        needs = Needs(enabled and hidden.requires_grad, enabled and weight.requires_grad, needs_bias=False)
+        enabled, bias = torch.is_grad_enabled(), pair.bias
+        needs = Needs(
+            enabled and hidden.requires_grad,
+            enabled and weight.requires_grad,
+            enabled and bias is not None and bias.requires_grad,
+        )
         return divergence_chunks.weighted_sum(hidden, weight, target, kind, pair, weighted, how, group, needs)
 
 
 def _looked_at(rows: Tensor, active: Tensor) -> Tensor:
     """Rows that count, 0 in all others."""
     return torch.where(active.unsqueeze(-1), rows, 0)
-
-
-def _flat(target: Target) -> Target:
-    return target.map(_rows)
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def probability_cross_entropy(
     part = dtensor.logits_layout("logits", logits, dim, keywords.vocab_shard)
     checks.logits(logits, part.size)
     dtensor.check_beside("labels", probabilities, "logits", part, dim)
-    checks.targets.same_logits("labels", probabilities, "logits", logits)
+    own, expected = (dtensor.own_logits_shape(v, part, dim) for v in (probabilities, logits))
+    checks.targets.same_logits("labels", probabilities, "logits", own, expected, logits.device)
     rows = dtensor.own_rows(logits, part, dim)
     keywords.check_tensors(rows, part, logits.device)
     logits, probabilities = (

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def vocabulary(weight: Tensor, vocab_shard: VocabShard | None) -> Vocabulary:
+def vocabulary(weight: Tensor, vocab_shard: VocabShard | None, name: str = "weight") -> Vocabulary:
     """A rank's part of a weight's."""
-    checks.tensor("weight", weight)
-    return _vocabulary("weight", weight, 0, vocab_shard)
+    checks.tensor(name, weight)
+    return _vocabulary(name, weight, 0, vocab_shard)
 
 
 def head_layout(
@@ -74,18 +74,6 @@ def own_head(
     return _states(hidden, part), _own(weight, part.token_groups), own
 
 
-def head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    vocab_shard: VocabShard | None,
-    names: tuple[str, str] = ("hidden", "weight"),
-) -> tuple[Tensor, Tensor, Tensor | None, Vocabulary]:
-    """A rank's own of each, and its part of the vocabulary."""
-    part = head_layout(hidden, weight, bias, vocab_shard, names)
-    return *own_head(hidden, weight, bias, part), part
-
-
 def logits_layout(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
     """A rank's part of the vocabulary, dimension `dim` of logits; raise unless it can be taken. Nothing is computed."""
     checks.tensor(name, value)
@@ -96,13 +84,6 @@ def logits_layout(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | 
     over = _tokens(name, value, part, dim) if is_sharded(value) else {}
     _sized(name, value, dim, part)
     return part._replace(spread=tuple(over.values()), token_groups=tuple(over))
-
-
-def logits(name: str, value: Tensor, vocab_shard: VocabShard | None) -> tuple[Tensor, Vocabulary]:
-    """A rank's own logits, and its part of the vocabulary."""
-    checks.tensor(name, value)
-    part = logits_layout(name, value, value.dim() - 1, vocab_shard)
-    return own(value), part
 
 
 def own(value: Tensor) -> Tensor:
@@ -129,6 +110,21 @@ def own_rows(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
     return torch.Size(shape)
 
 
+def own_logits_shape(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
+    """The shape of a rank's own logits, whose classes are the dimension `dim`."""
+    if not is_sharded(value):
+        return value.shape
+    shape = list(own_shape(value, part))
+    shape[dim] = part.stop - part.start
+    return torch.Size(shape)
+
+
+def check_whole(name: str, value: Tensor) -> None:
+    """Raise unless every rank has all classes."""
+    if is_sharded(value):
+        checks.sharding.whole(name, _vocabulary(name, value, 0, None).group)
+
+
 def classes_of(value: Tensor, part: Vocabulary) -> int:
     """How many classes a vector over them has as it came: all in a DTensor, else a rank's own."""
     return part.size if is_sharded(value) else part.stop - part.start
@@ -141,39 +137,6 @@ def check_beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int
         checks.sharding.alike(name, like, theirs[1:3], part[1:3])
     elif part.group is not None:
         _sized(name, value, dim, part)
-
-
-def beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int) -> Tensor:
-    """A rank's own of a target over the same classes."""
-    check_beside(name, value, like, part, dim, of_head=dim == 0)
-    return own(value)
-
-
-def targets(
-    probs: Tensor | None, hidden: Tensor | None, weight: Tensor | None, part: Vocabulary, *, picked: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A rank's own of a soft target, whose weight is whole where its rows are picked."""
-    if probs is not None:
-        probs = beside("target_probs", probs, "weight", part, -1)
-    if hidden is not None:
-        check_rows("teacher_hidden", hidden)
-        hidden = rows(hidden, part)
-    if weight is not None and picked:
-        if is_sharded(weight):
-            checks.sharding.whole("teacher_weight", _vocabulary("teacher_weight", weight, 0, None).group)
-            weight = weight.to_local()
-    elif weight is not None:
-        weight = beside("teacher_weight", weight, "weight", part, 0)
-    return probs, hidden, weight
-
-
-def top(teacher_topk: Any, part: Vocabulary) -> Any:
-    """A rank's own rows of a cached teacher, whose classes are counted from the first of all, if it is one."""
-    if not isinstance(teacher_topk, tuple):
-        return teacher_topk
-    for i, value in enumerate(teacher_topk):
-        check_rows(f"teacher_topk[{i}]", value)
-    return tuple([rows(value, part) for value in teacher_topk])
 
 
 def check_rows(name: str, value: Tensor) -> None:

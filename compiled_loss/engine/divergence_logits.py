@@ -11,9 +11,10 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import divergence_bodies
-from compiled_loss.engine.math.divergences import Kind, Pair, Rows, Target
+from compiled_loss.engine.math.divergence_bodies import Bodies, Known, Top, Whole
+from compiled_loss.engine.math.divergences import Kind, Pair, RowGradients, Rows, Target
 from compiled_loss.engine.math.statistics import statistics_dtype
-from compiled_loss.engine.math.top_divergences import Place
+from compiled_loss.engine.math.top_divergences import Place, finite
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast
 
@@ -28,7 +29,8 @@ def divergence(
     compile: bool | str,
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's divergence from its target, and with labels its cross-entropy with them; differentiable."""
-    soft, hard = _Divergence.apply(logits, *target[:2], *pair, labels, kind, group, compile)
+    inputs = _Inputs(logits, target.values, target.indices, labels)
+    soft, hard = _Divergence.apply(*inputs, *pair, kind, group, compile)
     return soft, hard
 
 
@@ -36,54 +38,59 @@ def plain_divergence(
     logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair
 ) -> tuple[Tensor, Tensor | None]:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
-    bodies, logits, of_target, _ = _beside(kind, logits, target, None, fold=True)
-    found = bodies.fold(logits, labels, *pair, *of_target)
+    beside = _beside(kind, logits, target, pair, None, fold=True)
+    found = beside.bodies.fold(beside.logits, labels, *pair, *beside.target)
     _, (soft, *hard) = Rows.of(found, kind, labels, target.indices)
     return soft, hard[0] if hard else None
 
 
-def _beside(
-    kind: Kind, logits: Tensor, target: Target, group: str | None, *, fold: bool
-) -> tuple[divergence_bodies.Bodies, Tensor, tuple[Tensor, ...], Place | None]:
-    """The bodies, the logits and the target as they take them; `fold` takes a copy of the logits without a top."""
+class _Beside(NamedTuple):
+    """The bodies of a kind, and logits and target as they take them."""
+
+    bodies: Bodies
+    logits: Tensor
+    target: Whole | Top
+    place: Place | None
+
+
+def _beside(kind: Kind, logits: Tensor, target: Target, pair: Pair, group: str | None, *, fold: bool) -> _Beside:
+    """For `fold` the logits are a copy without the target's top."""
     values, indices, _ = target
     if indices is None:
-        return divergence_bodies.WHOLE[kind], logits, (values,), None
+        return _Beside(divergence_bodies.WHOLE[kind], logits, Whole(values), None)
     place = Place.of(indices, logits.shape[-1])
-    top = place.take(logits, values, group)
+    top = place.take(logits, values, pair.student, group)
     if fold:
-        logits = place.put(logits, torch.full_like(top, float("-inf")))
-    return divergence_bodies.TOP[kind], logits, (indices, values, top), place
+        logits = place.put(finite(logits, pair.student), torch.full_like(top, float("-inf")))
+    return _Beside(divergence_bodies.TOP[kind], logits, Top(indices, values, top), place)
 
 
 class _Inputs(NamedTuple):
     logits: Tensor
     target: Tensor
     indices: Tensor | None
-    inverse_temperature: Tensor | None
-    jsd_weight: Tensor | None
     labels: Tensor | None
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        inputs, (kind, group, compile) = unpack(args, _Inputs)
-        logits, target, indices, *pair, labels = inputs
-        bodies, source, of_target, _ = _beside(kind, logits, Target(target, indices), group, fold=True)
+        inputs, pair, (kind, group, compile) = unpack(args, _Inputs, Pair)
+        logits, target, indices, labels = inputs
+        beside = _beside(kind, logits, Target(target, indices), pair, group, fold=True)
         count = sum(Rows.there(kind, labels, indices)) + 1 + (labels is not None)
         dtype = statistics_dtype(logits.dtype)
         found = execution.given(
-            bodies.fold,
-            source,
-            (labels, *of_target),
+            beside.bodies.fold,
+            beside.logits,
+            (labels, *beside.target),
             pair,
             lambda: [logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count)],
             compile=compile,
             group=group,
         )
         known, (soft, *hard) = Rows.of(found, kind, labels, indices)
-        ctx.save_for_backward(*inputs, *known)
+        ctx.save_for_backward(*inputs, *pair, *known)
         ctx.set_materialize_grads(False)
         ctx.options = kind, group, compile
         return soft, hard[0] if hard else None
@@ -91,8 +98,8 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        inputs, known, _ = unpack(ctx.saved_tensors, _Inputs, Rows)
-        logits, target, indices, *pair, labels = inputs
+        inputs, pair, known, _ = unpack(ctx.saved_tensors, _Inputs, Pair, Rows)
+        logits, target, indices, labels = inputs
         kind, group, compile = ctx.options
         wanted, _ = unpack(ctx.needs_input_grad, _Inputs)
         d = d_target = hard = None
@@ -107,20 +114,19 @@ class _Divergence(torch.autograd.Function):
             if wanted.logits:
                 if labels is not None:
                     hard = torch.zeros_like(soft) if g_hard is None else g_hard.to(soft.dtype)
-                bodies, _, of_target, place = _beside(kind, logits, Target(target, indices), group, fold=False)
-                rows = (labels, *of_target, *known, soft, hard)
+                bodies, _, beside, place = _beside(kind, logits, Target(target, indices), pair, group, fold=False)
                 like_top = [] if place is None else [logits.new_empty(place.columns.shape)]
                 d, *d_top = given(
                     bodies.gradient,
                     logits,
-                    rows,
+                    (labels, *beside, *known, *RowGradients(soft, hard)),
                     like=lambda: [torch.empty_like(logits), *like_top],
                     group=None if place is None else group,
                 )
                 if place is not None:
                     place.put_(d, d_top[0])
             if wanted.target and kind == "probabilities":
-                rows = (None, target, known.maximum, known.log_sum, soft)
+                rows = (None, *Whole(target), *Known(known.maximum, known.log_sum, soft))
                 body = divergence_bodies.target_gradient
                 (d_target,) = given(body, logits, rows, like=lambda: [torch.empty_like(target)])
-        return *none(_Inputs)._replace(logits=d, target=d_target), None, None, None
+        return *none(_Inputs)._replace(logits=d, target=d_target), *none(Pair), None, None, None

@@ -6,6 +6,9 @@ lie, and a call costs half of a compiled function's. It is compiled once for eac
 columns, rows being a symbol, and apart for fewer rows than MIN_ROWS, for which Inductor splits reductions over columns.
 What it assumes of their number, such as that 32 bits count the elements, is checked: where it does not hold, the body
 is compiled again.
+
+By default Inductor writes out what reads more than four tensors and is used twice. That would be a second chunk, in
+fp32. A body may use it: it is computed again, in the same kernel mostly, which then computes it once.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import MIN_ROWS
 
 Kernel = Callable[..., Any]
+_READS = 1 << 10  # more than anything reads
 
 
 class Compiled:
@@ -46,6 +50,7 @@ class Compiled:
 
     def _compile(self, rows: int, operands: Sequence[Tensor]) -> Kernel:
         from torch._dynamo.source import ConstantSource
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -64,7 +69,8 @@ class Compiled:
                     for v, of_rows in zip(operands, self._rows, strict=True)
                 ]
                 graph = make_fx(self._function, tracing_mode="fake")(*fakes)
-            with torch._guards.tracing(torch._guards.TracingContext(fake)):
+            context = torch._guards.TracingContext(fake)
+            with torch._guards.tracing(context), config.patch(realize_reads_threshold=_READS):
                 kernel = cast(Kernel, compile_fx(graph, fakes))
         self._kernels.append((rows < MIN_ROWS, [guard.expr for guard in env.guards], symbol, kernel))
         return kernel

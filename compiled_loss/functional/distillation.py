@@ -3,14 +3,18 @@
 N tokens (any leading shape), H width, H' the teacher's, V vocabulary, C tokens a chunk. Losses are in nats.
 
 NOTE [Divergences]
-With p the teacher's distribution and q the student's, both softened by the temperature T:
+With p = softmax of the teacher's z and q = softmax of the student's, where each side has its own softcap c and scale s,
+
+    z = c tanh(s logits / c) / T        or without a softcap        z = s logits / T
+
+and with one temperature T for both:
 
     forward_kl   sum(p (log p - log q))                               Hinton et al. 2015, up to the teacher's entropy
     reverse_kl   sum(q (log q - log p))                               Gu et al. 2023, MiniLLM
     jsd          w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q        Agarwal et al. 2023, GKD, equation 1
 
-and a token's loss is (1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`, its
-cross-entropy at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1).
+A token's loss is (1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`. The cross-entropy
+is of the student's z at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1).
 
 NOTE [Cached teacher]
 `teacher_topk` is a teacher whose top alone was kept: values [..., k], log-probabilities, the largest of
@@ -28,78 +32,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss import reduction as reductions
-from compiled_loss.checks import numbers
-from compiled_loss.dispatch import divergence as pair
-from compiled_loss.dispatch.layout import classes_last
-from compiled_loss.dispatch.linear import computed_dtype
-from compiled_loss.distributed import dtensor
-from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
-from compiled_loss.engine.divergence_chunks import Weighted
-from compiled_loss.engine.math.divergences import Target
-from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.dispatch import distillation as dispatch
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.planner.chunking import Chunking
-
-
-def _weighted(
-    labels: Tensor,
-    like: Tensor,
-    vocab: int,
-    *,
-    temperature: float,
-    hard_label_weight: float,
-    ignore_index: int,
-    reduction: str,
-    num_label_tokens: int | Tensor | None,
-    outside: Tensor | None,  # [...] bool, where a cached teacher lists what is no class
-) -> Weighted:
-    """The coefficients of each token's divergence and cross-entropy. Labels are looked at where they are wanted."""
-    checks.reduction(reduction)
-    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), reduction)
-    checks.count_device(num_label_tokens, labels.device)
-    ranged = None if numbers.known(hard_label_weight, 0) else vocab
-    tokens = reductions.tokens(labels, None, None, ignore_index=ignore_index, shift=0, vocab=ranged, dtype=like.dtype)
-    each = tokens.weights(statistics_dtype(like.dtype))
-    poison = tokens.classes.poison(tokens.labels, each.dtype)
-    weight = reductions.divided(each, each, reduction, num_label_tokens) * poison
-    if outside is not None:
-        weight = torch.where(tokens.active & outside, float("nan"), weight)
-    soft = weight * ((1 - hard_label_weight) * temperature**2)
-    if numbers.known(hard_label_weight, 0):
-        return Weighted(soft, None, None, tokens.active)
-    return Weighted(soft, weight * hard_label_weight, tokens.labels, tokens.active)
-
-
-def _top(
-    teacher_topk: tuple[Tensor, Tensor], labels: Tensor, vocabulary: Vocabulary, ignore_index: int
-) -> tuple[Target, Tensor, Tensor]:
-    """The cached teacher, where it lists what is no class, and what ranks must have alike.
-
-    Each class is in it once. All else has the value -inf and the index V, which is no class of any rank.
-    """
-    values, indices = teacher_topk
-    alike = labels
-    if vocabulary.group is not None:
-        alike = torch.cat([labels.reshape(-1), indices.reshape(-1)])
-        vocabulary.compare(alike)
-    # Sorted by class, and within a class by value: whatever follows its own class is there twice.
-    values, order = values.detach().sort(dim=-1, descending=True, stable=True)
-    padding = values.exp() == 0
-    indices = indices.gather(-1, order).masked_fill(padding, vocabulary.size)
-    indices, order = indices.sort(dim=-1, stable=True)
-    values, padding = values.gather(-1, order), padding.gather(-1, order)
-    twice = torch.nn.functional.pad(indices[..., 1:] == indices[..., :-1], (1, 0))
-    values = values.masked_fill(padding | twice, float("-inf"))
-    indices = indices.masked_fill(twice, vocabulary.size)
-    outside = (((indices < 0) | (indices >= vocabulary.size)) & ~values.isneginf()).any(-1)
-    if numbers.readable(values):
-        active = labels != ignore_index
-        checks.targets.teacher_topk_values(values[active], indices[active], vocabulary.size)
-    return Target(values, vocabulary.labels(indices)), outside, alike
 
 
 def distillation(
@@ -108,11 +47,18 @@ def distillation(
     labels: Tensor,  # [...]
     *,
     teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float | None = None,
     hard_label_weight: float = 0.0,
     ignore_index: int = -100,
+    shift: int = 0,
     fp32_upcast: bool = True,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
@@ -121,9 +67,12 @@ def distillation(
     chunk_size: int = 0,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Divergence of a student's logits from a teacher's, in the tokens that `labels` do not ignore.
+    r"""Divergence of a student's logits from a teacher's, in the tokens that `labels` and `mask` do not ignore.
 
-    A token's loss is (1 - hard_label_weight) T^2 D(p, q) + hard_label_weight (lse - z_y), D as in NOTE [Divergences].
+    With D, z and T as in NOTE [Divergences], lse = logsumexp(T z) and w the token's weight, valid * mask *
+    token_weights, each token's loss is
+
+        w ((1 - hard_label_weight) T^2 D(p, q) + hard_label_weight (lse - T z_y))
 
     Args:
         student_logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
@@ -131,13 +80,22 @@ def distillation(
             gradient.
         labels: [...], int64. Only which of them are `ignore_index` matters, unless `hard_label_weight` is given.
         teacher_topk: (values, indices), [..., k] each, floating and int64: NOTE [Cached teacher]. Gets no gradient.
+        mask: broadcasts to the tokens, [...]; bool, int or float. 0 ignores a token, fractions weigh it.
+        token_weights: broadcasts to the tokens; differentiable.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
         temperature: divides both logits, > 0.
+        softcap: bound of the student's logits (Gemma 2, section 2), > 0. None for none, and for logits that a model
+            has bounded already.
+        logit_scale: multiplies the student's logits before the softcap, > 0; 1 for logits that a model has scaled.
+        teacher_softcap, teacher_logit_scale: the same of the teacher's logits; None for none and for 1. Beside
+            `teacher_topk` both have to be None.
         hard_label_weight: from 0 to 1, the part of the labels' own cross-entropy, in the same pass.
         ignore_index: label of tokens to ignore.
+        shift: both logits [..., t] belong to labels[..., t + shift]; the mask and weights are the label's; the last
+            `shift` positions are ignored.
         fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
-        reduction: "mean" over the tokens that count, "sum" or "none".
+        reduction: "mean" divides by the sum of w; "sum"; "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         class_dim: the dimension of both logits that is V, and of `teacher_topk` that is k; see :func:`cross_entropy`.
         vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
@@ -173,52 +131,23 @@ def distillation(
         tensor([0.1120, 0.0000])
 
     """
-    jsd_weight, temperature, hard_label_weight = checks.targets.distillation(
-        divergence, jsd_weight, temperature, hard_label_weight, fp32_upcast, chunk_size
-    )
-    checks.chunking.compiles(compile)
-    given = student_logits
-    student_logits = classes_last("student_logits", student_logits, class_dim)
-    student_logits, vocabulary = dtensor.logits("student_logits", student_logits, vocab_shard)
-    checks.logits(student_logits, vocabulary.size, "student_logits")
-    checks.tensor("labels", labels)
-    dtensor.check_rows("labels", labels)
-    labels = dtensor.rows(labels, vocabulary)
-    checks.class_labels(labels.shape, labels, "student_logits", student_logits.shape[:-1], given, class_dim)
-    vocabulary.compare(labels)
-    alike, outside = labels, None
-    checks.sharding.spread(reduction, vocabulary.spread)
-    vocab = vocabulary.size
-    if teacher_topk is None:
-        teacher_logits = checks.targets.teacher_given("teacher_logits", teacher_logits)
-        teacher_logits = classes_last("teacher_logits", teacher_logits, class_dim)
-        teacher_logits = dtensor.beside("teacher_logits", teacher_logits, "student_logits", vocabulary, -1)
-        checks.targets.same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
-        target = Target(teacher_logits.detach())
-    else:
-        if isinstance(teacher_topk, tuple):
-            parts = [classes_last(f"teacher_topk[{i}]", value, class_dim) for i, value in enumerate(teacher_topk)]
-            teacher_topk = tuple(parts)  # type: ignore[assignment]
-        teacher_topk = dtensor.top(teacher_topk, vocabulary)
-        checks.targets.teacher_topk(teacher_topk, {"teacher_logits": teacher_logits}, student_logits, vocab)
-        target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
-    weighted = _weighted(
-        labels,
-        student_logits,
-        vocab,
-        temperature=temperature,
-        hard_label_weight=hard_label_weight,
+    checks.targets.kept_for_callers(fp32_upcast, chunk_size)
+    options = dispatch.Options(divergence, jsd_weight, hard_label_weight, teacher_softcap, teacher_logit_scale)
+    keywords = Keywords(
+        mask=mask,
+        token_weights=token_weights,
         ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        shift=shift,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
-        outside=outside,
+        vocab_shard=vocab_shard,
+        compile=compile,
     )
-    scalars = pair.scalars(student_logits, temperature, jsd_weight if divergence == "jsd" else None)
-    rows = pair.on_logits(
-        student_logits, target, weighted.labels, weighted.active, divergence, scalars, vocabulary, compile
-    )
-    loss = reductions.reduced(weighted.of(*rows), reduction)
-    return vocabulary.agreed(loss, alike, loss)
+    given = (student_logits, teacher_logits, labels)
+    return dispatch.of_logits(*given, options, keywords, teacher_topk=teacher_topk, class_dim=class_dim)
 
 
 def linear_distillation(
@@ -228,29 +157,43 @@ def linear_distillation(
     teacher_weight: Tensor | None,  # [V, H']
     labels: Tensor,  # [...]
     *,
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
     teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float | None = None,
     hard_label_weight: float = 0.0,
     ignore_index: int = -100,
+    shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""`distillation(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, labels)`, logits never held.
+    r"""`distillation` of `student_hidden @ student_weight.T + bias` and the teacher's logits, neither ever held.
+
+    Every keyword means what it means in :func:`distillation`. A bias comes before the scale and the softcap.
 
     Args:
         student_hidden: [..., H]; fp32, bf16, fp16 or fp64.
         student_weight: [V, H], in its dtype; under autocast both are cast, once.
         teacher_hidden: [..., H']; the width may differ. Gets no gradient. None beside `teacher_topk`.
         teacher_weight: [V, H'], in its dtype. Gets no gradient. None beside `teacher_topk`.
-        labels, teacher_topk, divergence, jsd_weight, temperature, hard_label_weight, ignore_index, reduction,
-            num_label_tokens: see :func:`distillation`.
-        vocab_shard: which classes plain weights of both have, where each rank has some: :class:`VocabShard`. DTensors
-            say so themselves; hidden states and all else are alike on the group's ranks, and the student's gradient
-            complete on each.
+        bias: [V] of the student, any floating dtype; gets its gradient.
+        teacher_bias: [V], any floating dtype. Gets no gradient. None beside `teacher_topk`.
+        labels, teacher_topk, mask, token_weights, divergence, jsd_weight, temperature, softcap, logit_scale,
+            teacher_softcap, teacher_logit_scale, hard_label_weight, ignore_index, shift, reduction, num_label_tokens:
+            see :func:`distillation`.
+        vocab_shard: which classes plain weights and biases of both have, where each rank has some: :class:`VocabShard`.
+            DTensors say so themselves; hidden states and all else are alike on the group's ranks, and the student's
+            gradient complete on each.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for both logits of a chunk.
 
     Returns:
@@ -281,52 +224,21 @@ def linear_distillation(
         tensor(0.1120)
 
     """
-    jsd_weight, temperature, hard_label_weight = checks.targets.distillation(
-        divergence, jsd_weight, temperature, hard_label_weight, True, 0
-    )
-    names, shared = ("student_hidden", "student_weight"), teacher_weight is student_weight
-    student_hidden, weight, _, vocabulary = dtensor.head(student_hidden, student_weight, None, vocab_shard, names)
-    checks.head(student_hidden, weight, vocabulary.size, names)
-    checks.tensor("labels", labels)
-    dtensor.check_rows("labels", labels)
-    labels = dtensor.rows(labels, vocabulary)
-    checks.tokens(labels.shape, labels, "student_hidden", student_hidden.shape, student_hidden.device, weight)
-    vocabulary.compare(labels)
-    alike, outside = labels, None
-    checks.sharding.spread(reduction, vocabulary.spread)
-    dtype = computed_dtype(student_hidden, weight, names)
-    hidden, weight = student_hidden.to(dtype), weight.to(dtype)
-    vocab = vocabulary.size
-    if teacher_topk is None:
-        teacher_hidden = checks.targets.teacher_given("teacher_hidden", teacher_hidden)
-        teacher_weight = checks.targets.teacher_given("teacher_weight", teacher_weight)
-        checks.tensor("teacher_hidden", teacher_hidden)
-        dtensor.check_rows("teacher_hidden", teacher_hidden)
-        teacher_hidden = dtensor.rows(teacher_hidden, vocabulary)
-        teacher_weight = dtensor.beside("teacher_weight", teacher_weight, "student_weight", vocabulary, 0)
-        checks.targets.teacher(teacher_hidden, teacher_weight, student_hidden, weight.shape[0])
-        names = ("teacher_hidden", "teacher_weight")
-        own = weight if shared else teacher_weight  # under autocast one is cast, once
-        dtype = computed_dtype(teacher_hidden, own, names)
-        states, own = teacher_hidden.detach().to(dtype), own.detach().to(dtype)
-        target = Target(states, weight=own)
-    else:
-        teacher_topk = dtensor.top(teacher_topk, vocabulary)
-        given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        checks.targets.teacher_topk(teacher_topk, given, student_hidden, vocab)
-        target, outside, alike = _top(teacher_topk, labels, vocabulary, ignore_index)
-    weighted = _weighted(
-        labels,
-        hidden,
-        vocab,
-        temperature=temperature,
-        hard_label_weight=hard_label_weight,
+    options = dispatch.Options(divergence, jsd_weight, hard_label_weight, teacher_softcap, teacher_logit_scale)
+    keywords = Keywords(
+        bias=bias,
+        mask=mask,
+        token_weights=token_weights,
         ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        shift=shift,
         reduction=reduction,
         num_label_tokens=num_label_tokens,
-        outside=outside,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
     )
-    scalars = pair.scalars(hidden, temperature, jsd_weight if divergence == "jsd" else None)
-    scalar = reduction != "none"
-    loss = pair.on_head(hidden, weight, target, divergence, scalars, weighted, vocabulary, chunking, scalar=scalar)
-    return vocabulary.agreed(loss, alike, loss)
+    student = dispatch.Head(student_hidden, student_weight)
+    teacher = dispatch.Head(teacher_hidden, teacher_weight, teacher_bias)
+    return dispatch.of_heads(student, teacher, labels, options, keywords, teacher_topk=teacher_topk)

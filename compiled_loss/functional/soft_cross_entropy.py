@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from compiled_loss import checks
-from compiled_loss import reduction as reductions
-from compiled_loss.dispatch import divergence as pair
-from compiled_loss.dispatch.linear import computed_dtype
-from compiled_loss.distributed import dtensor
+from compiled_loss.dispatch import soft_cross_entropy as dispatch
+from compiled_loss.dispatch.distillation import Head
+from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.divergence_chunks import Weighted
-from compiled_loss.engine.math.divergences import Target
-from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -27,30 +21,50 @@ def masked_soft_cross_entropy(
     target_probs: Tensor,  # [..., V]
     position_mask: Tensor,  # [..., 1] or [...]
     *,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Soft-target cross-entropy, the mean over the positions of a mask: sum(w sum_v(-p_v log q_v)) / sum(w).
+    r"""Soft-target cross-entropy of the positions of a mask, by default its mean.
+
+    With z = softcap tanh(logit_scale logits / softcap) / temperature, or z = logit_scale logits / temperature without a
+    softcap, log q = z - logsumexp(z), and w the position's weight, position_mask * token_weights, each position's loss
+    is
+
+        w sum_v(-p_v log q_v)
 
     Args:
         logits: draft logits [..., V], such as [B, S, V], any strides; fp32, bf16, fp16 or fp64. Never written.
         target_probs: the same shape; any floating dtype, used as it is: not normalised. Gets its gradient.
         position_mask: the shape of the logits with 1 for V, or without its last dimension; no other, and nothing
-            broadcasts. Bool, or numbers: 0 ignores a position, fractions weigh it, and the weights are what divides.
+            broadcasts. Bool, or numbers: 0 ignores a position, fractions weigh it.
+        token_weights: broadcasts to the positions, [...]; differentiable.
+        softcap: bound of the logits (Gemma 2, section 2), > 0. None for none, and for logits that a model has bounded
+            already.
+        logit_scale: multiplies the logits before the softcap, > 0.
+        temperature: divides the logits, > 0. The loss is not multiplied by its square.
+        reduction: "mean" divides by the sum of w, or by `num_label_tokens` where it is given; "sum"; "none".
+        num_label_tokens: divides the sum; an int or a one-element tensor, never synchronised.
         vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
-            :class:`VocabShard`. DTensors say so themselves; the mask is alike on the group's ranks, which compare it
-            and nothing else.
+            :class:`VocabShard`. DTensors say so themselves; the weights w are alike on the group's ranks, which compare
+            them and nothing else.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
     Returns:
-        A scalar; fp32 (fp64 for fp64 logits). 0, attached to the graph, where the mask is empty.
+        A scalar, or for "none" the shape of the positions, [...], with 0 where ignored; fp32 (fp64 for fp64 logits).
+        Where the divisor is 0 the loss is 0, attached to the graph.
 
     Memory:
         Keeps nothing of [N, V] beyond the inputs: one pass forward, one back for each gradient that is wanted.
 
     Raises:
-        ValueError: a shape or device is off.
+        ValueError: a shape, device, number or name is off.
         TypeError: a dtype is off.
 
     Source:
@@ -66,22 +80,17 @@ def masked_soft_cross_entropy(
         tensor(0.9100)
 
     """
-    checks.chunking.compiles(compile)
-    logits, vocabulary = dtensor.logits("logits", logits, vocab_shard)
-    checks.logits(logits, vocabulary.size)
-    target_probs = dtensor.beside("target_probs", target_probs, "logits", vocabulary, -1)
-    checks.targets.same_logits("target_probs", target_probs, "logits", logits)
-    checks.tensor("position_mask", position_mask)
-    dtensor.check_rows("position_mask", position_mask)
-    position_mask = dtensor.rows(position_mask, vocabulary)
-    checks.targets.position_mask(position_mask, "logits", logits)
-    vocabulary.compare(position_mask)
-    checks.sharding.spread("mean", vocabulary.spread)
-    weight, active = _positions(position_mask, logits)
-    scalars = pair.scalars(logits, 1.0)
-    soft, _ = pair.on_logits(logits, Target(target_probs), None, active, "probabilities", scalars, vocabulary, compile)
-    loss = (reductions.divided(weight, weight, "mean", None) * torch.where(active, soft, 0.0)).sum()
-    return vocabulary.agreed(loss, position_mask, loss)
+    keywords = Keywords(
+        token_weights=token_weights,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        reduction="sum" if reduction == "mean" and num_label_tokens is not None else reduction,
+        num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
+        compile=compile,
+    )
+    return dispatch.of_logits(logits, target_probs, position_mask, keywords)
 
 
 def linear_soft_cross_entropy(
@@ -93,12 +102,23 @@ def linear_soft_cross_entropy(
     teacher_hidden: Tensor | None = None,  # [..., H']
     teacher_weight: Tensor | None = None,  # [V', H']
     draft_to_target: Tensor | None = None,  # [V]
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V']
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float | None = None,
     temperature: float = 1.0,
+    reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
     r"""`masked_soft_cross_entropy` of a draft head, whose logits are never held; nor are its teacher's.
+
+    The draft's logits are `hidden @ weight.T + bias`. The teacher's z is made of its own bias, scale and softcap, and
+    of the same temperature; its softmax is the target.
 
     Args:
         hidden: the draft's hidden states [..., H]; fp32, bf16, fp16 or fp64.
@@ -109,22 +129,28 @@ def linear_soft_cross_entropy(
         teacher_weight: [V', H'], in its dtype; V' is V unless `draft_to_target` is given. Gets no gradient.
         draft_to_target: int64 [V], the teacher's row of each draft token, where the draft's vocabulary is a part of
             the teacher's. The teacher's distribution is the softmax over these rows alone.
+        bias: [V] of the draft, any floating dtype; gets its gradient.
+        teacher_bias: [V'], a number for each row of `teacher_weight`, any floating dtype. Gets no gradient.
+        teacher_softcap, teacher_logit_scale: `softcap` and `logit_scale` of the teacher's logits; None for none and for
+            1. Beside `target_probs` these and `teacher_bias` have to be None.
+        token_weights, softcap, logit_scale, reduction, num_label_tokens: see :func:`masked_soft_cross_entropy`.
         temperature: divides both logits, > 0. The loss is not multiplied by its square.
-        num_label_tokens: divides the sum, instead of the mask's; an int or a one-element tensor, never synchronised.
-        vocab_shard: which classes plain `weight`, `target_probs` and `teacher_weight` have, where each rank has some:
-            :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's ranks, the gradient of
-            `hidden` complete on each. `draft_to_target` is the whole draft's, its `teacher_weight` whole on every rank.
+        vocab_shard: which classes plain `weight`, `bias`, `target_probs`, `teacher_weight` and `teacher_bias` have,
+            where each rank has some: :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's
+            ranks, the gradient of `hidden` complete on each. `draft_to_target` is the whole draft's, its
+            `teacher_weight` and `teacher_bias` whole on every rank.
         chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for all logits of a chunk.
 
     Returns:
-        A scalar; fp32 (fp64 for fp64 inputs).
+        A scalar, or for "none" the shape of the positions, [...], with 0 where ignored; fp32 (fp64 for fp64 inputs).
 
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H], and one chunk of logits [C, V], with a
         teacher's head two; with `draft_to_target` also the chosen rows, [V, H']. dH and dW from forward on.
+        reduction="none" walks again in backward, and keeps O(N) until then.
 
     Raises:
-        ValueError: a shape, device or number is off, not exactly one form of target is given, or
+        ValueError: a shape, device, number or name is off, not exactly one form of target is given, or
             `chunking.strategy` is "vocab".
         TypeError: a dtype is off.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
@@ -149,47 +175,16 @@ def linear_soft_cross_entropy(
         tensor(0.9100)
 
     """
-    shared = teacher_weight is weight and draft_to_target is None
-    hidden, weight, _, vocabulary = dtensor.head(hidden, weight, None, vocab_shard)
-    checks.head(hidden, weight, vocabulary.size)
-    _, temperature = checks.transform(None, temperature)
-    checks.tensor("position_mask", position_mask)
-    dtensor.check_rows("position_mask", position_mask)
-    position_mask = dtensor.rows(position_mask, vocabulary)
-    checks.targets.position_mask(position_mask, "hidden", hidden)
-    vocabulary.compare(position_mask)
-    target_probs, teacher_hidden, teacher_weight = dtensor.targets(
-        target_probs, teacher_hidden, teacher_weight, vocabulary, picked=draft_to_target is not None
+    keywords = Keywords(
+        bias=bias,
+        token_weights=token_weights,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        reduction="sum" if reduction == "mean" and num_label_tokens is not None else reduction,
+        num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
     )
-    columns = weight.shape[0]
-    checks.targets.soft_target(
-        target_probs, teacher_hidden, teacher_weight, draft_to_target, hidden, columns, vocabulary.size
-    )
-    checks.sharding.spread("mean" if num_label_tokens is None else "sum", vocabulary.spread)
-    num_label_tokens = checks.count(dtensor.whole(num_label_tokens), "sum")
-    checks.count_device(num_label_tokens, hidden.device)
-    weights, active = _positions(position_mask, hidden)
-    dtype = computed_dtype(hidden, weight)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    scalars = pair.scalars(hidden, temperature)
-    if target_probs is not None:
-        kind, target = "probabilities", Target(target_probs)
-    else:
-        assert teacher_hidden is not None and teacher_weight is not None
-        own = (weight if shared else teacher_weight).detach()  # under autocast one is cast, once
-        if draft_to_target is not None:
-            own = own[vocabulary.own(draft_to_target)]
-        dtype = computed_dtype(teacher_hidden, own, ("teacher_hidden", "teacher_weight"))
-        states, own = teacher_hidden.detach().to(dtype), own.to(dtype)
-        kind, target = "cross_entropy", Target(states, weight=own)
-    reduction = "mean" if num_label_tokens is None else "sum"
-    soft = reductions.divided(weights, weights, reduction, num_label_tokens)
-    weighted = Weighted(soft, None, None, active)
-    loss = pair.on_head(hidden, weight, target, kind, scalars, weighted, vocabulary, chunking)
-    return vocabulary.agreed(loss, position_mask, loss)
-
-
-def _positions(mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Each position's weight and whether it counts, shaped like the rows of `source`."""
-    rows = mask.reshape(source.shape[:-1])
-    return rows.to(statistics_dtype(source.dtype)), rows != 0
+    teacher = dispatch.Teacher(Head(teacher_hidden, teacher_weight, teacher_bias), teacher_softcap, teacher_logit_scale)
+    return dispatch.of_heads(hidden, weight, position_mask, target_probs, teacher, draft_to_target, keywords)

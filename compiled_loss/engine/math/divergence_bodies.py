@@ -1,8 +1,8 @@
 """The bodies of two distributions: `divergences` as functions of tensors alone, one of each kind and purpose.
 
-Bodies as in `bodies.py`: a student's logits [..., V], then `labels` or None and the `Pair`. Beside a whole target comes
-that, [..., V] probabilities or logits. Beside a target's top, [..., k], come its indices, its log-probabilities and the
-student's logits there; and the student's own are without them, -inf, but in `gradient`, which looks at neither.
+Bodies as in `bodies.py`: a student's logits [..., V], then `labels` or None, the `Pair` and the target. A whole target
+is [..., V] probabilities or logits, a `Whole`. Of a target's top, [..., k], come a `Top`; and the student's own logits
+are -inf there, but in `gradient`, which looks at neither.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.math.divergences import KINDS, Compared, Kind, Output, Pair, Rows, row, warmed
-from compiled_loss.engine.math.statistics import after, statistics_dtype
+from compiled_loss.engine.math.divergences import KINDS, Compared, Kind, Output, Pair, RowGradients, Rows, row
+from compiled_loss.engine.math.statistics import after
 from compiled_loss.engine.math.top_divergences import TopCompared
-
-Operands = tuple[Tensor | None, ...]
+from compiled_loss.engine.operators import unpack
 
 
 class Bodies(NamedTuple):
     """The bodies of one kind, beside a whole target or its top.
 
     fold                (labels, *Pair, *target) -> (*Rows, divergence[, cross-entropy])
-    gradient            (labels, *Pair, *target, *Rows, soft, hard) -> (d[, d of the top]), like logits
-    fold_and_gradient   (labels, *Pair, *target, soft, hard) -> (d[, d of the top], loss, ...)
+    gradient            (labels, *Pair, *target, *Rows, *RowGradients) -> (d[, d of the top]), like logits
+    fold_and_gradient   (labels, *Pair, *target, *RowGradients) -> (d[, d of the top], divergence[, cross-entropy], ...)
 
-    where loss is soft * divergence + hard * cross-entropy, and what follows it is returned for NOTE [Few reads] alone.
+    where d is the gradient of the sum of soft * divergence + hard * cross-entropy, and what follows the cross-entropy
+    is returned for NOTE [Few reads] alone.
     """
 
     fold: Callable[..., Output]
@@ -36,50 +36,59 @@ class Bodies(NamedTuple):
     fold_and_gradient: Callable[..., Output]
 
 
-def _whole(kind: Kind) -> Bodies:
-    def compared(logits: Tensor, operands: Operands) -> Compared:
-        target = operands[3]
-        assert target is not None
-        return Compared.of(kind, logits, target, Pair(*operands[1:3]))
+class Whole(NamedTuple):
+    """A target of which all classes are known."""
 
+    target: Tensor  # [..., V]
+
+
+class Top(NamedTuple):
+    """A target of which k classes of each row are known."""
+
+    indices: Tensor  # [..., k], counted from a rank's first class
+    values: Tensor  # [..., k], log-probabilities
+    top: Tensor  # [..., k], the student's logits there, with their bias
+
+
+class _Labels(NamedTuple):
+    labels: Tensor | None
+
+
+def _whole(kind: Kind) -> Bodies:
     def fold(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        return _folded(compared(logits, operands), operands[0], group)
+        (labels,), pair, (target,), _ = unpack(operands, _Labels, Pair, Whole)
+        return _folded(Compared.of(kind, logits, target, pair), labels, group)
 
     def gradient(logits: Tensor, *operands: Tensor | None) -> Output:
-        rows, soft, hard = Rows(*operands[4:10]), operands[10], operands[11]  # type: ignore[arg-type]
-        assert soft is not None
-        return (compared(logits, operands).gradient(operands[0], rows, soft, hard, logits.dtype),)
+        (labels,), pair, (target,), rows, upstream, _ = unpack(operands, _Labels, Pair, Whole, Rows, RowGradients)
+        return (Compared.of(kind, logits, target, pair).gradient(labels, rows, upstream, logits.dtype),)
 
     def fold_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        labels, soft, hard = operands[0], operands[4], operands[5]
-        assert soft is not None
-        both = compared(logits, operands)
-        rows, loss, soft, hard, packed = _weighted(both, kind, labels, None, soft, hard, group)
-        return both.gradient(labels, rows, soft, hard, logits.dtype), loss, packed
+        (labels,), pair, (target,), upstream, _ = unpack(operands, _Labels, Pair, Whole, RowGradients)
+        both = Compared.of(kind, logits, target, pair)
+        rows, upstream, found, packed = _after_fold(both, labels, None, upstream, group)
+        return both.gradient(labels, rows, upstream, logits.dtype), *found, packed
 
     return _named(kind, fold, gradient, fold_and_gradient)
 
 
 def _beside_top(kind: Kind) -> Bodies:
-    def compared(logits: Tensor, operands: Operands, group: str | None) -> TopCompared:
-        indices, values, top = operands[3:6]
-        assert indices is not None and values is not None and top is not None
-        return TopCompared.of(kind, logits, top, indices, values, Pair(*operands[1:3]), group)
+    def compared(logits: Tensor, beside: Top, pair: Pair, group: str | None) -> TopCompared:
+        return TopCompared.of(kind, logits, beside.top, beside.indices, beside.values, pair, group)
 
     def fold_top(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        return _folded(compared(logits, operands, group), operands[0], group)
+        (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Top)
+        return _folded(compared(logits, beside, pair, group), labels, group)
 
     def gradient_top(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        rows, soft, hard = Rows(*operands[6:12]), operands[12], operands[13]  # type: ignore[arg-type]
-        assert soft is not None
-        return compared(logits, operands, group).gradient(operands[0], rows, soft, hard, logits.dtype)
+        (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Top, Rows, RowGradients)
+        return compared(logits, beside, pair, group).gradient(labels, rows, upstream, logits.dtype)
 
     def fold_and_gradient_top(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        labels, indices, soft, hard = operands[0], operands[3], operands[6], operands[7]
-        assert soft is not None
-        both = compared(logits, operands, group)
-        rows, loss, soft, hard, packed = _weighted(both, kind, labels, indices, soft, hard, group)
-        return *both.gradient(labels, rows, soft, hard, logits.dtype), loss, packed
+        (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Top, RowGradients)
+        both = compared(logits, beside, pair, group)
+        rows, upstream, found, packed = _after_fold(both, labels, beside.indices, upstream, group)
+        return *both.gradient(labels, rows, upstream, logits.dtype), *found, packed
 
     return _named(kind, fold_top, gradient_top, fold_and_gradient_top)
 
@@ -89,24 +98,23 @@ def _folded(both: Compared | TopCompared, labels: Tensor | None, group: str | No
     return (*rows.present(), divergence) if hard is None else (*rows.present(), divergence, hard)
 
 
-def _weighted(
+def _after_fold(
     both: Compared | TopCompared,
-    kind: Kind,
     labels: Tensor | None,
     indices: Tensor | None,
-    soft: Tensor,
-    hard: Tensor | None,
+    upstream: RowGradients,
     group: str | None,
-) -> tuple[Rows, Tensor, Tensor, Tensor | None, Tensor]:
-    """The rows, the loss, and its coefficients, behind which the reductions are done; rows and coefficients in one."""
+) -> tuple[Rows, RowGradients, Output, Tensor]:
+    """The rows and their upstream gradients, behind which all reductions are done, in one tensor; and what was found.
+
+    Found are the divergence and, with labels, the cross-entropy.
+    """
     rows, divergence, cross_entropy = both.fold(labels, group)
-    loss = soft * divergence
-    if cross_entropy is not None and hard is not None:
-        loss = loss + hard * cross_entropy
-    present = rows.present()
-    packed = torch.stack([*present, after(soft, *present, loss), *([] if hard is None else [hard])])
-    rows, (soft, *rest) = Rows.of(packed.unbind(), kind, labels, indices)
-    return rows, loss, soft, rest[0] if rest else None, packed
+    found = (divergence,) if cross_entropy is None else (divergence, cross_entropy)
+    soft, hard = upstream.map(lambda g: after(g, *found))  # all other reductions are in the one tensor
+    packed = torch.stack([*rows.present(), soft, *([] if hard is None else [hard])])
+    rows, rest = Rows.of(packed.unbind(), both.kind, labels, indices)
+    return rows, RowGradients(rest[0], rest[1] if len(rest) > 1 else None), found, packed
 
 
 def _named(kind: Kind, *bodies: Any) -> Bodies:
@@ -124,10 +132,18 @@ WHOLE: dict[Kind, Bodies] = {kind: _whole(kind) for kind in KINDS}
 TOP: dict[Kind, Bodies] = {kind: _beside_top(kind) for kind in KINDS}
 
 
+class Known(NamedTuple):
+    """What the gradient of probabilities needs of a row, [...] each."""
+
+    maximum: Tensor
+    log_sum: Tensor
+    soft: Tensor
+
+
 def target_gradient(logits: Tensor, *operands: Tensor | None) -> Output:
-    """Of probabilities that are a target: (None, *Pair, target, maximum, log_sum, soft) -> (d,), like target."""
-    pair, (target, maximum, log_sum, soft) = Pair(*operands[1:3]), operands[3:7]
-    assert target is not None and maximum is not None and log_sum is not None and soft is not None
-    raw = logits.to(statistics_dtype(logits.dtype))
-    a = (warmed(raw, pair) - row(warmed(maximum, pair))) - row(log_sum)
-    return (torch.where(row(soft) != 0, -row(soft) * a, 0.0).to(target.dtype),)
+    """Of probabilities that are a target: (None, *Pair, target, *Known) -> (d,), like target."""
+    _, pair, (target,), known, _ = unpack(operands, _Labels, Pair, Whole, Known)
+    student = pair.student
+    bounded = student.bounded(student.biased(logits))
+    a = pair.warmed(student.scaled(bounded - row(known.maximum))) - row(known.log_sum)
+    return (torch.where(row(known.soft) != 0, -row(known.soft) * a, 0.0).to(target.dtype),)

@@ -10,8 +10,7 @@ over the vocabulary whose gradient with respect to z is slope - q sum(slope):
     reverse_kl      q (a - b)                                           q (a - b)
     jsd             w p (b - log m) + (1 - w) q (a - log m)             (1 - w) q (a - log m)
 
-z and the target's logits are divided by one temperature. The cross-entropy with labels is that of the student's logits
-at temperature 1. `raw` are the student's logits in fp32 before the temperature, `t` the target.
+A `LogitMap` makes the z of each side. The cross-entropy with labels is that of the student's z at temperature 1.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.collectives import largest, reduced
-from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.math.logit_maps import LogitMap, times
 from compiled_loss.engine.transforms import traced
 
 Kind = Literal["probabilities", "cross_entropy", "forward_kl", "reverse_kl", "jsd"]
@@ -32,10 +31,34 @@ KINDS: tuple[Kind, ...] = ("probabilities", "cross_entropy", "forward_kl", "reve
 
 
 class Pair(NamedTuple):
-    """How two rows are compared. The scalars are tensors, as in `Head`."""
+    """How two rows are compared. All scalars are tensors, as in `Head`.
+
+    A temperature is part of each `outer`, but for the student's where there are labels: their cross-entropy is of z
+    without it, and `inverse_temperature` multiplies z for the divergence.
+    """
 
     inverse_temperature: Tensor | None
     jsd_weight: Tensor | None
+    bias: Tensor | None = None  # [V], of the student
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    target_bias: Tensor | None = None  # [V]
+    target_inner: Tensor | None = None
+    target_outer: Tensor | None = None
+
+    @property
+    def student(self) -> LogitMap:
+        """What makes the student's z, before `inverse_temperature`."""
+        return LogitMap(self.bias, self.inner, self.outer)
+
+    @property
+    def target(self) -> LogitMap:
+        """What makes the target's z, of logits."""
+        return LogitMap(self.target_bias, self.target_inner, self.target_outer)
+
+    def warmed(self, z: Tensor) -> Tensor:
+        """The student's z over the temperature."""
+        return times(z, self.inverse_temperature)
 
 
 class Target(NamedTuple):
@@ -52,14 +75,19 @@ class Target(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of each row, [rows] each: enough to form its gradient in one pass."""
+    """What is known of each row, [rows] each: enough to form its gradient in one pass.
 
-    maximum: Tensor  # of the student's logits, before the temperature
-    log_sum: Tensor  # log sum(exp(z - max z)); where only the target's top is known, over the rest of the row
+    The maxima are of bounded logits, `LogitMap.bounded`; the log_sums are log sum(exp(z - max z)).
+    """
+
+    maximum: Tensor  # of the student
+    log_sum: (
+        Tensor  # of the student, over the temperature; where only the target's top is known, over all other classes
+    )
     slope: Tensor | None  # sum(slope)
-    target_maximum: Tensor | None  # of the target's logits over the temperature
+    target_maximum: Tensor | None
     target_log_sum: Tensor | None
-    hard_log_sum: Tensor | None  # log_sum of the whole row at temperature 1
+    hard_log_sum: Tensor | None  # of the student's whole row at temperature 1
 
     def present(self) -> Output:
         """Those that there are."""
@@ -79,19 +107,29 @@ class Rows(NamedTuple):
         return rows, left
 
 
+class RowGradients(NamedTuple):
+    """The gradients with respect to each row's divergence and cross-entropy, [rows] each."""
+
+    soft: Tensor
+    hard: Tensor | None
+
+    def counts(self) -> Tensor:
+        """Whether a row has any."""
+        return self.soft != 0 if self.hard is None else (self.soft != 0) | (self.hard != 0)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RowGradients:
+        """Each changed; what is None stays None."""
+        return RowGradients(change(self.soft), None if self.hard is None else change(self.hard))
+
+
 def row(values: Tensor) -> Tensor:
     """Beside each column."""
     return values.unsqueeze(-1)
 
 
-def warmed(raw: Tensor, pair: Pair) -> Tensor:
-    """Over the temperature."""
-    return raw if pair.inverse_temperature is None else raw * pair.inverse_temperature
-
-
-def hit(raw: Tensor, labels: Tensor) -> Tensor:
+def hit(logits: Tensor, labels: Tensor) -> Tensor:
     """Which column is the label's."""
-    return torch.arange(raw.shape[-1], device=raw.device) == row(labels)
+    return torch.arange(logits.shape[-1], device=logits.device) == row(labels)
 
 
 def _times(p: Tensor, x: Tensor) -> Tensor:
@@ -105,8 +143,9 @@ def _terms(kind: Kind, a: Tensor, p: Tensor, b: Tensor | None, pair: Pair) -> tu
     """The summands of the divergence that are not its slopes, and the slopes.
 
     NOTE [Used once]
-    What reads more than four tensors and is used twice is written out by Inductor, in fp32 and as large as the logits.
-    a and b read four; so a - b is used once in each sum, and the divergence is put together from sums.
+    Where logits exist, the compiler is the caller's: it writes out what reads more than four tensors and is used twice,
+    in fp32 and as large as the logits. a and b read four; so a - b is used once in each sum, and the divergence is put
+    together from sums. In loops nothing is written out, NOTE [Kernels].
     """
     if b is None or kind == "cross_entropy":
         return -_times(p, a), -p
@@ -130,34 +169,35 @@ class Compared(NamedTuple):
 
     kind: Kind
     pair: Pair
-    raw: Tensor  # [rows, V], the student's logits before the temperature, in fp32
-    t: Tensor  # [rows, V], probabilities, or logits over the temperature
+    logits: Tensor  # [rows, V], the student's with their bias, in fp32
+    target: Tensor  # [rows, V], probabilities, or logits with their bias
 
     @staticmethod
     def of(kind: Kind, logits: Tensor, target: Tensor, pair: Pair) -> Compared:
         """From logits on either side, or probabilities on the target's."""
-        t = target.to(statistics_dtype(target.dtype))
-        raw = logits.to(statistics_dtype(logits.dtype))
-        return Compared(kind, pair, raw, t if kind == "probabilities" else warmed(t, pair))
+        return Compared(kind, pair, pair.student.biased(logits), pair.target.biased(target))
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
         """The rows, their divergence, and their cross-entropy with the labels; over a group in three collectives."""
-        kind, pair, raw, t = self
-        z = warmed(raw, pair)
-        maxima = [largest(raw.detach()), *([] if kind == "probabilities" else [largest(t)])]
+        kind, pair, logits, target = self
+        student, beside = pair.student, pair.target
+        # Before the tanh, which keeps the order: one less for each logit. Detached: no sum depends on the shift.
+        maxima = [largest(logits.detach()), *([] if kind == "probabilities" else [largest(target.detach())])]
         maximum, *target_maximum = reduced(maxima, "max", group)
-        shifted = raw - row(maximum)
-        sums = [(z - row(warmed(maximum, pair))).exp().sum(-1)]
-        sums += [(t - row(m)).exp().sum(-1) for m in target_maximum]
+        maximum, target_maximum = student.bounded(maximum), [beside.bounded(m) for m in target_maximum]
+        bounded = student.bounded(logits)
+        shifted = student.scaled(bounded - row(maximum))
+        sums = [pair.warmed(shifted).exp().sum(-1)]
+        sums += [beside.scaled(beside.bounded(target) - row(m)).exp().sum(-1) for m in target_maximum]
         sums += [] if labels is None else [shifted.exp().sum(-1)]
         log_sum, *log_sums = [value.log() for value in reduced(sums, "sum", group)]
         rows = Rows(maximum, log_sum, None, None, None, None)
         if target_maximum:
             rows = rows._replace(target_maximum=target_maximum[0], target_log_sum=log_sums[0])
-        _, summands, slopes = self._terms(rows)
+        _, summands, slopes = self._terms(rows, bounded)
         sums = [slopes.sum(-1)]
         sums += [] if summands is None else [summands.sum(-1)]
-        sums += [] if labels is None else [torch.where(hit(raw, labels), shifted, 0.0).sum(-1)]
+        sums += [] if labels is None else [torch.where(hit(logits, labels), shifted, 0.0).sum(-1)]
         slope, *sums = reduced(sums, "sum", group)
         rows = rows._replace(slope=slope)
         divergence = slope.clone() if summands is None else sums[0]  # no body returns a tensor twice
@@ -167,36 +207,33 @@ class Compared(NamedTuple):
             return rows, divergence, None
         return rows._replace(hard_log_sum=log_sums[-1]), divergence, log_sums[-1] - sums[-1]
 
-    def gradient(
-        self, labels: Tensor | None, rows: Rows, soft: Tensor, hard: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's logits."""
-        pair, raw = self.pair, self.raw
+    def gradient(self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype) -> Tensor:
+        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's raw logits."""
+        pair, student = self.pair, self.pair.student
         assert rows.slope is not None
-        a, _, slopes = self._terms(rows)
-        d = row(soft if pair.inverse_temperature is None else soft * pair.inverse_temperature) * (
-            slopes - a.exp() * row(rows.slope)
-        )
+        bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times(g, student.factor()))
+        a, _, slopes = self._terms(rows, bounded)
+        d = row(pair.warmed(soft)) * (slopes - a.exp() * row(rows.slope))
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
-            p = ((raw - row(rows.maximum)) - row(rows.hard_log_sum)).exp()
-            d = d + row(hard) * (p - torch.where(hit(raw, labels), 1.0, 0.0))
-        return over(raw, d, soft, hard).to(dtype)
+            p = (student.scaled(bounded - row(rows.maximum)) - row(rows.hard_log_sum)).exp()
+            d = d + row(hard) * (p - torch.where(hit(bounded, labels), 1.0, 0.0))
+        return over(self.logits, times(d, student.slope(bounded)), upstream).to(dtype)
 
-    def _terms(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor]:
-        """A, and the summands and slopes of rows that are known."""
-        kind, pair, raw, t = self
-        a = (warmed(raw, pair) - row(warmed(rows.maximum, pair))) - row(rows.log_sum)
+    def _terms(self, rows: Rows, bounded: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A, and the summands and slopes of rows that are known; the student's logits are `bounded`."""
+        kind, pair, _, target = self
+        student, beside = pair.student, pair.target
+        a = pair.warmed(student.scaled(bounded - row(rows.maximum))) - row(rows.log_sum)
         if rows.target_maximum is None or rows.target_log_sum is None:
-            return a, *_terms(kind, a, t, None, pair)
-        b = (t - row(rows.target_maximum)) - row(rows.target_log_sum)
+            return a, *_terms(kind, a, target, None, pair)
+        b = beside.scaled(beside.bounded(target) - row(rows.target_maximum)) - row(rows.target_log_sum)
         return a, *_terms(kind, a, b.exp(), b, pair)
 
 
-def over(raw: Tensor, d: Tensor, soft: Tensor, hard: Tensor | None) -> Tensor:
+def over(logits: Tensor, d: Tensor, upstream: RowGradients) -> Tensor:
     """The gradient d, 0 in rows without a loss, whatever they and their target hold.
 
     NaN where a logit is, which it is already: the last expression reads the logits, or Inductor, which cuts a long one
     in two, would not write it over them.
     """
-    counts = soft != 0 if hard is None else (soft != 0) | (hard != 0)
-    return torch.where(row(counts), torch.where(raw.isnan(), raw, d), 0.0)
+    return torch.where(row(upstream.counts()), torch.where(logits.isnan(), logits, d), 0.0)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.collectives import largest, reduced
-from compiled_loss.engine.math.divergences import Compared, Kind, Pair, Rows, hit, over, row, warmed
+from compiled_loss.engine.math.divergences import Compared, Kind, Pair, RowGradients, Rows, hit, over, row
+from compiled_loss.engine.math.logit_maps import LogitMap, times
 from compiled_loss.engine.math.statistics import statistics_dtype
 
 
@@ -33,13 +34,14 @@ class Place(NamedTuple):
         found = torch.where(ours, indices, 0)
         return Place(torch.where(ours, indices, row(found.amax(-1))), ours)
 
-    def take(self, logits: Tensor, values: Tensor, group: str | None) -> Tensor:
-        """The top's logits in fp32, of all ranks; `values` are the target's, -inf where there is no class."""
-        dtype = statistics_dtype(logits.dtype)
+    def take(self, logits: Tensor, values: Tensor, student: LogitMap, group: str | None) -> Tensor:
+        """The top's logits with their bias, in fp32, of all ranks; -inf where the target's `values` have no class."""
         if logits.shape[-1] == 0:
-            top = logits.new_zeros(self.columns.shape, dtype=dtype)
+            top = logits.new_zeros(self.columns.shape, dtype=statistics_dtype(logits.dtype))
         else:
-            top = torch.where(self.ours, logits.gather(-1, self.columns), 0.0).to(dtype)
+            bias = None if student.bias is None else student.bias[self.columns]
+            chosen = student._replace(bias=bias).biased(finite(logits.gather(-1, self.columns), student))
+            top = torch.where(self.ours, chosen, 0.0)
         (top,) = reduced([top], "sum", group)
         return torch.where(values.isneginf(), float("-inf"), top)
 
@@ -60,31 +62,48 @@ class Place(NamedTuple):
         return torch.where(self.ours, values, row(again)).to(base.dtype)
 
 
+def finite(logits: Tensor, student: LogitMap) -> Tensor:
+    """Logits whose -inf is the least number there is, where there is a tanh: -inf is what was put aside."""
+    return logits if student.inner is None else logits.clamp(min=torch.finfo(logits.dtype).min)
+
+
+def finite_(logits: Tensor, student: LogitMap) -> None:
+    """The same in place."""
+    if student.inner is not None:
+        logits.clamp_(min=torch.finfo(logits.dtype).min)
+
+
 class TopCompared(NamedTuple):
     """Rows of logits beside the top of a target."""
 
     kind: Kind
     pair: Pair
-    rest: Tensor  # [rows, V], the student's logits before the temperature, in fp32; in `fold` -inf where the top is
+    rest: Tensor  # [rows, V], the student's logits with their bias, in fp32; in `fold` -inf where the top is
     top: Tensor  # [rows, k], the top's, of all ranks
     indices: Tensor  # [rows, k], counted from a rank's first class
     values: Tensor  # [rows, k], the target's log-probabilities, in fp32; -inf where there is no class
     whole: bool  # whether all classes may be in the top
+    absent: Tensor | None  # [rows, V] bool, where the rest's logits are -inf, with a tanh that would make them finite
 
     @staticmethod
     def of(
         kind: Kind, logits: Tensor, top: Tensor, indices: Tensor, values: Tensor, pair: Pair, group: str | None
     ) -> TopCompared:
-        """From logits, and those of their top."""
+        """From logits, and those of their top with their bias."""
         whole = group is None and indices.shape[-1] == logits.shape[-1]
-        return TopCompared(kind, pair, logits.to(top.dtype), top, indices, values.to(top.dtype), whole)
+        rest, absent = pair.student.biased(logits), None
+        if pair.inner is not None:
+            absent = logits == float("-inf")
+            rest = torch.where(absent, float("-inf"), rest)
+        return TopCompared(kind, pair, rest, top, indices, values.to(top.dtype), whole, absent)
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
         """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
+        pair, student = self.pair, self.pair.student
         (maximum,) = reduced([largest(self.rest.detach())], "max", group)
-        maximum = torch.maximum(maximum, self.top.detach().amax(-1))
-        rest, top = self.rest - row(maximum), self.top - row(maximum)
-        sums = [warmed(rest, self.pair).exp().sum(-1)]
+        maximum = student.bounded(torch.maximum(maximum, self.top.detach().amax(-1)))
+        rest, top = (student.scaled(v - row(maximum)) for v in self._bounded())
+        sums = [pair.warmed(rest).exp().sum(-1)]
         if labels is not None:
             sums += [rest.exp().sum(-1), torch.where(hit(rest, labels), rest, 0.0).sum(-1)]
         log_sum, *hard = reduced(sums, "sum", group)
@@ -98,29 +117,39 @@ class TopCompared(NamedTuple):
         return rows._replace(hard_log_sum=hard_log_sum), divergence, hard_log_sum - picked
 
     def gradient(
-        self, labels: Tensor | None, rows: Rows, soft: Tensor, hard: Tensor | None, dtype: torch.dtype
+        self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's logits, and to the top's."""
-        coarse = self._coarse(rows)
+        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's raw logits, and the top's."""
+        coarse, pair, student = self._coarse(rows), self.pair, self.pair.student
         known, _, _ = coarse.fold(None, None)
-        inverse = self.pair.inverse_temperature
-        d = coarse.gradient(None, known, soft if inverse is None else soft * inverse, None, soft.dtype)
+        soft, hard = upstream.map(lambda g: times(g, student.factor()))
+        d = coarse.gradient(None, known, RowGradients(pair.warmed(soft), None), soft.dtype)
         d_top = d[..., : self.indices.shape[-1]]
         last = torch.arange(d.shape[-1], device=d.device) == d.shape[-1] - 1
         d_tail = torch.where(last, d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
-        rest = self.rest - row(rows.maximum)
-        d_rest = row(d_tail) * (warmed(rest, self.pair) - row(_finite(rows.log_sum))).exp()
+        rest, top = (student.scaled(v - row(rows.maximum)) for v in self._bounded())
+        d_rest = row(d_tail) * (pair.warmed(rest) - row(_finite(rows.log_sum))).exp()
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
-            rest = rest - row(rows.hard_log_sum)
+            rest, top = rest - row(rows.hard_log_sum), top - row(rows.hard_log_sum)
             d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
-            top = (self.top - row(rows.maximum)) - row(rows.hard_log_sum)
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
-            d_top = torch.where(row((soft != 0) | (hard != 0)), d_top, 0.0)
-        return over(self.rest, d_rest, soft, hard).to(dtype), d_top.to(dtype)
+            d_top = torch.where(row(upstream.counts()), d_top, 0.0)
+        # Slopes of what was not put aside: 0 at -inf, where that of -inf itself would be NaN.
+        slopes = [student.slope(student.bounded(v)) for v in (self.rest, self.top)]
+        d_rest, d_top = times(d_rest, slopes[0]), times(d_top, slopes[1])
+        return over(self.rest, d_rest, upstream).to(dtype), d_top.to(dtype)
+
+    def _bounded(self) -> tuple[Tensor, Tensor]:
+        """The rest and the top through the tanh, -inf where they were."""
+        rest, top = (self.pair.student.bounded(v) for v in (self.rest, self.top))
+        if self.absent is None:
+            return rest, top
+        return torch.where(self.absent, float("-inf"), rest), torch.where(self.top.isneginf(), float("-inf"), top)
 
     def _coarse(self, rows: Rows) -> Compared:
         """The k classes and the tail; where all V are in the top, nothing is left for it."""
-        z = warmed(self.top - row(rows.maximum), self.pair)
+        _, top = self._bounded()
+        z = self.pair.warmed(self.pair.student.scaled(top - row(rows.maximum)))
         t = self.values
         # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
         largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))

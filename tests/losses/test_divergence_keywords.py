@@ -1,0 +1,450 @@
+"""Heads with a bias, a softcap or a logit scale, masks and weights: losses of two distributions against the reference.
+
+Each keyword alone and all at once, in fp64, in ragged chunks; gradients of the student, its bias and the weights.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from test_cached_teacher import cached
+from test_divergences import DIVERGENCES, TARGETS, TIGHT, check, heads, soft_targets
+
+import compiled_loss
+from compiled_loss import Chunking, distillation, linear_distillation, linear_soft_cross_entropy, reference
+from compiled_loss import masked_soft_cross_entropy as masked_soft
+from compiled_loss.testing import assert_within_error_budget, count_graphs, inputs_unchanged
+
+ROWS = Chunking(chunk_size=4)
+SHAPES = [((3, 5), 4, 6, 13), ((11,), 7, 3, 29), ((1, 1), 3, 2, 1), ((2, 1, 3), 1, 1, 2)]
+
+STUDENT = {"softcap": 2.0, "logit_scale": 0.7}
+TEACHER = {"teacher_softcap": 3.0, "teacher_logit_scale": 1.4}
+
+
+def everything(shape):
+    return {
+        **STUDENT,
+        **TEACHER,
+        "temperature": 0.6,
+        "hard_label_weight": 0.3,
+        "jsd_weight": 0.2,
+        "ignore_index": 1,
+        "mask": torch.randint(0, 3, shape),
+        "token_weights": torch.rand(shape, dtype=torch.float64).requires_grad_(),
+        "shift": 1,
+    }
+
+
+KEYWORDS = {  # name: of the shape of the tokens
+    "softcap": lambda shape: {"softcap": 1.5},
+    "logit_scale": lambda shape: {"logit_scale": 0.3},
+    "both": lambda shape: {**STUDENT},
+    "teacher_softcap": lambda shape: {"teacher_softcap": 1.5},
+    "teacher_logit_scale": lambda shape: {"teacher_logit_scale": 0.3},
+    "the teacher's both": lambda shape: {**TEACHER},
+    "mask": lambda shape: {"mask": torch.rand(shape) < 0.6},
+    "fractions": lambda shape: {"mask": torch.rand(shape[-1:]).round(decimals=1)},
+    "token_weights": lambda shape: {"token_weights": torch.rand(shape, dtype=torch.float64).requires_grad_()},
+    "shift": lambda shape: {"shift": 2},
+    "shift past the end": lambda shape: {"shift": 99},
+    "all masked": lambda shape: {"mask": torch.zeros(1)},
+    "no weight": lambda shape: {"token_weights": torch.zeros(shape, dtype=torch.float64).requires_grad_()},
+    "everything": everything,
+    "everything, sum": lambda shape: everything(shape) | {"reduction": "sum"},
+    "everything, count": lambda shape: everything(shape) | {"reduction": "sum", "num_label_tokens": 7},
+    "everything, none": lambda shape: everything(shape) | {"reduction": "none"},
+    "everything but labels": lambda shape: everything(shape) | {"hard_label_weight": 0.0},
+    "everything, none, but labels": lambda shape: everything(shape) | {"reduction": "none", "hard_label_weight": 0.0},
+}
+
+
+def biases(vocab, dtype=torch.float64):
+    random = [torch.randn(vocab, dtype=torch.float64).to(dtype) for _ in range(2)]
+    return {"bias": random[0].requires_grad_(), "teacher_bias": random[1]}
+
+
+def compare(function, truth, tensors, keywords):
+    """Values and all gradients, with and without a graph, and all tensors as they were."""
+    given = [v for v in keywords.values() if isinstance(v, torch.Tensor)]
+    wanted = [v for v in (*tensors, *given) if v.requires_grad]
+    with inputs_unchanged(*given):
+        check(partial(function, **keywords), partial(truth, **keywords), tensors, wanted, **TIGHT)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*tensors, **keywords), truth(*tensors, **keywords), **TIGHT)
+
+
+# Values and gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", [*KEYWORDS, "bias", "teacher_bias"])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_heads(divergence, name, shape):
+    keywords = KEYWORDS[name](shape[0]) if name in KEYWORDS else {name: biases(shape[-1])[name]}
+    if name.startswith("everything"):
+        keywords |= biases(shape[-1])
+    tensors, labels = heads(*shape, ignore_index=keywords.get("ignore_index", -100))
+    keywords |= {"divergence": divergence}
+    loss = partial(linear_distillation, chunking=ROWS)
+    compare(loss, reference.linear_distillation, (*tensors, labels), keywords)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", KEYWORDS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_logits(divergence, name, layout):
+    keywords = KEYWORDS[name]((3, 5)) | {"divergence": divergence}
+    student, teacher = (torch.randn(3, 5, 29, dtype=torch.float64) for _ in range(2))
+    if layout == "transposed":
+        student = student.transpose(0, 1).contiguous().transpose(0, 1)
+    labels = torch.where(torch.rand(3, 5) < 0.3, keywords.get("ignore_index", -100), torch.randint(0, 29, (3, 5)))
+    compare(distillation, reference.distillation, (student.requires_grad_(), teacher, labels), keywords)
+
+
+CACHED = ["softcap", "logit_scale", "both", "mask", "token_weights", "shift"]
+CACHED += [name for name in KEYWORDS if name.startswith("everything")]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", [*CACHED, "bias"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 29])
+def test_a_cached_teacher(divergence, name, shape, k):
+    """On heads and on logits; 29 is at least V, with nothing left for the tail."""
+    keywords = KEYWORDS[name](shape[0]) if name in KEYWORDS else {}
+    tensors, labels = heads(*shape, ignore_index=keywords.get("ignore_index", -100), scale=0.5)
+    keywords = {key: v for key, v in keywords.items() if not key.startswith("teacher")} | {"divergence": divergence}
+    keywords["teacher_topk"] = cached(*tensors[2:], k, keywords.get("temperature", 1.0))
+    bias = {"bias": biases(shape[-1])["bias"]} if name == "bias" or name.startswith("everything") else {}
+
+    def linear(lib):
+        how = {"chunking": ROWS} if lib is compiled_loss else {}
+        return lambda h, w, y, **options: lib.linear_distillation(h, w, None, None, y, **options, **how)
+
+    compare(linear(compiled_loss), linear(reference), (*tensors[:2], labels), keywords | bias)
+    if name != "bias":
+        logits = (tensors[0] @ tensors[1].t()).detach().requires_grad_()
+        ours, theirs = (
+            lambda z, y, lib=lib, **options: lib.distillation(z, None, y, **options)
+            for lib in (compiled_loss, reference)
+        )
+        compare(ours, theirs, (logits, labels), keywords)
+
+
+def soft_everything(shape):
+    weights = torch.rand(shape, dtype=torch.float64).requires_grad_()
+    return {**STUDENT, "temperature": 0.6, "token_weights": weights}
+
+
+SOFT = {
+    "softcap": lambda shape: {"softcap": 1.5},
+    "logit_scale": lambda shape: {"logit_scale": 0.3},
+    "temperature": lambda shape: {"temperature": 1.7},
+    "token_weights": lambda shape: {"token_weights": torch.rand(shape, dtype=torch.float64).requires_grad_()},
+    "sum": lambda shape: {"reduction": "sum"},
+    "count": lambda shape: {"reduction": "sum", "num_label_tokens": torch.tensor(7)},
+    "none": lambda shape: {"reduction": "none"},
+    "everything": soft_everything,
+    "everything, count": lambda shape: soft_everything(shape) | {"reduction": "sum", "num_label_tokens": 9},
+    "everything, none": lambda shape: soft_everything(shape) | {"reduction": "none"},
+}
+
+
+def positions(shape):
+    return torch.rand(*shape, 1) * (torch.rand(*shape, 1) < 0.7)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_soft_logits(name):
+    shape = (3, 5)
+    logits = torch.randn(*shape, 29, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(*shape, 29, dtype=torch.float64).softmax(-1).requires_grad_()
+    inputs = (logits, target, positions(shape))
+    compare(masked_soft, reference.masked_soft_cross_entropy, inputs, SOFT[name](shape))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [*SOFT, "bias", "teacher_bias", "the teacher's both"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_soft_heads(target, name, shape):
+    rows, _, teacher_width, vocab = shape
+    keywords = soft_targets(target, rows, vocab, teacher_width) | (SOFT[name](rows) if name in SOFT else {})
+    every = name.startswith("everything")
+    if target != "target_probs":
+        if every or name == "teacher_bias":
+            keywords["teacher_bias"] = biases(len(keywords["teacher_weight"]))["teacher_bias"]
+        if every or name == "the teacher's both":
+            keywords |= TEACHER
+    if every or name == "bias":
+        keywords["bias"] = biases(vocab)["bias"]
+    (hidden, weight, *_), _ = heads(*shape)
+    loss = partial(linear_soft_cross_entropy, chunking=ROWS)
+    compare(loss, reference.linear_soft_cross_entropy, (hidden, weight, positions(rows)), keywords)
+
+
+# What the keywords mean ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_bias_is_a_column_of_ones(divergence):
+    """What docs/migration.md told callers to do."""
+    tensors, labels = heads((9,), 4, 6, 13)
+    own = biases(13)
+    ones = torch.ones(9, 1, dtype=torch.float64)
+    wide = [torch.cat([tensors[0], ones], 1), torch.cat([tensors[1], own["bias"].unsqueeze(1)], 1)]
+    wide += [torch.cat([tensors[2], ones], 1), torch.cat([tensors[3], own["teacher_bias"].unsqueeze(1)], 1)]
+    keywords = {"divergence": divergence, "hard_label_weight": 0.3, "temperature": 2.0}
+    expected = linear_distillation(*wide, labels, **keywords)
+    found = linear_distillation(*tensors, labels, **own, **keywords)
+    torch.testing.assert_close(found, expected, **TIGHT)
+    wanted = (*tensors[:2], own["bias"])
+    for mine, theirs in zip(*(torch.autograd.grad(v, wanted) for v in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+def test_hard_labels_alone_are_cross_entropy():
+    """Of the student's own softcapped and scaled logits, at temperature 1, with the same weights."""
+    tensors, labels = heads((9,), 4, 6, 13)
+    keywords = everything((9,)) | {"hard_label_weight": 1.0, "ignore_index": -100, "logit_scale": 1.0}
+    bias = biases(13)["bias"]
+    found = linear_distillation(*tensors, labels, bias=bias, **keywords)
+    shared = {k: keywords[k] for k in ("mask", "token_weights", "softcap", "shift", "ignore_index")}
+    expected = compiled_loss.linear_cross_entropy(*tensors[:2], labels, bias=bias, **shared)
+    torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_logits_that_are_minus_infinity_beside_a_softcap():
+    """The softcap makes them finite: a class counts that a cached teacher's other classes would have been without."""
+    student = torch.randn(4, 9, dtype=torch.float64)
+    student[:, 2] = student[0, 5] = float("-inf")
+    values, indices = torch.randn(4, 9, dtype=torch.float64).log_softmax(-1).topk(3)
+    indices[0] = torch.tensor([5, 1, 0])
+    labels = torch.tensor([5, 2, 0, 3])
+    for divergence in DIVERGENCES:
+        keywords = {"divergence": divergence, "softcap": 1.5, "hard_label_weight": 0.3}
+        keywords["teacher_topk"] = (values, indices)
+        z, exact = student.clone().requires_grad_(), student.clone().requires_grad_()
+        found = distillation(z, None, labels, **keywords)
+        expected = reference.distillation(exact, None, labels, **keywords)
+        torch.testing.assert_close(found, expected, **TIGHT)
+        mine, theirs = torch.autograd.grad(found, z)[0], torch.autograd.grad(expected, exact)[0]
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+        weight = torch.eye(9, dtype=torch.float64)
+        bias = torch.zeros(9, dtype=torch.float64)
+        least = student.clamp(min=torch.finfo(torch.float64).min)
+        found = linear_distillation(least, weight, None, None, labels, bias=bias, **keywords)
+        torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_a_bias_that_forbids():
+    """-inf, as padded vocabularies have: on both sides it is 0 probability, in the top and in the tail."""
+    tensors, labels = heads((9,), 4, 6, 13)
+    labels = torch.where(labels > 9, 0, labels)
+    bias = torch.zeros(13, dtype=torch.float64)
+    bias[10:] = float("-inf")
+    top = cached(tensors[2], tensors[3][:10], 4)
+    keywords = {"hard_label_weight": 0.3, "temperature": 2.0}
+    for divergence in DIVERGENCES:
+        for given in ({"teacher_topk": top}, {}):
+            teacher = [None, None] if given else tensors[2:]
+            teacher_bias = {} if given else {"teacher_bias": bias}
+            found = linear_distillation(
+                *tensors[:2], *teacher, labels, bias=bias, divergence=divergence, **teacher_bias, **given, **keywords
+            )
+            few = [None, None] if given else [tensors[2], tensors[3][:10]]
+            expected = reference.linear_distillation(
+                tensors[0], tensors[1][:10], *few, labels, divergence=divergence, **given, **keywords
+            )
+            torch.testing.assert_close(found, expected, **TIGHT)
+            grads = [torch.autograd.grad(v, tensors[:2]) for v in (found, expected)]
+            for mine, theirs in zip(*grads, strict=True):
+                torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+# Contracts ----------------------------------------------------------------------------------------------------------
+
+FORMS = ["heads jsd", "heads forward_kl, none", "heads reverse_kl", "logits jsd", "top jsd", "top forward_kl, none"]
+FORMS += ["logits top reverse_kl", "soft logits", "soft teacher", "soft draft vocabulary", "soft target_probs"]
+
+
+def call(name, dtype=torch.float32):
+    """(function, tensors): everything on, a function of all tensors that have a gradient and of the mask."""
+    shape, vocab = (3, 5), 13
+    tensors, labels = heads(shape, 4, 6, vocab, dtype=dtype, scale=0.5)
+    own = biases(vocab, dtype)
+    weights = torch.rand(shape).to(dtype).requires_grad_()
+    mask = torch.randint(0, 3, shape)
+    reduction = {"reduction": "none"} if name.endswith("none") else {}
+    if name.startswith("soft"):
+        keywords = {**STUDENT, "temperature": 0.6, **reduction}
+        if name == "soft logits":
+            logits, target = (torch.randn(*shape, vocab).to(dtype).requires_grad_() for _ in range(2))
+            return lambda z, p, t, m: masked_soft(z, p, m, token_weights=t, **keywords), (logits, target, weights, mask)
+        target = name.removeprefix("soft ")
+        keywords |= soft_targets(target, shape, vocab, 6, dtype)
+        if target != "target_probs":
+            keywords |= {**TEACHER, "teacher_bias": torch.randn(len(keywords["teacher_weight"])).to(dtype)}
+
+        def soft(h, w, b, t, m):
+            return linear_soft_cross_entropy(h, w, m, bias=b, token_weights=t, chunking=ROWS, **keywords)
+
+        return soft, (*tensors[:2], own["bias"], weights, mask)
+    keywords = {"divergence": name.split(",")[0].split()[-1], "temperature": 0.6, "hard_label_weight": 0.3}
+    keywords |= {**STUDENT, "shift": 1, **reduction}
+    top = {"teacher_topk": cached(*tensors[2:], 5, 0.6)}
+    if name.startswith("logits"):
+        logits = (tensors[0] @ tensors[1].t()).detach().requires_grad_()
+        teacher = None if "top" in name else (tensors[2] @ tensors[3].t()).detach()
+        keywords |= top if "top" in name else TEACHER
+        return lambda z, t, m: distillation(z, teacher, labels, token_weights=t, mask=m, **keywords), (
+            logits,
+            weights,
+            mask,
+        )
+    teacher = [None, None] if name.startswith("top") else tensors[2:]
+    keywords |= top if name.startswith("top") else {**TEACHER, "teacher_bias": own["teacher_bias"]}
+
+    def loss(h, w, b, t, m):
+        return linear_distillation(h, w, *teacher, labels, bias=b, token_weights=t, mask=m, chunking=ROWS, **keywords)
+
+    return loss, (*tensors[:2], own["bias"], weights, mask)
+
+
+INDUCTOR = ("heads jsd", "logits jsd", "soft teacher")  # in CI; the others' C++ takes its time
+
+
+@pytest.mark.parametrize("name", [n if n in INDUCTOR else pytest.param(n, marks=pytest.mark.slow) for n in FORMS])
+def test_compiled(name):
+    """One graph, the eager numbers, and another mask compiles nothing."""
+    function, inputs = call(name)
+    wanted = [v for v in inputs if v.requires_grad]
+    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
+    assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_traced(name):
+    """What the compiler is given, without Inductor."""
+    function, inputs = call(name, torch.float64)
+    wanted = [v for v in inputs if v.requires_grad]
+    check(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs, wanted, **TIGHT)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_autograd(name):
+    """gradcheck, functorch, backward twice, no second derivative."""
+    function, inputs = call(name, torch.float64)
+    assert torch.autograd.gradcheck(function, inputs)
+    wanted = [v for v in inputs if v.requires_grad]
+    loss = function(*inputs)
+    upstream = torch.rand_like(loss)
+    first = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
+    twice = torch.autograd.grad(loss, wanted, 2 * upstream, retain_graph=True)
+    for a, b in zip(first, twice, strict=True):
+        torch.testing.assert_close(2 * a, b, **TIGHT)
+    with pytest.raises(RuntimeError, match=r"^create_graph: expected False"):
+        torch.autograd.grad(loss, wanted, upstream, create_graph=True)
+    plain = [v.detach() for v in inputs]
+    found = torch.func.grad(lambda *i: (function(*i) * upstream).sum(), tuple(range(len(wanted))))(*plain)
+    for mine, theirs in zip(found, first, strict=True):
+        torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "token_weights"])
+@pytest.mark.parametrize("name", ["heads jsd", "heads forward_kl, none", "soft teacher"])
+def test_one_gradient_alone(name, wanted):
+    """The others' GEMMs are not run; the number is the same."""
+    function, inputs = call(name, torch.float64)
+    i = ["hidden", "weight", "bias", "token_weights"].index(wanted)
+    loss = function(*inputs)
+    expected = torch.autograd.grad(loss.sum(), inputs[i])[0]
+    alone = [v.detach().requires_grad_(j == i) if v.is_floating_point() else v for j, v in enumerate(inputs)]
+    torch.testing.assert_close(torch.autograd.grad(function(*alone).sum(), alone[i])[0], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("form", ["heads", "logits"])
+def test_changing_options_recompile_once(form):
+    """Annealed options are data, not constants."""
+    tensors, labels = heads((9,), 4, 6, 13, dtype=torch.float32)
+    logits = [(tensors[i] @ tensors[i + 1].t()).detach().requires_grad_() for i in (0, 2)]
+
+    def loss(t):
+        options = {"softcap": 20 * t, "logit_scale": t, "teacher_softcap": 30 * t, "teacher_logit_scale": 2 * t}
+        options |= {"temperature": 1 + t, "hard_label_weight": t / 2}
+        if form == "logits":
+            return distillation(*logits, labels, **options)
+        return linear_distillation(*tensors, labels, chunking=ROWS, **options)
+
+    values = [0.9, 0.8, 0.7, 0.6]
+    assert count_graphs(loss, [(t,) for t in values], backend="aot_eager") <= 2
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for t in values:
+        torch.testing.assert_close(compiled(t), loss(t))
+
+
+def measured(divergence, form, dtype):
+    """(loss, gradients) of the library, of the reference in its dtype, and of the reference in fp64."""
+    tensors, labels = heads((224,), 32, 24, 448, dtype=dtype, scale=0.5)
+    own = biases(448, dtype)
+    weights = torch.rand(224, dtype=torch.float64).to(dtype).requires_grad_()
+    keywords = {"divergence": divergence, "temperature": 1.5, "hard_label_weight": 0.2, "softcap": 4.0}
+    keywords |= {"logit_scale": 0.5}
+    teacher = (*tensors[2:], own["teacher_bias"])
+    if form.startswith("top"):
+        keywords["teacher_topk"] = cached(*tensors[2:], 20, 1.5, dtype)
+        teacher = [None, None, None]
+    else:
+        keywords |= TEACHER
+    if form.endswith("none"):
+        keywords["reduction"] = "none"
+    upstream = torch.rand(224, dtype=torch.float64) / 224 if form.endswith("none") else torch.ones(())
+    given = (*tensors[:2], own["bias"], weights)
+    wide = [v.detach().double().requires_grad_() for v in given]
+    fast = partial(linear_distillation, chunking=Chunking(chunk_size=32))
+    for fn, wanted, to in (
+        (fast, given, dtype),
+        (reference.linear_distillation, given, dtype),
+        (reference.linear_distillation, wide, torch.float64),
+    ):
+        theirs = [None if v is None else v.to(to) for v in teacher]
+        own = {"bias": wanted[2], "teacher_bias": theirs[2], "token_weights": wanted[3]}
+        loss = fn(*wanted[:2], *theirs[:2], labels, **own, **keywords)
+        yield loss.detach(), *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("form", ["mean", "none", "top", "top, none"])
+def test_error_budget(dtype, divergence, form):
+    """Contract 4, of loss, dH, dW, db and the weights' gradient; of several problems, for a scalar's error is luck."""
+    results = [list(measured(divergence, form, dtype)) for _ in range(6)]
+    for i, name in enumerate(("loss", "dH", "dW", "db", "weights")):
+        values = [torch.stack([problem[which][i] for problem in results]) for which in range(3)]
+        assert_within_error_budget(*values, name=name)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_confident_student_keeps_its_digits(compile):
+    """A difference of logits near 25 is rounded less than they are: by 1e-6 of them, where the loss is 1e-5."""
+    hidden, weight = torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.9, -9.0]])
+    keywords = {"hard_label_weight": 1.0, "softcap": 50.0, "logit_scale": 14.0, "reduction": "none"}
+    heads = (hidden, weight, hidden, weight, torch.tensor([0, 1]))
+    found = linear_distillation(*heads, chunking=Chunking(compile=compile), **keywords)
+    exact = [v.double() if v.is_floating_point() else v for v in heads]
+    expected = reference.linear_distillation(*exact, **keywords)
+    assert (expected < 2e-5).all()
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found.double(), expected, rtol=100 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    """Heads are cast once; biases and weights are used in their own dtype, and get gradients in it."""
+    tensors, labels = heads((9,), 4, 6, 13, dtype=torch.float32)
+    own, weights = biases(13, torch.float32), torch.rand(9, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = linear_distillation(*tensors, labels, token_weights=weights, **own, **STUDENT, **TEACHER)
+    assert loss.dtype == torch.float32
+    found = torch.autograd.grad(loss, (*tensors[:2], own["bias"], weights))
+    assert [g.dtype for g in found] == [torch.float32] * 4
