@@ -39,10 +39,10 @@ def everything(shape):
 KEYWORDS = {  # name: of the shape of the tokens
     "softcap": lambda shape: {"softcap": 1.5},
     "logit_scale": lambda shape: {"logit_scale": 0.3},
-    "both": lambda shape: STUDENT,
+    "both": lambda shape: {**STUDENT},
     "teacher_softcap": lambda shape: {"teacher_softcap": 1.5},
     "teacher_logit_scale": lambda shape: {"teacher_logit_scale": 0.3},
-    "the teacher's both": lambda shape: TEACHER,
+    "the teacher's both": lambda shape: {**TEACHER},
     "mask": lambda shape: {"mask": torch.rand(shape) < 0.6},
     "fractions": lambda shape: {"mask": torch.rand(shape[-1:]).round(decimals=1)},
     "token_weights": lambda shape: {"token_weights": torch.rand(shape, dtype=torch.float64).requires_grad_()},
