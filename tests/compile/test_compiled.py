@@ -3,18 +3,18 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import cases
 import pytest
 import torch
+from comparing import TIGHT, assert_accurate, assert_matches
 from torch._functorch import config as functorch_config
 from torch._inductor.utils import fresh_cache
 
 import compiled_loss
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, reference
-from compiled_loss.testing import assert_within_error_budget, count_graphs, head_inputs, inputs_unchanged
-
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+from compiled_loss.testing import count_graphs, head_inputs
 
 
 @pytest.mark.parametrize("walk", ["tokens", "vocab"])
@@ -27,56 +27,30 @@ def test_values(walk, name):
 
 def check_values(walk, name):
     keywords = cases.KEYWORDS[name](13, 29)
-    inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2, ignore_index=keywords.get("ignore_index", -100))
-    expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords)
-    upstream = torch.rand_like(expected)
-    with inputs_unchanged(*inputs):
-        actual = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)(*inputs)
-        torch.testing.assert_close(actual, expected, **TIGHT)
-        for mine, theirs in zip(
-            cases.gradients(actual, inputs, upstream), cases.gradients(expected, inputs, upstream), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs, **TIGHT)
+    loss = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)
+    assert_matches(loss, cases.truth(**keywords), cases.inputs_for(keywords, 13, 7, 29))
 
 
 def test_values_per_token():
-    keywords = cases.KEYWORDS["everything, none"](13, 29)
-    inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2, ignore_index=1)
-    expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords)
-    upstream = torch.rand_like(expected)
-    actual = torch.compile(cases.linear(cases.WALKS["vocab"], **keywords), fullgraph=True)(*inputs)
-    torch.testing.assert_close(actual, expected, **TIGHT)
-    for mine, theirs in zip(
-        cases.gradients(actual, inputs, upstream), cases.gradients(expected, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    check_values("vocab", "everything, none")
 
 
 def test_values_of_logits():
     keywords = cases.everything(5, 29)
     logits = torch.randn(3, 6, 29, dtype=torch.float64)[:, :-1].requires_grad_()
     labels = torch.randint(0, 29, (3, 5))
-    expected = reference.cross_entropy(logits, labels, **keywords)
-    with inputs_unchanged(logits, labels):
-        actual = torch.compile(lambda z: cross_entropy(z, labels, **keywords), fullgraph=True)(logits)
-        torch.testing.assert_close(actual, expected, **TIGHT)
-        (mine,), (theirs,) = torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits)
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    loss, truth = (partial(f, **keywords) for f in (cross_entropy, reference.cross_entropy))
+    assert_matches(torch.compile(loss, fullgraph=True), truth, (logits, labels))
 
 
 def test_values_of_statistics():
     inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2)
-    expected = reference.linear_token_statistics(*inputs[:3], bias=inputs.bias)
 
-    def statistics(hidden, weight, labels, bias):
-        return linear_token_statistics(hidden, weight, labels, bias=bias, chunking=cases.WALKS["vocab"])
+    def statistics(fn, hidden, weight, labels, bias):
+        return fn(hidden, weight, labels, bias=bias)
 
-    actual = torch.compile(statistics, fullgraph=True)(*inputs)
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
-    total, truth = (sum((i + 1) * v.sum() for i, v in enumerate(values[:3])) for values in (actual, expected))
-    for mine, theirs in zip(cases.gradients(total, inputs, None), cases.gradients(truth, inputs, None), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    ours = partial(statistics, partial(linear_token_statistics, chunking=cases.WALKS["vocab"]))
+    assert_matches(torch.compile(ours, fullgraph=True), partial(statistics, reference.linear_token_statistics), inputs)
 
 
 @pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
@@ -92,9 +66,8 @@ def test_loss_with_statistics_and_without_gradients(walk):
     with torch.no_grad():
         again, detached = fn(*inputs[:3])
     torch.testing.assert_close(again, loss.detach(), **TIGHT)
-    for values in (statistics, detached):
-        for mine, theirs in zip(values, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, **TIGHT)
+    torch.testing.assert_close(statistics, expected, **TIGHT)
+    torch.testing.assert_close(detached, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16], ids=str)
@@ -105,36 +78,24 @@ def test_narrow_dtypes(dtype, walk):
     exact = inputs.to(torch.float64)
     chunking = Chunking(strategy=walk, chunk_size=10)  # more than 8 chunks: fp32 accumulators
     loss = torch.compile(cases.linear(chunking), fullgraph=True)(*inputs)
-    truth = reference.linear_cross_entropy(*exact[:3], bias=exact.bias)
+    truth = cases.truth()(*exact)
     assert abs(loss.item() - truth.item()) < 4 * torch.finfo(dtype).eps
-    for mine, theirs in zip(cases.gradients(loss, inputs, None), cases.gradients(truth, exact, None), strict=True):
+    for mine, theirs in zip(cases.gradients(loss, inputs), cases.gradients(truth, exact), strict=True):
         assert (mine - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("walk", ["tokens", "vocab"])
 def test_autotuned(walk):
-    inputs = head_inputs(48, 32, 96)
-    exact = inputs.to(torch.float64)
     fast = torch.compile(cases.linear(Chunking(strategy=walk, chunk_size=10)), fullgraph=True, mode="max-autotune")
-    results = [
-        (loss, *cases.gradients(loss, arguments, None))
-        for loss, arguments in (
-            (fast(*inputs), inputs),
-            (reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias), inputs),
-            (reference.linear_cross_entropy(*exact[:3], bias=exact.bias), exact),
-        )
-    ]
-    for name, mine, baseline, truth in zip(("loss", "dH", "dW", "db"), *results, strict=True):
-        assert_within_error_budget(mine, baseline, truth, name=name)
+    assert_accurate(fast, cases.truth(), cases.truth(), head_inputs(48, 32, 96))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("walk", ["tokens", "vocab"])
 def test_autocast_inside_and_outside(walk):
     inputs = head_inputs(48, 16, 96)
-    exact = inputs.to(torch.float64)
-    truth = reference.linear_cross_entropy(*exact[:3], bias=exact.bias)
+    truth = cases.truth()(*inputs.to(torch.float64))
     fn = cases.linear(cases.WALKS[walk])
 
     def inside(*arguments):
@@ -145,7 +106,7 @@ def test_autocast_inside_and_outside(walk):
         outside = torch.compile(fn, fullgraph=True)(*inputs)
     for loss in (outside, torch.compile(inside, fullgraph=True)(*inputs)):
         assert abs(loss.item() - truth.item()) < 4 * torch.finfo(torch.bfloat16).eps
-        assert all(g.dtype == torch.float32 for g in cases.gradients(loss, inputs, None))
+        assert all(g.dtype == torch.float32 for g in cases.gradients(loss, inputs))
 
 
 @pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
@@ -159,8 +120,7 @@ def backward_twice(walk):
     loss = torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True)(*inputs)
     first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
     second = torch.autograd.grad(loss, inputs[:2], torch.tensor(3.0, dtype=torch.float64))
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(b, 3 * a, **TIGHT)
+    torch.testing.assert_close(second, tuple(3 * g for g in first), **TIGHT)
 
 
 @pytest.mark.parametrize(

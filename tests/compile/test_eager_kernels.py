@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from comparing import TIGHT
 
 import compiled_loss
 from compiled_loss.engine import kernels
-
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def logits(seed=0):

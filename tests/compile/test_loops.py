@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import TIGHT, assert_accurate, assert_matches
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -19,36 +20,16 @@ from compiled_loss import (
     reference,
 )
 from compiled_loss.engine import kernels
-from compiled_loss.testing import assert_within_error_budget, count_graphs, head_inputs, inputs_unchanged
+from compiled_loss.testing import count_graphs, head_inputs
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 WALKS = pytest.mark.parametrize("walk", ["tokens", "vocab"])
-
-
-def check(fn, truth, leaves, **tolerance):
-    """Loss and gradients are those of plain torch."""
-    expected, actual = truth(), fn()
-    torch.testing.assert_close(actual, expected, **tolerance)
-    upstream = torch.rand_like(expected)
-    theirs = torch.autograd.grad(expected, leaves, upstream)
-    for mine, other in zip(torch.autograd.grad(actual, leaves, upstream), theirs, strict=True):
-        torch.testing.assert_close(mine, other, **tolerance)
 
 
 def check_keywords(name, walk, tokens, *, compiled):
     keywords = cases.KEYWORDS[name](tokens, 29)
-    inputs = head_inputs(
-        tokens, 7, 29, dtype=torch.float64, ignored=0.2, ignore_index=keywords.get("ignore_index", -100)
-    )
     ours = cases.linear(cases.walk_of(walk, keywords), **keywords)
     fn = torch.compile(ours, fullgraph=True) if compiled else ours
-    with inputs_unchanged(*inputs):
-        check(
-            lambda: fn(*inputs),
-            lambda: reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords),
-            [v for v in inputs if v.requires_grad],
-            **TIGHT,
-        )
+    assert_matches(fn, cases.truth(**keywords), cases.inputs_for(keywords, tokens, 7, 29))
 
 
 @pytest.mark.parametrize("name", cases.KEYWORDS)
@@ -69,29 +50,22 @@ def test_no_token(walk):
     inputs = head_inputs(0, 7, 29, dtype=torch.float64)
     loss = cases.linear(cases.WALKS[walk])(*inputs)
     assert loss == 0
-    for gradient in torch.autograd.grad(loss, [inputs.hidden, inputs.weight, inputs.bias]):
-        assert not gradient.any()
+    assert not any(gradient.any() for gradient in cases.gradients(loss, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @WALKS
 def test_narrow_dtypes_stay_within_the_error_budget(walk, dtype):
     inputs = head_inputs(64, 16, 96, dtype=dtype, ignored=0.2)
-    leaves = [inputs.hidden, inputs.weight, inputs.bias]
-    wide = [v.detach().double().requires_grad_() for v in leaves]
-    labels = inputs.labels
-    truth = torch.autograd.grad(reference.linear_cross_entropy(wide[0], wide[1], labels, bias=wide[2]), wide)
-    unchunked = torch.autograd.grad(reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias), leaves)
     for size in (9, 64):
-        loss = cases.linear(Chunking(strategy=walk, chunk_size=size))(*inputs)
-        for mine, other, exact in zip(torch.autograd.grad(loss, leaves), unchunked, truth, strict=True):
-            assert_within_error_budget(mine, other, exact)
+        loss = cases.linear(Chunking(strategy=walk, chunk_size=size))
+        assert_accurate(loss, cases.truth(), cases.truth(), inputs)
 
 
 def test_a_second_backward_has_the_bits_of_the_first():
     """The first one writes over what forward kept; gradients are formed again from the inputs."""
     inputs = head_inputs(13, 7, 29, dtype=torch.float16, ignored=0.2)
-    leaves = [inputs.hidden, inputs.weight, inputs.bias]
+    leaves = [v for v in inputs if v.requires_grad]
     loss = cases.linear(cases.WALKS["tokens"])(*inputs)
     first = torch.autograd.grad(loss * 3, leaves, retain_graph=True)
     kept = [g.clone() for g in first]
@@ -111,12 +85,10 @@ def test_backward_allocates_no_second_gradient():
 @WALKS
 def test_checkpointed(walk, reentrant):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2)
-    loss = cases.linear(cases.WALKS[walk])
-    leaves = [inputs.hidden, inputs.weight, inputs.bias]
-    theirs = torch.autograd.grad(reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias), leaves)
-    checkpoint(loss, *inputs, use_reentrant=reentrant).backward()
-    for leaf, other in zip(leaves, theirs, strict=True):
-        torch.testing.assert_close(leaf.grad, other, **TIGHT)
+    theirs = cases.gradients(cases.truth()(*inputs), inputs)
+    checkpoint(cases.linear(cases.WALKS[walk]), *inputs, use_reentrant=reentrant).backward()
+    found = tuple(v.grad for v in inputs if v.requires_grad)
+    torch.testing.assert_close(found, theirs, **TIGHT)
 
 
 @WALKS
@@ -144,7 +116,7 @@ def test_a_body_is_compiled_once_for_all_chunks(compilations, walk, chunks):
     inputs = head_inputs(128, 8, 192)
     size = (192 if walk == "vocab" else 128) // chunks
     loss = cases.linear(Chunking(strategy=walk, chunk_size=size, compile=True))(*inputs)
-    torch.autograd.grad(loss, [inputs.hidden, inputs.weight, inputs.bias])
+    cases.gradients(loss, inputs)
     assert len(compilations) == (2 if walk == "vocab" else 1)  # forward's and backward's
 
 
@@ -153,8 +125,7 @@ def test_bodies_compiled_as_the_number_of_tokens_varies(compilations, walk):
     """Each for few rows and for many."""
     for tokens in (512, 1, 333, 2, 1025, 10000):
         inputs = head_inputs(tokens, 2, 7)
-        loss = cases.linear(Chunking(strategy=walk, compile=True))(*inputs)
-        torch.autograd.grad(loss, [inputs.hidden, inputs.weight, inputs.bias])
+        cases.gradients(cases.linear(Chunking(strategy=walk, compile=True))(*inputs), inputs)
     assert len(compilations) == (4 if walk == "vocab" else 2)
 
 
@@ -166,12 +137,7 @@ def test_operands_that_share_a_storage(walk):
     weight, bias = flat[: 29 * 7].view(29, 7).requires_grad_(), flat[29 * 7 :].requires_grad_()
     keywords = {"label_smoothing": 0.1, "class_weights": bias.detach()}
     loss = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)
-    check(
-        lambda: loss(inputs.hidden, weight, inputs.labels, bias),
-        lambda: reference.linear_cross_entropy(inputs.hidden, weight, inputs.labels, bias=bias, **keywords),
-        [inputs.hidden, weight, bias],
-        **TIGHT,
-    )
+    assert_matches(loss, cases.truth(**keywords), (inputs.hidden, weight, inputs.labels, bias))
 
 
 REGIONS = pytest.mark.skipif(
@@ -198,10 +164,11 @@ def test_beside_regions_of_the_user(walk):
 
     region = torch.compiler.nested_compile_region(block)
     ours = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
-    check(
+    assert_matches(
         torch.compile(lambda: model(region, ours), fullgraph=True),
         lambda: model(block, lambda h, w, y: F.cross_entropy(h @ w.t(), y)),
-        [inputs.hidden, inputs.weight, *blocks],
+        (),
+        wanted=[inputs.hidden, inputs.weight, *blocks],
         rtol=1e-5,
         atol=1e-6,
     )
@@ -213,8 +180,7 @@ def test_statistics_without_gradients(walk):
     expected = reference.linear_token_statistics(*inputs[:3])
     with torch.no_grad():
         found = linear_token_statistics(*inputs[:3], chunking=cases.WALKS[walk])
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs.detach() if theirs.requires_grad else theirs, **TIGHT)
+    torch.testing.assert_close(found, expected, **TIGHT)
 
 
 @WALKS
@@ -238,9 +204,7 @@ def test_a_budget_of_many_chunks(walk):
     """A budget that means 256 chunks and more costs no graph and no kernel more than one chunk."""
     inputs = head_inputs(512, 8, 512, dtype=torch.float64)
     loss = torch.compile(cases.linear(Chunking(strategy=walk, memory_budget=2 * 512 * 8)), fullgraph=True)
-    leaves = [inputs.hidden, inputs.weight, inputs.bias]
-    truth = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias)
-    check(lambda: loss(*inputs), lambda: truth, leaves, **TIGHT)
+    assert_matches(loss, cases.truth(), inputs)
 
 
 CALLS = {
@@ -327,8 +291,7 @@ def test_inside_a_condition(walk):
         return torch.cond(hidden.sum() > -1e9, loss, lambda h, w, y: 0 * loss(h, w, y), (hidden, weight, labels))
 
     compiled = torch.compile(either, fullgraph=True, backend="aot_eager")
-    expected = reference.linear_cross_entropy(*inputs[:3])
-    check(lambda: compiled(*inputs[:3]), lambda: expected, [inputs.hidden, inputs.weight], **TIGHT)
+    assert_matches(compiled, reference.linear_cross_entropy, inputs[:3])
 
 
 @WALKS
@@ -356,9 +319,8 @@ def test_inside_a_region_of_the_user(walk):
     def loss(hidden, weight, labels):
         return region(hidden[:13], weight, labels[:13]) + region(hidden[13:], weight, labels[13:])
 
-    expected = reference.linear_cross_entropy(*inputs[:3], reduction="sum")
-    compiled = torch.compile(loss, fullgraph=True)
-    check(lambda: compiled(*inputs[:3]), lambda: expected, [inputs.hidden, inputs.weight], **TIGHT)
+    truth = functools.partial(reference.linear_cross_entropy, reduction="sum")
+    assert_matches(torch.compile(loss, fullgraph=True), truth, inputs[:3])
 
 
 @WALKS

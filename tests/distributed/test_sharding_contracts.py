@@ -26,7 +26,6 @@ WAYS = {
 }
 BUDGET = [(way, dtype, confident) for way in WAYS for dtype in DTYPES for confident in CONFIDENT]
 SIZES = (6, 11, 7, 30)
-TIGHT = 1e-11  # fp64, sums of fewer than 1000 numbers near 1
 
 
 def whole(tensor):
@@ -124,7 +123,7 @@ def varying(backend, reduction):
 
 def check_varying(folder, backend, reduction, limit):
     for steps in ranks.run(varying, 2, folder, backend, reduction, limit=limit):
-        assert all(error <= TIGHT for errors, _ in steps for error in errors), steps
+        assert all(error <= ranks.ROUNDING for errors, _ in steps for error in errors), steps
         assert [graphs for _, graphs in steps] == [1] * len(SIZES)
 
 

@@ -5,13 +5,13 @@ import functools
 import cases
 import pytest
 import torch
+from comparing import TIGHT, assert_matches
 from gpu_cases import linear
 
 import compiled_loss
 from compiled_loss import Chunking, reference
 from compiled_loss.testing import assert_label_tokens_fit, assert_single_graph, count_graphs, head_inputs
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 N, H, V = 29, 7, 17
 COUNTING = 11
 
@@ -86,30 +86,12 @@ LOSSES = {
 }
 
 
-def gradients(loss, inputs):
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
-    return torch.autograd.grad(loss, inputs, upstream, allow_unused=True)
-
-
-def results(call, inputs):
-    loss = call(*inputs)
-    return loss.detach(), *gradients(loss, inputs[:4])
-
-
-def agree(found, expected):
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, theirs, **TIGHT)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("most", [COUNTING, COUNTING / N, 20], ids=["exact", "fraction", "room"])
 def test_values(name, most):
     loss, how = LOSSES[name]
-    inputs = given()
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
-    agree(results(call, inputs), results(functools.partial(loss, reference), inputs))
+    assert_matches(call, functools.partial(loss, reference), given())
 
 
 @pytest.mark.parametrize(
@@ -118,31 +100,20 @@ def test_values(name, most):
 )
 def test_compiled(name):
     loss, how = LOSSES[name]
-    inputs = given()
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING))
-    call = torch.compile(call, fullgraph=True)
-    agree(results(call, inputs), results(functools.partial(loss, reference), inputs))
+    assert_matches(torch.compile(call, fullgraph=True), functools.partial(loss, reference), given())
 
 
 @pytest.mark.parametrize("keywords", cases.KEYWORDS)
 def test_keywords(keywords):
     """Masks, shifts and other ignored labels decide what counts, not the labels alone."""
     options = cases.KEYWORDS[keywords](N, V)
-    inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.3, ignore_index=options.get("ignore_index", -100))
-    walk = Chunking(strategy="vocab", chunk_size=5, max_label_tokens=N - 1)
-
-    def call(h, w, b, y):
-        return compiled_loss.linear_cross_entropy(h, w, y, bias=b, chunking=walk, **options)
-
-    def plain(h, w, b, y):
-        return reference.linear_cross_entropy(h, w, y, bias=b, **options)
-
+    inputs = cases.inputs_for(options, N, H, V)
+    call = cases.linear(Chunking(strategy="vocab", chunk_size=5, max_label_tokens=N - 1), **options)
     for seed in range(3):
         labels = inputs.labels.roll(seed)
         labels[0] = options.get("ignore_index", -100)
-        arguments = (inputs.hidden, inputs.weight, inputs.bias)
-        mine, theirs = (f(*arguments, labels) for f in (call, plain))
-        agree([mine, *gradients(mine, arguments)], [theirs, *gradients(theirs, arguments)])
+        assert_matches(call, cases.truth(**options), inputs._replace(labels=labels))
 
 
 @pytest.mark.parametrize("counting", [0, 1, N - 1, N])
@@ -152,11 +123,7 @@ def test_none_one_and_all(name, counting):
     inputs = given(counting)
     for most in (1, 0.01) if counting < 2 else (N, 1.0, 10 * N) if counting == N else (N - 1,):
         call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
-        for mine, theirs in zip(
-            results(call, inputs), results(functools.partial(loss, reference), inputs), strict=True
-        ):
-            if mine is not None:
-                torch.testing.assert_close(mine, theirs, **TIGHT)
+        assert_matches(call, functools.partial(loss, reference), inputs)
 
 
 FIRST = ("tokens", "vocab", "none", "distillation")
@@ -170,7 +137,8 @@ def test_no_token_is_dropped_silently(name):
     inputs = given()
     with pytest.raises(ValueError, match=r"max_label_tokens: expected at least \d+ of \d+ tokens, so many count, got"):
         call(*inputs)
-    value, d_hidden, d_weight, *_ = results(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs)
+    value = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    d_hidden, d_weight = torch.autograd.grad(value, inputs[:2], torch.ones_like(value))
     assert value.isnan().all() if value.dim() == 0 else value[inputs[4] != -100].isnan().all()
     assert d_weight.isnan().all()
     assert d_hidden[inputs[4] != -100].isnan().all()

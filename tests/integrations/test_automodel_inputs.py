@@ -1,6 +1,6 @@
 """What NeMo Automodel's losses take: flat streams, losses without an ignore_index, counts that do not divide.
 
-Expectations are plain torch, in fp64 where 1e-11 is rounding.
+Expectations are plain torch, most of them in fp64.
 """
 
 import re
@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from comparing import TIGHT
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ from compiled_loss import (
 from compiled_loss.testing import assert_within_error_budget
 
 T, H, V = 7, 4, 11
-TIGHT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def stream():

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from comparing import assert_accurate, assert_same
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("transformers")  # one worker imports it: t
 B, S, H, V = 3, 7, 16, 61
 COUNT = 23  # of a step's microbatches together
 TOKENS = Chunking(strategy="tokens", chunk_size=5)
-TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # fp64, through layers and steps
 
 
 def transformers():
@@ -162,14 +163,11 @@ def test_the_function_means_what_theirs_means(count, shifted, dtype):
         losses = F.cross_entropy(logits.reshape(-1, V), targets.reshape(-1), ignore_index=7, reduction="sum")
         return losses / float((targets != 7).sum() if count is None else count)
 
-    results = []
-    for loss, kind in ((causal_lm_loss, dtype), (theirs, dtype), (true, torch.float64)):
-        leaf = logits.to(kind, copy=True).requires_grad_()
-        value = loss(logits=leaf, **options).reshape(())  # theirs has the shape of the count
-        results.append((value, *torch.autograd.grad(value, leaf)))
-    for name, *three in zip(("loss", "gradient"), *results, strict=True):
-        assert_within_error_budget(*three, name=name)
-    assert results[0][1].dtype == dtype
+    def call(loss):
+        return lambda logits: loss(logits=logits, **options).reshape(())  # theirs has the shape of the count
+
+    assert_accurate(*map(call, (causal_lm_loss, theirs, true)), [logits.requires_grad_()])
+    assert torch.autograd.grad(call(causal_lm_loss)(logits), logits)[0].dtype == dtype
 
 
 @pytest.mark.parametrize("theirs", [False, True])
@@ -209,10 +207,7 @@ def test_softcap_scale_and_bias_are_the_models(name, count):
     expected = plain(outputs.logits, labels, valid if count is None else count)
     actual = loss_fn(outputs, torch.where(labels == -100, 0, labels), count)
     tolerance = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False} if name == "xLSTM" else TIGHT  # fp32 logits
-    torch.testing.assert_close(actual, expected, **tolerance)
-    leaves = [outputs.hidden_states[-1], *wanted]
-    mine, theirs = (torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (actual, expected))
-    torch.testing.assert_close(mine, theirs, **tolerance)
+    assert_same(actual, expected, [outputs.hidden_states[-1], *wanted], **tolerance)
 
 
 def test_the_auxiliary_loss_of_experts_is_added():
@@ -348,8 +343,7 @@ def test_trainer_with_gradient_accumulation_is_the_big_batch(through, tmp_path):
         losses.append(plain(expected(input_ids=ids[big]).logits, labels[big], (labels[big, 1:] != -100).sum()))
         losses[-1].backward()
         optimizer.step()
-    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), **TIGHT)
     # The Trainer adds the losses of microbatches up in fp32.
     torch.testing.assert_close(result.training_loss, float(torch.stack(losses).detach().mean()), rtol=1e-6, atol=0)
 
@@ -377,8 +371,8 @@ def test_the_trainers_label_smoothing(smoothing, tmp_path):
     found = trained(mine, tmp_path / "mine", **options)
     expected = trained(copy.deepcopy(model), tmp_path / "theirs", data_collator=collate)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
-    for a, b in zip(found[1:], expected[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # their logits are fp32: eps times gradients of up to 5
+    # Their logits are fp32: eps times gradients of up to 5.
+    torch.testing.assert_close(found[1:], expected[1:], rtol=0, atol=1e-6)
     mine, options = ours(0.1)
     with pytest.raises(ValueError, match=rf"^label_smoothing: expected {smoothing}, the Trainer's .* got 0.1: Linear"):
         trained(mine, tmp_path / "other", **options)

@@ -1,11 +1,14 @@
 """Distillation from a teacher of whom the top of each distribution was kept."""
 
+from functools import partial
+
 import pytest
 import torch
-from test_divergences import DIVERGENCES, EACH, KEYWORDS, SHAPES, TIGHT, check, heads
+from comparing import TIGHT, assert_accurate, assert_matches, assert_same, in_fp64
+from test_divergences import CHUNKS, DIVERGENCES, EACH, KEYWORDS, SHAPES, heads
 
 from compiled_loss import Chunking, distillation, linear_distillation, reference
-from compiled_loss.testing import assert_within_error_budget, count_graphs
+from compiled_loss.testing import count_graphs
 
 
 def cached(teacher, teacher_weight, k, temperature=1.0, dtype=None):
@@ -24,28 +27,15 @@ def cached(teacher, teacher_weight, k, temperature=1.0, dtype=None):
 def test_values_and_gradients(divergence, name, shape, k):
     """On heads and on logits, as the reference in fp64; 29 is at least V."""
     keywords = {"divergence": divergence, **KEYWORDS.get(name, EACH)}
-    tensors, labels = heads(
-        *shape, ignore_index=keywords.get("ignore_index", -100), scale=0.5
-    )  # tails 1 - sum can tell
-    top = cached(*tensors[2:], k, keywords.get("temperature", 1.0))
-
-    def on_head(*inputs):
-        chunking = Chunking(chunk_size=4)
-        return linear_distillation(*inputs, None, None, labels, teacher_topk=top, chunking=chunking, **keywords)
-
-    def on_head_truth(*inputs):
-        return reference.linear_distillation(*inputs, None, None, labels, teacher_topk=top, **keywords)
-
-    check(on_head, on_head_truth, tensors[:2], tensors[:2], **TIGHT)
+    ignore_index = keywords.get("ignore_index", -100)
+    tensors, labels = heads(*shape, ignore_index=ignore_index, scale=0.5)  # tails 1 - sum can tell
+    keywords["teacher_topk"] = cached(*tensors[2:], k, keywords.get("temperature", 1.0))
+    loss = partial(linear_distillation, chunking=CHUNKS, **keywords)
+    truth = partial(reference.linear_distillation, **keywords)
+    assert_matches(loss, truth, (*tensors[:2], None, None, labels))
     logits = (tensors[0] @ tensors[1].t()).detach().requires_grad_()
-
-    def on_logits(logits):
-        return distillation(logits, None, labels, teacher_topk=top, **keywords)
-
-    def on_logits_truth(logits):
-        return reference.distillation(logits, None, labels, teacher_topk=top, **keywords)
-
-    check(on_logits, on_logits_truth, (logits,), [logits], **TIGHT)
+    loss, truth = (partial(fn, **keywords) for fn in (distillation, reference.distillation))
+    assert_matches(loss, truth, (logits, None, labels))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -60,7 +50,7 @@ def test_the_whole_teacher_is_the_teacher(divergence):
     def truth(*inputs):
         return reference.linear_distillation(*inputs, *tensors[2:], labels, **keywords)
 
-    check(loss, truth, tensors[:2], tensors[:2], **TIGHT)
+    assert_matches(loss, truth, tensors[:2])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -125,18 +115,13 @@ def call(name):
     options = KEYWORDS["everything"] | {"ignore_index": -100, "divergence": name.split()[-1]}
     if name.startswith("logits"):
         logits = (tensors[0] @ tensors[1].t()).detach().requires_grad_()
-        return lambda z, v, i, y: distillation(z, None, y, teacher_topk=(v, i), **options), (
-            logits,
-            values,
-            indices,
-            labels,
-        )
-    chunking = Chunking(chunk_size=4)
+        inputs = (logits, values, indices, labels)
+        return lambda z, v, i, y: distillation(z, None, y, teacher_topk=(v, i), **options), inputs
     if name.startswith("none"):
         options["reduction"] = "none"
 
     def linear(h, w, v, i, y):
-        return linear_distillation(h, w, None, None, y, teacher_topk=(v, i), chunking=chunking, **options)
+        return linear_distillation(h, w, None, None, y, teacher_topk=(v, i), chunking=CHUNKS, **options)
 
     return linear, (*tensors[:2], values, indices, labels)
 
@@ -150,8 +135,7 @@ FIRST = [FORMS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FORM
 @pytest.mark.parametrize("name", FIRST)
 def test_compiled(name):
     function, inputs = call(name)
-    wanted = [v for v in inputs if v.requires_grad]
-    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
+    assert_matches(torch.compile(function, fullgraph=True), function, inputs, rtol=1e-5, atol=1e-6)
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
@@ -159,23 +143,20 @@ def test_compiled(name):
 def test_autograd(name):
     """gradcheck, functorch, backward twice, no gradient of the teacher's, no second derivative."""
     function, inputs = call(name)
-    exact = [v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v for v in inputs]
-    assert torch.autograd.gradcheck(function, exact)
+    assert torch.autograd.gradcheck(function, [in_fp64(v) for v in inputs])
     inputs = [v.detach().requires_grad_() if v.is_floating_point() else v for v in inputs]
     wanted = inputs[: len(inputs) - 3]
     loss = function(*inputs)
     upstream = torch.rand_like(loss)
     first = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
     twice = torch.autograd.grad(loss, wanted, 2 * upstream, retain_graph=True)
-    for a, b in zip(first, twice, strict=True):
-        torch.testing.assert_close(2 * a, b)
+    torch.testing.assert_close(twice, tuple(2 * g for g in first))
     assert torch.autograd.grad(loss, inputs[-3], upstream, retain_graph=True, allow_unused=True) == (None,)
     with pytest.raises(RuntimeError, match=r"^create_graph: expected False"):
         torch.autograd.grad(loss, wanted, upstream, create_graph=True)
     plain = [v.detach() for v in inputs]
     found = torch.func.grad(lambda *i: (function(*i) * upstream).sum(), tuple(range(len(wanted))))(*plain)
-    for mine, theirs in zip(found, first, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(found, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -185,28 +166,16 @@ def test_error_budget(dtype, divergence, form):
     """Contract 4: within twice the error of the unchunked computation in the same dtypes."""
     tensors, labels = heads((224,), 32, 24, 448, dtype=dtype, scale=0.5)
     keywords = {"divergence": divergence, "temperature": 1.5, "hard_label_weight": 0.2}
-    teacher = tensors[2:]
+    inputs = (*tensors, labels)
     if form.startswith("top"):
-        keywords["teacher_topk"] = cached(*teacher, 20, 1.5, dtype)
-        teacher = [None, None]
+        keywords["teacher_topk"] = cached(*tensors[2:], 20, 1.5, dtype)
+        inputs = (*tensors[:2], None, None, labels)
     if form.endswith("none"):
         keywords["reduction"] = "none"
-    exact = [v.detach().double().requires_grad_(v.requires_grad) for v in tensors]
-    upstream = torch.rand(224, dtype=torch.float64) / 224 if form.endswith("none") else torch.ones(())
-    results = []
-    for fn, inputs in (
-        (lambda *i: linear_distillation(*i, *teacher, labels, chunking=Chunking(chunk_size=32), **keywords), tensors),
-        (lambda *i: reference.linear_distillation(*i, *teacher, labels, **keywords), tensors),
-        (lambda *i: reference.linear_distillation(*i, *_exact(teacher), labels, **keywords), exact),
-    ):
-        loss = fn(*inputs[:2])
-        results.append((loss, *torch.autograd.grad(loss, inputs[:2], upstream.to(loss.dtype))))
-    for name, *values in zip(("loss", "dH", "dW"), *results, strict=True):
-        assert_within_error_budget(*values, name=name)
-
-
-def _exact(teacher):
-    return [None if v is None else v.double() for v in teacher]
+    upstream = torch.rand(224, dtype=torch.float64) / 224 if form.endswith("none") else None
+    loss = partial(linear_distillation, chunking=Chunking(chunk_size=32), **keywords)
+    truth = partial(reference.linear_distillation, **keywords)
+    assert_accurate(loss, truth, truth, inputs, upstream)
 
 
 def test_indices_that_are_no_class():
@@ -265,19 +234,16 @@ def test_padding(index, value, divergence):
     heads = (hidden @ weight.t()).requires_grad_()
     for top in ((values, indices), (values[:, order], indices[:, order])):
         keywords = {"teacher_topk": top, "divergence": divergence, "reduction": "none"}
-        found = distillation(student, None, labels, **keywords)
-        torch.testing.assert_close(found, expected, **TIGHT)
         upstream = torch.rand(6, dtype=torch.float64)
-        (mine,) = torch.autograd.grad(found, student, upstream)
-        (theirs,) = torch.autograd.grad(expected, student, upstream, retain_graph=True)
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+        found = distillation(student, None, labels, **keywords)
+        (gradient,) = assert_same(found, expected, [student], upstream)
 
         def total(z, upstream=upstream, keywords=keywords):
             return (distillation(z, None, labels, **keywords) * upstream).sum()
 
         found = torch.func.grad(total)(student.detach())
-        torch.testing.assert_close(found, theirs, **TIGHT)
-        found = linear_distillation(hidden, weight, None, None, labels, chunking=Chunking(chunk_size=4), **keywords)
+        torch.testing.assert_close(found, gradient, **TIGHT)
+        found = linear_distillation(hidden, weight, None, None, labels, chunking=CHUNKS, **keywords)
         torch.testing.assert_close(found, truth(heads, divergence).detach(), **TIGHT)
 
 
@@ -303,11 +269,8 @@ def test_padding_compiled(backend):
     def loss(z, v, i):
         return distillation(z, None, labels, teacher_topk=(v, i), reduction="none")
 
-    found = torch.compile(loss, fullgraph=True, backend=backend)(student, values, indices)
-    expected = truth(student, "forward_kl")
-    torch.testing.assert_close(found, expected, **TIGHT)
-    for mine, theirs in zip(*(torch.autograd.grad(v.sum(), student) for v in (found, expected)), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    assert_matches(compiled, lambda z, v, i: truth(z, "forward_kl"), (student, values, indices))
 
 
 BAD = {

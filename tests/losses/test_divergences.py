@@ -1,7 +1,10 @@
 """Distillation and soft cross-entropy: numbers, gradients, graphs and errors, on logits and on heads."""
 
+from functools import partial
+
 import pytest
 import torch
+from comparing import TIGHT, assert_accurate, assert_matches, in_fp64
 from torch.nn import functional as F
 
 import compiled_loss
@@ -13,9 +16,9 @@ from compiled_loss import (
     masked_soft_cross_entropy,
     reference,
 )
-from compiled_loss.testing import assert_within_error_budget, count_graphs, inputs_unchanged
+from compiled_loss.testing import count_graphs
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # fp64, a few hundred roundings
+CHUNKS = Chunking(chunk_size=4)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 KEYWORDS = {
     "plain": {},
@@ -43,19 +46,6 @@ def heads(shape, width, teacher_width, vocab, dtype=torch.float64, ignore_index=
     return [v.requires_grad_(i < 2) for i, v in enumerate(tensors)], labels
 
 
-def check(function, truth, inputs, wanted, **tolerance):
-    """Value and gradients, with an upstream gradient, and the inputs as they were."""
-    expected = truth(*inputs)
-    upstream = torch.rand_like(expected)
-    with inputs_unchanged(*inputs):
-        actual = function(*inputs)
-        torch.testing.assert_close(actual, expected, **tolerance)
-        for mine, theirs in zip(
-            torch.autograd.grad(actual, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs, **tolerance)
-
-
 # Distillation -------------------------------------------------------------------------------------------------------
 
 
@@ -65,16 +55,12 @@ def check(function, truth, inputs, wanted, **tolerance):
 def test_linear_distillation(divergence, name, shape):
     keywords = {"divergence": divergence, **KEYWORDS.get(name, EACH)}
     tensors, labels = heads(*shape, ignore_index=keywords.get("ignore_index", -100))
-
-    def loss(*inputs):
-        return linear_distillation(*inputs, chunking=Chunking(chunk_size=4), **keywords)
-
-    def truth(*inputs):
-        return reference.linear_distillation(*inputs, **keywords)
-
-    check(loss, truth, (*tensors, labels), tensors[:2], **TIGHT)
+    inputs = (*tensors, labels)
+    loss = partial(linear_distillation, chunking=CHUNKS, **keywords)
+    truth = partial(reference.linear_distillation, **keywords)
+    assert_matches(loss, truth, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(loss(*tensors, labels), truth(*tensors, labels), **TIGHT)
+        torch.testing.assert_close(loss(*inputs), truth(*inputs), **TIGHT)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -92,15 +78,8 @@ def test_distillation(divergence, name, layout):
 
     student, teacher = logits().requires_grad_(), logits()
     labels = torch.where(torch.rand(5, 3) < 0.3, keywords.get("ignore_index", -100), torch.randint(0, 29, (5, 3))).t()
-    inputs = (student, teacher, labels)
-
-    def loss(*inputs):
-        return distillation(*inputs, **keywords)
-
-    def truth(*inputs):
-        return reference.distillation(*inputs, **keywords)
-
-    check(loss, truth, inputs, [student], **TIGHT)
+    loss, truth = (partial(fn, **keywords) for fn in (distillation, reference.distillation))
+    assert_matches(loss, truth, (student, teacher, labels))
 
 
 def test_forward_kl_is_torchs():
@@ -197,7 +176,7 @@ def test_masked_soft_cross_entropy(mask):
         "bool": torch.rand(3, 5) < 0.5,
     }[mask]
     inputs = (logits, target, position_mask)
-    check(masked_soft_cross_entropy, reference.masked_soft_cross_entropy, inputs, [logits, target], **TIGHT)
+    assert_matches(masked_soft_cross_entropy, reference.masked_soft_cross_entropy, inputs)
 
 
 def test_soft_cross_entropy_of_labels_is_cross_entropy():
@@ -230,14 +209,8 @@ def test_linear_soft_cross_entropy(target, keywords, shape):
     (hidden, weight, *_), _ = heads(*shape)
     mask = torch.rand(*rows, 1) * (torch.rand(*rows, 1) < 0.7)
     options = {**soft_targets(target, rows, vocab, teacher_width), **keywords}
-
-    def loss(*inputs):
-        return linear_soft_cross_entropy(*inputs, chunking=Chunking(chunk_size=4), **options)
-
-    def truth(*inputs):
-        return reference.linear_soft_cross_entropy(*inputs, **options)
-
-    check(loss, truth, (hidden, weight, mask), [hidden, weight], **TIGHT)
+    loss = partial(linear_soft_cross_entropy, chunking=CHUNKS, **options)
+    assert_matches(loss, partial(reference.linear_soft_cross_entropy, **options), (hidden, weight, mask))
 
 
 def test_an_empty_position_mask_is_zero_and_attached():
@@ -255,22 +228,16 @@ def everything(name):
     mask = torch.rand(3, 5, 1)
     options = KEYWORDS["everything"] | {"ignore_index": -100}
     if name in DIVERGENCES:
-        return (
-            lambda *i: linear_distillation(*i, divergence=name, chunking=Chunking(chunk_size=4), **options),
-            (*tensors, labels),
-        )
+        return partial(linear_distillation, divergence=name, chunking=CHUNKS, **options), (*tensors, labels)
     if name.startswith("logits"):
         divergence = name.removeprefix("logits ")
         student, teacher = torch.randn(3, 5, 13, requires_grad=True), torch.randn(3, 5, 13)
-        return lambda *i: distillation(*i, divergence=divergence, **options), (student, teacher, labels)
+        return partial(distillation, divergence=divergence, **options), (student, teacher, labels)
     if name == "soft logits":
         logits, target = torch.randn(3, 5, 13, requires_grad=True), torch.rand(3, 5, 13, requires_grad=True)
         return masked_soft_cross_entropy, (logits, target, mask)
     found = soft_targets(name, (3, 5), 13, 6)
-    return lambda h, w, m: linear_soft_cross_entropy(h, w, m, chunking=Chunking(chunk_size=4), **found), (
-        *tensors[:2],
-        mask,
-    )
+    return partial(linear_soft_cross_entropy, chunking=CHUNKS, **found), (*tensors[:2], mask)
 
 
 ALL = [*DIVERGENCES, *(f"logits {d}" for d in DIVERGENCES), "soft logits", *TARGETS]
@@ -283,16 +250,14 @@ CI = ("jsd", "logits forward_kl", "target_probs")  # with Inductor, whose C++ ta
 def test_compiled(name):
     """One graph, the eager numbers, and another mask compiles nothing."""
     function, inputs = everything(name)
-    wanted = [v for v in inputs if v.requires_grad]
-    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
+    assert_matches(torch.compile(function, fullgraph=True), function, inputs, rtol=1e-5, atol=1e-6)
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradcheck(name):
     function, inputs = everything(name)
-    inputs = [v.double().detach().requires_grad_(v.requires_grad) if v.is_floating_point() else v for v in inputs]
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, [in_fp64(v) for v in inputs])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -302,8 +267,7 @@ def test_backward_twice_and_no_second_derivative(name):
     loss = function(*inputs)
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
     twice = torch.autograd.grad(loss, wanted, torch.full_like(loss, 2.0), retain_graph=True)
-    for a, b in zip(first, twice, strict=True):
-        torch.testing.assert_close(2 * a, b)
+    torch.testing.assert_close(twice, tuple(2 * g for g in first))
     with pytest.raises(RuntimeError, match=r"^create_graph: expected False"):
         torch.autograd.grad(loss, wanted, create_graph=True)
 
@@ -314,21 +278,15 @@ def test_functorch(name):
     which = tuple(i for i, v in enumerate(inputs) if v.requires_grad)
     expected = torch.autograd.grad(function(*inputs), [inputs[i] for i in which])
     plain = [v.detach() for v in inputs]
-    for mine, theirs in zip(torch.func.grad(function, which)(*plain), expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(torch.func.grad(function, which)(*plain), expected)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen(frozen):
     (*tensors,), labels = heads((9,), 4, 6, 13)
     tensors[frozen].requires_grad_(False)
-    check(
-        lambda *i: linear_distillation(*i, chunking=Chunking(chunk_size=4)),
-        reference.linear_distillation,
-        (*tensors, labels),
-        [tensors[1 - frozen]],
-        **TIGHT,
-    )
+    loss = partial(linear_distillation, chunking=CHUNKS)
+    assert_matches(loss, reference.linear_distillation, (*tensors, labels))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -338,17 +296,9 @@ def test_error_budget(dtype, divergence, chunks):
     """Contract 4: within twice the error of the unchunked computation in the same dtypes."""
     tensors, labels = heads((224,), 32, 24, 448, dtype=dtype, scale=0.5)
     keywords = {"divergence": divergence, "temperature": 1.5, "hard_label_weight": 0.2}
-    exact = [v.detach().double().requires_grad_(v.requires_grad) for v in tensors]
-    results = []
-    for fn, inputs in (
-        (lambda *i: linear_distillation(*i, labels, chunking=Chunking(chunk_size=224 // chunks), **keywords), tensors),
-        (lambda *i: reference.linear_distillation(*i, labels, **keywords), tensors),
-        (lambda *i: reference.linear_distillation(*i, labels, **keywords), exact),
-    ):
-        loss = fn(*inputs)
-        results.append((loss, *torch.autograd.grad(loss, inputs[:2])))
-    for name, *values in zip(("loss", "dH", "dW"), *results, strict=True):
-        assert_within_error_budget(*values, name=f"{name} at {chunks} chunks")
+    loss = partial(linear_distillation, chunking=Chunking(chunk_size=224 // chunks), **keywords)
+    truth = partial(reference.linear_distillation, **keywords)
+    assert_accurate(loss, truth, truth, (*tensors, labels), name=f"{chunks} chunks")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

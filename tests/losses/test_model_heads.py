@@ -1,6 +1,6 @@
 """Losses that take a model's head: its bias takes part, and what no weight and bias can say is refused.
 
-Expectations are plain torch on the logits of the head's own forward, in fp64: 1e-11 is rounding.
+Expectations are plain torch on the logits of the head's own forward, in fp64.
 """
 
 import re
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparing import TIGHT, assert_same
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -24,7 +25,6 @@ from compiled_loss import (
 from compiled_loss.models.outputs import head_weight
 
 B, S, H, V = 2, 5, 4, 11
-TIGHT = {"rtol": 1e-11, "atol": 1e-11}
 FUSED = FusedLinearCrossEntropy(reduction="mean")
 
 
@@ -59,12 +59,6 @@ def auxiliary(head, further, labels, factor):
     return factor / len(further) * sum(plain(head, h, labels, k + 1) for k, h in enumerate(further))
 
 
-def same(found, expected, wanted):
-    torch.testing.assert_close(found, expected, **TIGHT)
-    mine, theirs = torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)
-    torch.testing.assert_close(mine, theirs, **TIGHT)
-
-
 HEADS = {
     "bias": linear,
     "no bias": lambda: linear(False),
@@ -94,7 +88,7 @@ def test_a_head_is_its_weight_and_its_bias(kind, how):
         wanted += further
         found = PipelineCausalLMLoss(FUSED, model, scaling_factor=0.7)((hidden, *further), labels)
         expected = plain(head, hidden, labels) + auxiliary(head, further, labels, 0.7)
-    same(found, expected, wanted)
+    assert_same(found, expected, wanted)
 
 
 @pytest.mark.parametrize("kind", ["bias", "weight_norm and bias"])
@@ -104,7 +98,7 @@ def test_compiled(kind):
     loss = PipelineCausalLMLoss(FUSED, model, scaling_factor=0.7)
     found = torch.compile(lambda *stage: loss(stage, labels), fullgraph=True, backend="aot_eager")(hidden, *further)
     expected = plain(model.lm_head, hidden, labels) + auxiliary(model.lm_head, further, labels, 0.7)
-    same(found, expected, [hidden, *further, *model.lm_head.parameters()])
+    assert_same(found, expected, [hidden, *further, *model.lm_head.parameters()])
 
 
 def test_a_given_weight_is_all_there_is():
@@ -114,9 +108,11 @@ def test_a_given_weight_is_all_there_is():
     hidden, further, labels = batch()
     given = {"labels": labels, "model": model, "lm_weight": head.weight}
     bare = lambda states: states @ head.weight.t()  # noqa: E731
-    same(calculate_loss(FUSED, hidden_states=hidden, **given), plain(bare, hidden, labels), [hidden, head.weight])
+    assert_same(
+        calculate_loss(FUSED, hidden_states=hidden, **given), plain(bare, hidden, labels), [hidden, head.weight]
+    )
     found = calculate_loss(FUSED, hidden_states=hidden, lm_bias=head.bias, **given)
-    same(found, plain(head, hidden, labels), [hidden, *head.parameters()])
+    assert_same(found, plain(head, hidden, labels), [hidden, *head.parameters()])
     for bias, logits in ((None, bare), (head.bias, head)):
         found = calculate_mtp_losses(FUSED, mtp_per_depth_h=further, lm_bias=bias, scaling_factor=1.0, **given)
         torch.testing.assert_close(found.loss, auxiliary(logits, further, labels, 1.0), **TIGHT)
@@ -149,7 +145,7 @@ def test_somebodys_loss_never_drops_a_bias():
     model = Model(linear())
     for loss in (TheirsWithBias(), TheirsOfAnything()):
         found = calculate_loss(loss, hidden_states=hidden, labels=labels, model=model)
-        same(found, plain(model.lm_head, hidden, labels), [hidden, *model.parameters()])
+        assert_same(found, plain(model.lm_head, hidden, labels), [hidden, *model.parameters()])
     text = "loss_fn: expected one that takes lm_bias, for the head has a bias, got Theirs: add it to its keywords"
     for call in (
         lambda: calculate_loss(Theirs(), hidden_states=hidden, labels=labels, model=model),
@@ -160,7 +156,7 @@ def test_somebodys_loss_never_drops_a_bias():
             call()
     bare = Model(linear(False))
     found = calculate_loss(Theirs(), hidden_states=hidden, labels=labels, model=bare)
-    same(found, plain(bare.lm_head, hidden, labels), [hidden])
+    assert_same(found, plain(bare.lm_head, hidden, labels), [hidden])
 
 
 class Doubled(nn.Linear):
@@ -214,7 +210,7 @@ def test_a_head_that_is_more_is_refused(make, text):
         loss = MaskedCrossEntropy(reduction="mean")
         found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
         wanted = [p for p in model.parameters() if p.requires_grad]
-        same(found, auxiliary(model.base_model.model.lm_head, further, labels, 1.0), [*further, *wanted])
+        assert_same(found, auxiliary(model.base_model.model.lm_head, further, labels, 1.0), [*further, *wanted])
 
 
 @pytest.mark.parametrize("what", ["modules_to_save", "trainable_token_indices"])
@@ -233,7 +229,7 @@ def test_peft_that_changes_the_weight_alone(what):
     hidden, further, labels = batch()
     found = PipelineCausalLMLoss(FUSED, model, scaling_factor=0.7)((hidden, *further), labels)
     expected = plain(head, hidden, labels) + auxiliary(head, further, labels, 0.7)
-    same(found, expected, [hidden, *further, *wanted])
+    assert_same(found, expected, [hidden, *further, *wanted])
 
 
 class Embedded(nn.Module):
@@ -296,7 +292,7 @@ def test_an_embedding_is_a_head():
     logits = lambda states: states @ model.lm_head.weight.t()  # noqa: E731
     for loss in (FUSED, MaskedCrossEntropy(reduction="mean")):
         found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
-        same(found, auxiliary(logits, further, labels, 1.0), [*further, model.lm_head.weight])
+        assert_same(found, auxiliary(logits, further, labels, 1.0), [*further, model.lm_head.weight])
 
 
 def test_a_head_that_was_never_loaded():

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from comparing import TIGHT, assert_matches, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +18,6 @@ from compiled_loss import (
     reference,
 )
 from compiled_loss.testing import count_graphs, inputs_unchanged
-
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 @settings(max_examples=200, deadline=None)
@@ -81,10 +80,7 @@ def test_loss(options, strategy):
     chunking = Chunking(strategy=strategy, chunk_size=5)
     loss = multi_token_prediction(hidden, weight, labels, chunking=chunking, **options)
     expected = reference.multi_token_prediction(hidden, weight, labels, **options)
-    torch.testing.assert_close(loss, expected, **TIGHT)
-    wanted = [*hidden, weight]
-    for mine, theirs in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    assert_same(loss, expected, [*hidden, weight])
 
 
 def test_each_depth_has_its_own_count():
@@ -126,13 +122,7 @@ def test_mask(kind, options):
         divisor = options.get("num_label_tokens", total if total > 0 else 1)
         per_depth.append((rows * moved).sum() / divisor)
     torch.testing.assert_close(found.per_depth, torch.stack(per_depth).detach(), **TIGHT)
-    expected = 0.5 / 3 * sum(per_depth)
-    torch.testing.assert_close(found.loss, expected, **TIGHT)
-    wanted = [*hidden, weight]
-    for mine, theirs in zip(
-        torch.autograd.grad(found.loss, wanted), torch.autograd.grad(expected, wanted), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    assert_same(found.loss, 0.5 / 3 * sum(per_depth), [*hidden, weight])
     counted = [multi_token_targets(labels, k, mask=mask, **packing) for k in range(3)]
     for k, targets in enumerate(counted):
         moved = torch.zeros(2, 7)
@@ -179,13 +169,8 @@ def test_compiled():
     def loss(hidden, weight, labels, cu_seqlens):
         return multi_token_prediction(hidden, weight, labels, cu_seqlens=cu_seqlens, chunking=Chunking(chunk_size=8))
 
-    expected = loss(hidden, weight, labels, cu_seqlens)
-    actual = torch.compile(loss, fullgraph=True)(hidden, weight, labels, cu_seqlens)
-    torch.testing.assert_close(actual, expected, **TIGHT)
-    wanted = [*hidden, weight]
-    for mine, theirs in zip(torch.autograd.grad(actual, wanted), torch.autograd.grad(expected, wanted), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
     calls = [(hidden, weight, labels, cu_seqlens), (hidden, weight, labels, torch.tensor([0, 1, 7]))]
+    assert_matches(torch.compile(loss, fullgraph=True), loss, calls[0], wanted=[*hidden, weight])
     assert count_graphs(loss, calls) == 1
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from comparing import TIGHT
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import compiled_loss
@@ -11,7 +12,6 @@ from compiled_loss.checks import numbers
 from compiled_loss.testing import count_graphs, head_inputs
 
 N, H, V = 12, 5, 17
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")

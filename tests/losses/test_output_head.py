@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparing import TIGHT, assert_same
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
@@ -14,7 +15,6 @@ from torch.nn.utils import parametrizations
 from compiled_loss.models.output_head import output_head
 
 H, V = 5, 11
-TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # fp64
 
 
 def linear(bias=True, kind=nn.Linear):
@@ -27,16 +27,9 @@ def linear(bias=True, kind=nn.Linear):
 def agrees(head):
     """Logits and all gradients of the head's own forward, from its weight and bias."""
     x = torch.randn(7, H, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(7, V, dtype=torch.float64)
     found = output_head(head)
     wanted = [x, *(p for p in head.parameters() if p.requires_grad)]
-    theirs = torch.autograd.grad(head(x), wanted, g, allow_unused=True)
-    logits = F.linear(x, found.weight, found.bias)
-    torch.testing.assert_close(logits, head(x), **TIGHT)
-    for mine, their in zip(torch.autograd.grad(logits, wanted, g, allow_unused=True), theirs, strict=True):
-        assert (mine is None) == (their is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, their, **TIGHT)
+    assert_same(F.linear(x, found.weight, found.bias), head(x), wanted)
 
 
 class Subclass(nn.Linear):

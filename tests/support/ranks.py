@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+ROUNDING = 1e-11  # of fp64 sums of fewer than 1000 numbers near 1, with room to spare
 GRACE = 15  # seconds in which ranks may notice that another has stopped
 
 
