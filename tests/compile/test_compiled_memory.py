@@ -3,6 +3,7 @@
 The graphs are compiled as far as the partitioner where what is kept is asked, and to generated code where numbers are.
 """
 
+import cases
 import pytest
 import torch
 from comparing import assert_matches
@@ -38,7 +39,7 @@ def walked(lib, chunking):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("vocab", "distillation", "distillation, none", "logits")),
     ],
 )
-def test_arguments_that_are_slices_inside_the_graph(name):
+def test_arguments_that_are_slices(name):
     """Operators get their memory from where the slice begins."""
     inputs = head_inputs(2 * N, H, V, dtype=torch.float64)
     teacher = torch.randn_like(inputs.hidden)
@@ -56,7 +57,7 @@ def test_arguments_that_are_slices_inside_the_graph(name):
 
 
 @pytest.mark.parametrize("name", ["distillation", pytest.param("distillation, none", marks=pytest.mark.slow)])
-def test_a_head_that_student_and_teacher_share(name):
+def test_weight_shared_by_student_and_teacher(name):
     """One weight of both, as an EAGLE draft has."""
     inputs = head_inputs(N, H, V, dtype=torch.float64)
     both = torch.randn(2 * N, H, dtype=torch.float64, requires_grad=True)
@@ -78,7 +79,7 @@ def test_a_head_that_student_and_teacher_share(name):
 
 @pytest.mark.parametrize("size", ["one chunk", "two, the last ragged", "three, the last ragged", "two even"])
 @pytest.mark.parametrize("name", ["vocab", "distillation, none"])
-def test_no_chunk_is_kept(name, size):
+def test_no_saved_logits_of_a_chunk(name, size):
     """The partitioner sees no logits that it could keep for backward."""
     extent = V if name == "vocab" else N
     chunk = {"one chunk": extent, "two, the last ragged": extent - 7, "two even": extent // 2}.get(
@@ -92,3 +93,14 @@ def test_no_chunk_is_kept(name, size):
         loss(inputs.hidden, inputs.weight, inputs.labels, torch.randn(N, H))
     logits = [t.shape for t in kept if t.dim() > 1 and H not in t.shape and t.shape[-1] > 1]
     assert logits == []
+
+
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_weight_and_bias_of_one_storage(walk):
+    """Weight and bias in one flat buffer, as ZeRO lays them; class weights that are the bias."""
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    flat = torch.cat([inputs.weight.detach().flatten(), inputs.bias.detach().abs()])
+    weight, bias = flat[: 29 * 7].view(29, 7).requires_grad_(), flat[29 * 7 :].requires_grad_()
+    keywords = {"label_smoothing": 0.1, "class_weights": bias.detach()}
+    loss = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)
+    assert_matches(loss, cases.truth(**keywords), (inputs.hidden, weight, inputs.labels, bias))

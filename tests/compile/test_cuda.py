@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_modes_with_cuda_graphs(strategy, mode):
+def test_cuda_graphs(strategy, mode):
     """Recorded in the second call, replayed from the third on; what is refused is counted."""
     inputs = head_inputs(528, 64, 1056, device="cuda", ignored=0.1)
     exact = inputs.to(torch.float64)
@@ -34,7 +34,7 @@ def test_modes_with_cuda_graphs(strategy, mode):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_values_without_a_synchronisation(strategy, dtype, compiled):
+def test_no_synchronisation(strategy, dtype, compiled):
     inputs = head_inputs(528, 64, 1056, dtype=dtype, device="cuda", ignored=0.1)
     exact = inputs.to(torch.float64)
     loss = cases.linear(Chunking(strategy=strategy, chunk_size=48))  # more than 8 chunks: fp32 accumulators

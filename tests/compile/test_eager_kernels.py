@@ -41,7 +41,7 @@ def compilations(monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_compiled_where_it_is_asked_for(compilations, name):
+def test_eager_calls_compile_where_asked(compilations, name):
     def step(**how):
         z = logits().requires_grad_()
         loss = LOSSES[name](z, how)
@@ -55,7 +55,7 @@ def test_compiled_where_it_is_asked_for(compilations, name):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "cached teacher"])
-def test_kernels(name):
+def test_compiled_kernels_match_plain(name):
     for how in ({"compile": True}, {"compile": False}):
         z = logits().requires_grad_()
         loss = LOSSES[name](z, how)
@@ -66,6 +66,6 @@ def test_kernels(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_errors(name):
+def test_compile_option_errors(name):
     with pytest.raises(ValueError, match="compile: expected True, False or 'auto'"):
         LOSSES[name](logits(), {"compile": 1.5})

@@ -22,7 +22,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", child.CASES)
-def test_a_step_is_that_of_one_process(name, results):
+def test_pipeline_step_matches_one_process(name, results):
     """mtp.py:370: the fused loss with a tuple was refused. mtp.py:403: num_label_tokens never came."""
     case = child.CASES[name]
     if case.keywords and not child.PASSES_KEYWORDS:
@@ -49,7 +49,7 @@ def test_a_step_is_that_of_one_process(name, results):
         assert all(gradient.any() for gradient in expected.values())
 
 
-def test_packing_and_counts_are_told_apart():
+def test_microbatches_differ_in_packing_and_counts():
     """A loss that mixed up microbatches' packing or counts would be found out."""
     for case in child.CASES.values():
         _, labels, seq_idx = child.batch(case)

@@ -141,11 +141,11 @@ def check(name, found):
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_step_is_that_of_one_process(name, eager):
+def test_pipeline_step_with_tensor_parallel_or_fsdp(name, eager):
     check(name, eager)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_a_step_with_a_compiled_loss(name, compiled):
+def test_pipeline_step_with_a_compiled_loss(name, compiled):
     check(name, compiled)

@@ -62,7 +62,7 @@ def test_fsdp(how, eager):
         assert counts["_reduce_scatter_base_"] == 4 - own and counts.get("reduce_scatter_tensor", 0) == own
 
 
-def test_fsdp_of_a_tied_head(eager):
+def test_fsdp_tied_head(eager):
     for errors, _, _ in (found["fsdp", "tied"] for found in eager[2]):
         assert max(errors.values()) <= ranks.ROUNDING, errors
 
@@ -73,7 +73,7 @@ def test_fsdp_in_bf16(eager):
 
 
 @pytest.mark.parametrize("how", TWO_DIMENSIONS)
-def test_fsdp_and_a_vocabulary_over_ranks(how, eager):
+def test_fsdp_and_vocab_parallel(how, eager):
     """One gather of a rank's part of the head, over the batches' ranks, and none over the vocabulary's."""
     for found in eager[4]:
         errors, counts = found["two_dimensions", how]
@@ -90,7 +90,7 @@ def test_column_parallel_head(how, eager):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["unshard", "shells", "tied"])
-def test_fsdp_under_compile(how, compiled):
+def test_fsdp_compiled(how, compiled):
     for errors, _, graphs in (found["fsdp", how] for found in compiled[2]):
         assert max(errors.values()) <= ranks.ROUNDING, errors
         assert graphs == 1
@@ -98,7 +98,7 @@ def test_fsdp_under_compile(how, compiled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TWO_DIMENSIONS)
-def test_two_dimensions_under_compile(how, compiled):
+def test_fsdp_and_vocab_parallel_compiled(how, compiled):
     for found in compiled[4]:
         errors, _ = found["two_dimensions", how]
         assert max(errors.values()) <= ranks.ROUNDING, errors
@@ -114,6 +114,6 @@ def other_gather():
     return str(refused.value)
 
 
-def test_a_group_of_a_part_of_the_mesh(tmp_path):
+def test_group_of_a_part_of_the_mesh_error(tmp_path):
     first, *_, last = ranks.run(other_gather, 4, tmp_path, limit=60)
     assert "the ranks 0, 1 along" in first and "the ranks 2, 3 along" in last

@@ -30,7 +30,7 @@ def strides(value):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_torch(shape, layout):
+def test_class_dim_matches_torch_cross_entropy(shape, layout):
     logits = logits_like(shape, layout)
     labels = torch.randint(0, 7, (shape[0], *shape[2:]))
     labels = torch.where(torch.rand(labels.shape) < 0.2, -100, labels)
@@ -45,7 +45,7 @@ def test_as_torch(shape, layout):
                 assert strides(gradient) == strides(logits)
 
 
-def test_the_last_dimension_is_never_guessed_away():
+def test_default_class_dim_is_the_last():
     """Of [2, 9, 9] both would fit; the default stays the last."""
     logits, labels = torch.randn(2, 9, 9, dtype=torch.float64), torch.randint(0, 9, (2, 9))
     last, second = cross_entropy(logits, labels), cross_entropy(logits, labels, class_dim=1)
@@ -61,7 +61,7 @@ def test_the_last_dimension_is_never_guessed_away():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_everything_else_means_the_same(reduction):
+def test_masks_weights_and_shift(reduction):
     """Masks, weights and the shift are those of labels [N, d1, ...]."""
     logits = torch.randn(2, 7, 3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (2, 3, 5))
@@ -72,7 +72,7 @@ def test_everything_else_means_the_same(reduction):
     assert_same(loss, expected, [logits])
 
 
-def test_of_the_others():
+def test_class_dim_of_other_losses():
     logits, labels = torch.randn(2, 7, 3, 5, dtype=torch.float64), torch.randint(0, 7, (2, 3, 5))
     mask = torch.rand(2, 3, 5) < 0.7
     target = torch.where(mask, labels, -100)
@@ -114,14 +114,14 @@ def test_compiled(backend):
     assert gradient.stride() == logits.stride()
 
 
-def test_functorch():
+def test_torch_func_transforms():
     logits, labels = torch.randn(2, 7, 3, dtype=torch.float64), torch.randint(0, 7, (2, 3))
     for transform in (torch.func.grad, torch.func.hessian):
         mine = transform(lambda z: cross_entropy(z, labels, class_dim=1))(logits)
         torch.testing.assert_close(mine, transform(lambda z: F.cross_entropy(z, labels))(logits), **TIGHT)
 
 
-def test_a_loop_over_rows_goes_through_few(monkeypatch):
+def test_leading_dimensions_are_merged(monkeypatch):
     """Pixels of an image are as many rows as they can be, for eager code goes through the leading dimensions."""
     from compiled_loss.dispatch.layout import merged
 

@@ -21,11 +21,20 @@ def unchunked(hidden, weight, labels, bias, **keywords):
 @pytest.mark.parametrize("chunks", [1, 2, 7, 8, 64])
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.parametrize("confident", [0.0, 0.5, 1.0])
-def test_linear(dtype, chunks, strategy, confident):
+def test_linear_cross_entropy(dtype, chunks, strategy, confident):
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, ignored=0.1, confident=confident)
     chunk = (TOKENS if strategy == "tokens" else VOCAB) // chunks
     fast = cases.linear(Chunking(strategy=strategy, chunk_size=chunk))
     assert_accurate(fast, unchunked, cases.truth(), inputs, name=f"{chunks} chunks")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_ragged_and_whole_chunks(walk, dtype):
+    inputs = head_inputs(64, 16, 96, dtype=dtype, ignored=0.2)
+    for size in (9, 64):
+        loss = cases.linear(Chunking(strategy=walk, chunk_size=size))
+        assert_accurate(loss, cases.truth(), cases.truth(), inputs)
 
 
 @pytest.mark.parametrize("chunks", [2, 7, 8])
@@ -65,7 +74,7 @@ def test_softcap_of_confident_tokens(dtype, compiled):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_sums_of_columns_in_blocks(dtype, strategy, monkeypatch):
+def test_bias_gradient_is_summed_in_fp32_blocks(dtype, strategy, monkeypatch):
     """Narrow gradients are summed in fp32 a block of columns at a time; none of them ends where a chunk does."""
     inputs = head_inputs(60, 8, 101, dtype=dtype)
     fn = cases.linear(Chunking(strategy=strategy, chunk_size=23))
@@ -79,7 +88,7 @@ def test_sums_of_columns_in_blocks(dtype, strategy, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_confident_tokens_one_by_one(dtype):
+def test_confident_tokens_without_reduction(dtype):
     """The loss of a token with p > 0.99 is far smaller than the rounding error of its log-sum-exp."""
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, confident=1.0)
     exact = inputs.to(torch.float64)
@@ -151,7 +160,7 @@ def test_fp16_token_weights_of_any_size(strategy):
         assert (a.double() - c).norm() < 2e-3 * c.norm(), name  # four roundings of 2^-11
 
 
-def test_wide_accumulators_earn_their_bytes():
+def test_fp32_accumulator_beats_bf16():
     """64 chunks into a bf16 accumulator would exceed the budget; the default is then fp32."""
     inputs = head_inputs(4096, 8, 64, dtype=torch.bfloat16)
     exact = inputs.to(torch.float64)

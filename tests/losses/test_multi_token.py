@@ -28,7 +28,7 @@ from compiled_loss.testing import count_graphs, inputs_unchanged
     st.sampled_from(["none", "cu_seqlens", "cu_seqlens 2-D", "seq_idx", "seq_idx of a row"]),
     st.sampled_from(["[B, S]", "[S]", "[1, T]"]),
 )
-def test_targets(lengths, tail, depth, packing, layout):
+def test_multi_token_targets_match_reference(lengths, tail, depth, packing, layout):
     size = sum(lengths) + tail
     labels = torch.randint(0, 50, {"[B, S]": (3, size), "[S]": (size,), "[1, T]": (1, size)}[layout])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -45,7 +45,7 @@ def test_targets(lengths, tail, depth, packing, layout):
     assert found.equal(reference.multi_token_targets(labels, depth, ignore_index=-1, **options))
 
 
-def test_targets_by_hand():
+def test_hand_computed_targets():
     """Tail padding is nobody's label and predicts nothing."""
     labels = torch.arange(10, 18)
     packed = {"cu_seqlens": torch.tensor([0, 3, 6])}
@@ -75,7 +75,7 @@ def inputs(depths=3, dtype=torch.float64):
     ids=str,
 )
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_loss(options, strategy):
+def test_multi_token_prediction_matches_reference(options, strategy):
     hidden, weight, labels = inputs()
     chunking = Chunking(strategy=strategy, chunk_size=5)
     loss = multi_token_prediction(hidden, weight, labels, chunking=chunking, **options)
@@ -130,7 +130,7 @@ def test_mask(kind, options):
         assert targets.equal(torch.where(moved == 0, -100, reference.multi_token_targets(labels, k, **packing)))
 
 
-def test_a_masked_stream():
+def test_mask_of_a_packed_stream():
     """A packed row [1, T, H] with labels [T], and NaN in the mask of a label that is ignored already."""
     hidden, weight, labels = inputs()
     stream, flat = [h[:1] for h in hidden], labels[0].clone()
@@ -142,7 +142,7 @@ def test_a_masked_stream():
     assert expected.isfinite()
 
 
-def test_targets_made_before_the_sequence_was_split():
+def test_targets_under_context_parallelism():
     """Context parallelism: two halves of a sequence add up to the whole."""
     hidden, weight, labels = inputs()
     targets = [multi_token_targets(labels, k) for k in range(3)]
@@ -154,7 +154,7 @@ def test_targets_made_before_the_sequence_was_split():
     torch.testing.assert_close(sum(halves), whole, **TIGHT)
 
 
-def test_no_target_is_zero_and_attached():
+def test_no_targets_is_zero_and_attached():
     """Sequences of one token: a context-parallel rank without targets made NaN."""
     hidden, weight, labels = inputs()
     loss = multi_token_prediction(hidden, weight, labels, seq_idx=torch.arange(7))
@@ -207,7 +207,7 @@ BAD = [
 
 @pytest.mark.parametrize("function", [multi_token_prediction, multi_token_losses], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("changed", "error", "text"), BAD, ids=[case[2][:30] for case in BAD])
-def test_bad_input(function, changed, error, text):
+def test_invalid_arguments(function, changed, error, text):
     with pytest.raises(error, match="^" + re.escape(text)):
         function(**{"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, **changed})
 
@@ -220,6 +220,6 @@ def test_bad_input(function, changed, error, text):
         (partial(multi_token_targets, LABELS[None], 0), ValueError, "labels: expected [B, S] or [S], got [1, 2, 3]"),
     ],
 )
-def test_bad_depth(call, error, text):
+def test_invalid_arguments_of_targets(call, error, text):
     with pytest.raises(error, match="^" + re.escape(text)):
         call()

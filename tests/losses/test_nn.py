@@ -1,4 +1,4 @@
-"""Contract of the shells: a shell's constructor and call together are its function, keyword by keyword."""
+"""Contract of the Modules: a module's constructor and call together are its function, keyword by keyword."""
 
 import inspect
 
@@ -11,7 +11,7 @@ import compiled_loss
 from compiled_loss import Chunking, nn
 from compiled_loss.testing import head_inputs
 
-SHELLS = {
+MODULES = {
     nn.CrossEntropy: compiled_loss.cross_entropy,
     nn.LinearCrossEntropy: compiled_loss.linear_cross_entropy,
 }
@@ -28,35 +28,35 @@ def described(parameters):
     return {p.name: (p.kind, p.default, p.annotation) for p in parameters}
 
 
-def assert_same_keywords(shell, function):
-    kept = described(list(inspect.signature(shell.__init__).parameters.values())[1:])
-    called = described(list(inspect.signature(shell.forward).parameters.values())[1:])
+def assert_same_keywords(module, function):
+    kept = described(list(inspect.signature(module.__init__).parameters.values())[1:])
+    called = described(list(inspect.signature(module.forward).parameters.values())[1:])
     expected = described(inspect.signature(function).parameters.values())
     assert not kept.keys() & called.keys(), "a keyword is both kept and passed"
     assert {**called, **kept} == expected
-    assert inspect.signature(shell.forward).return_annotation == inspect.signature(function).return_annotation
+    assert inspect.signature(module.forward).return_annotation == inspect.signature(function).return_annotation
     tensors = [name for name, (kind, *_) in expected.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert [name for name, (kind, *_) in called.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == tensors
 
 
-@pytest.mark.parametrize("shell", [*SHELLS, *OTHERS])
-def test_same_keywords(shell):
-    assert_same_keywords(shell, {**SHELLS, **OTHERS}[shell])
-    assert {shell.__name__ for shell in [*SHELLS, *OTHERS]} == set(nn.__all__)
+@pytest.mark.parametrize("module", [*MODULES, *OTHERS])
+def test_keywords_of_module_and_function(module):
+    assert_same_keywords(module, {**MODULES, **OTHERS}[module])
+    assert {module.__name__ for module in [*MODULES, *OTHERS]} == set(nn.__all__)
 
 
-@pytest.mark.parametrize("shell", OTHERS)
-def test_all_that_is_kept_or_passed_arrives(shell, monkeypatch):
+@pytest.mark.parametrize("module", OTHERS)
+def test_every_argument_reaches_the_function(module, monkeypatch):
     """Each by its own object, where the function would be."""
-    signature, seen = inspect.signature(OTHERS[shell]), {}
+    signature, seen = inspect.signature(OTHERS[module]), {}
 
     def function(*args, **kwargs):
         seen.update(signature.bind(*args, **kwargs).arguments)
 
-    monkeypatch.setattr(inspect.getmodule(shell), OTHERS[shell].__name__, function)
-    made = shell()
-    kept = {name: object() for name in list(inspect.signature(shell.__init__).parameters)[1:]}
-    passed = {name: object() for name in list(inspect.signature(shell.forward).parameters)[1:]}
+    monkeypatch.setattr(inspect.getmodule(module), OTHERS[module].__name__, function)
+    made = module()
+    kept = {name: object() for name in list(inspect.signature(module.__init__).parameters)[1:]}
+    passed = {name: object() for name in list(inspect.signature(module.forward).parameters)[1:]}
     for name, value in kept.items():
         assert getattr(made, name) == signature.parameters[name].default
         setattr(made, name, value)
@@ -64,14 +64,14 @@ def test_all_that_is_kept_or_passed_arrives(shell, monkeypatch):
     assert seen == {**kept, **passed}
 
 
-@pytest.mark.parametrize("shell", OTHERS)
-def test_validated_when_made(shell):
+@pytest.mark.parametrize("module", OTHERS)
+def test_constructor_validates(module):
     bad = {"divergence": "kl", "temperature": 0.0, "scaling_factor": -1.0, "reduction": "avg", "chunking": 4}
     bad |= {"ignore_index": "pad", "softcap": 0.0, "hard_label_weight": 2.0, "jsd_weight": 1.0, "chunk_size": -1}
     bad |= {"fp32_upcast": 1, "class_dim": "classes"}
-    for name in list(inspect.signature(shell.__init__).parameters)[1:]:
+    for name in list(inspect.signature(module.__init__).parameters)[1:]:
         with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
-            shell(**{name: bad[name]})
+            module(**{name: bad[name]})
 
 
 def drifted(change):
@@ -108,13 +108,13 @@ def replaced(which, **changes):
         lambda ps: {name: ps[name] for name in ["weight", "hidden", *list(ps)[2:]]},
     ],
 )
-def test_a_difference_is_seen(change):
+def test_keyword_check_fails_on_a_difference(change):
     assert_same_keywords(nn.LinearCrossEntropy, drifted(dict))  # an unchanged signature passes
     with pytest.raises(AssertionError):
         assert_same_keywords(nn.LinearCrossEntropy, drifted(change))
 
 
-def test_a_drifted_shell_is_seen():
+def test_keyword_check_fails_on_another_default():
     class Drifted(nn.CrossEntropy):
         def __init__(self, *, ignore_index: int = -1, **keywords):
             super().__init__(ignore_index=ignore_index, **keywords)
@@ -145,23 +145,23 @@ PASSED = {
 
 
 @pytest.mark.parametrize(
-    ("shell", "name"),
-    [(s, name) for s, f in SHELLS.items() for name in [*KEPT, *PASSED] if name in inspect.signature(f).parameters],
+    ("module", "name"),
+    [(s, name) for s, f in MODULES.items() for name in [*KEPT, *PASSED] if name in inspect.signature(f).parameters],
 )
-def test_each_keyword_arrives(shell, name):
-    function = SHELLS[shell]
+def test_each_keyword_changes_the_loss(module, name):
+    function = MODULES[module]
     hidden, weight, labels, _ = (v.detach() for v in head_inputs(N, H, V, ignored=0.2))
     labels[:2] = 1
     if name == "class_dim":  # square, or the labels would fit one alone
         weight, labels = weight[:N], labels.clamp(max=N - 1)
-    tensors = (hidden, weight, labels) if shell is nn.LinearCrossEntropy else (hidden @ weight.t(), labels)
+    tensors = (hidden, weight, labels) if module is nn.LinearCrossEntropy else (hidden @ weight.t(), labels)
     kept = {"reduction": "sum"} if name == "num_label_tokens" else {}
     plain = function(*tensors, **kept)
     kept.update({name: KEPT[name]} if name in KEPT else {})
     passed = {name: PASSED[name]} if name in PASSED else {}
     if name == "ignore_index":
         tensors = (*tensors[:-1], labels.clamp(min=0))
-    made = shell(**kept)
+    made = module(**kept)
     actual = made(*tensors, **passed)
     torch.testing.assert_close(actual, function(*tensors, **kept, **passed), rtol=0, atol=0)
     if name == "chunking":
@@ -171,28 +171,28 @@ def test_each_keyword_arrives(shell, name):
 
 
 def test_every_keyword_has_a_value_here():
-    names = {name for function in SHELLS.values() for name in inspect.signature(function).parameters}
+    names = {name for function in MODULES.values() for name in inspect.signature(function).parameters}
     elsewhere = {"vocab_shard", "compile"}  # test_sharding, test_eager_kernels
     assert names == {"logits", "hidden", "weight", "labels", *elsewhere, *KEPT, *PASSED}
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_everything_and_its_gradients(shell):
+@pytest.mark.parametrize("module", MODULES)
+def test_everything_matches_the_function(module):
     inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.2, ignore_index=1)
     keywords = cases.everything(N, V)
     passed = {name: keywords.pop(name) for name in ("mask", "token_weights")}
-    if shell is nn.LinearCrossEntropy:
+    if module is nn.LinearCrossEntropy:
         tensors, passed["bias"] = inputs[:3], inputs.bias
     else:
         tensors = ((inputs.hidden @ inputs.weight.t()).detach().requires_grad_(), inputs.labels)
-    losses = [shell(**keywords)(*tensors, **passed), SHELLS[shell](*tensors, **keywords, **passed)]
+    losses = [module(**keywords)(*tensors, **passed), MODULES[module](*tensors, **keywords, **passed)]
     assert_same(*losses, tensors[:-1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_no_parameters_and_class_weights_are_a_buffer(shell):
+@pytest.mark.parametrize("module", MODULES)
+def test_state_dict_holds_class_weights_alone(module):
     weights = torch.linspace(0.1, 1, V)
-    bare, made = shell(), shell(class_weights=weights)
+    bare, made = module(), module(class_weights=weights)
     assert not [*bare.parameters(), *made.parameters()]
     assert list(bare.state_dict()) == []
     assert list(made.state_dict()) == ["class_weights"]
@@ -200,14 +200,14 @@ def test_no_parameters_and_class_weights_are_a_buffer(shell):
     assert made.to("meta").class_weights.device.type == "meta"
     assert weights.device.type == "cpu"
     assert bare.to(torch.float64).class_weights is None
-    other = shell(class_weights=torch.zeros(V))
-    other.load_state_dict(shell(class_weights=weights).state_dict())
+    other = module(class_weights=torch.zeros(V))
+    other.load_state_dict(module(class_weights=weights).state_dict())
     assert torch.equal(other.class_weights, weights)
     with pytest.raises(RuntimeError, match="class_weights"):
         bare.load_state_dict(other.state_dict())  # silently weighing nothing would be worse
 
 
-def test_class_weights_that_moved_are_used():
+def test_class_weights_move_with_the_module():
     hidden, weight, labels, _ = head_inputs(N, H, V, dtype=torch.float64)
     classes = torch.linspace(0.1, 1, V)
     made = nn.LinearCrossEntropy(class_weights=classes).to(torch.float64)
@@ -215,18 +215,18 @@ def test_class_weights_that_moved_are_used():
     torch.testing.assert_close(made(hidden, weight, labels), expected, rtol=0, atol=0)
 
 
-def test_shells_under_compile():
+def test_modules_compiled():
     inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.2)
     keywords = {"class_weights": torch.rand(V), "softcap": 4.0, "z_loss": 0.1}
-    for shell, tensors in (
+    for module, tensors in (
         (nn.LinearCrossEntropy, inputs[:3]),
         (nn.CrossEntropy, ((inputs.hidden @ inputs.weight.t()).detach().requires_grad_(), inputs.labels)),
     ):
-        made = shell(**keywords)
+        made = module(**keywords)
         assert_matches(torch.compile(made, backend="eager", fullgraph=True), made, tensors)
 
 
-def test_a_star_import_leaves_torchs_nn_alone():
+def test_star_import_does_not_shadow_torch_nn():
     names = {}
     exec("import torch.nn as nn\nfrom compiled_loss import *", names)
     assert names["nn"] is torch.nn

@@ -25,7 +25,7 @@ def pair(*shape, dtype=torch.float64):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_as_torch(weighted, smoothing, reduction):
+def test_probabilities_match_torch_cross_entropy(weighted, smoothing, reduction):
     """Its mean is over the positions, whatever the classes weigh."""
     weights = torch.linspace(0, 1, V, dtype=torch.float64) if weighted else None
     for shape, dim in SHAPES:
@@ -50,7 +50,7 @@ def test_as_torch(weighted, smoothing, reduction):
     reduction=st.sampled_from(["mean", "sum", "none", 3]),
     seed=st.integers(0, 1000),
 )
-def test_all_keywords_together(rows, vocab, masked, weighs, shift, reduction, seed, **keywords):
+def test_all_keywords_match_reference(rows, vocab, masked, weighs, shift, reduction, seed, **keywords):
     keywords["label_smoothing"] = keywords.pop("smoothing")
     torch.manual_seed(seed)
     inputs = [*pair(*rows, vocab), torch.rand(rows, dtype=torch.float64, requires_grad=True)]
@@ -72,7 +72,7 @@ def test_one_hot_is_the_label():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_any_strides_of_either(layout):
+def test_non_contiguous_logits_and_targets(layout):
     change = {
         "transposed": lambda v: v.transpose(0, 1).contiguous().transpose(0, 1),
         "sliced": lambda v: torch.cat([v, v], -1)[..., :V],
@@ -85,7 +85,7 @@ def test_any_strides_of_either(layout):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_what_is_ignored_is_never_looked_at(poison):
+def test_nan_and_inf_in_masked_tokens(poison):
     """Not its logits, not its target: loss and gradients are those without it, and 0 there."""
     logits, target = (v.detach() for v in pair(4, V))
     mask = torch.tensor([1, 0, 1, 0])
@@ -107,7 +107,7 @@ def test_what_is_ignored_is_never_looked_at(poison):
             assert (mine[1::2] == 0).all()
 
 
-def test_forbidden_classes():
+def test_minus_inf_logits_of_probability_zero():
     """A logit of -inf whose probability is 0 costs nothing; torch's own loss is NaN."""
     logits, target = pair(4, V)
     inputs = torch.cat([logits, torch.full((4, 2), float("-inf"))], -1), F.pad(target, (0, 2))
@@ -115,7 +115,7 @@ def test_forbidden_classes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_dtypes(dtype):
+def test_error_budget(dtype):
     inputs = [v.detach().to(dtype).requires_grad_() for v in pair(31, 57)]
     keywords = {"class_weights": torch.linspace(0, 1, 57), "label_smoothing": 0.1}
     loss, truth = (partial(f, **keywords) for f in (cross_entropy, reference.cross_entropy))
@@ -153,7 +153,7 @@ def test_compiled(backend, name):
 
 @pytest.mark.parametrize("shape", [(24, 50), (3, 50, 8)], ids=str)
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
-def test_nothing_is_kept(backend, shape):
+def test_saved_tensors_are_the_inputs(backend, shape):
     """Of [N, V] backward reads what it was given, and nothing else."""
     keywords = {name: v for name, v in KEYWORDS["everything"].items() if name not in ("mask", "shift", "class_weights")}
     keywords["class_weights"] = torch.linspace(0.1, 1, 50)
@@ -173,7 +173,7 @@ def test_nothing_is_kept(backend, shape):
     value.backward()
 
 
-def test_functorch():
+def test_torch_func_transforms():
     logits, target = (v.detach() for v in pair(3, 5))
     weights = torch.rand(5, dtype=torch.float64)
     mine = partial(cross_entropy, class_weights=weights, label_smoothing=0.2)
@@ -187,13 +187,13 @@ def test_functorch():
     torch.testing.assert_close(*(torch.vmap(f)(logits, target) for f in (mine, theirs)), **TIGHT)
 
 
-def test_second_derivatives_are_an_error():
+def test_create_graph_is_an_error():
     logits, target = pair(3, V)
     with pytest.raises(RuntimeError, match=r"^create_graph: expected False, got True"):
         torch.autograd.grad(cross_entropy(logits, target), logits, create_graph=True)
 
 
-def test_of_the_others():
+def test_masked_cross_entropy_and_module():
     logits, target = pair(2, 3, V)
     mask = torch.tensor([1, 0, 1])
     expected = reference.cross_entropy(logits, target, mask=mask, reduction="sum")
@@ -239,7 +239,7 @@ def test_of_the_others():
         (torch.zeros(3, 5), {"class_dim": True}, TypeError, "class_dim: expected an int, got bool"),
     ],
 )
-def test_errors(target, keywords, error, text):
+def test_probabilities_errors(target, keywords, error, text):
     with pytest.raises(error, match="^" + text):
         cross_entropy(torch.zeros(3, 5), target, **keywords)
 
@@ -255,7 +255,7 @@ def test_errors(target, keywords, error, text):
         "distillation",
     ],
 )
-def test_functions_that_take_classes_alone_say_who_takes_probabilities(name):
+def test_error_of_losses_without_probabilities(name):
     head, logits, probabilities = (torch.zeros(3, 4), torch.zeros(5, 4)), torch.zeros(3, 5), torch.zeros(3, 5)
     tensors = {"linear_distillation": (*head, *head), "token_statistics": (logits,), "distillation": (logits, logits)}
     with pytest.raises(

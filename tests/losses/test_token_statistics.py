@@ -32,7 +32,7 @@ def assert_as_the_reference(statistics, logits, labels, **keywords):
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "one row"])
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_as_the_reference(name, layout):
+def test_token_statistics_match_reference(name, layout):
     logits = {
         "contiguous": lambda: torch.randn(3, 5, 29, dtype=torch.float64),
         "transposed": lambda: torch.randn(5, 3, 29, dtype=torch.float64).transpose(0, 1),
@@ -44,13 +44,13 @@ def test_as_the_reference(name, layout):
     assert_as_the_reference(partial(token_statistics, **KEYWORDS[name]), logits, labels, **KEYWORDS[name])
 
 
-def test_as_of_the_head():
+def test_token_statistics_match_linear_token_statistics():
     hidden, weight, labels, _ = head_inputs(11, 5, 17, dtype=torch.float64, confident=0.3, ignored=0.2)
     theirs = linear_token_statistics(hidden, weight, labels, softcap=4.0)
     torch.testing.assert_close(token_statistics(hidden @ weight.t(), labels, softcap=4.0), theirs, **TIGHT)
 
 
-def test_labels_that_are_no_class():
+def test_labels_out_of_range():
     logits = torch.randn(3, 5)
     with pytest.raises(ValueError, match=r"^labels: expected 0 <= label < V = 5, or ignore_index = -100, got 5"):
         token_statistics(logits, torch.tensor([0, 5, 1]))
@@ -70,7 +70,7 @@ def test_compiled(name, backend):
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
-def test_nothing_is_kept(backend):
+def test_saved_tensors_are_the_input(backend):
     logits, labels = torch.randn(2, 50, 12, requires_grad=True), torch.randint(0, 50, (2, 12))
 
     def entropies(logits, labels):
@@ -85,7 +85,7 @@ def test_nothing_is_kept(backend):
     assert any(t.untyped_storage().data_ptr() == mine for t in kept)
 
 
-def test_functorch():
+def test_torch_func_transforms():
     logits, labels = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 4, -100])
     for transform in (torch.func.grad, torch.func.hessian):
         for i in range(3):

@@ -194,7 +194,7 @@ def check(name, changed, fill, run=called):
 
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", CASES)
-def test_eager(name, fill):
+def test_nan_and_inf_in_ignored_tokens(name, fill):
     """All arguments, and with NaN each alone."""
     alone = [[argument] for argument in ARGUMENTS[name]] if fill == "nan" else []
     for changed in [*alone, ARGUMENTS[name]]:
@@ -202,7 +202,7 @@ def test_eager(name, fill):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_functorch(name):
+def test_nan_in_ignored_tokens_under_torch_func(name):
     """Where losses are composed of plain operators."""
     make, keywords = CASES[name]
     inputs, places, keywords = make(name, **keywords)
@@ -238,7 +238,7 @@ COMPILED = [
         for b, n in itertools.product(("aot_eager", "inductor"), CASES)
     ],
 )
-def test_compiled(name, backend):
+def test_nan_in_ignored_tokens_compiled(name, backend):
     def run(lib, name, inputs, keywords):
         names = list(inputs)
 

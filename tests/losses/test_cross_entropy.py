@@ -18,7 +18,7 @@ from compiled_loss.testing import head_inputs
 @pytest.mark.parametrize("walk", cases.WALKS)
 @pytest.mark.parametrize("name", cases.KEYWORDS)
 @pytest.mark.parametrize(("tokens", "width", "vocab"), [(23, 7, 29), (1, 3, 2), (4, 2, 1)])
-def test_linear(walk, name, tokens, width, vocab):
+def test_linear_cross_entropy_matches_reference(walk, name, tokens, width, vocab):
     keywords = cases.KEYWORDS[name](tokens, vocab)
     inputs, truth = cases.inputs_for(keywords, tokens, width, vocab), cases.truth(**keywords)
     assert_matches(cases.linear(cases.walk_of(walk, keywords), **keywords), truth, inputs)
@@ -27,8 +27,17 @@ def test_linear(walk, name, tokens, width, vocab):
 
 
 @pytest.mark.parametrize("name", cases.KEYWORDS)
+@pytest.mark.parametrize("tokens", [1, 5, 13, 16])  # of chunks of 5: one row, one chunk, ragged, a last one of one row
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_ragged_and_single_chunks_match_reference(name, walk, tokens):
+    keywords = cases.KEYWORDS[name](tokens, 29)
+    loss = cases.linear(cases.walk_of(walk, keywords), **keywords)
+    assert_matches(loss, cases.truth(**keywords), cases.inputs_for(keywords, tokens, 7, 29))
+
+
+@pytest.mark.parametrize("name", cases.KEYWORDS)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
-def test_logits(name, layout):
+def test_cross_entropy_matches_reference(name, layout):
     keywords = cases.KEYWORDS[name](5, 29)
     logits = {
         "contiguous": lambda: torch.randn(3, 5, 29, dtype=torch.float64),
@@ -55,7 +64,7 @@ def test_reference_is_torch_cross_entropy(reduction, smoothing, weighted):
     torch.testing.assert_close(actual, expected, **TIGHT)
 
 
-def test_hand_computed():
+def test_hand_computed_values():
     """softmax of (0, log 3) is (1/4, 3/4)."""
     logits = torch.tensor([[0.0, 3.0]]).log().clamp(min=0.0)
     logits[0, 1] = torch.tensor(3.0).log()
@@ -84,7 +93,7 @@ def test_leading_shapes(shape, walk):
     assert cross_entropy(logits, labels, reduction="none").shape == shape
 
 
-def test_any_strides():
+def test_non_contiguous_hidden_and_weight():
     hidden = torch.randn(4, 5, 6, dtype=torch.float64).permute(1, 2, 0).requires_grad_()  # [5, 6, 4], width strided
     weight = torch.randn(4, 11, dtype=torch.float64).t().requires_grad_()
     labels = torch.randint(0, 11, (6, 5)).t()
@@ -94,7 +103,7 @@ def test_any_strides():
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_empty_batch_is_zero_and_attached(walk):
+def test_all_ignored_is_zero_and_attached(walk):
     inputs = head_inputs(9, 4, 7, ignored=1.0)
     for keywords in (
         {},
@@ -107,8 +116,16 @@ def test_empty_batch_is_zero_and_attached(walk):
         assert all((gradient == 0).all() for gradient in cases.gradients(loss, inputs))
 
 
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_no_tokens_is_zero_and_attached(walk):
+    inputs = head_inputs(0, 7, 29, dtype=torch.float64)
+    loss = cases.linear(cases.WALKS[walk])(*inputs)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in cases.gradients(loss, inputs))
+
+
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_garbage_in_ignored_tokens_stays_out_of_the_loss(walk):
+def test_nan_in_ignored_tokens(walk):
     inputs = head_inputs(9, 4, 7)
     labels = inputs.labels.clone()
     labels[2] = -100
@@ -123,7 +140,7 @@ def test_garbage_in_ignored_tokens_stays_out_of_the_loss(walk):
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_forbidden_columns(walk):
+def test_bias_of_minus_inf_forbids_classes(walk):
     """A bias of -inf takes a column out of the vocabulary, as constrained decoding does."""
     inputs = head_inputs(9, 4, 30, dtype=torch.float64)
     bias = torch.zeros(30, dtype=torch.float64)
@@ -138,7 +155,7 @@ def test_forbidden_columns(walk):
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_rows_of_the_least_number(walk):
+def test_logits_of_finfo_min(walk):
     """The usual fill of a mask: a row of nothing else is a uniform distribution."""
     least = torch.finfo(torch.float32).min
     hidden, weight, labels = torch.ones(3, 1), torch.full((11, 1), least), torch.tensor([0, 5, 10])
@@ -167,7 +184,7 @@ def test_token_weights_are_differentiable(walk):
     columns=st.integers(1, 45),
     seed=st.integers(0, 1000),
 )
-def test_chunks_change_nothing(tokens, vocab, rows, columns, seed):
+def test_any_chunk_size_matches_reference(tokens, vocab, rows, columns, seed):
     inputs = head_inputs(tokens, 3, vocab, dtype=torch.float64, ignored=0.1, ignore_index=1, seed=seed)
     keywords = cases.everything(tokens, vocab, seed=seed)
     for chunking in (Chunking(strategy="tokens", chunk_size=rows), Chunking(strategy="vocab", chunk_size=columns)):
@@ -176,7 +193,7 @@ def test_chunks_change_nothing(tokens, vocab, rows, columns, seed):
 
 @settings(max_examples=20, deadline=None)
 @given(tokens=st.integers(1, 30), seed=st.integers(0, 1000))
-def test_properties_of_tokens(tokens, seed):
+def test_order_doubling_and_masking_of_tokens(tokens, seed):
     """Order does not matter; twice the tokens is twice the sum; a mask is the same as tokens left out."""
     hidden, weight, labels, _ = head_inputs(tokens, 3, 13, dtype=torch.float64, seed=seed)
     random = torch.Generator().manual_seed(seed)
@@ -196,7 +213,7 @@ def test_properties_of_tokens(tokens, seed):
 
 
 @pytest.mark.parametrize("walk", ["vocab", "default"])
-def test_statistics(walk):
+def test_linear_token_statistics_match_reference(walk):
     inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2, confident=0.3)
     keywords = {"mask": torch.arange(23) % 5 != 0, "softcap": 9.0, "temperature": 0.8, "shift": 1}
 
@@ -220,7 +237,7 @@ def test_statistics(walk):
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_loss_with_statistics(walk):
+def test_linear_cross_entropy_with_statistics(walk):
     inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2)
     loss, statistics = compiled_loss.linear_cross_entropy_with_statistics(
         *inputs[:3], bias=inputs.bias, z_loss=0.1, chunking=cases.WALKS[walk]

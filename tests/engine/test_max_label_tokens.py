@@ -88,7 +88,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("most", [COUNTING, COUNTING / N, 20], ids=["exact", "fraction", "room"])
-def test_values(name, most):
+def test_max_label_tokens_matches_reference(name, most):
     loss, how = LOSSES[name]
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
     assert_matches(call, functools.partial(loss, reference), given())
@@ -98,14 +98,14 @@ def test_values(name, most):
     "name",
     ["tokens", *(pytest.param(n, marks=pytest.mark.slow) for n in LOSSES if n != "tokens")],
 )
-def test_compiled(name):
+def test_compiled_matches_reference(name):
     loss, how = LOSSES[name]
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING))
     assert_matches(torch.compile(call, fullgraph=True), functools.partial(loss, reference), given())
 
 
 @pytest.mark.parametrize("keywords", cases.KEYWORDS)
-def test_keywords(keywords):
+def test_every_keyword(keywords):
     """Masks, shifts and other ignored labels decide what counts, not the labels alone."""
     options = cases.KEYWORDS[keywords](N, V)
     inputs = cases.inputs_for(options, N, H, V)
@@ -118,7 +118,7 @@ def test_keywords(keywords):
 
 @pytest.mark.parametrize("counting", [0, 1, N - 1, N])
 @pytest.mark.parametrize("name", ["tokens", "none", "distillation"])
-def test_none_one_and_all(name, counting):
+def test_no_one_and_all_label_tokens(name, counting):
     loss, how = LOSSES[name]
     inputs = given(counting)
     for most in (1, 0.01) if counting < 2 else (N, 1.0, 10 * N) if counting == N else (N - 1,):
@@ -130,7 +130,7 @@ FIRST = ("tokens", "vocab", "none", "distillation")
 
 
 @pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES])
-def test_no_token_is_dropped_silently(name):
+def test_too_many_label_tokens_is_an_error_or_nan(name):
     """Eager CPU code raises; traced code makes the loss and the gradients of the head NaN."""
     loss, how = LOSSES[name]
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING - 1))
@@ -144,7 +144,7 @@ def test_no_token_is_dropped_silently(name):
     assert d_hidden[inputs[4] != -100].isnan().all()
 
 
-def test_one_graph_whatever_counts():
+def test_one_graph_as_label_tokens_vary():
     """Counts and places change from step to step, and N with a fraction of it."""
     call = functools.partial(LOSSES["vocab"][0], compiled_loss)
     chunking = Chunking(strategy="vocab", chunk_size=9, max_label_tokens=0.7)
@@ -160,7 +160,7 @@ def lengths():
         yield hidden, weight, bias, weights, labels
 
 
-def test_one_graph_whatever_n():
+def test_one_graph_as_n_varies():
     """A fraction of N is symbolic, and the fraction itself no input of the graph."""
     call, how = LOSSES["vocab"]
     call = functools.partial(call, compiled_loss, chunking=Chunking(**how, max_label_tokens=0.7))
@@ -177,7 +177,7 @@ def test_one_compiled_function_of_two_fractions():
         torch.testing.assert_close(compiled(Chunking(max_label_tokens=part), *given()), expected, **TIGHT)
 
 
-def test_under_functorch():
+def test_vmap_of_grad():
     hidden, *rest = (v.detach() for v in given())
     batch = torch.stack([hidden, 2 * hidden])
     call = functools.partial(LOSSES["tokens"][0], compiled_loss, chunking=Chunking(max_label_tokens=COUNTING))
@@ -189,7 +189,7 @@ def test_under_functorch():
     torch.testing.assert_close(found, expected, **TIGHT)
 
 
-def test_forward_mode_and_second_derivatives():
+def test_jacfwd_and_hessian():
     hidden, *rest = (v.detach() for v in given())
     call = functools.partial(LOSSES["tokens"][0], compiled_loss, chunking=Chunking(max_label_tokens=COUNTING))
     plain = functools.partial(LOSSES["tokens"][0], reference)
@@ -198,7 +198,7 @@ def test_forward_mode_and_second_derivatives():
         torch.testing.assert_close(found, expected, **TIGHT)
 
 
-def test_the_loss_has_its_dtype_whatever_the_default_is():
+def test_default_dtype_does_not_matter():
     hidden, weight, _, _, labels = given()
     torch.set_default_dtype(torch.float64)
     try:
@@ -234,7 +234,7 @@ def test_masked_tokens_cost_no_gemm(inspected, strategy):
     assert found.peak_bytes <= 1.05 * (whole + case.chunk + moved) + 64 * tokens + 16 * vocab
 
 
-def test_labels_of_a_data_set_are_asserted_to_fit():
+def test_assert_label_tokens_fit():
     *_, labels = given()
     assert_label_tokens_fit(labels, Chunking(max_label_tokens=COUNTING))
     assert_label_tokens_fit(labels, Chunking())
