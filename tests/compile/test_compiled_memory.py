@@ -3,15 +3,17 @@
 The graphs are compiled as far as the partitioner where what is kept is asked, and to generated code where numbers are.
 """
 
+import cases
 import pytest
 import torch
+from comparing import assert_matches
 from torch.autograd.graph import saved_tensors_hooks
 
-from compiled_loss import Chunking, distillation, linear_cross_entropy, linear_distillation, reference
+import compiled_loss
+from compiled_loss import Chunking, linear_distillation, reference
 from compiled_loss.testing import head_inputs
 
 N, H, V = 24, 11, 50
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 ROWS = Chunking(strategy="tokens", chunk_size=5)
 COLUMNS = Chunking(strategy="vocab", chunk_size=20)
 
@@ -30,10 +32,6 @@ def walked(lib, chunking):
     }
 
 
-class Ours:
-    linear_cross_entropy, linear_distillation, distillation = linear_cross_entropy, linear_distillation, distillation
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -41,7 +39,7 @@ class Ours:
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("vocab", "distillation", "distillation, none", "logits")),
     ],
 )
-def test_arguments_that_are_slices_inside_the_graph(name):
+def test_arguments_that_are_slices(name):
     """Operators get their memory from where the slice begins."""
     inputs = head_inputs(2 * N, H, V, dtype=torch.float64)
     teacher = torch.randn_like(inputs.hidden)
@@ -54,15 +52,12 @@ def test_arguments_that_are_slices_inside_the_graph(name):
         return of_slices
 
     tensors = (inputs.hidden, inputs.weight, inputs.labels, teacher.detach())
-    expected = step(walked(reference, None)[name])(*tensors)
-    actual = torch.compile(step(walked(Ours, chunking)[name]), fullgraph=True)(*tensors)
-    torch.testing.assert_close(actual, expected, **TIGHT)
-    for mine, theirs in zip(*(torch.autograd.grad(v, tensors[:2]) for v in (actual, expected)), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    ours = torch.compile(step(walked(compiled_loss, chunking)[name]), fullgraph=True)
+    assert_matches(ours, step(walked(reference, None)[name]), tensors)
 
 
 @pytest.mark.parametrize("name", ["distillation", pytest.param("distillation, none", marks=pytest.mark.slow)])
-def test_a_head_that_student_and_teacher_share(name):
+def test_weight_shared_by_student_and_teacher(name):
     """One weight of both, as an EAGLE draft has."""
     inputs = head_inputs(N, H, V, dtype=torch.float64)
     both = torch.randn(2 * N, H, dtype=torch.float64, requires_grad=True)
@@ -72,24 +67,19 @@ def test_a_head_that_student_and_teacher_share(name):
         return linear_distillation(both[:N], weight, both[N:], weight, labels, chunking=ROWS, **more).sum()
 
     tensors = (both, inputs.weight, inputs.labels)
-    teacher = (both[N:].detach(), inputs.weight.detach())
-    expected = reference.linear_distillation(both[:N], inputs.weight, *teacher, inputs.labels, reduction="sum")
-    if "none" not in name:
-        expected = expected / (inputs.labels != -100).sum()
+
+    def truth(both, weight, labels):
+        teacher = (both[N:].detach(), weight.detach())
+        total = reference.linear_distillation(both[:N], weight, *teacher, labels, reduction="sum")
+        return total if "none" in name else total / (labels != -100).sum()
+
     for run in (loss, torch.compile(loss, fullgraph=True)):
-        actual = run(*tensors)
-        torch.testing.assert_close(actual, expected, **TIGHT)
-        for mine, theirs in zip(
-            torch.autograd.grad(actual, tensors[:2]),
-            torch.autograd.grad(expected, tensors[:2], retain_graph=True),
-            strict=True,
-        ):
-            torch.testing.assert_close(mine, theirs, **TIGHT)
+        assert_matches(run, truth, tensors)
 
 
 @pytest.mark.parametrize("size", ["one chunk", "two, the last ragged", "three, the last ragged", "two even"])
 @pytest.mark.parametrize("name", ["vocab", "distillation, none"])
-def test_no_chunk_is_kept(name, size):
+def test_no_saved_logits_of_a_chunk(name, size):
     """The partitioner sees no logits that it could keep for backward."""
     extent = V if name == "vocab" else N
     chunk = {"one chunk": extent, "two, the last ragged": extent - 7, "two even": extent // 2}.get(
@@ -97,9 +87,20 @@ def test_no_chunk_is_kept(name, size):
     )
     inputs = head_inputs(N, H, V)
     chunking = Chunking(strategy="vocab" if name == "vocab" else "tokens", chunk_size=chunk)
-    loss = torch.compile(walked(Ours, chunking)[name], fullgraph=True, backend="aot_eager_decomp_partition")
+    loss = torch.compile(walked(compiled_loss, chunking)[name], fullgraph=True, backend="aot_eager_decomp_partition")
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss(inputs.hidden, inputs.weight, inputs.labels, torch.randn(N, H))
     logits = [t.shape for t in kept if t.dim() > 1 and H not in t.shape and t.shape[-1] > 1]
     assert logits == []
+
+
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_weight_and_bias_of_one_storage(walk):
+    """Weight and bias in one flat buffer, as ZeRO lays them; class weights that are the bias."""
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    flat = torch.cat([inputs.weight.detach().flatten(), inputs.bias.detach().abs()])
+    weight, bias = flat[: 29 * 7].view(29, 7).requires_grad_(), flat[29 * 7 :].requires_grad_()
+    keywords = {"label_smoothing": 0.1, "class_weights": bias.detach()}
+    loss = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)
+    assert_matches(loss, cases.truth(**keywords), (inputs.hidden, weight, inputs.labels, bias))

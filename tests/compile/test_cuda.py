@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from compiled_loss import Chunking, reference
+from compiled_loss import Chunking
 from compiled_loss.testing import head_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -13,18 +13,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_modes_with_cuda_graphs(strategy, mode):
+def test_cuda_graphs(strategy, mode):
     """Recorded in the second call, replayed from the third on; what is refused is counted."""
     inputs = head_inputs(528, 64, 1056, device="cuda", ignored=0.1)
     exact = inputs.to(torch.float64)
-    truth = reference.linear_cross_entropy(*exact[:3], bias=exact.bias)
-    expected = cases.gradients(truth, exact, None)
+    truth = cases.truth()(*exact)
+    expected = cases.gradients(truth, exact)
     loss = torch.compile(cases.linear(Chunking(strategy=strategy, chunk_size=48)), fullgraph=True, mode=mode)
     counters["inductor"].clear()
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         value = loss(*inputs)
-        gradients = cases.gradients(value, inputs, None)
+        gradients = cases.gradients(value, inputs)
         assert abs(value.item() - truth.item()) < 2**-8
         for mine, theirs in zip(gradients, expected, strict=True):
             assert (mine - theirs).norm() < 2**-8 * theirs.norm()
@@ -34,20 +34,20 @@ def test_modes_with_cuda_graphs(strategy, mode):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_values_without_a_synchronisation(strategy, dtype, compiled):
+def test_no_synchronisation(strategy, dtype, compiled):
     inputs = head_inputs(528, 64, 1056, dtype=dtype, device="cuda", ignored=0.1)
     exact = inputs.to(torch.float64)
     loss = cases.linear(Chunking(strategy=strategy, chunk_size=48))  # more than 8 chunks: fp32 accumulators
     loss = torch.compile(loss, fullgraph=True) if compiled else loss
-    cases.gradients(loss(*inputs), inputs, None)
+    cases.gradients(loss(*inputs), inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
         value = loss(*inputs)
-        gradients = cases.gradients(value, inputs, None)
+        gradients = cases.gradients(value, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    truth = reference.linear_cross_entropy(*exact[:3], bias=exact.bias)
+    truth = cases.truth()(*exact)
     eps = 4 * max(torch.finfo(dtype).eps, 2**-10)  # TF32 and reduced-precision reductions are the user's to choose
     assert abs(value.item() - truth.item()) < eps
-    for mine, theirs in zip(gradients, cases.gradients(truth, exact, None), strict=True):
+    for mine, theirs in zip(gradients, cases.gradients(truth, exact), strict=True):
         assert (mine - theirs).norm() < eps * theirs.norm()

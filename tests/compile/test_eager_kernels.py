@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from comparing import TIGHT
 
 import compiled_loss
 from compiled_loss.engine import kernels
-
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def logits(seed=0):
@@ -42,7 +41,7 @@ def compilations(monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_compiled_where_it_is_asked_for(compilations, name):
+def test_eager_calls_compile_where_asked(compilations, name):
     def step(**how):
         z = logits().requires_grad_()
         loss = LOSSES[name](z, how)
@@ -56,7 +55,7 @@ def test_compiled_where_it_is_asked_for(compilations, name):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "cached teacher"])
-def test_kernels(name):
+def test_compiled_kernels_match_plain(name):
     for how in ({"compile": True}, {"compile": False}):
         z = logits().requires_grad_()
         loss = LOSSES[name](z, how)
@@ -67,6 +66,6 @@ def test_kernels(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_errors(name):
+def test_compile_option_errors(name):
     with pytest.raises(ValueError, match="compile: expected True, False or 'auto'"):
         LOSSES[name](logits(), {"compile": 1.5})

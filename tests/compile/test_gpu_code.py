@@ -63,7 +63,7 @@ def by_chunk(inspection, chunks):
 
 @CONTRACTS
 @pytest.mark.parametrize(("model", "name"), parameters())
-def test_contract(inspected, model, name):
+def test_memory_graphs_and_operations(inspected, model, name):
     case = CASES[model, name]
     tokens, width, vocab = SHAPES[model]
     found = inspection(inspected, case)
@@ -96,7 +96,7 @@ def test_contract(inspected, model, name):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("tokens, everything", "vocab, everything", "none")),
     ],
 )
-def test_chunks_of_their_own_size_of_an_odd_vocabulary(inspected, name, part):
+def test_odd_vocabulary_and_ragged_chunks(inspected, name, part):
     """Rows of 50257, which Inductor pads in graphs of its own."""
     tokens, _, vocab = shape = 1024, 512, 50257
     strategy, _, more = name.partition(", ")
@@ -122,7 +122,7 @@ def test_one_pass_over_logits_each_way(inspected, model, name):
 
 @CONTRACTS
 @pytest.mark.parametrize("model", ["8B", "N < H", pytest.param("Gemma", marks=pytest.mark.slow)])
-def test_half_of_the_memory_of_the_unchunked_loss_or_less(inspected, model):
+def test_half_of_the_memory_of_the_unchunked_loss(inspected, model):
     """What it is all for; and the unchunked loss shows that the peak is not always low."""
     tokens, width, vocab = SHAPES[model]
     case = CASES[model, "tokens, plain"]
@@ -133,7 +133,7 @@ def test_half_of_the_memory_of_the_unchunked_loss_or_less(inspected, model):
 
 
 @CONTRACTS
-def test_the_naive_loop_fails_these_tests(inspected):
+def test_naive_loop_fails(inspected):
     """A test of the tests: one graph, no break, and all logits kept."""
     tokens, _, vocab = shape = (2048, 1024, 32768)
     case = linear("vocab", shape)
@@ -146,14 +146,14 @@ def test_the_naive_loop_fails_these_tests(inspected):
 
 
 @CONTRACTS
-def test_a_chunk_of_all_tokens_forms_its_gradients_in_forward(inspected):
+def test_single_chunk_forms_its_gradients_in_forward(inspected):
     """With N < H, keeping the logits for backward's GEMMs takes fewer bytes: the partitioner would."""
     for wanted in ("hw", "w"):
         found = inspection(inspected, linear("tokens", (512, 4096, 131072), 1, grad=wanted), assemble=False)
         assert not found.passes[1].gemms
 
 
-# --- the same code for any number of chunks ---------------------------------------------------------------------------
+# The same code for any number of chunks -----------------------------------------------------------------------------
 
 
 def by_kind(inspected, strategy, name):
@@ -187,7 +187,7 @@ def kind_of(launch):
 
 @COUNTS
 @pytest.mark.parametrize("name", ["plain", pytest.param("everything", marks=pytest.mark.slow)])
-def test_kernels_of_a_chunk_of_tokens(inspected, name):
+def test_kernel_counts_per_chunk_of_tokens(inspected, name):
     """Its logits, one body, the copy of the hidden states that count, dH and dW; with a bias also its sum."""
     found, bodies = by_kind(inspected, "tokens", name)
     forward, backward = found["forward"], found["backward"]
@@ -201,7 +201,7 @@ def test_kernels_of_a_chunk_of_tokens(inspected, name):
 @COUNTS
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "everything"])
-def test_kernels_of_a_chunk_of_columns(inspected, name):
+def test_kernel_counts_per_chunk_of_vocab(inspected, name):
     found, bodies = by_kind(inspected, "vocab", name)
     forward, backward = found["forward"], found["backward"]
     assert forward[0] == {"GEMM": 1, "generated": 1}
@@ -213,7 +213,7 @@ def test_kernels_of_a_chunk_of_columns(inspected, name):
 
 @COUNTS
 @NAMES
-def test_the_body_of_a_chunk_of_tokens(inspected):
+def test_kernel_name_of_a_chunk_of_tokens(inspected):
     """One kernel reads the logits three times and writes their gradient over them: maximum, sum, gradient."""
     _, bodies = by_kind(inspected, "tokens", "plain")
     assert_expected_inline(
@@ -230,7 +230,7 @@ def two_chunk_sizes(hidden, weight, labels):
 
 
 @CONTRACTS
-def test_a_kernel_that_counts_in_32_bits_gets_no_more_logits(inspected):
+def test_64_bit_indexing_of_many_logits(inspected):
     inputs = ("bf16[32768,64]:grad", "bf16[131072,64]:grad", "int64[32768]:0..9")
     found = inspected(two_chunk_sizes, *inputs, assemble=False)
     bodies = [k.source for k in found.kernels if "amax" in k.name]
@@ -239,7 +239,7 @@ def test_a_kernel_that_counts_in_32_bits_gets_no_more_logits(inspected):
 
 @pytest.mark.slow
 @CONTRACTS
-def test_few_rows_split_the_reductions(inspected):
+def test_fewer_rows_than_min_rows_split_the_kernel(inspected):
     """Why the planner takes MIN_ROWS at least: with half as many a body is several kernels."""
     shape = (4 * MIN_ROWS, 4096, 131072)
     enough = inspection(inspected, linear("tokens", shape, 4), assemble=False)
@@ -248,7 +248,7 @@ def test_few_rows_split_the_reductions(inspected):
     assert by_chunk(few, 8)[0][0] == [8] * 5
 
 
-# --- other GPUs ----------------------------------------------------------------------------------------------------------------
+# Other GPUs ---------------------------------------------------------------------------------------------------------
 
 
 AMD = [case for case in CASES if case[0] == "8B"]
@@ -257,14 +257,14 @@ AMD = [case for case in CASES if case[0] == "8B"]
 @pytest.mark.slow
 @CONTRACTS
 @pytest.mark.parametrize(("model", "name"), CASES, ids=lambda v: v)
-def test_every_nvidia_gpu(inspected, model, name):
+def test_assembles_for_every_nvidia_gpu(inspected, model, name):
     found = inspection(inspected, CASES[model, name], assemble=NVIDIA)
     assert_assembles(found, NVIDIA)
 
 
 @COUNTS
 @pytest.mark.parametrize(("model", "name"), parameters(AMD, [("8B", "logits, everything")]))
-def test_amd(inspected, model, name):
+def test_assembles_for_amd(inspected, model, name):
     """From sources of its own, for wavefronts of 64."""
     case = CASES[model, name]
     found = inspection(inspected, case, device="hip:gfx942", assemble=("hip:gfx942",))
@@ -274,7 +274,7 @@ def test_amd(inspected, model, name):
 
 
 @CONTRACTS
-def test_kernel_count_names_the_kernels(inspected):
+def test_assert_kernel_count_names_the_kernels(inspected):
     found = inspection(inspected, CASES["8B", "logits, plain"])
     with pytest.raises(AssertionError, match="triton_"):
         assert_kernel_count(found, 100)

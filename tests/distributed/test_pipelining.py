@@ -1,19 +1,18 @@
 """Two processes under torch.distributed.pipelining: losses and all gradients are those of one process and full logits.
 
-Everything is fp64 and sums fewer than 1000 numbers near 1: 1e-11 is what their rounding costs, with room to spare.
+Everything is fp64.
 """
 
 import pipelining_child as child
 import pytest
 import ranks
 import torch
-from torch.nn import functional as F
+from comparing import TIGHT
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo for processes on CPUs"),
     pytest.mark.xdist_group("pipelining"),  # one pair of processes for all tests
 ]
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")
@@ -22,35 +21,8 @@ def results(tmp_path_factory):
     return ranks.run(child.steps, 2, tmp_path_factory.mktemp("pipelining"), limit=240)
 
 
-def further(labels, seq_idx, ahead):
-    """Labels of `ahead` positions later within the same packed sub-sequence."""
-    targets = torch.full_like(labels, -100)
-    for b in range(labels.shape[0]):
-        for t in range(labels.shape[1] - ahead):
-            if seq_idx[b, t] == seq_idx[b, t + ahead]:
-                targets[b, t] = labels[b, t + ahead]
-    return targets
-
-
-def plain(stages, case, count, tokens, labels, seq_idx):
-    """The main loss and that of multi-token prediction, by their formulas."""
-    first, last = stages
-    main, *per_depth = last(first(tokens, seq_idx), seq_idx)[: 1 + child.D]
-
-    def cross_entropy(logits, targets):
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=case.reduction)
-        return loss / count if case.reduction == "sum" else loss
-
-    depths = [
-        cross_entropy(states @ last.lm_head.weight.t(), further(labels, seq_idx, k + 1))
-        for k, states in enumerate(per_depth)
-    ]
-    logits = main @ last.lm_head.weight.t() if case.fused else main
-    return cross_entropy(logits, labels), child.SCALING / child.D * sum(depths)
-
-
 @pytest.mark.parametrize("name", child.CASES)
-def test_a_step_is_that_of_one_process(name, results):
+def test_pipeline_step_matches_one_process(name, results):
     """mtp.py:370: the fused loss with a tuple was refused. mtp.py:403: num_label_tokens never came."""
     case = child.CASES[name]
     if case.keywords and not child.PASSES_KEYWORDS:
@@ -58,7 +30,7 @@ def test_a_step_is_that_of_one_process(name, results):
     stages, whole = child.stages(case), child.batch(case)
     parts = list(zip(*(part.chunk(child.MICROBATCHES) for part in whole), strict=True))
     count = (whole[1] != -100).sum()
-    losses = [plain(stages, case, count, *part) for part in parts]
+    losses = [child.plain(stages, case, count, *part) for part in parts]
 
     assert results[0][name]["trained"] == results[0][name]["evaluated"] == []
     trained, evaluated = (results[1][name][key] for key in ("trained", "evaluated"))
@@ -66,7 +38,7 @@ def test_a_step_is_that_of_one_process(name, results):
     torch.testing.assert_close(evaluated, [main.detach() for main, _ in losses], **TIGHT)
 
     if case.reduction == "sum":  # over the count of all microbatches: they add up to the batch
-        loss = sum(plain(stages, case, count, *whole))
+        loss = sum(child.plain(stages, case, count, *whole))
         torch.testing.assert_close(sum(trained), loss.detach(), **TIGHT)
     else:  # the schedule averages: microbatches weigh the same, however many tokens they count
         loss = sum(main + auxiliary for main, auxiliary in losses) / child.MICROBATCHES
@@ -77,13 +49,13 @@ def test_a_step_is_that_of_one_process(name, results):
         assert all(gradient.any() for gradient in expected.values())
 
 
-def test_packing_and_counts_are_told_apart():
+def test_microbatches_differ_in_packing_and_counts():
     """A loss that mixed up microbatches' packing or counts would be found out."""
     for case in child.CASES.values():
         _, labels, seq_idx = child.batch(case)
         counts = (labels != -100).reshape(child.MICROBATCHES, -1).sum(-1).tolist()
         assert len(set(counts)) > 1
-        across = further(labels, torch.zeros_like(seq_idx), 1)
-        assert (further(labels, seq_idx, 1) != across).any()
+        across = child.further(labels, torch.zeros_like(seq_idx), 1)
+        assert (child.further(labels, seq_idx, 1) != across).any()
         if case.packing == "seq_idx":
             assert len(seq_idx.unique(dim=0)) == child.B

@@ -12,7 +12,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_pipelining import TIGHT, plain
+from comparing import TIGHT
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -131,8 +131,8 @@ def check(name, found):
     stages, batch = child.stages(case), child.batch(case)
     count = (batch[1] != -100).sum()
     parts = zip(*(part.chunk(child.MICROBATCHES) for part in batch), strict=True)
-    losses = [sum(plain(stages, case, count, *part)).detach() for part in parts]
-    sum(plain(stages, case, count, *batch)).backward()
+    losses = [sum(child.plain(stages, case, count, *part)).detach() for part in parts]
+    sum(child.plain(stages, case, count, *batch)).backward()
     expected = [{name: parameter.grad for name, parameter in stage.named_parameters()} for stage in stages]
     assert [by_name[name][0] for by_name in found] == [0, 0, 1, 1]
     for rank, ours, gradients in (by_name[name] for by_name in found):
@@ -141,11 +141,11 @@ def check(name, found):
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_step_is_that_of_one_process(name, eager):
+def test_pipeline_step_with_tensor_parallel_or_fsdp(name, eager):
     check(name, eager)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_a_step_with_a_compiled_loss(name, compiled):
+def test_pipeline_step_with_a_compiled_loss(name, compiled):
     check(name, compiled)

@@ -35,14 +35,14 @@ def test_what_ranks_return(tmp_path):
     assert ranks.run(tell, 2, tmp_path, limit=60) == [1.0, 1.0]
 
 
-def test_a_hang_is_told(tmp_path):
+def test_hang_is_reported(tmp_path):
     with pytest.raises(AssertionError, match=r"rank 1 hung at: before the wait\n.*time\.sleep|in hang") as told:
         ranks.run(hang, 2, tmp_path, limit=12)
     assert "rank 0 hung at: before the wait" in str(told.value) and 'test_ranks.py", line' in str(told.value)
     assert not multiprocessing.active_children()
 
 
-def test_a_failure_is_told(tmp_path):
+def test_failure_is_reported(tmp_path):
     with pytest.raises(AssertionError, match=r"(?s)rank 0 exited with 1 at: a step.*RuntimeError: no such step"):
         ranks.run(fail, 2, tmp_path, limit=60)
     assert not multiprocessing.active_children()

@@ -32,7 +32,7 @@ def collectives(found):
         pytest.param(64, 1, N, marks=pytest.mark.slow),
     ],
 )
-def test_token_walk(world, chunks, size):
+def test_tokens_strategy(world, chunks, size):
     """Two collectives a chunk of rows and one of 48 bytes forward, and one of dH back."""
     own = V // world
     chunking = Chunking(strategy="tokens", chunk_size=size)
@@ -48,7 +48,7 @@ def test_token_walk(world, chunks, size):
 
 
 @pytest.mark.parametrize("world", [pytest.param(8, marks=pytest.mark.slow), 64])
-def test_vocabulary_walk(world):
+def test_vocab_strategy(world):
     """Three collectives forward, one of 48 bytes, and one back, however many chunks there are."""
     own = V // world
     chunking = Chunking(strategy="vocab", chunk_size=own // CHUNKS)
@@ -62,7 +62,7 @@ def test_vocabulary_walk(world):
     assert found.saved_bytes <= 64 * N
 
 
-def test_a_cached_teacher():
+def test_teacher_topk():
     """Three collectives a chunk of rows, the top's of [rows, k], and one of 48 bytes; logits and a copy of them."""
     world, k, own = 8, 64, V // 8
     inputs = (f"bf16[{N},{H}]:grad", f"bf16[{own},{H}]:grad", f"bf16[{N},{k}]", f"int64[{N},{k}]:0..{V - 1}")
@@ -76,7 +76,7 @@ def test_a_cached_teacher():
     assert found.saved_bytes <= outputs + 64 * N
 
 
-def test_every_kind():
+def test_every_kind_of_collective():
     """Of 8 rows of 128 bytes; who waits for a tensor holds no second one."""
     found = inspect(exchanged(Part(8, 8, 3)), "f32[4,8]", backward=False, assemble=False)
     assert found.forward.collectives == (
@@ -109,7 +109,7 @@ def test_logits():
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("cached teacher, sum", "cached teacher, none")),
     ],
 )
-def test_ranks_with_other_shapes_reduce_in_the_same_order(name):
+def test_order_of_collectives_on_ranks_of_different_shapes(name):
     """Of 7 classes over 4 ranks one has 2, one 1 or none: an order of its own, and ranks would wait for ever."""
     tokens, width, orders = 12, 6, []
     for vocab, rank in ((7, 0), (7, 3), (5, 0), (5, 3)):

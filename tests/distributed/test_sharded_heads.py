@@ -1,7 +1,4 @@
-"""Heads of models over ranks, weight and bias, through the losses that look for them: loss and all gradients.
-
-fp64: 1e-11 is what rounding costs, with room to spare.
-"""
+"""Heads of models over ranks, weight and bias, through the losses that look for them: loss and all gradients."""
 
 import pytest
 import ranks
@@ -12,7 +9,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo for processes on CPUs"),
     pytest.mark.xdist_group("sharded heads"),
 ]
-TIGHT = 1e-11
 CASES = [("data_parallel", how) for how in ("fsdp", "hsdp", "bf16", "bf16, gathered")]
 CASES += [("tensor_parallel", how) for how in ("eager", "transformers")]
 
@@ -31,20 +27,20 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "how"), CASES)
-def test_weight_and_bias(kind, how, found):
+def test_weight_and_bias_of_sharded_heads(kind, how, found):
     # bf16: two roundings of 2^-9 each in hidden states, head, logits and their gradients
-    bound = 2**-6 if how.startswith("bf16") else TIGHT
+    bound = 2**-6 if how.startswith("bf16") else ranks.ROUNDING
     for rank in found:
         assert max(rank[kind, how].values()) <= bound, rank[kind, how]
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path):
+def test_tensor_parallel_compiled(tmp_path):
     for errors in ranks.run(heads.tensor_parallel, 2, tmp_path, "compiled", limit=600):
-        assert max(errors.values()) <= TIGHT, errors
+        assert max(errors.values()) <= ranks.ROUNDING, errors
 
 
-def test_a_policys_dtype(found):
+def test_mixed_precision_policy(found):
     """Gathered in the narrow dtype, reduced in the weight's own: the mean of 1, 1, 1 and 2^-8 has no bf16."""
     mean = (3 + 2**-8) / 4
     for rank in found:

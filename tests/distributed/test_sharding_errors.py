@@ -160,7 +160,7 @@ def texts():
     return found
 
 
-def test_every_rank_refuses_alike(tmp_path):
+def test_same_error_on_every_rank(tmp_path):
     first, second = ranks.run(texts, 2, tmp_path, limit=120)
     wrong = {name: (got, expected) for name, (got, expected) in first.items() if not got.startswith(expected)}
     wrong |= {name: (got, expected) for name, (got, expected) in second.items() if not got.startswith(expected)}
@@ -185,7 +185,7 @@ def poisoned(walks):
 
 
 @pytest.mark.parametrize("walk", [WALKS[0], pytest.param(WALKS[1], marks=pytest.mark.slow)], ids=["tokens", "vocab"])
-def test_a_label_out_of_range_is_nan_on_every_rank(tmp_path, walk):
+def test_label_out_of_range_is_nan_on_every_rank(tmp_path, walk):
     for found in zip(*ranks.run(poisoned, 2, tmp_path, [walk], limit=240), strict=True):
         for loss, rows, weight in found:
             assert loss.isnan() and weight
@@ -226,7 +226,7 @@ def disagreeing():
     return found
 
 
-def test_ranks_that_do_not_agree_are_nan_where_nobody_can_look(tmp_path):
+def test_disagreeing_ranks_are_nan_where_labels_are_not_read(tmp_path):
     for found in ranks.run(disagreeing, 2, tmp_path, limit=240):
         assert len(found) == 11
         assert all(all(nan) for nan in found), [nan for nan in found if not all(nan)]
@@ -250,7 +250,7 @@ def empty_batches():
     return steps
 
 
-def test_a_rank_without_tokens(tmp_path):
+def test_rank_without_tokens(tmp_path):
     for steps in ranks.run(empty_batches, 2, tmp_path, limit=240):
         assert all(finite and shaped for _, finite, shaped in steps)
         assert {zero for zero, *_ in steps[:4]} == {True, False}

@@ -63,7 +63,7 @@ def none_is_left(folder):
             os.kill(int((folder / f"{rank}.pid").read_text()), 0)
 
 
-def test_a_rank_that_lives_on_but_takes_no_part(tmp_path):
+def test_rank_that_skips_its_collectives(tmp_path):
     """The group's timeout ends the wait; whoever waits for a rank that gave up sees its connection close."""
     ranks.run(two_steps, WORLD, tmp_path, tmp_path, WALKS, True, limit=240)
     for walk in WALKS:
@@ -74,7 +74,7 @@ def test_a_rank_that_lives_on_but_takes_no_part(tmp_path):
     none_is_left(tmp_path)
 
 
-def test_a_rank_that_ends(tmp_path):
+def test_rank_that_ends(tmp_path):
     """The others see its connection close, and the launcher says who failed, where and why."""
     with pytest.raises(AssertionError, match=r"(?s)rank 1 exited with 1 at: the second step.*MemoryError: no room for"):
         ranks.run(two_steps, WORLD, tmp_path, tmp_path, ["tokens"], False, limit=120)

@@ -65,14 +65,14 @@ def _no_code_generation(monkeypatch):
 
 @pytest.mark.usefixtures("_no_code_generation")
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_doctests(name):
     before = dict(vars(torch._tensor_str.PRINT_OPTS))
     said = [failures(test) for test in doctest.DocTestFinder().find(module_of(name)) if test.examples]
     assert not any(said), "".join(said)
     assert vars(torch._tensor_str.PRINT_OPTS) == before
 
 
-def test_examples_are_found():
+def test_doctests_are_found():
     """None is skipped, and a wrong one fails."""
 
     def wrong():
@@ -168,7 +168,7 @@ def test_every_parameter_is_documented(name):
     assert sorted(documented(FUNCTIONS[name])) == sorted(inspect.signature(FUNCTIONS[name]).parameters)
 
 
-def test_the_reader_of_docstrings_reads():
+def test_docstring_reader():
     def function(some, other, third, fourth):
         """Do it: this is no section.
 
@@ -265,6 +265,6 @@ def test_paths_in_prose_exist(name):
     assert not [path for path in mentioned if not any((folder / path).exists() for folder in folders)]
 
 
-def test_the_reader_of_prose_reads():
+def test_prose_reader():
     text = "`tests/nowhere` `a.py` `[N, V]` `tokens/s` `torch.compile` [x](docs/y.md#z) [u](https://u/v.md)\n```\n`b.py`\n```\n"
     assert list(repository_paths(text)) == ["tests/nowhere", "a.py", "docs/y.md"]

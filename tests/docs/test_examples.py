@@ -102,7 +102,7 @@ def test_example(path, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_with_generated_code(path, tmp_path):
+def test_example_with_inductor(path, tmp_path):
     output = run(tmp_path, path)
     assert kept(path, output), output
 
@@ -129,7 +129,7 @@ def test_ranks_train_as_one_process(tmp_path):
 
 @needs_gloo
 @pytest.mark.slow
-def test_ranks_train_as_one_process_with_generated_code(tmp_path):
+def test_ranks_train_as_one_process_with_inductor(tmp_path):
     compare_with_one_process(tmp_path, WITH_CODE, "all", limit=900)
 
 

@@ -26,7 +26,7 @@ def tool():
     return module
 
 
-def test_figures_and_picture_are_those_of_the_raw_results():
+def test_figures_match_the_raw_results():
     command = [sys.executable, ROOT / "tools" / "figures.py", "--check"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -46,7 +46,7 @@ def made(tool):
     return scaling
 
 
-def test_times(made):
+def test_hand_computed_times(made):
     """dW's 16 bytes of a rank over two replicas of 8 ranks, each a node; all 128 bytes over 16, 8 on each node."""
     sent = 2 * (1000 + 14 + 1400 / 100)
     assert made.strong("tokens", 1, 1) == made.weak("tokens", 1, 1) == 8

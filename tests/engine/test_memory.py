@@ -42,7 +42,7 @@ def chunk_bytes(strategy, chunk):
     ("strategy", "size"),
     [pytest.param(*case, marks=[pytest.mark.slow] * (case != ("tokens", "dW")), id="-".join(case)) for case in CHUNKS],
 )
-def test_compiled(strategy, size):
+def test_peak_compiled(strategy, size):
     chunk = CHUNKS[strategy, size]
     memory = measured(strategy, chunk, "compiled")
     assert memory["peak"] <= 1.05 * (OUTPUTS + chunk_bytes(strategy, chunk)) + 16 * MIB
@@ -52,7 +52,7 @@ def test_compiled(strategy, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "eager, compiled bodies"])
 @pytest.mark.parametrize(("strategy", "size"), [("tokens", "dW"), ("vocab", "dW")], ids=str)
-def test_eager(strategy, size, mode):
+def test_peak_eager(strategy, size, mode):
     chunk = CHUNKS[strategy, size]
     most = OUTPUTS + chunk_bytes(strategy, chunk)
     if strategy == "tokens":
@@ -62,7 +62,7 @@ def test_eager(strategy, size, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_bf16_with_a_wide_accumulator(strategy):
+def test_peak_with_fp32_accumulator(strategy):
     """16 chunks accumulate in fp32: counted once beside the outputs."""
     chunk = (TOKENS if strategy == "tokens" else VOCAB) // 16
     memory = measured(strategy, chunk, "compiled", dtype="bfloat16")
@@ -71,7 +71,7 @@ def test_bf16_with_a_wide_accumulator(strategy):
 
 
 @pytest.mark.slow
-def test_the_naive_loop_fails_this_bound():
+def test_naive_loop_exceeds_the_bound():
     """A test of the test, at half of the vocabulary."""
     vocab, chunk = VOCAB // 2, CHUNKS["vocab", "dW"]
     memory = measured("naive", chunk, "compiled", vocab=vocab)
@@ -79,7 +79,7 @@ def test_the_naive_loop_fails_this_bound():
     assert memory["peak"] > 1.5 * (1.05 * (outputs + chunk_bytes("vocab", chunk)) + 16 * MIB)
 
 
-def test_eager_at_half_of_the_vocabulary():
+def test_peak_eager_at_half_of_the_vocabulary():
     vocab, chunk = VOCAB // 2, CHUNKS["tokens", "dW"]
     outputs, logits = 4 * (TOKENS * WIDTH + vocab * WIDTH), 4 * chunk * vocab
     memory = measured("tokens", chunk, "eager", vocab=vocab)
@@ -99,7 +99,7 @@ def test_eager_at_half_of_the_vocabulary():
         pytest.param("statistics", (4096, 8192), True, marks=pytest.mark.slow),
     ],
 )
-def test_logits_that_exist(loss, shape, compiled):
+def test_peak_on_logits(loss, shape, compiled):
     """Gradients alone, wherever the classes lie: logits of 128 MiB are neither copied nor kept twice."""
     shown = {"loss": loss, "shape": shape, "compiled": compiled}
     memory = run_in_child("memory_child:measure_logits", environment=ENVIRONMENT, **shown)
@@ -107,6 +107,6 @@ def test_logits_that_exist(loss, shape, compiled):
     assert memory["peak"] <= 1.05 * memory["gradients"] + 16 * MIB
 
 
-def test_what_the_heap_holds_free_is_counted_once():
+def test_peak_counts_free_heap_once():
     """One block of 16 MiB after another, and two together."""
     assert run_in_child("memory_child:measure_heap", environment=ENVIRONMENT) == [16, 32]

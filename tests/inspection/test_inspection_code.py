@@ -35,7 +35,7 @@ def check_configurations(found, targets):
     assert any(c.shared for k in made for c in k.configurations)  # the reduction
 
 
-def test_nvidia():
+def test_assemble_nvidia():
     targets = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100")
     lines = []
     found = inspect(user.linear_logsumexp, f"{HIDDEN}:grad", f"{WEIGHT}:grad", assemble=targets, progress=lines.append)
@@ -53,7 +53,7 @@ def test_nvidia():
 
 
 @pytest.mark.slow
-def test_amd():
+def test_assemble_amd():
     found = inspect(
         user.linear_logsumexp, f"{HIDDEN}:grad", f"{WEIGHT}:grad", device="hip:gfx942", assemble=["hip:gfx942"]
     )
@@ -64,7 +64,7 @@ def test_amd():
 
 
 @pytest.mark.parametrize(("device", "targets"), [("cuda:sm_90", ["cuda:sm_80", "hip:gfx942"]), ("cpu", ["cuda:sm_80"])])
-def test_targets_of_another_vendor(device, targets):
+def test_assemble_for_another_vendor_error(device, targets):
     with pytest.raises(InspectionError, match=rf"^assemble: .* device='{device}'.*{targets[-1]}"):
         inspect(user.twice, "f32[8]", device=device, assemble=targets)
     with pytest.raises(InspectionError, match=r"^device: expected one of .*cuda:sm_90.*, got 'sm_90'"):
@@ -96,19 +96,19 @@ def check_measured(fn, *inputs, **options):
     assert found.measured.seconds > 0
 
 
-def test_the_predicted_peak_is_the_measured_one():
+def test_predicted_peak_matches_measured():
     labels = torch.randint(0, 65536, (2048,))
     check_measured(user.linear_cross_entropy, "f32[2048,32]:grad", "f32[65536,32]:grad", labels)
 
 
 @pytest.mark.slow
-def test_the_predicted_peak_with_a_large_result():
+def test_predicted_peak_with_a_large_result():
     check_measured(user.same_shape, "f32[1024,131072]:grad")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [True, False])
-def test_the_predicted_peak_of_layers(backward):
+def test_predicted_peak_of_layers(backward):
     check_measured(
         lambda a, b, c: user.layers(a, b, c).sum(),
         *["f32[32768,1024]:grad" if backward else "f32[131072,512]"],
@@ -132,7 +132,7 @@ LOGITS = ("f32[2048,65536]:grad", "i64[2048]:0..65535")
     ],
     ids=["plain", "smoothing", "softcap", "none"],
 )
-def test_the_predicted_peak_of_losses_on_logits(fn):
+def test_predicted_peak_of_losses_on_logits(fn):
     check_measured(fn, *LOGITS)
 
 
@@ -141,14 +141,14 @@ def test_the_predicted_peak_of_losses_on_logits(fn):
     "options", [{}, {"label_smoothing": 0.1, "softcap": 30.0}], ids=["plain", "smoothing, softcap"]
 )
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_the_predicted_peak_of_linear_losses(strategy, options):
+def test_predicted_peak_of_linear_losses(strategy, options):
     chunking = compiled_loss.Chunking(strategy=strategy, chunk_size={"tokens": 128, "vocab": 65536}[strategy])
     check_measured(partial(compiled_loss.linear_cross_entropy, chunking=chunking, **options), *LINEAR)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_the_predicted_peak_of_distillation(divergence):
+def test_predicted_peak_of_distillation(divergence):
     check_measured(partial(compiled_loss.distillation, divergence=divergence), LOGITS[0], "f32[2048,65536]", LOGITS[1])
     heads = (*LINEAR[:2], "f32[512,256]", "f32[262144,256]", LINEAR[2])
     chunking = compiled_loss.Chunking(chunk_size=128)
@@ -156,12 +156,12 @@ def test_the_predicted_peak_of_distillation(divergence):
 
 
 @pytest.mark.slow
-def test_the_predicted_peak_of_soft_targets():
+def test_predicted_peak_of_soft_targets():
     mask = torch.ones(2048, 1, dtype=torch.bool)
     check_measured(compiled_loss.masked_soft_cross_entropy, LOGITS[0], "f32[2048,65536]", mask)
 
 
 @pytest.mark.slow
-def test_a_run_with_ignored_labels():
+def test_measure_with_ignored_labels():
     logits, labels = "f32[8,5]:grad", torch.tensor([-100, 1, 2, 3, 4, 4, 4, -100])
     assert inspect(F.cross_entropy, logits, labels, device="cpu", measure=True).measured.seconds > 0

@@ -56,7 +56,7 @@ def test_nothing_to_differentiate(fn):
     clear(str(caught.value), lines=1)
 
 
-def test_a_loop_that_only_data_end():
+def test_loop_that_depends_on_data():
     with pytest.raises(
         InspectionError, match=r"^the host asked for data 10001 times: expected a program whose loops"
     ) as e:
@@ -64,7 +64,7 @@ def test_a_loop_that_only_data_end():
     clear(str(e.value), lines=1)
 
 
-def test_a_function_that_cannot_travel():
+def test_unpicklable_function():
     lock = threading.Lock()
     expected = r"^<lambda>: expected a function that can be sent to another process, got .*lock.*: define it at the top"
     with pytest.raises(InspectionError, match=expected) as caught:
@@ -72,14 +72,14 @@ def test_a_function_that_cannot_travel():
     clear(str(caught.value), lines=1)
 
 
-def test_an_input_that_is_more_than_its_shape():
+def test_tensor_subclass_input():
     class Mine(torch.Tensor): ...
 
     with pytest.raises(InspectionError, match=r"^inputs: expected plain tensors and parameters, got a Mine"):
         inspect(user.twice, torch.ones(3).as_subclass(Mine))
 
 
-def test_a_function_that_is_compiled_already():
+def test_compiled_function_is_taken():
     compiled = torch.compile(lambda x: x.exp())
     assert inspect(compiled, "f32[8]", backward=False).launches == 1
 
@@ -92,13 +92,13 @@ def test_an_unknown_device(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_real_gpu_where_there_is_none():
+def test_cuda_device_without_a_gpu():
     with pytest.raises(InspectionError, match=r"^device: expected a GPU .*'cuda:sm_90'") as caught:
         inspect(user.twice, "f32[8]", device="cuda")
     clear(str(caught.value), lines=1)
 
 
-def test_an_input_that_is_no_spec():
+def test_invalid_input_text():
     with pytest.raises(ValueError, match=r"^inputs: expected dtype\[size,size\].*, got 'mean'"):
         inspect(user.twice, "mean")
 

@@ -52,7 +52,7 @@ def of_loss(p):
 # Where a model is made ----------------------------------------------------------------------------------------------
 
 
-def test_any_random_initialisation():
+def test_random_initialisation():
     found = inspect(user.initialised, "f32[64,32]:grad", backward=False)
     assert found.launches
 
@@ -94,7 +94,7 @@ def test_a_model_made_inside():
 # What the loss has --------------------------------------------------------------------------------------------------
 
 
-def test_the_share_of_the_loss():
+def test_share_of_the_loss():
     theirs, ours = plain(), inspect(Step(models.our_loss_of), *INPUTS)
     assert theirs.loss == ("cross_entropy", "lm_head") and ours.loss == ("compiled_loss",)
     for found in (theirs, ours):
@@ -111,7 +111,7 @@ def test_the_share_of_the_loss():
     assert sum(g.of_loss for g in theirs.backward.gemms) == 2
 
 
-def test_a_loss_by_a_name_of_its_own():
+def test_loss_option_names_the_loss():
     found = inspect(Step(models.our_loss_of), *INPUTS, loss="mlp")
     assert {"mlp", "compiled_loss"} == set(found.loss)
     found = inspect(user.linear_cross_entropy, "f32[64,32]:grad", "f32[1000,32]:grad", "i64[64]:0..999")
@@ -153,19 +153,19 @@ def test_an_optimizer_in_the_step_of_a_tied_head():
 
 
 @pytest.mark.slow
-def test_a_tied_head():
+def test_tied_head():
     found = inspect(Step(tie_word_embeddings=True), *INPUTS)
     assert gemm_operations(found) == gemm_operations(plain())
     assert found.peak_bytes < plain().peak_bytes  # one gradient for both
 
 
-def test_blocks_as_nested_regions():
+def test_nested_compile_regions():
     found = inspect(Step(models.in_regions, num_hidden_layers=3), *INPUTS)
     assert gemm_operations(found) == 3 * (3 * block_operations() + HEAD_OPERATIONS)
     assert found.breaks == () and found.forward.attention
 
 
-def test_a_sharded_model():
+def test_fsdp2_model():
     found = inspect(Sharded(), *INPUTS)
     sent = {one.kind for p in found.passes for one in p.collectives}
     assert {"all-gather", "reduce-scatter"} <= sent

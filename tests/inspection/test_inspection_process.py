@@ -125,7 +125,7 @@ def run_script(folder, text):
     return json.loads(done.stdout.splitlines()[-1]), done.returncode, gone(mark)
 
 
-def test_the_caller_stays_as_it_was(tmp_path):
+def test_caller_state_is_unchanged(tmp_path):
     """And when it is killed its child ends."""
     said, status, nothing_left = run_script(tmp_path, CLEAN)
     assert said == {"launches": 2, "changed": {}}

@@ -25,7 +25,7 @@ SLOW = Network(
         ("broadcast", 4, None),
     ],
 )
-def test_sent(kind, ranks, sent):
+def test_bytes_sent(kind, ranks, sent):
     assert Collective(kind=kind, size=1000, ranks=ranks).sent_bytes == sent
 
 
@@ -44,7 +44,7 @@ def test_sent(kind, ranks, sent):
         ("broadcast", 8, None, None),
     ],
 )
-def test_seconds(kind, ranks, nodes, seconds):
+def test_hand_computed_seconds_of_collectives(kind, ranks, nodes, seconds):
     found = Collective(kind=kind, size=800, ranks=ranks).seconds(SLOW, nodes)
     assert found == (None if seconds is None else pytest.approx(seconds, rel=1e-12))
 

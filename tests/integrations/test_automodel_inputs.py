@@ -1,6 +1,6 @@
 """What NeMo Automodel's losses take: flat streams, losses without an ignore_index, counts that do not divide.
 
-Expectations are plain torch, in fp64 where 1e-11 is rounding.
+Expectations are plain torch, most of them in fp64.
 """
 
 import re
@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from comparing import TIGHT
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ from compiled_loss import (
 from compiled_loss.testing import assert_within_error_budget
 
 T, H, V = 7, 4, 11
-TIGHT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def stream():
@@ -48,7 +48,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_a_flat_stream(layout, reduction):
+def test_packed_stream_layouts(layout, reduction):
     theirs, shape = LAYOUTS[layout]
     logits, hidden, flat = stream()
     labels = flat.reshape(shape)
@@ -72,7 +72,7 @@ def test_a_flat_stream(layout, reduction):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_flat_stream_distilled(layout):
+def test_packed_stream_layouts_of_kd_loss(layout):
     theirs, shape = LAYOUTS[layout]
     student, _, flat = stream()
     teacher = torch.randn(T, V, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_a_flat_stream_distilled(layout):
         torch.testing.assert_close(found, expected, **TIGHT)
 
 
-def test_a_stream_of_one_token_and_of_none():
+def test_packed_stream_of_one_token_and_of_none():
     weight = torch.randn(V, H, dtype=torch.float64, requires_grad=True)
     fused = FusedLinearCrossEntropy()
     for size in (1, 0):
@@ -94,7 +94,7 @@ def test_a_stream_of_one_token_and_of_none():
         torch.testing.assert_close(found, expected, **TIGHT)
 
 
-def test_other_shapes_stay_errors():
+def test_other_shapes_are_errors():
     """As many tokens in another order are others."""
     labels = torch.zeros(3, 2, dtype=torch.int64)
     for call in (
@@ -109,7 +109,7 @@ def test_other_shapes_stay_errors():
 
 
 @pytest.mark.parametrize("count", [9, torch.tensor(9), 0])
-def test_a_count_beside_mean_or_none(count):
+def test_num_label_tokens_with_mean_or_none(count):
     """Automodel's class does not look at it, and calculate_loss always passes it."""
     logits, _, labels = stream()
     logits.requires_grad_()
@@ -154,7 +154,7 @@ class Capture:
         ({}, -3, -3),
     ],
 )
-def test_the_label_a_loss_ignores(own, given, put):
+def test_ignore_index_of_the_loss(own, given, put):
     labels = torch.randint(0, V, (2, 5))
     loss = Capture(**own)
     logits = [torch.zeros(2, 5, V), torch.zeros(2, 5, V)]
@@ -166,7 +166,7 @@ def test_the_label_a_loss_ignores(own, given, put):
     assert MTPLossConfig(ignore_index=given).build(loss, nn.Identity()).ignore_index == put
 
 
-def test_another_label_than_the_loss_ignores():
+def test_conflicting_ignore_index_error():
     text = "ignore_index: expected -7 like Capture, got -100: None takes the loss's"
     for call in (
         lambda: calculate_mtp_loss(
@@ -183,7 +183,7 @@ def test_another_label_than_the_loss_ignores():
 
 @pytest.mark.parametrize("kind", [list, tuple])
 @pytest.mark.parametrize("form", [dict, SimpleNamespace])
-def test_hidden_states_that_end_in_none(kind, form):
+def test_hidden_states_tuple_with_none(kind, form):
     model = nn.ModuleDict({"lm_head": nn.Linear(H, V, dtype=torch.float64)})
     _, hidden, labels = stream()
     loss = PipelineCausalLMLoss(FusedLinearCrossEntropy(reduction="mean"), model)
@@ -199,7 +199,7 @@ def test_hidden_states_that_end_in_none(kind, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_weight_wider_than_the_hidden_states(dtype):
+def test_fp32_weight_with_narrow_hidden_states(dtype):
     """As FSDP holds it under a mixed-precision policy: its GEMMs are in the policy's dtype, its gradient in its own."""
     hidden = torch.randn(1, T, H).to(dtype).requires_grad_()
     weight, bias = torch.randn(V, H, requires_grad=True), torch.randn(V, requires_grad=True)
@@ -231,7 +231,7 @@ def test_a_weight_wider_than_the_hidden_states(dtype):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_mask_moves_with_its_label(fused):
+def test_mtp_mask(fused):
     """Through any loss: a label counts where its mask is not 0, wherever it is predicted from."""
     model = nn.ModuleDict({"lm_head": nn.Linear(H, V, dtype=torch.float64)})
     labels = torch.randint(0, V, (2, T))

@@ -149,7 +149,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("count", [None, 23])
 @pytest.mark.parametrize("family", RIGHT)
-def test_the_loss_is_the_models_own(family, count):
+def test_loss_and_gradients_match_the_model(family, count):
     model = RIGHT[family]()
     expected = own(model, count)
     assert float(expected[0].detach()) > 1e-3
@@ -163,7 +163,7 @@ def test_the_loss_is_the_models_own(family, count):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_is_more_than_a_head_is_refused_and_the_function_is_right(family):
+def test_refused_families_take_set_loss_function(family):
     make, text = REFUSED[family]
     model = make()
     expected = own(model)
@@ -180,7 +180,7 @@ def test_what_is_more_than_a_head_is_refused_and_the_function_is_right(family):
 
 
 @pytest.mark.parametrize("family", NEVER_CALLED)
-def test_a_model_that_never_calls_its_loss_function(family):
+def test_models_that_never_call_loss_function_error(family):
     """Bart's decoders, XLNet and CPM-Ant do not shift; XLM's loss is its head's."""
     model = NEVER_CALLED[family]()
     for take in (LinearCausalLMLoss, set_loss_function):
@@ -189,7 +189,7 @@ def test_a_model_that_never_calls_its_loss_function(family):
 
 
 @pytest.mark.parametrize("name", NEVER_CALLED_CLASSES + ANOTHERS)
-def test_a_class_says_it(name):
+def test_refused_classes(name):
     """Models of several parts, by their class alone."""
     kind = getattr(transformers(), name)
     text = "another's" if name in ANOTHERS else "calls self.loss_function"
@@ -198,7 +198,7 @@ def test_a_class_says_it(name):
         set_loss_function(kind.__new__(kind))
 
 
-def test_labels_that_are_aligned():
+def test_t5gemma_aligned_labels():
     """T5Gemma's loss_type is ForMaskedLM: its decoder's inputs are the labels, shifted."""
     model = t5gemma()
     expected = own(model)
@@ -218,7 +218,7 @@ def test_labels_that_are_aligned():
 
 
 @pytest.mark.parametrize("count", [None, 23, torch.tensor(23)])
-def test_the_aligned_function_means_what_theirs_means(count):
+def test_aligned_lm_loss_matches_transformers(count):
     theirs = transformers().loss.loss_utils.ForMaskedLMLoss
     logits = 3 * torch.randn(B, S, V, dtype=torch.float64)
     _, labels = batch()
@@ -230,7 +230,7 @@ def test_the_aligned_function_means_what_theirs_means(count):
 
 
 @pytest.mark.slow  # imports every model of transformers
-def test_no_class_with_a_loss_of_its_own_passes():
+def test_every_class_of_transformers():
     """By the text of its forward: whoever names a cross-entropy there, or no loss_function, is refused."""
     package = transformers().models
     known = re.compile(r"^class (\w*(?:CausalLM|ConditionalGeneration|LMHeadModel|DoubleHeadsModel))\(", re.MULTILINE)

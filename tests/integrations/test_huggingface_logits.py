@@ -72,7 +72,7 @@ class Knowing(torch.nn.Module):
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", OTHERS)
-def test_a_model_that_does_more_to_its_logits(how, dtype, keep):
+def test_changed_logits_are_an_error(how, dtype, keep):
     model, ids = Knowing(dtype), torch.arange(8).reshape(2, 4)
     loss_fn = LinearCausalLMLoss(model)
     loss_fn(model(ids, logits_to_keep=keep), ids)
@@ -84,7 +84,7 @@ def test_a_model_that_does_more_to_its_logits(how, dtype, keep):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_comparison_is_repeated(dtype):
+def test_comparison_is_repeated(dtype):
     """Small logits hide a softcap, and padding hides all: calls 1, 2, 4, 8, ... look again."""
     model, ids = Knowing(dtype), torch.arange(8).reshape(2, 4)
     loss_fn = LinearCausalLMLoss(model)
@@ -102,7 +102,7 @@ def test_the_comparison_is_repeated(dtype):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_model_that_diverged_is_no_other_model(bad):
+def test_nan_and_inf_hidden_states(bad):
     """With a GradScaler, hidden states of inf and NaN are steps to be skipped."""
     model, ids = Knowing(torch.float32), torch.arange(8).reshape(2, 4)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def rounded_never(hidden, weight):
 @pytest.mark.parametrize("product", [partial_sums, rounded_once, rounded_never])
 @pytest.mark.parametrize("transform", [PLAIN, Transform(30.0, 1.0), Transform(None, 0.3), Transform(5.0, 7.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_is_no_difference(dtype, transform, product):
+def test_rounding_passes(dtype, transform, product):
     torch.manual_seed(0)
     outliers = torch.ones(1024).index_fill_(0, torch.tensor([7, 500]), 30.0)
     hidden = (torch.randn(4, 8, 1024) * outliers).to(dtype)
@@ -177,7 +177,7 @@ def test_no_false_alarms(family, dtype, autocast):
             torch.testing.assert_close(loss, inside[0], rtol=0.02, atol=0)  # bf16's products of these logits
 
 
-def test_a_bias_takes_part():
+def test_bias_is_compared():
     model, (ids, labels) = llama(kind="PhiForCausalLM"), batch()
     with torch.no_grad():
         model.lm_head.bias.normal_()

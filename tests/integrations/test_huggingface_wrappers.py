@@ -1,10 +1,8 @@
-"""Models inside of PEFT, torch.compile and data parallelism, and heads that are wrapped or not here."""
-
-import warnings
+"""Models inside of PEFT, torch.compile and data parallelism, and classes of one's own."""
 
 import pytest
 import torch
-from transformers_models import H, V, batch, llama
+from transformers_models import batch, llama, with_lora
 
 from compiled_loss.huggingface import LinearCausalLMLoss, aligned_lm_loss, causal_lm_loss, set_loss_function
 
@@ -22,22 +20,10 @@ class Around(torch.nn.Module):
         return self.module(*args, **kwargs)
 
 
-def peft(model, **config):
-    peft = pytest.importorskip("peft")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return adapted
-
-
 WRAPPERS = {
     "none": lambda model: model,
-    "PEFT": lambda model: peft(model, target_modules=["q_proj"]),
-    "torch.compile of PEFT": lambda model: torch.compile(peft(model, target_modules=["q_proj"]), backend="eager"),
+    "PEFT": lambda model: with_lora(model, target_modules=["q_proj"]),
+    "torch.compile of PEFT": lambda model: torch.compile(with_lora(model, target_modules=["q_proj"]), backend="eager"),
     "parallel": Around,
     "parallel torch.compile": lambda model: Around(torch.compile(model, backend="eager")),
 }
@@ -45,7 +31,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("which", WRAPPERS)
 @torch.compiler.set_stance("force_eager")
-def test_wrapped_models(which):
+def test_peft_compile_and_data_parallel_wrappers(which):
     """The loss is called, which it is not if it is set on the wrapper. Nothing is compiled: that takes seconds."""
     model = llama(num_hidden_layers=1)
     wrapped, (ids, labels) = WRAPPERS[which](model), batch()
@@ -74,7 +60,7 @@ def mine(logits, labels, vocab_size, **kwargs):
     return logits.sum()
 
 
-def test_another_loss_function_that_was_set():
+def test_custom_loss_function_error():
     model = llama()
     model.loss_function = mine
     text = "^model: expected one whose loss_function is .* got LlamaForCausalLM, whose is "
@@ -176,7 +162,7 @@ def capped_then_scaled(self, *args, labels=None, **kwargs):
 
 
 @pytest.mark.parametrize("forward", [renamed, scaled_then_capped, capped_then_scaled])
-def test_a_subclass_that_calls_its_base(forward):
+def test_subclass_with_scale_and_softcap(forward):
     model, (ids, labels) = subclass(forward), batch()
     model.config.output_multiplier, model.config.logits_soft_cap = 0.2, 1.5
     expected = model(input_ids=ids, labels=labels).loss
@@ -188,123 +174,17 @@ def test_a_subclass_that_calls_its_base(forward):
     "forward",
     [a_z_loss, a_balance, a_balance_that_is_not_returned, smoothed, of_other_logits, aligned_already, returned],
 )
-def test_a_loss_with_more_in_it(forward):
+def test_subclass_with_its_own_loss_error(forward):
     with pytest.raises(
         ValueError, match=r"^model: expected one (whose loss is its|whose forward calls).* got Own, whose"
     ):
         LinearCausalLMLoss(subclass(forward))
 
 
-def test_a_class_whose_source_cannot_be_read():
+def test_class_without_source_error():
     scope = {}
     exec("def forward(self, input_ids, labels=None): pass", scope)
     with pytest.raises(
         TypeError, match=r"^model: expected a class whose source can be read, .* got Own: put it in a file"
     ):
         LinearCausalLMLoss(subclass(scope["forward"]))
-
-
-# Heads --------------------------------------------------------------------------------------------------------------
-
-HEADS = {
-    "modules_to_save": (False, {"modules_to_save": ["lm_head"]}),
-    "modules_to_save, both": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
-    "modules_to_save, tied": (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "trainable tokens": (False, {"trainable_token_indices": [7, 9]}),
-    "trainable tokens, tied": (True, {"trainable_token_indices": [7, 9]}),
-}
-
-
-@pytest.mark.parametrize("which", HEADS)
-def test_heads_that_peft_wraps(which):
-    tied, config = HEADS[which]
-    model, (ids, labels) = peft(llama(tie_word_embeddings=tied), target_modules=["q_proj"], **config), batch()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected = model(input_ids=ids, labels=labels).loss
-    loss_fn = LinearCausalLMLoss(model)
-    found = loss_fn(model(input_ids=ids, **loss_fn.forward_keywords), labels)
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
-
-
-def test_adapters_on_the_head():
-    model = peft(llama(), target_modules=["lm_head"])
-    with pytest.raises(
-        TypeError, match=r"^model: expected a head .* got peft\.\S*Linear with the adapters default: merge"
-    ):
-        LinearCausalLMLoss(model)
-
-
-def test_a_head_that_is_offloaded():
-    accelerate = pytest.importorskip("accelerate")
-    model = llama()
-    accelerate.cpu_offload(model, torch.device("cpu"))
-    loss_fn, (ids, labels) = LinearCausalLMLoss(model), batch()
-    outputs = model(input_ids=ids, **loss_fn.forward_keywords)
-    with pytest.raises(ValueError, match=r"^model: expected a head .* AlignDevicesHook brings to its device"):
-        loss_fn(outputs, labels)
-
-
-def zero_3(head):
-    head.weight.data = torch.empty(0)
-    head.weight.ds_id = 0
-
-
-def meta(head):
-    head.to("meta")
-
-
-def flat(head):
-    """FSDP, the first, between the uses of a module."""
-    head.weight.data = torch.empty(0)
-
-
-@pytest.mark.parametrize(
-    ("empty", "text"),
-    [
-        (zero_3, r"a head .* whose weight ZeRO-3 holds in parts, of 0 elements here: gather it"),
-        (meta, r"the head on a device, got a weight on meta: it is offloaded; keep"),
-        (flat, r"the whole head \[V, H\] on every rank, got a weight \[0\]: with FSDP2"),
-    ],
-)
-def test_a_head_that_is_empty_at_the_loss(empty, text):
-    model, (ids, labels) = llama(), batch()
-    loss_fn = LinearCausalLMLoss(model)
-    outputs = model(input_ids=ids, **loss_fn.forward_keywords)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    empty(model.lm_head)
-    with pytest.raises(ValueError, match="^model: expected " + text):
-        loss_fn(outputs, labels)
-
-
-def test_a_head_whose_rows_other_ranks_hold():
-    """As FSDP2 leaves them after forward, with its reshard_after_forward=True."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    model, (ids, labels) = llama(), batch()
-    loss_fn = LinearCausalLMLoss(model)
-    outputs = model(input_ids=ids, **loss_fn.forward_keywords)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        shard = distribute_tensor(torch.zeros(V, H), init_device_mesh("cpu", (2,)), [Shard(0)])
-        model.lm_head.weight = torch.nn.Parameter(shard)
-        with pytest.raises(
-            ValueError, match=r"^model: expected the whole head .* got a weight placed .*: with FSDP2, call"
-        ):
-            loss_fn(outputs, labels)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_hidden_states_that_the_head_does_not_take():
-    model, (ids, labels) = llama(), batch()
-    loss_fn = LinearCausalLMLoss(model)
-    outputs = model(input_ids=ids, **loss_fn.forward_keywords)
-    outputs.hidden_states = (outputs.hidden_states[-1][..., :-1],)
-    with pytest.raises(
-        ValueError, match=r"^outputs: expected as last of hidden_states \[B, S, 32\], .* got \[2, 7, 31\]: "
-    ):
-        loss_fn(outputs, labels)

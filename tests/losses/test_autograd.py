@@ -1,11 +1,14 @@
 """Contracts 1 and 2: ordinary autograd, whatever a trainer does with the loss."""
 
+from functools import partial
+
 import cases
 import pytest
 import torch
+from comparing import TIGHT, assert_matches
 from torch.utils.checkpoint import checkpoint
 
-from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, nn, reference
+from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, nn, reference
 from compiled_loss.testing import head_inputs
 
 WALKS = {
@@ -16,7 +19,6 @@ WALKS = {
 }
 EAGER_FIRST = [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in WALKS]
 WAYS = [*list(WALKS)[:3], pytest.param("vocab, compiled", marks=pytest.mark.slow)]
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def inputs_of(tokens=11):
@@ -34,8 +36,6 @@ def test_gradcheck(walk):
 
 
 def test_gradcheck_of_statistics_and_logits():
-    from compiled_loss import linear_token_statistics
-
     inputs = inputs_of()
     assert torch.autograd.gradcheck(
         lambda h, w, b: linear_token_statistics(h, w, inputs.labels, bias=b, softcap=3.0, chunking=WALKS["vocab"])[:3],
@@ -47,7 +47,7 @@ def test_gradcheck_of_statistics_and_logits():
 
 
 @pytest.mark.parametrize("walk", WAYS)
-def test_backward_twice_and_any_upstream(walk):
+def test_retain_graph_and_any_upstream(walk):
     inputs = inputs_of()
     loss = cases.linear(WALKS[walk])(*inputs)
     first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
@@ -66,13 +66,8 @@ def test_two_losses_on_one_hidden(walk):
     def total(loss):
         return loss(hidden, weight, labels) + 3 * loss(hidden, other, labels) + hidden.square().sum()
 
-    mine = torch.autograd.grad(
-        total(lambda h, w, y: linear_cross_entropy(h, w, y, chunking=WALKS[walk])), (hidden, weight, other)
-    )
-    for a, b in zip(
-        mine, torch.autograd.grad(total(reference.linear_cross_entropy), (hidden, weight, other)), strict=True
-    ):
-        torch.testing.assert_close(a, b, **TIGHT)
+    ours = partial(total, partial(linear_cross_entropy, chunking=WALKS[walk]))
+    assert_matches(ours, partial(total, reference.linear_cross_entropy), (), wanted=(hidden, weight, other))
 
 
 @pytest.mark.parametrize("walk", WAYS)
@@ -80,21 +75,49 @@ def test_tied_embedding(walk):
     weight = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(0, 23, (11,))
 
-    def loss(fn, **keywords):
-        return fn(torch.nn.functional.embedding(tokens, weight).tanh(), weight, tokens, shift=1, **keywords)
+    def loss(fn, weight):
+        return fn(torch.nn.functional.embedding(tokens, weight).tanh(), weight, tokens, shift=1)
 
-    (mine,) = torch.autograd.grad(loss(linear_cross_entropy, chunking=WALKS[walk]), weight)
-    torch.testing.assert_close(mine, torch.autograd.grad(loss(reference.linear_cross_entropy), weight)[0], **TIGHT)
+    ours = partial(loss, partial(linear_cross_entropy, chunking=WALKS[walk]))
+    assert_matches(ours, partial(loss, reference.linear_cross_entropy), (weight,))
 
 
 @pytest.mark.parametrize("walk", WAYS)
-def test_checkpointing(walk):
+def test_checkpointing_has_the_same_bits(walk):
     inputs = inputs_of()
     loss = cases.linear(WALKS[walk])
-    plain = cases.gradients(loss(*inputs), inputs, None)
-    recomputed = cases.gradients(checkpoint(loss, *inputs, use_reentrant=False), inputs, None)
-    for a, b in zip(plain, recomputed, strict=True):
-        assert a.equal(b)
+    plain = cases.gradients(loss(*inputs), inputs)
+    recomputed = cases.gradients(checkpoint(loss, *inputs, use_reentrant=False), inputs)
+    assert all(map(torch.equal, recomputed, plain))
+
+
+def test_retain_graph_has_the_bits_of_the_first_backward():
+    """The first one writes over what forward kept; gradients are formed again from the inputs."""
+    inputs = head_inputs(13, 7, 29, dtype=torch.float16, ignored=0.2)
+    leaves = [v for v in inputs if v.requires_grad]
+    loss = cases.linear(cases.WALKS["tokens"])(*inputs)
+    first = torch.autograd.grad(loss * 3, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    torch._foreach_zero_(list(first))  # they are the caller's
+    for again in (torch.autograd.grad(loss * 3, leaves, retain_graph=True), torch.autograd.grad(loss * 3, leaves)):
+        assert all(map(torch.equal, again, kept))
+
+
+def test_backward_allocates_no_second_gradient():
+    inputs = head_inputs(13, 7, 29, ignored=0.2)
+    loss = cases.linear(cases.WALKS["tokens"])(*inputs)
+    formed = [v.data_ptr() for v in loss.grad_fn.saved_tensors if v is not None][:2]
+    assert [g.data_ptr() for g in torch.autograd.grad(loss, [inputs.hidden, inputs.weight])] == formed
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_checkpointing_matches_reference(walk, reentrant):
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2)
+    theirs = cases.gradients(cases.truth()(*inputs), inputs)
+    checkpoint(cases.linear(cases.WALKS[walk]), *inputs, use_reentrant=reentrant).backward()
+    found = tuple(v.grad for v in inputs if v.requires_grad)
+    torch.testing.assert_close(found, theirs, **TIGHT)
 
 
 def gemms(body):
@@ -117,7 +140,7 @@ def gemms(body):
         ("vocab", ("hidden", "weight"), 1, 0),
     ],
 )
-def test_only_the_gemms_needed_run(strategy, frozen, forward, backward):
+def test_frozen_inputs_skip_their_gemms(strategy, frozen, forward, backward):
     inputs = inputs_of(12)
     for name in frozen:
         getattr(inputs, name).requires_grad_(False)
@@ -138,7 +161,7 @@ def test_only_the_gemms_needed_run(strategy, frozen, forward, backward):
 
 
 @pytest.mark.parametrize("walk", WAYS)
-def test_functorch(walk):
+def test_torch_func_transforms(walk):
     hidden, weight, labels, bias = (v.detach() for v in inputs_of())
     keywords = {"bias": bias, **cases.everything(11, 23), "ignore_index": -100}
 
@@ -157,7 +180,7 @@ def test_functorch(walk):
         torch.testing.assert_close(transform(loss), transform(truth), **TIGHT)
 
 
-def test_per_sample_gradients():
+def test_vmap_per_sample_gradients():
     hidden = torch.randn(6, 5, 4, dtype=torch.float64)
     weight = torch.randn(23, 4, dtype=torch.float64)
     labels = torch.randint(0, 23, (6, 5))
@@ -200,7 +223,7 @@ def test_functional_call():
 
 
 @pytest.mark.parametrize("walk", WAYS)
-def test_second_derivative_is_an_error(walk):
+def test_create_graph_is_an_error(walk):
     inputs = inputs_of()
     with pytest.raises(RuntimeError, match=r"create_graph: .*torch\.func"):
         torch.autograd.grad(cases.linear(WALKS[walk])(*inputs), inputs.hidden, create_graph=True)
@@ -224,8 +247,8 @@ def test_autocast(dtype, walk):
     with torch.autocast("cpu", dtype=dtype):
         loss = cases.linear(WALKS[walk])(*inputs)
     assert loss.dtype == torch.float32
-    truth = reference.linear_cross_entropy(*exact[:3], bias=exact.bias)
-    for mine, theirs in zip(cases.gradients(loss, inputs, None), cases.gradients(truth, exact, None), strict=True):
+    truth = cases.truth()(*exact)
+    for mine, theirs in zip(cases.gradients(loss, inputs), cases.gradients(truth, exact), strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
     with torch.autocast("cpu", dtype=dtype):  # different dtypes are what autocast is for

@@ -1,14 +1,15 @@
 """Logits whose classes are any dimension: torch's numbers, the caller's layout, and no copy."""
 
+from functools import partial
+
 import pytest
 import torch
+from comparing import TIGHT, assert_matches, assert_same
 from torch.nn import functional as F
 
 import compiled_loss
 from compiled_loss import cross_entropy, distillation, masked_cross_entropy, reference, token_statistics
-from compiled_loss.testing import inputs_unchanged
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 SHAPES = [(5, 7), (2, 7, 3), (2, 7, 3, 4), (1, 7, 2, 1, 3), (2, 7, 0)]
 
 
@@ -29,27 +30,22 @@ def strides(value):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_torch(shape, layout):
+def test_class_dim_matches_torch_cross_entropy(shape, layout):
     logits = logits_like(shape, layout)
     labels = torch.randint(0, 7, (shape[0], *shape[2:]))
     labels = torch.where(torch.rand(labels.shape) < 0.2, -100, labels)
     weights = torch.rand(7, dtype=torch.float64)
     for reduction in ("mean", "sum", "none") if labels.numel() else ("sum", "none"):
         keywords = {"label_smoothing": 0.2, "reduction": reduction}
-        expected = F.cross_entropy(logits, labels, weight=weights, **keywords)
-        upstream = torch.rand_like(expected)
-        (wanted,) = torch.autograd.grad(expected, logits, upstream)
         for dim in (1, 1 - len(shape)):
-            with inputs_unchanged(logits, labels):
-                loss = cross_entropy(logits, labels, class_weights=weights, class_dim=dim, **keywords)
-                (gradient,) = torch.autograd.grad(loss, logits, upstream)
-            torch.testing.assert_close(loss, expected, **TIGHT)
-            torch.testing.assert_close(gradient, wanted, **TIGHT)
+            loss = partial(cross_entropy, class_weights=weights, class_dim=dim, **keywords)
+            truth = partial(F.cross_entropy, weight=weights, **keywords)
+            (gradient,) = assert_matches(loss, truth, (logits, labels))
             if layout != "sliced" and logits.numel():
                 assert strides(gradient) == strides(logits)
 
 
-def test_the_last_dimension_is_never_guessed_away():
+def test_default_class_dim_is_the_last():
     """Of [2, 9, 9] both would fit; the default stays the last."""
     logits, labels = torch.randn(2, 9, 9, dtype=torch.float64), torch.randint(0, 9, (2, 9))
     last, second = cross_entropy(logits, labels), cross_entropy(logits, labels, class_dim=1)
@@ -65,7 +61,7 @@ def test_the_last_dimension_is_never_guessed_away():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_everything_else_means_the_same(reduction):
+def test_masks_weights_and_shift(reduction):
     """Masks, weights and the shift are those of labels [N, d1, ...]."""
     logits = torch.randn(2, 7, 3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (2, 3, 5))
@@ -73,12 +69,10 @@ def test_everything_else_means_the_same(reduction):
     keywords |= {"z_loss": 0.1, "softcap": 3.0, "temperature": 0.7, "ignore_index": 1, "reduction": reduction}
     loss = cross_entropy(logits, labels, class_dim=1, **keywords)
     expected = reference.cross_entropy(logits.permute(0, 2, 3, 1), labels, **keywords)
-    torch.testing.assert_close(loss, expected, **TIGHT)
-    gradients = [torch.autograd.grad(v.sum(), logits)[0] for v in (loss, expected)]
-    torch.testing.assert_close(*gradients, **TIGHT)
+    assert_same(loss, expected, [logits])
 
 
-def test_of_the_others():
+def test_class_dim_of_other_losses():
     logits, labels = torch.randn(2, 7, 3, 5, dtype=torch.float64), torch.randint(0, 7, (2, 3, 5))
     mask = torch.rand(2, 3, 5) < 0.7
     target = torch.where(mask, labels, -100)
@@ -88,8 +82,7 @@ def test_of_the_others():
     torch.testing.assert_close(module(logits, target), expected, **TIGHT)
     statistics = token_statistics(logits, target, class_dim=1)
     expected = reference.token_statistics(logits.permute(0, 2, 3, 1), target)
-    for mine, theirs in zip(statistics, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    torch.testing.assert_close(statistics, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("top", [False, True])
@@ -106,11 +99,8 @@ def test_distillation(shape, top):
     loss = distillation(student, teacher, labels, teacher_topk=kept, class_dim=1, **keywords)
     last = None if teacher is None else teacher.movedim(1, -1)
     expected = reference.distillation(student.movedim(1, -1), last, labels, teacher_topk=theirs, **keywords)
-    torch.testing.assert_close(loss, expected, **TIGHT)
-    upstream = torch.rand_like(loss)
-    gradients = [torch.autograd.grad(v, student, upstream)[0] for v in (loss, expected)]
-    torch.testing.assert_close(*gradients, **TIGHT)
-    assert strides(gradients[0]) == strides(student)
+    (gradient,) = assert_same(loss, expected, [student])
+    assert strides(gradient) == strides(student)
     with pytest.raises(ValueError, match=r"^labels: expected the shape of student_logits .*: use class_dim=1$"):
         distillation(student, teacher, labels, teacher_topk=kept, **keywords)
 
@@ -119,23 +109,19 @@ def test_distillation(shape, top):
 def test_compiled(backend):
     logits = torch.randn(2, 7, 3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (2, 3, 5))
-    expected = F.cross_entropy(logits, labels)
-    run = torch.compile(lambda z, y: cross_entropy(z, y, class_dim=1), fullgraph=True, backend=backend)
-    loss = run(logits, labels)
-    torch.testing.assert_close(loss, expected, **TIGHT)
-    gradients = [torch.autograd.grad(v, logits)[0] for v in (loss, expected)]
-    torch.testing.assert_close(*gradients, **TIGHT)
-    assert gradients[0].stride() == logits.stride()
+    run = torch.compile(partial(cross_entropy, class_dim=1), fullgraph=True, backend=backend)
+    (gradient,) = assert_matches(run, F.cross_entropy, (logits, labels))
+    assert gradient.stride() == logits.stride()
 
 
-def test_functorch():
+def test_torch_func_transforms():
     logits, labels = torch.randn(2, 7, 3, dtype=torch.float64), torch.randint(0, 7, (2, 3))
     for transform in (torch.func.grad, torch.func.hessian):
         mine = transform(lambda z: cross_entropy(z, labels, class_dim=1))(logits)
         torch.testing.assert_close(mine, transform(lambda z: F.cross_entropy(z, labels))(logits), **TIGHT)
 
 
-def test_a_loop_over_rows_goes_through_few(monkeypatch):
+def test_leading_dimensions_are_merged(monkeypatch):
     """Pixels of an image are as many rows as they can be, for eager code goes through the leading dimensions."""
     from compiled_loss.dispatch.layout import merged
 

@@ -210,21 +210,21 @@ ALL += [
 
 
 @pytest.mark.parametrize(("name", "changed", "error", "text"), ALL, ids=[f"{c[0]}-{c[3][:40]}" for c in ALL])
-def test_bad_input(name, changed, error, text):
+def test_invalid_arguments(name, changed, error, text):
     reads = "index < V" in text or "log-probabilities" in text or "0 <= label" in text  # what is in a tensor
     with nullcontext() if reads else no_operators(), pytest.raises(error, match="^" + re.escape(text)):
         getattr(compiled_loss, name)(**{**VALID[name], **changed})
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_parameter_is_without_a_case(name):
+def test_every_parameter_has_an_error_case(name):
     function = getattr(compiled_loss, name)
     function(**VALID[name])
     tried = {key for case in ALL if case[0] == name for key in case[1]}
     assert inspect.signature(function).parameters.keys() <= tried
 
 
-def test_a_position_mask_never_broadcasts():
+def test_position_mask_does_not_broadcast():
     """soft_ce.py: [B, S] broadcast to [B, S, S]."""
     logits, probs = torch.randn(N, N, V), torch.rand(N, N, V)
     mask = torch.rand(N, N)
@@ -234,7 +234,7 @@ def test_a_position_mask_never_broadcasts():
     )
 
 
-def test_the_text_survives_compilation():
+def test_error_text_compiled():
     compiled = torch.compile(lambda given: compiled_loss.distillation(**given), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="teacher_logits: expected the shape of student_logits"):
         compiled({**VALID["distillation"], "teacher_logits": zeros(N, 2, dtype=float64)})

@@ -3,6 +3,7 @@
 import cases
 import pytest
 import torch
+from comparing import assert_accurate, in_fp64
 from torch.nn import functional as F
 
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, reference
@@ -20,21 +21,20 @@ def unchunked(hidden, weight, labels, bias, **keywords):
 @pytest.mark.parametrize("chunks", [1, 2, 7, 8, 64])
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.parametrize("confident", [0.0, 0.5, 1.0])
-def test_linear(dtype, chunks, strategy, confident):
+def test_linear_cross_entropy(dtype, chunks, strategy, confident):
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, ignored=0.1, confident=confident)
-    exact = inputs.to(torch.float64)
     chunk = (TOKENS if strategy == "tokens" else VOCAB) // chunks
     fast = cases.linear(Chunking(strategy=strategy, chunk_size=chunk))
+    assert_accurate(fast, unchunked, cases.truth(), inputs, name=f"{chunks} chunks")
 
-    def truth(hidden, weight, labels, bias):
-        return reference.linear_cross_entropy(hidden, weight, labels, bias=bias)
 
-    results = []
-    for fn, arguments in ((fast, inputs), (unchunked, inputs), (truth, exact)):
-        loss = fn(*arguments)
-        results.append((loss, *cases.gradients(loss, arguments, None)))
-    for name, mine, baseline, exactly in zip(("loss", "dH", "dW", "db"), *results, strict=True):
-        assert_within_error_budget(mine, baseline, exactly, name=f"{name} at {chunks} chunks")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_ragged_and_whole_chunks(walk, dtype):
+    inputs = head_inputs(64, 16, 96, dtype=dtype, ignored=0.2)
+    for size in (9, 64):
+        loss = cases.linear(Chunking(strategy=walk, chunk_size=size))
+        assert_accurate(loss, cases.truth(), cases.truth(), inputs)
 
 
 @pytest.mark.parametrize("chunks", [2, 7, 8])
@@ -62,28 +62,19 @@ def test_softcap_of_confident_tokens(dtype, compiled):
     """The token walk's maximum is found before the softcap."""
     softcap = 60.0
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, confident=1.0)
-    exact = inputs.to(torch.float64)
     fast = cases.linear(Chunking(strategy="tokens", chunk_size=64), softcap=softcap)
 
     def capped(hidden, weight, labels, bias):
         logits = (hidden @ weight.t()).float() + bias.float()
         return F.cross_entropy(softcap * torch.tanh(logits / softcap), labels)
 
-    def truth(hidden, weight, labels, bias):
-        return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=softcap)
-
     mine = torch.compile(fast, fullgraph=True) if compiled else fast
-    results = []
-    for fn, arguments in ((mine, inputs), (capped, inputs), (truth, exact)):
-        loss = fn(*arguments)
-        results.append((loss, *cases.gradients(loss, arguments, None)))
-    for name, ours, baseline, exactly in zip(("loss", "dH", "dW", "db"), *results, strict=True):
-        assert_within_error_budget(ours, baseline, exactly, name=name)
+    assert_accurate(mine, capped, cases.truth(softcap=softcap), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_sums_of_columns_in_blocks(dtype, strategy, monkeypatch):
+def test_bias_gradient_is_summed_in_fp32_blocks(dtype, strategy, monkeypatch):
     """Narrow gradients are summed in fp32 a block of columns at a time; none of them ends where a chunk does."""
     inputs = head_inputs(60, 8, 101, dtype=dtype)
     fn = cases.linear(Chunking(strategy=strategy, chunk_size=23))
@@ -91,17 +82,17 @@ def test_sums_of_columns_in_blocks(dtype, strategy, monkeypatch):
     monkeypatch.setattr(gemm, "_BLOCK", 300)
     (blocks,) = torch.autograd.grad(fn(*inputs), inputs.bias)
     exact = inputs.to(torch.float64)
-    (truth,) = torch.autograd.grad(reference.linear_cross_entropy(*exact[:3], bias=exact.bias), exact.bias)
+    (truth,) = torch.autograd.grad(cases.truth()(*exact), exact.bias)
     torch.testing.assert_close(blocks, whole, rtol=0, atol=0)
     assert (blocks.double() - truth).norm() < 4 * torch.finfo(dtype).eps * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_confident_tokens_one_by_one(dtype):
+def test_confident_tokens_without_reduction(dtype):
     """The loss of a token with p > 0.99 is far smaller than the rounding error of its log-sum-exp."""
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, confident=1.0)
     exact = inputs.to(torch.float64)
-    truth = unchunked_fp64(exact)
+    truth = cases.truth(reduction="none")(*exact).detach()
     assert (truth < 0.01).double().mean() > 0.9
     sure = truth < 0.01
     baseline = unchunked(*inputs, reduction="none")
@@ -109,10 +100,6 @@ def test_confident_tokens_one_by_one(dtype):
     logits = (inputs.hidden @ inputs.weight.t()).float() + inputs.bias.float()
     for mine in (fast, cross_entropy(logits, inputs.labels, reduction="none")):
         assert_within_error_budget(mine[sure], baseline[sure], truth[sure], name="loss of confident tokens")
-
-
-def unchunked_fp64(exact):
-    return reference.linear_cross_entropy(*exact[:3], bias=exact.bias, reduction="none").detach()
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
@@ -123,11 +110,10 @@ def test_fp16_at_65536_tokens(strategy):
     scale = torch.tensor(65536.0)  # what a GradScaler would hand down
     keywords = {"reduction": "sum", "num_label_tokens": 65536, "chunking": Chunking(strategy=strategy, chunk_size=64)}
     mine = cases.gradients(linear_cross_entropy(*inputs[:3], **keywords), inputs[:2], scale)
-    truth = cases.gradients(reference.linear_cross_entropy(*exact[:3], reduction="sum"), exact[:2], None)
+    truth = cases.gradients(reference.linear_cross_entropy(*exact[:3], reduction="sum"), exact[:2])
     unscaled = inputs.to(torch.float16)
-    baseline = cases.gradients(
-        F.cross_entropy((unscaled[0] @ unscaled[1].t()).float(), unscaled[2], reduction="sum"), unscaled[:2], None
-    )
+    logits = (unscaled.hidden @ unscaled.weight.t()).float()
+    baseline = cases.gradients(F.cross_entropy(logits, unscaled.labels, reduction="sum"), unscaled[:2])
     for name, a, b, c in zip(("dH", "dW"), mine, baseline, truth, strict=True):
         assert_within_error_budget(a, b, c, name=name)
 
@@ -138,15 +124,12 @@ def test_fp16_at_any_scale(strategy, upstream, count):
     """Small gradients lose nothing but what their own dtype cannot hold; a GradScaler's do not overflow on the way."""
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=torch.float16)
     hidden = (inputs.hidden.detach() / (1024 if upstream > 1 else 1)).requires_grad_()
-    exact = [hidden.detach().double().requires_grad_(), inputs.weight.detach().double().requires_grad_()]
+    exact = [in_fp64(hidden), in_fp64(inputs.weight)]
     keywords = {"reduction": "sum", "num_label_tokens": count}
     loss = linear_cross_entropy(hidden, *inputs[1:3], chunking=Chunking(strategy=strategy, chunk_size=64), **keywords)
     mine = cases.gradients(loss, (hidden, inputs.weight), torch.tensor(upstream))
-    truth = cases.gradients(
-        reference.linear_cross_entropy(*exact, inputs.labels, **keywords),
-        exact,
-        upstream * torch.ones((), dtype=torch.float64),
-    )
+    exactly = reference.linear_cross_entropy(*exact, inputs.labels, **keywords)
+    truth = cases.gradients(exactly, exact, torch.full_like(exactly, upstream))
     for name, a, c in zip(("dH", "dW"), mine, truth, strict=True):
         if c.abs().max() < torch.finfo(torch.float16).max:
             assert (a.double() - c).abs().max() < 2e-3 * c.abs().max() + 2**-24, name  # and a subnormal's spacing
@@ -172,12 +155,12 @@ def test_fp16_token_weights_of_any_size(strategy):
         *inputs[:3], token_weights=weights, reduction="sum", chunking=Chunking(strategy=strategy)
     )
     mine = cases.gradients(loss, inputs[:2], torch.tensor(65536.0))
-    truth = cases.gradients(reference.linear_cross_entropy(*exact[:3], reduction="sum"), exact[:2], None)
+    truth = cases.gradients(reference.linear_cross_entropy(*exact[:3], reduction="sum"), exact[:2])
     for name, a, c in zip(("dH", "dW"), mine, truth, strict=True):
         assert (a.double() - c).norm() < 2e-3 * c.norm(), name  # four roundings of 2^-11
 
 
-def test_wide_accumulators_earn_their_bytes():
+def test_fp32_accumulator_beats_bf16():
     """64 chunks into a bf16 accumulator would exceed the budget; the default is then fp32."""
     inputs = head_inputs(4096, 8, 64, dtype=torch.bfloat16)
     exact = inputs.to(torch.float64)

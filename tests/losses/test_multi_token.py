@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from comparing import TIGHT, assert_matches, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import no_operators
@@ -19,8 +20,6 @@ from compiled_loss import (
 )
 from compiled_loss.testing import count_graphs, inputs_unchanged
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
-
 
 @settings(max_examples=200, deadline=None)
 @given(
@@ -30,7 +29,7 @@ TIGHT = {"rtol": 1e-11, "atol": 1e-12}
     st.sampled_from(["none", "cu_seqlens", "cu_seqlens 2-D", "seq_idx", "seq_idx of a row"]),
     st.sampled_from(["[B, S]", "[S]", "[1, T]"]),
 )
-def test_targets(lengths, tail, depth, packing, layout):
+def test_multi_token_targets_match_reference(lengths, tail, depth, packing, layout):
     size = sum(lengths) + tail
     labels = torch.randint(0, 50, {"[B, S]": (3, size), "[S]": (size,), "[1, T]": (1, size)}[layout])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -47,7 +46,7 @@ def test_targets(lengths, tail, depth, packing, layout):
     assert found.equal(reference.multi_token_targets(labels, depth, ignore_index=-1, **options))
 
 
-def test_targets_by_hand():
+def test_hand_computed_targets():
     """Tail padding is nobody's label and predicts nothing."""
     labels = torch.arange(10, 18)
     packed = {"cu_seqlens": torch.tensor([0, 3, 6])}
@@ -77,15 +76,12 @@ def inputs(depths=3, dtype=torch.float64):
     ids=str,
 )
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_loss(options, strategy):
+def test_multi_token_prediction_matches_reference(options, strategy):
     hidden, weight, labels = inputs()
     chunking = Chunking(strategy=strategy, chunk_size=5)
     loss = multi_token_prediction(hidden, weight, labels, chunking=chunking, **options)
     expected = reference.multi_token_prediction(hidden, weight, labels, **options)
-    torch.testing.assert_close(loss, expected, **TIGHT)
-    wanted = [*hidden, weight]
-    for mine, theirs in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    assert_same(loss, expected, [*hidden, weight])
 
 
 def test_each_depth_has_its_own_count():
@@ -127,13 +123,7 @@ def test_mask(kind, options):
         divisor = options.get("num_label_tokens", total if total > 0 else 1)
         per_depth.append((rows * moved).sum() / divisor)
     torch.testing.assert_close(found.per_depth, torch.stack(per_depth).detach(), **TIGHT)
-    expected = 0.5 / 3 * sum(per_depth)
-    torch.testing.assert_close(found.loss, expected, **TIGHT)
-    wanted = [*hidden, weight]
-    for mine, theirs in zip(
-        torch.autograd.grad(found.loss, wanted), torch.autograd.grad(expected, wanted), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    assert_same(found.loss, 0.5 / 3 * sum(per_depth), [*hidden, weight])
     counted = [multi_token_targets(labels, k, mask=mask, **packing) for k in range(3)]
     for k, targets in enumerate(counted):
         moved = torch.zeros(2, 7)
@@ -141,7 +131,7 @@ def test_mask(kind, options):
         assert targets.equal(torch.where(moved == 0, -100, reference.multi_token_targets(labels, k, **packing)))
 
 
-def test_a_masked_stream():
+def test_mask_of_a_packed_stream():
     """A packed row [1, T, H] with labels [T], and NaN in the mask of a label that is ignored already."""
     hidden, weight, labels = inputs()
     stream, flat = [h[:1] for h in hidden], labels[0].clone()
@@ -153,7 +143,7 @@ def test_a_masked_stream():
     assert expected.isfinite()
 
 
-def test_targets_made_before_the_sequence_was_split():
+def test_targets_under_context_parallelism():
     """Context parallelism: two halves of a sequence add up to the whole."""
     hidden, weight, labels = inputs()
     targets = [multi_token_targets(labels, k) for k in range(3)]
@@ -165,7 +155,7 @@ def test_targets_made_before_the_sequence_was_split():
     torch.testing.assert_close(sum(halves), whole, **TIGHT)
 
 
-def test_no_target_is_zero_and_attached():
+def test_no_targets_is_zero_and_attached():
     """Sequences of one token: a context-parallel rank without targets made NaN."""
     hidden, weight, labels = inputs()
     loss = multi_token_prediction(hidden, weight, labels, seq_idx=torch.arange(7))
@@ -180,13 +170,8 @@ def test_compiled():
     def loss(hidden, weight, labels, cu_seqlens):
         return multi_token_prediction(hidden, weight, labels, cu_seqlens=cu_seqlens, chunking=Chunking(chunk_size=8))
 
-    expected = loss(hidden, weight, labels, cu_seqlens)
-    actual = torch.compile(loss, fullgraph=True)(hidden, weight, labels, cu_seqlens)
-    torch.testing.assert_close(actual, expected, **TIGHT)
-    wanted = [*hidden, weight]
-    for mine, theirs in zip(torch.autograd.grad(actual, wanted), torch.autograd.grad(expected, wanted), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
     calls = [(hidden, weight, labels, cu_seqlens), (hidden, weight, labels, torch.tensor([0, 1, 7]))]
+    assert_matches(torch.compile(loss, fullgraph=True), loss, calls[0], wanted=[*hidden, weight])
     assert count_graphs(loss, calls) == 1
 
 
@@ -231,7 +216,7 @@ BAD = [
 
 @pytest.mark.parametrize("function", [multi_token_prediction, multi_token_losses], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("changed", "error", "text"), BAD, ids=[case[2][:30] for case in BAD])
-def test_bad_input(function, changed, error, text):
+def test_invalid_arguments(function, changed, error, text):
     with no_operators(), pytest.raises(error, match="^" + re.escape(text)):
         function(**{"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, **changed})
 
@@ -244,6 +229,6 @@ def test_bad_input(function, changed, error, text):
         (partial(multi_token_targets, LABELS[None], 0), ValueError, "labels: expected [B, S] or [S], got [1, 2, 3]"),
     ],
 )
-def test_bad_depth(call, error, text):
+def test_invalid_arguments_of_targets(call, error, text):
     with pytest.raises(error, match="^" + re.escape(text)):
         call()

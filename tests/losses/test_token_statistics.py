@@ -1,13 +1,15 @@
 """Statistics of logits that exist: the specification's numbers and gradients, one pass each way, nothing kept."""
 
+from functools import partial
+
 import pytest
 import torch
+from comparing import TIGHT, assert_matches
 from torch.autograd.graph import saved_tensors_hooks
 
 from compiled_loss import linear_token_statistics, reference, token_statistics
-from compiled_loss.testing import head_inputs, inputs_unchanged
+from compiled_loss.testing import head_inputs
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 KEYWORDS = {
     "plain": {},
     "everything": {
@@ -20,18 +22,17 @@ KEYWORDS = {
 }
 
 
-def assert_same(mine, theirs, logits):
-    for name, a, b in zip(mine._fields, mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
-    for a, b in zip(mine[:3], theirs[:3], strict=True):
-        upstream = torch.rand_like(a)
-        gradients = [torch.autograd.grad(v, logits, upstream, retain_graph=True)[0] for v in (a, b)]
-        torch.testing.assert_close(*gradients, **TIGHT)
+def assert_as_the_reference(statistics, logits, labels, **keywords):
+    """All statistics together, and each alone."""
+    truth = partial(reference.token_statistics, **keywords)
+    assert_matches(statistics, truth, (logits, labels))
+    for i in range(3):
+        assert_matches(lambda *v, i=i: statistics(*v)[i], lambda *v, i=i: truth(*v)[i], (logits, labels))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "one row"])
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_as_the_reference(name, layout):
+def test_token_statistics_match_reference(name, layout):
     logits = {
         "contiguous": lambda: torch.randn(3, 5, 29, dtype=torch.float64),
         "transposed": lambda: torch.randn(5, 3, 29, dtype=torch.float64).transpose(0, 1),
@@ -40,19 +41,16 @@ def test_as_the_reference(name, layout):
     }[layout]().requires_grad_()
     labels = torch.randint(0, logits.shape[-1], logits.shape[:-1])
     labels[..., 2] = -100 if name == "plain" else 1
-    with inputs_unchanged(logits, labels):
-        mine = token_statistics(logits, labels, **KEYWORDS[name])
-        assert_same(mine, reference.token_statistics(logits, labels, **KEYWORDS[name]), logits)
+    assert_as_the_reference(partial(token_statistics, **KEYWORDS[name]), logits, labels, **KEYWORDS[name])
 
 
-def test_as_of_the_head():
+def test_token_statistics_match_linear_token_statistics():
     hidden, weight, labels, _ = head_inputs(11, 5, 17, dtype=torch.float64, confident=0.3, ignored=0.2)
     theirs = linear_token_statistics(hidden, weight, labels, softcap=4.0)
-    for a, b in zip(token_statistics(hidden @ weight.t(), labels, softcap=4.0), theirs, strict=True):
-        torch.testing.assert_close(a, b, **TIGHT)
+    torch.testing.assert_close(token_statistics(hidden @ weight.t(), labels, softcap=4.0), theirs, **TIGHT)
 
 
-def test_labels_that_are_no_class():
+def test_labels_out_of_range():
     logits = torch.randn(3, 5)
     with pytest.raises(ValueError, match=r"^labels: expected 0 <= label < V = 5, or ignore_index = -100, got 5"):
         token_statistics(logits, torch.tensor([0, 5, 1]))
@@ -68,11 +66,11 @@ def test_labels_that_are_no_class():
 def test_compiled(name, backend):
     logits, labels = torch.randn(3, 5, 29, dtype=torch.float64, requires_grad=True), torch.randint(0, 29, (3, 5))
     run = torch.compile(lambda z, y: token_statistics(z, y, **KEYWORDS[name]), fullgraph=True, backend=backend)
-    assert_same(run(logits, labels), reference.token_statistics(logits, labels, **KEYWORDS[name]), logits)
+    assert_as_the_reference(run, logits, labels, **KEYWORDS[name])
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
-def test_nothing_is_kept(backend):
+def test_saved_tensors_are_the_input(backend):
     logits, labels = torch.randn(2, 50, 12, requires_grad=True), torch.randint(0, 50, (2, 12))
 
     def entropies(logits, labels):
@@ -87,7 +85,7 @@ def test_nothing_is_kept(backend):
     assert any(t.untyped_storage().data_ptr() == mine for t in kept)
 
 
-def test_functorch():
+def test_torch_func_transforms():
     logits, labels = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 4, -100])
     for transform in (torch.func.grad, torch.func.hessian):
         for i in range(3):

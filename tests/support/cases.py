@@ -3,7 +3,8 @@
 import torch
 
 import compiled_loss
-from compiled_loss import Chunking
+from compiled_loss import Chunking, reference
+from compiled_loss.testing import head_inputs
 
 WALKS = {
     "tokens": Chunking(strategy="tokens", chunk_size=5),
@@ -62,7 +63,13 @@ def walk_of(walk, keywords):
     return WALKS["vocab"] if walk == "tokens" and keywords.get("reduction") == "none" else WALKS[walk]
 
 
-def gradients(loss, inputs, upstream):
+def inputs_for(keywords, tokens, width, vocab):
+    """Inputs in fp64, a fifth of whose labels are what the keywords ignore."""
+    ignore_index = keywords.get("ignore_index", -100)
+    return head_inputs(tokens, width, vocab, dtype=torch.float64, ignored=0.2, ignore_index=ignore_index)
+
+
+def gradients(loss, inputs, upstream=None):
     return torch.autograd.grad(loss, [v for v in inputs if v.requires_grad], upstream)
 
 
@@ -71,5 +78,14 @@ def linear(chunking=WALKS["default"], **keywords):
 
     def loss(hidden, weight, labels, bias):
         return compiled_loss.linear_cross_entropy(hidden, weight, labels, bias=bias, chunking=chunking, **keywords)
+
+    return loss
+
+
+def truth(**keywords):
+    """The specification as a function of the same."""
+
+    def loss(hidden, weight, labels, bias):
+        return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, **keywords)
 
     return loss

@@ -2,6 +2,7 @@
 
 import inspect as source_of
 import re
+import struct
 from dataclasses import replace
 
 import inspected_functions as user
@@ -46,3 +47,11 @@ def line(mark):
     lines = source_of.getsource(user).splitlines()
     (number,) = [i for i, text in enumerate(lines, 1) if text.endswith(f"# MARK {mark}")]
     return f"inspected_functions.py:{number}"
+
+
+def png_size(path):
+    """Width and height of a picture, whole as it must be."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])

@@ -115,6 +115,33 @@ def batch(case):
     return tokens, labels, starts.cumsum(-1, dtype=torch.int32)
 
 
+def further(labels, seq_idx, ahead):
+    """Labels of `ahead` positions later within the same packed sub-sequence."""
+    targets = torch.full_like(labels, -100)
+    for b in range(labels.shape[0]):
+        for t in range(labels.shape[1] - ahead):
+            if seq_idx[b, t] == seq_idx[b, t + ahead]:
+                targets[b, t] = labels[b, t + ahead]
+    return targets
+
+
+def plain(stages, case, count, tokens, labels, seq_idx):
+    """The main loss and that of multi-token prediction, by their formulas."""
+    first, last = stages
+    main, *per_depth = last(first(tokens, seq_idx), seq_idx)[: 1 + D]
+
+    def cross_entropy(logits, targets):
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=case.reduction)
+        return loss / count if case.reduction == "sum" else loss
+
+    depths = [
+        cross_entropy(states @ last.lm_head.weight.t(), further(labels, seq_idx, k + 1))
+        for k, states in enumerate(per_depth)
+    ]
+    logits = main @ last.lm_head.weight.t() if case.fused else main
+    return cross_entropy(logits, labels), SCALING / D * sum(depths)
+
+
 def step(case, rank):
     """What this process knows of one step, and of an evaluation after it: losses, and its stage's gradients."""
     stage = stages(case)[rank]

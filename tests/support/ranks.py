@@ -12,21 +12,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+ROUNDING = 1e-11  # of fp64 sums of fewer than 1000 numbers near 1, with room to spare
+START = 120  # seconds in which ranks import what they need, on a busy machine
 GRACE = 15  # seconds in which ranks may notice that another has stopped
 
 
 def run(body, world, folder, *arguments, limit):
-    """What `body(*arguments)` returned on each of `world` ranks; raises, with each rank's last step and stack."""
+    """What `body(*arguments)` returned on each of `world` ranks; raises, with each rank's last step and stack.
+
+    The limit begins when all ranks have started.
+    """
     context = torch.multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_rank, args=(body, rank, world, str(folder), arguments), daemon=True)
         for rank in range(world)
     ]
-    end = time.monotonic() + limit
+    end, started = time.monotonic() + START, False
     try:
         for process in processes:
             process.start()
         while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if not started and all(Path(folder, f"{rank}.where").exists() for rank in range(world)):
+                end, started = time.monotonic() + limit, True
             if any(process.exitcode for process in processes):
                 end = min(end, time.monotonic() + GRACE)
             time.sleep(0.05)

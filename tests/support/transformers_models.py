@@ -1,7 +1,9 @@
 """Tiny random models of Hugging Face `transformers`, and batches for them."""
 
 import os
+import warnings
 
+import pytest
 import torch
 
 B, S, H, V = 2, 7, 32, 61
@@ -45,3 +47,15 @@ def batch():
     labels = ids.clone()
     labels[0, :3] = -100
     return ids, labels
+
+
+def with_lora(model, **config):
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return adapted

@@ -1,9 +1,11 @@
 """The helpers that the other tests rely on fail when they should. Those on Inductor's graphs: see test_compiled.py."""
 
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
+from comparing import assert_accurate, assert_matches
 
 from compiled_loss.testing import assert_within_error_budget, count_graphs, head_inputs, inputs_unchanged
 
@@ -196,3 +198,63 @@ def test_shapes_and_leaves(tokens):
             assert mine.is_leaf
             assert mine.requires_grad == mine.is_floating_point()
     assert inputs.to(torch.bfloat16).weight.data_ptr() != weight.data_ptr()
+
+
+# What tests compare ---------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    wave: torch.Tensor
+    total: torch.Tensor
+
+
+class OffByALittle(torch.autograd.Function):
+    """The right value, and a gradient that is wrong by 1e-9 of itself."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 + 1e-9)
+
+
+def square(x, y, _labels=None):
+    return Pair(x.square() * y, x.square().sum())
+
+
+WRONG = {
+    "wave: .*not close": lambda x, y, _: square(x, y)._replace(wave=x.square() * y * (1 + 1e-9)),
+    "total: .*not close": lambda x, y, _: square(x, y)._replace(total=x.square().sum() + 1e-9),
+    r"gradient 0, \[3\]: .*not close": lambda x, y, _: square(OffByALittle.apply(x), y),
+    r"gradient 1, \[3\]: got None": lambda x, y, _: square(x, y.detach()),
+    "input 2, .* was written": lambda x, y, labels: square(x, y, labels.zero_()),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_assert_matches_fails(message):
+    x, y = (torch.linspace(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.ones(3, dtype=torch.int64)
+    gradients = assert_matches(square, square, (x, y, labels))
+    assert [g.shape for g in gradients] == [x.shape, y.shape]
+    with pytest.raises(AssertionError, match=f"(?s)^{message}"):
+        assert_matches(WRONG[message], square, (x, y, labels))
+
+
+def test_assert_matches_compares_something():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(AssertionError, match="nothing to differentiate"):
+        assert_matches(torch.exp, lambda v: v.detach().exp(), (x,))
+    for wanted in ([], [torch.ones(2, requires_grad=True)]):
+        with pytest.raises(AssertionError, match=r"nothing to differentiate|no gradient to compare"):
+            assert_matches(torch.exp, torch.exp, (x,), wanted)
+
+
+def test_assert_accurate_fails():
+    """Of a value that is right, the gradient is not overlooked."""
+    x, upstream = torch.linspace(1, 2, 64, requires_grad=True), torch.ones(64)
+    assert_accurate(torch.exp, torch.exp, torch.exp, [x], upstream)
+    with pytest.raises(AssertionError, match=r"^narrow gradient 0: error"):
+        assert_accurate(lambda v: v.detach().exp() + v - v.detach(), torch.exp, torch.exp, [x], upstream, "narrow")

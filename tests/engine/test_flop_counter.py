@@ -93,7 +93,7 @@ def test_fp16_and_wide_accumulators():
 
 
 @pytest.mark.parametrize("first", ["compiled_loss", "torch.utils.flop_counter"])
-def test_whichever_is_imported_first(first):
+def test_flop_counter_imported_before_or_after(first):
     """The counter is not imported for its formulas, which are there wherever it is."""
     code = f"""
 import sys

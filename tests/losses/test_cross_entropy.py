@@ -1,42 +1,43 @@
 """Numbers: every keyword on every walk in eager code, against the reference in fp64 and torch's own cross_entropy."""
 
+from functools import partial
+
 import cases
 import pytest
 import torch
+from comparing import TIGHT, assert_matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import compiled_loss
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, reference
-from compiled_loss.testing import head_inputs, inputs_unchanged
-
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # fp64, a few hundred roundings
+from compiled_loss.testing import head_inputs
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
 @pytest.mark.parametrize("name", cases.KEYWORDS)
 @pytest.mark.parametrize(("tokens", "width", "vocab"), [(23, 7, 29), (1, 3, 2), (4, 2, 1)])
-def test_linear(walk, name, tokens, width, vocab):
+def test_linear_cross_entropy_matches_reference(walk, name, tokens, width, vocab):
     keywords = cases.KEYWORDS[name](tokens, vocab)
-    ignore_index = keywords.get("ignore_index", -100)
-    inputs = head_inputs(tokens, width, vocab, dtype=torch.float64, ignored=0.2, ignore_index=ignore_index)
-    expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords)
-    upstream = torch.rand_like(expected)
-    with inputs_unchanged(*inputs):
-        actual = cases.linear(cases.walk_of(walk, keywords), **keywords)(*inputs)
-        torch.testing.assert_close(actual, expected, **TIGHT)
-        for mine, theirs in zip(
-            cases.gradients(actual, inputs, upstream), cases.gradients(expected, inputs, upstream), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs, **TIGHT)
+    inputs, truth = cases.inputs_for(keywords, tokens, width, vocab), cases.truth(**keywords)
+    assert_matches(cases.linear(cases.walk_of(walk, keywords), **keywords), truth, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(cases.linear(cases.WALKS[walk], **keywords)(*inputs), expected, **TIGHT)
+        torch.testing.assert_close(cases.linear(cases.WALKS[walk], **keywords)(*inputs), truth(*inputs), **TIGHT)
+
+
+@pytest.mark.parametrize("name", cases.KEYWORDS)
+@pytest.mark.parametrize("tokens", [1, 5, 13, 16])  # of chunks of 5: one row, one chunk, ragged, a last one of one row
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_ragged_and_single_chunks_match_reference(name, walk, tokens):
+    keywords = cases.KEYWORDS[name](tokens, 29)
+    loss = cases.linear(cases.walk_of(walk, keywords), **keywords)
+    assert_matches(loss, cases.truth(**keywords), cases.inputs_for(keywords, tokens, 7, 29))
 
 
 @pytest.mark.parametrize("name", cases.KEYWORDS)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
-def test_logits(name, layout):
+def test_cross_entropy_matches_reference(name, layout):
     keywords = cases.KEYWORDS[name](5, 29)
     logits = {
         "contiguous": lambda: torch.randn(3, 5, 29, dtype=torch.float64),
@@ -46,13 +47,7 @@ def test_logits(name, layout):
     }[layout]().requires_grad_()
     labels = torch.randint(0, 29, (5, 3)).t()
     labels = torch.where(torch.rand(3, 5) < 0.2, keywords.get("ignore_index", -100), labels)
-    expected = reference.cross_entropy(logits, labels, **keywords)
-    upstream = torch.rand_like(expected)
-    with inputs_unchanged(logits, labels):
-        actual = cross_entropy(logits, labels, **keywords)
-        torch.testing.assert_close(actual, expected, **TIGHT)
-        mine, theirs = (torch.autograd.grad(v, logits, upstream)[0] for v in (actual, expected))
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+    assert_matches(partial(cross_entropy, **keywords), partial(reference.cross_entropy, **keywords), (logits, labels))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -69,7 +64,7 @@ def test_reference_is_torch_cross_entropy(reduction, smoothing, weighted):
     torch.testing.assert_close(actual, expected, **TIGHT)
 
 
-def test_hand_computed():
+def test_hand_computed_values():
     """softmax of (0, log 3) is (1/4, 3/4)."""
     logits = torch.tensor([[0.0, 3.0]]).log().clamp(min=0.0)
     logits[0, 1] = torch.tensor(3.0).log()
@@ -98,19 +93,17 @@ def test_leading_shapes(shape, walk):
     assert cross_entropy(logits, labels, reduction="none").shape == shape
 
 
-def test_any_strides():
+def test_non_contiguous_hidden_and_weight():
     hidden = torch.randn(4, 5, 6, dtype=torch.float64).permute(1, 2, 0).requires_grad_()  # [5, 6, 4], width strided
     weight = torch.randn(4, 11, dtype=torch.float64).t().requires_grad_()
     labels = torch.randint(0, 11, (6, 5)).t()
     for chunking in cases.WALKS.values():
-        loss = linear_cross_entropy(hidden, weight, labels, chunking=chunking)
-        expected = reference.linear_cross_entropy(hidden, weight, labels)
-        for mine, theirs in zip(*(torch.autograd.grad(v, (hidden, weight)) for v in (loss, expected)), strict=True):
-            torch.testing.assert_close(mine, theirs, **TIGHT)
+        loss = partial(linear_cross_entropy, chunking=chunking)
+        assert_matches(loss, reference.linear_cross_entropy, (hidden, weight, labels))
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_empty_batch_is_zero_and_attached(walk):
+def test_all_ignored_is_zero_and_attached(walk):
     inputs = head_inputs(9, 4, 7, ignored=1.0)
     for keywords in (
         {},
@@ -120,12 +113,19 @@ def test_empty_batch_is_zero_and_attached(walk):
     ):
         loss = cases.linear(cases.WALKS[walk], **keywords)(*inputs)
         assert loss.item() == 0
-        for gradient in cases.gradients(loss, inputs, None):
-            assert (gradient == 0).all()
+        assert all((gradient == 0).all() for gradient in cases.gradients(loss, inputs))
+
+
+@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+def test_no_tokens_is_zero_and_attached(walk):
+    inputs = head_inputs(0, 7, 29, dtype=torch.float64)
+    loss = cases.linear(cases.WALKS[walk])(*inputs)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in cases.gradients(loss, inputs))
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_garbage_in_ignored_tokens_stays_out_of_the_loss(walk):
+def test_nan_in_ignored_tokens(walk):
     inputs = head_inputs(9, 4, 7)
     labels = inputs.labels.clone()
     labels[2] = -100
@@ -140,21 +140,22 @@ def test_garbage_in_ignored_tokens_stays_out_of_the_loss(walk):
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_forbidden_columns(walk):
+def test_bias_of_minus_inf_forbids_classes(walk):
     """A bias of -inf takes a column out of the vocabulary, as constrained decoding does."""
     inputs = head_inputs(9, 4, 30, dtype=torch.float64)
     bias = torch.zeros(30, dtype=torch.float64)
     bias[10:] = float("-inf")
     labels = inputs.labels % 10
-    loss = linear_cross_entropy(inputs.hidden, inputs.weight, labels, bias=bias, chunking=cases.WALKS[walk])
-    expected = reference.linear_cross_entropy(inputs.hidden, inputs.weight[:10], labels)
-    torch.testing.assert_close(reference.linear_cross_entropy(*inputs[:2], labels, bias=bias), expected, **TIGHT)
-    for mine, theirs in zip(*(torch.autograd.grad(v, inputs[:2]) for v in (loss, expected)), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
+
+    def truth(hidden, weight, labels):
+        return reference.linear_cross_entropy(hidden, weight[:10], labels)
+
+    for fn in (partial(linear_cross_entropy, chunking=cases.WALKS[walk]), reference.linear_cross_entropy):
+        assert_matches(partial(fn, bias=bias), truth, (*inputs[:2], labels))
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_rows_of_the_least_number(walk):
+def test_logits_of_finfo_min(walk):
     """The usual fill of a mask: a row of nothing else is a uniform distribution."""
     least = torch.finfo(torch.float32).min
     hidden, weight, labels = torch.ones(3, 1), torch.full((11, 1), least), torch.tensor([0, 5, 10])
@@ -171,9 +172,8 @@ def test_token_weights_are_differentiable(walk):
     inputs = head_inputs(11, 4, 23, dtype=torch.float64, ignored=0.2)
     weights = torch.rand(11, dtype=torch.float64).requires_grad_()
     keywords = {"token_weights": weights, "z_loss": 0.1, "label_smoothing": 0.1}
-    mine = torch.autograd.grad(cases.linear(cases.WALKS[walk], **keywords)(*inputs), weights)
-    theirs = torch.autograd.grad(reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords), weights)
-    torch.testing.assert_close(mine, theirs, **TIGHT)
+    loss, truth = cases.linear(cases.WALKS[walk], **keywords), cases.truth(**keywords)
+    assert_matches(loss, truth, inputs, wanted=[weights])
 
 
 @settings(max_examples=40, deadline=None)
@@ -184,21 +184,16 @@ def test_token_weights_are_differentiable(walk):
     columns=st.integers(1, 45),
     seed=st.integers(0, 1000),
 )
-def test_chunks_change_nothing(tokens, vocab, rows, columns, seed):
+def test_any_chunk_size_matches_reference(tokens, vocab, rows, columns, seed):
     inputs = head_inputs(tokens, 3, vocab, dtype=torch.float64, ignored=0.1, ignore_index=1, seed=seed)
     keywords = cases.everything(tokens, vocab, seed=seed)
-    expected = reference.linear_cross_entropy(*inputs[:3], bias=inputs.bias, **keywords)
-    wanted = cases.gradients(expected, inputs, None)
     for chunking in (Chunking(strategy="tokens", chunk_size=rows), Chunking(strategy="vocab", chunk_size=columns)):
-        loss = cases.linear(chunking, **keywords)(*inputs)
-        torch.testing.assert_close(loss, expected, **TIGHT)
-        for mine, theirs in zip(cases.gradients(loss, inputs, None), wanted, strict=True):
-            torch.testing.assert_close(mine, theirs, **TIGHT)
+        assert_matches(cases.linear(chunking, **keywords), cases.truth(**keywords), inputs)
 
 
 @settings(max_examples=20, deadline=None)
 @given(tokens=st.integers(1, 30), seed=st.integers(0, 1000))
-def test_properties_of_tokens(tokens, seed):
+def test_order_doubling_and_masking_of_tokens(tokens, seed):
     """Order does not matter; twice the tokens is twice the sum; a mask is the same as tokens left out."""
     hidden, weight, labels, _ = head_inputs(tokens, 3, 13, dtype=torch.float64, seed=seed)
     random = torch.Generator().manual_seed(seed)
@@ -218,41 +213,40 @@ def test_properties_of_tokens(tokens, seed):
 
 
 @pytest.mark.parametrize("walk", ["vocab", "default"])
-def test_statistics(walk):
+def test_linear_token_statistics_match_reference(walk):
     inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2, confident=0.3)
     keywords = {"mask": torch.arange(23) % 5 != 0, "softcap": 9.0, "temperature": 0.8, "shift": 1}
-    expected = reference.linear_token_statistics(*inputs[:3], bias=inputs.bias, **keywords)
-    actual = compiled_loss.linear_token_statistics(
-        *inputs[:3], bias=inputs.bias, chunking=cases.WALKS[walk], **keywords
-    )
-    for name, mine, theirs in zip(actual._fields, actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
-    for mine, theirs in zip(actual[:3], expected[:3], strict=True):
-        upstream = torch.rand_like(mine)
-        for a, b in zip(
-            torch.autograd.grad(mine, (inputs.hidden, inputs.weight, inputs.bias), upstream, retain_graph=True),
-            torch.autograd.grad(theirs, (inputs.hidden, inputs.weight, inputs.bias), upstream, retain_graph=True),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+    def statistics(lib, inputs, **how):
+        return lib.linear_token_statistics(*inputs[:3], bias=inputs[3], **keywords, **how)
+
+    for which in (slice(3), 0, 1, 2):  # together and each alone
+        assert_matches(
+            lambda *i, which=which: statistics(compiled_loss, i, chunking=cases.WALKS[walk])[which],
+            lambda *i, which=which: statistics(reference, i)[which],
+            inputs,
+            rtol=1e-10,
+            atol=1e-11,
+        )
+    expected = statistics(reference, inputs)
+    found = statistics(compiled_loss, inputs, chunking=cases.WALKS[walk])
+    torch.testing.assert_close(found, expected, **TIGHT)
     with torch.no_grad():
         for chunking in cases.WALKS.values():
-            again = compiled_loss.linear_token_statistics(*inputs[:3], bias=inputs.bias, chunking=chunking, **keywords)
-            for mine, theirs in zip(again, expected, strict=True):
-                torch.testing.assert_close(mine, theirs, **TIGHT)
+            torch.testing.assert_close(statistics(compiled_loss, inputs, chunking=chunking), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("walk", cases.WALKS)
-def test_loss_with_statistics(walk):
+def test_linear_cross_entropy_with_statistics(walk):
     inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2)
     loss, statistics = compiled_loss.linear_cross_entropy_with_statistics(
         *inputs[:3], bias=inputs.bias, z_loss=0.1, chunking=cases.WALKS[walk]
     )
     torch.testing.assert_close(loss, cases.linear(cases.WALKS[walk], z_loss=0.1)(*inputs))
-    for mine, theirs in zip(statistics, reference.linear_token_statistics(*inputs[:3], bias=inputs.bias), strict=True):
-        torch.testing.assert_close(mine, theirs, **TIGHT)
-        assert not mine.requires_grad
-    assert all(g is not None for g in cases.gradients(loss, inputs, None))
+    truth = reference.linear_token_statistics(*inputs[:3], bias=inputs.bias)
+    torch.testing.assert_close(statistics, truth, **TIGHT)
+    assert not any(v.requires_grad for v in statistics)
+    assert all(g is not None for g in cases.gradients(loss, inputs))
 
 
 def test_correct_counts_ties():
@@ -265,8 +259,7 @@ def test_correct_counts_ties():
 def test_logits_far_above_the_softcap(strategy):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
     hidden = (1000 * inputs.hidden.detach()).requires_grad_()
-    mine = linear_cross_entropy(hidden, *inputs[1:3], softcap=5.0, chunking=Chunking(strategy=strategy, chunk_size=4))
-    exact = reference.linear_cross_entropy(hidden, *inputs[1:3], softcap=5.0)
-    torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(v, (hidden, inputs.weight)) for v in (mine, exact)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    loss = partial(linear_cross_entropy, softcap=5.0, chunking=Chunking(strategy=strategy, chunk_size=4))
+    truth = partial(reference.linear_cross_entropy, softcap=5.0)
+    torch.testing.assert_close(loss(hidden, *inputs[1:3]), truth(hidden, *inputs[1:3]), **TIGHT)
+    assert_matches(loss, truth, (hidden, *inputs[1:3]), rtol=1e-9, atol=1e-12)

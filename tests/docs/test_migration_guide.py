@@ -1,13 +1,9 @@
-"""The API's pages hold what is public, and the migration guide names what exists and runs."""
+"""The migration guide names what exists, has every argument of others, and its snippets run."""
 
 import ast
 import dataclasses
-import importlib
-import importlib.util
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,70 +13,8 @@ from torch.nn import functional as F
 import compiled_loss
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "docs.py"
 GUIDE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 
-# The API's pages ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("docs_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.xdist_group("docs")
-def test_pages(tool, tmp_path):
-    """Written in a process of their own, where a warning is an error. Each public name, no more, and nothing raw."""
-    run = subprocess.run([sys.executable, TOOL, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    modules = [v.__name__ for v in (getattr(compiled_loss, n) for n in compiled_loss.__all__) if inspect.ismodule(v)]
-    assert {*modules, *(f"compiled_loss{n}" for n in ("", ".testing", ".inspection", ".reference"))} <= set(tool.PAGES)
-    for name in tool.PAGES:
-        module = importlib.import_module(name)
-        html = tool.Html((tmp_path / f"{name.replace('.', '/')}.html").read_text(encoding="utf-8"))
-        shown = {i for i in html.ids if hasattr(module, i) and not inspect.ismodule(getattr(module, i))}
-        own = {n for n, v in vars(module).items() if getattr(v, "__module__", None) == name and not n.startswith("_")}
-        public = set(getattr(module, "__all__", own))
-        assert shown == {n for n in public if not inspect.ismodule(getattr(module, n))}
-        assert len(shown) >= 2
-        assert not re.search(r":(func|class):", "".join(html.prose))
-    assert "compiled_loss.html" in (tmp_path / "index.html").read_text()
-    assert (tmp_path / "search.js").stat().st_size
-
-
-PAGE = '<main id="here"><code>{}</code><a href="{}">x</a>{}</main>'
-
-
-@pytest.mark.xdist_group("docs")
-@pytest.mark.parametrize(
-    ("page", "said"),
-    [
-        (PAGE.format("other", "b/c.html#there", "<pre>:func:`x`</pre>"), []),
-        (PAGE.format("f()", "#here", ""), ["a.html: :func:`f` is on no page"]),
-        (PAGE.format("C", "https://x.org/y.html", ""), ["a.html: :class:`C` is on no page"]),
-        (PAGE.format("", "#nowhere", ""), ["a.html: #nowhere leads nowhere"]),
-        (PAGE.format("", "b/d.html", ""), ["a.html: b/d.html leads nowhere"]),
-        (PAGE.format("", "b/c.html#here", ""), ["a.html: b/c.html#here leads nowhere"]),
-        (PAGE.format("", "", "see :func:`x`"), ["a.html: :func:` is not understood"]),
-    ],
-)
-def test_broken_references_are_found(tool, page, said):
-    files = {"a.html": page, "b/c.html": '<p id="there"></p><a href="../a.html#here">a</a>'}
-    assert tool.broken(files, {"a.html": {("func", "f"), ("class", "C")}}) == said
-
-
-@pytest.mark.xdist_group("docs")
-def test_a_note_that_is_nowhere_is_an_error(tool):
-    module = "compiled_loss.functional.distillation"
-    assert "Hinton" in tool.note("Divergences", module)
-    with pytest.raises(SystemExit, match=r"^the note 'Nowhere' is cited"):
-        tool.note("Nowhere", module)
-
-
-# The migration guide ------------------------------------------------------------------------------------------------
 
 CODE = re.compile(r"`([^`]+)`")
 
@@ -127,7 +61,7 @@ def unknown(code, owner):
 
 
 @pytest.mark.parametrize("theirs", TABLES, ids="-".join)
-def test_what_the_tables_name_exists(theirs):
+def test_names_in_the_tables_exist(theirs):
     (owner,), rows = TABLES[theirs]
     assert rows
     for their, our, why in rows:
@@ -141,7 +75,7 @@ def test_what_the_tables_name_exists(theirs):
     assert not re.search(r"\bn/?a\b", GUIDE, re.IGNORECASE)
 
 
-def test_the_reader_of_tables_reads():
+def test_table_reader():
     assert unknown("labels", "cross_entropy") == unknown("KDLoss", "cross_entropy") == []
     assert unknown("lables", "cross_entropy") == ["lables"]
     assert unknown("chunking=Chunking(chunk=...)", "linear_cross_entropy") == ["chunk"]
@@ -202,7 +136,7 @@ def test_every_argument_of_others_has_a_row():
     assert first.keys() == THEIRS.keys() | {f"torch.nn.functional.{n}cross_entropy" for n in ("", "linear_")}
 
 
-REFERENCE = {
+AUTOMODEL = {
     "masked_ce": "MaskedCrossEntropy",
     "linear_ce": "FusedLinearCrossEntropy",
     "te_parallel_ce": "TEParallelCrossEntropy",
@@ -215,10 +149,10 @@ REFERENCE = {
 }
 
 
-def test_every_name_of_the_reference_is_here():
+def test_every_name_of_automodel_is_here():
     """Under the same name; what came later under the name that the row says."""
     rows = {(module, name): ours for module, name, ours in re.findall(r"^\| `(\w+)\.(\w+)` \| `(\w+)`", GUIDE, re.M)}
-    assert rows == {(module, name): name for module, names in REFERENCE.items() for name in names.split()}
+    assert rows == {(module, name): name for module, names in AUTOMODEL.items() for name in names.split()}
     later = re.findall(r"^\| `\w+\.\w+` \(0\.7\) \| `(\w+)`", GUIDE, re.M)
     assert len(later) == 3
     assert {*rows.values(), *later} <= set(compiled_loss.__all__)
@@ -266,7 +200,7 @@ def test_each_library_has_a_snippet():
     assert sum(any(name in diff for name in OTHERS) for diff in DIFFS) == len(DIFFS) - 3
 
 
-def test_two_weights_of_liger_are_one():
+def test_liger_hard_and_soft_weights():
     """What the guide says of h, s and T, against the divergences as torch computes them."""
     torch.manual_seed(0)
     student, teacher, labels = torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
@@ -279,7 +213,7 @@ def test_two_weights_of_liger_are_one():
         torch.testing.assert_close(total * ours, theirs)
 
 
-def test_probabilities_of_torch_are_soft_targets():
+def test_torch_probabilities_are_soft_targets():
     torch.manual_seed(0)
     logits, target = torch.randn(5, 7), torch.randn(5, 7).softmax(-1)
     ours = compiled_loss.masked_soft_cross_entropy(logits, target, torch.ones(5))

@@ -16,14 +16,14 @@ POWERS = {"tokens": st.sampled_from([512, 2048, 8192, 32768]), "width": st.sampl
 @pytest.mark.parametrize("chunking", [Chunking(), Chunking(strategy="vocab"), Chunking(memory_budget="64MiB")])
 @pytest.mark.parametrize("ranks", [1, 64])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_what_is_chosen_is_what_the_engine_takes(chunking, ranks, device):
+def test_chosen_is_what_the_engine_takes(chunking, ranks, device):
     found = plan(*LLAMA, chunking=chunking, ranks=ranks, device=device)
     made = planner.plan(*LLAMA, torch.bfloat16, chunking, ranks=ranks, device=device)
     chosen = found.chosen
     assert (chosen.strategy, chosen.chunk_size, chosen.count) == (made.strategy, made.chunk, made.count)
 
 
-def test_a_budget_is_spent_at_the_rates_of_the_device(monkeypatch):
+def test_memory_budget_at_the_rates_of_the_device(monkeypatch):
     arguments = (torch.randn(64, 8, requires_grad=True), torch.randn(100, 8), torch.arange(64))
     chunking = Chunking(memory_budget=6400)
     compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
@@ -42,7 +42,7 @@ def test_a_budget_is_spent_at_the_rates_of_the_device(monkeypatch):
     assert slower > 100
 
 
-def test_bytes():
+def test_chunk_and_peak_bytes():
     """8 chunks accumulate in bf16; 16 in fp32, of which backward makes a copy in bf16."""
     found = plan(*LLAMA)
     tokens, width, vocab = LLAMA
@@ -55,12 +55,12 @@ def test_bytes():
 
 
 @pytest.mark.parametrize("chunking", [Chunking(memory_budget="4GiB"), Chunking(chunk_size=100_000)])
-def test_no_chunk_is_longer_than_what_there_is(chunking):
+def test_chunk_is_no_longer_than_n(chunking):
     chosen = plan(512, *LLAMA[1:], chunking=chunking).chosen
     assert (chosen.count, chosen.chunk_size, chosen.chunk_bytes) == (1, 512, 512 * LLAMA[2] * 2)
 
 
-def test_tokens_that_count():
+def test_max_label_tokens():
     found = plan(*LLAMA, chunking=Chunking(max_label_tokens=0.25))
     assert found.chosen == plan(2048, *LLAMA[1:]).chosen
     assert found.chosen.count == 2
@@ -68,14 +68,14 @@ def test_tokens_that_count():
 
 @settings(max_examples=60, deadline=None)
 @given(**POWERS, vocab=st.sampled_from([8192, 65536, 128256]), budget=st.integers(1 << 21, 1 << 30))
-def test_nothing_that_fits_is_faster(tokens, width, vocab, budget):
+def test_chosen_is_the_fastest_that_fits(tokens, width, vocab, budget):
     found = plan(tokens, width, vocab, chunking=Chunking(memory_budget=budget))
     assert found.chosen.chunk_bytes <= budget
     within = [one.seconds for one in found.alternatives if one.chunk_bytes <= budget]
     assert all(found.chosen.seconds <= seconds * 1.001 for seconds in within)
 
 
-def test_seconds_by_hand():
+def test_hand_computed_seconds():
     """Chunks of 2 of 4 tokens and of 25 of 50 columns: bound by operations, or by memory."""
     device = cost.Rates(half=1.0, single=10.0, memory=100.0, chunk=7.0, overlap=True)
     shape, gemm, passes = (4, 3, 50), 2 * 2 * 3 * 50 / 10.0, cost.PASSES * 4 * 2 * 50
@@ -94,7 +94,7 @@ def test_seconds_by_hand():
     assert cost.seconds("vocab", 50, *shape, 2, 2, device._replace(memory=1e9)) == pytest.approx(4 * 2 * 4 * 150 + 7)
 
 
-def test_a_table():
+def test_table_as_text():
     text = str(plan(*LLAMA, chunking=Chunking(memory_budget="512MiB")))
     assert text.count("chosen") == 1
     assert text.count("over budget") == 4
@@ -122,6 +122,6 @@ def test_a_table():
         (LLAMA, {"chunking": Chunking(accumulate_dtype=torch.float16)}, ValueError, "accumulate_dtype: expected "),
     ],
 )
-def test_errors(sizes, more, error, text):
+def test_plan_errors(sizes, more, error, text):
     with pytest.raises(error, match=text):
         plan(*sizes, **more)

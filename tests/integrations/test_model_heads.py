@@ -1,69 +1,26 @@
 """Losses that take a model's head: its bias takes part, and what no weight and bias can say is refused.
 
-Expectations are plain torch on the logits of the head's own forward, in fp64: 1e-11 is rounding.
+Expectations are plain torch on the logits of the head's own forward, in fp64.
 """
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
+from comparing import TIGHT, assert_same
+from model_heads import FUSED, H, Model, Parallel, V, auxiliary, batch, linear, plain
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from compiled_loss import (
-    FusedLinearCrossEntropy,
     MaskedCrossEntropy,
-    MTPLossConfig,
     PipelineCausalLMLoss,
     calculate_loss,
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
 from compiled_loss.models.outputs import head_weight
-
-B, S, H, V = 2, 5, 4, 11
-TIGHT = {"rtol": 1e-11, "atol": 1e-11}
-FUSED = FusedLinearCrossEntropy(reduction="mean")
-
-
-class Model(nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.lm_head = head
-
-
-def linear(bias=True, width=H, vocab=V):
-    head = nn.Linear(width, vocab, bias=bias, dtype=torch.float64)
-    if bias:
-        nn.init.normal_(head.bias)
-    return head
-
-
-def batch():
-    hidden = torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
-    further = [torch.randn(B, S, H, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    labels = torch.randint(0, V, (B, S))
-    labels[0, 2] = -100
-    return hidden, further, labels
-
-
-def plain(head, states, labels, ahead=0):
-    """The mean of the logits' cross-entropy with the labels so far ahead."""
-    targets = torch.cat([labels[:, ahead:], torch.full((B, ahead), -100)], 1)
-    return F.cross_entropy(head(states).flatten(0, 1), targets.flatten())
-
-
-def auxiliary(head, further, labels, factor):
-    return factor / len(further) * sum(plain(head, h, labels, k + 1) for k, h in enumerate(further))
-
-
-def same(found, expected, wanted):
-    torch.testing.assert_close(found, expected, **TIGHT)
-    mine, theirs = torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)
-    torch.testing.assert_close(mine, theirs, **TIGHT)
-
 
 HEADS = {
     "bias": linear,
@@ -75,7 +32,7 @@ HEADS = {
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("how", ["calculate_loss", "mtp", "pipeline"])
-def test_a_head_is_its_weight_and_its_bias(kind, how):
+def test_weight_and_bias_of_the_head(kind, how):
     model = Model(HEADS[kind]())
     head = model.lm_head
     hidden, further, labels = batch()
@@ -94,29 +51,31 @@ def test_a_head_is_its_weight_and_its_bias(kind, how):
         wanted += further
         found = PipelineCausalLMLoss(FUSED, model, scaling_factor=0.7)((hidden, *further), labels)
         expected = plain(head, hidden, labels) + auxiliary(head, further, labels, 0.7)
-    same(found, expected, wanted)
+    assert_same(found, expected, wanted)
 
 
 @pytest.mark.parametrize("kind", ["bias", "weight_norm and bias"])
-def test_compiled(kind):
+def test_weight_and_bias_of_the_head_compiled(kind):
     model = Model(HEADS[kind]())
     hidden, further, labels = batch()
     loss = PipelineCausalLMLoss(FUSED, model, scaling_factor=0.7)
     found = torch.compile(lambda *stage: loss(stage, labels), fullgraph=True, backend="aot_eager")(hidden, *further)
     expected = plain(model.lm_head, hidden, labels) + auxiliary(model.lm_head, further, labels, 0.7)
-    same(found, expected, [hidden, *further, *model.lm_head.parameters()])
+    assert_same(found, expected, [hidden, *further, *model.lm_head.parameters()])
 
 
-def test_a_given_weight_is_all_there_is():
+def test_given_lm_weight_and_lm_bias():
     """The model is not looked at, so its bias takes part where it is given, and only there."""
     model = Model(linear())
     head = model.lm_head
     hidden, further, labels = batch()
     given = {"labels": labels, "model": model, "lm_weight": head.weight}
     bare = lambda states: states @ head.weight.t()  # noqa: E731
-    same(calculate_loss(FUSED, hidden_states=hidden, **given), plain(bare, hidden, labels), [hidden, head.weight])
+    assert_same(
+        calculate_loss(FUSED, hidden_states=hidden, **given), plain(bare, hidden, labels), [hidden, head.weight]
+    )
     found = calculate_loss(FUSED, hidden_states=hidden, lm_bias=head.bias, **given)
-    same(found, plain(head, hidden, labels), [hidden, *head.parameters()])
+    assert_same(found, plain(head, hidden, labels), [hidden, *head.parameters()])
     for bias, logits in ((None, bare), (head.bias, head)):
         found = calculate_mtp_losses(FUSED, mtp_per_depth_h=further, lm_bias=bias, scaling_factor=1.0, **given)
         torch.testing.assert_close(found.loss, auxiliary(logits, further, labels, 1.0), **TIGHT)
@@ -144,12 +103,12 @@ class TheirsOfAnything(Theirs):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def test_somebodys_loss_never_drops_a_bias():
+def test_custom_loss_with_and_without_lm_bias():
     hidden, further, labels = batch()
     model = Model(linear())
     for loss in (TheirsWithBias(), TheirsOfAnything()):
         found = calculate_loss(loss, hidden_states=hidden, labels=labels, model=model)
-        same(found, plain(model.lm_head, hidden, labels), [hidden, *model.parameters()])
+        assert_same(found, plain(model.lm_head, hidden, labels), [hidden, *model.parameters()])
     text = "loss_fn: expected one that takes lm_bias, for the head has a bias, got Theirs: add it to its keywords"
     for call in (
         lambda: calculate_loss(Theirs(), hidden_states=hidden, labels=labels, model=model),
@@ -160,7 +119,7 @@ def test_somebodys_loss_never_drops_a_bias():
             call()
     bare = Model(linear(False))
     found = calculate_loss(Theirs(), hidden_states=hidden, labels=labels, model=bare)
-    same(found, plain(bare.lm_head, hidden, labels), [hidden])
+    assert_same(found, plain(bare.lm_head, hidden, labels), [hidden])
 
 
 class Doubled(nn.Linear):
@@ -199,7 +158,7 @@ def hooked():
     ],
     ids=["LoRA", "torchao", "hook", "forward", "Sequential"],
 )
-def test_a_head_that_is_more_is_refused(make, text):
+def test_lora_quantised_and_hooked_heads_are_errors(make, text):
     """A loss of logits takes it."""
     model = make()
     hidden, further, labels = batch()
@@ -214,11 +173,11 @@ def test_a_head_that_is_more_is_refused(make, text):
         loss = MaskedCrossEntropy(reduction="mean")
         found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
         wanted = [p for p in model.parameters() if p.requires_grad]
-        same(found, auxiliary(model.base_model.model.lm_head, further, labels, 1.0), [*further, *wanted])
+        assert_same(found, auxiliary(model.base_model.model.lm_head, further, labels, 1.0), [*further, *wanted])
 
 
 @pytest.mark.parametrize("what", ["modules_to_save", "trainable_token_indices"])
-def test_peft_that_changes_the_weight_alone(what):
+def test_peft_modules_to_save_and_trainable_tokens(what):
     peft = pytest.importorskip("peft")
     base = nn.ModuleDict({"body": nn.Linear(H, H, dtype=torch.float64), "lm_head": linear(False)})
     value = ["lm_head"] if what == "modules_to_save" else {"lm_head": [1, 7]}
@@ -233,7 +192,7 @@ def test_peft_that_changes_the_weight_alone(what):
     hidden, further, labels = batch()
     found = PipelineCausalLMLoss(FUSED, model, scaling_factor=0.7)((hidden, *further), labels)
     expected = plain(head, hidden, labels) + auxiliary(head, further, labels, 0.7)
-    same(found, expected, [hidden, *further, *wanted])
+    assert_same(found, expected, [hidden, *further, *wanted])
 
 
 class Embedded(nn.Module):
@@ -246,12 +205,6 @@ class Embedded(nn.Module):
 
     def get_output_embeddings(self):
         return self.embed_out if self.says else None
-
-
-class Parallel(nn.parallel.DistributedDataParallel):
-    def __init__(self, module):
-        nn.Module.__init__(self)
-        self.module = module
 
 
 def named(name):
@@ -277,7 +230,7 @@ def named(name):
         (lambda: Model(nn.ModuleDict({"default": linear()})), "lm_head.default"),
     ],
 )
-def test_where_a_head_is_found(make, name):
+def test_head_lookup(make, name):
     """By a loss of hidden states, and by one of logits."""
     model = make()
     hidden, further, labels = batch()
@@ -289,17 +242,17 @@ def test_where_a_head_is_found(make, name):
         torch.testing.assert_close(found, auxiliary(head, further, labels, 1.0), **TIGHT)
 
 
-def test_an_embedding_is_a_head():
+def test_tied_embedding_as_head():
     """As models say whose embeddings are tied."""
     model = Model(nn.Embedding(V, H, dtype=torch.float64))
     _, further, labels = batch()
     logits = lambda states: states @ model.lm_head.weight.t()  # noqa: E731
     for loss in (FUSED, MaskedCrossEntropy(reduction="mean")):
         found = calculate_mtp_loss(loss, mtp_per_depth_h=further, labels=labels, model=model, scaling_factor=1.0)
-        same(found, auxiliary(logits, further, labels, 1.0), [*further, model.lm_head.weight])
+        assert_same(found, auxiliary(logits, further, labels, 1.0), [*further, model.lm_head.weight])
 
 
-def test_a_head_that_was_never_loaded():
+def test_head_on_meta_error():
     """On meta beside hidden states that are not; where all is on meta, nothing is missing."""
     with torch.device("meta"):
         model = Model(nn.Linear(H, V))
@@ -309,7 +262,7 @@ def test_a_head_that_was_never_loaded():
     assert head_weight(model, hidden.float().to("meta")).weight is model.lm_head.weight
 
 
-def test_no_head_and_several():
+def test_missing_or_ambiguous_head_error():
     hidden, _, labels = batch()
     several = nn.ModuleDict({"lm_head_a": linear(), "lm_head_b": linear()})
     for model, text in (
@@ -321,74 +274,3 @@ def test_no_head_and_several():
     ):
         with pytest.raises(ValueError, match="^" + re.escape(text)):
             calculate_loss(FUSED, hidden_states=hidden, labels=labels, model=model)
-
-
-class Shaped(Model):
-    """As Automodel's: the factor stands in the model's mtp_config, and a stage gives a tuple."""
-
-    def __init__(self):
-        super().__init__(linear())
-        self.mtp_config = SimpleNamespace(num_layers=2, loss_scaling_factor=0.5)
-
-
-def method(model):
-    model.get_mtp_loss_scaling_factor = lambda: 0.4
-
-
-def attribute(model):
-    method(model)
-    model.mtp_loss_scaling_factor = 0.3
-
-
-def nothing(model):
-    del model.mtp_config
-
-
-def without(model):
-    """A config that has other fields."""
-    attribute(model)
-    model.mtp_config = SimpleNamespace(num_layers=2)
-
-
-def other(*changes):
-    def change(model):
-        for made in changes:
-            made(model)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "given", "asked", "factor"),
-    [
-        (lambda model: None, None, None, 0.5),
-        (attribute, None, None, 0.5),
-        (other(nothing, attribute), None, None, 0.3),
-        (without, None, None, 0.3),
-        (other(nothing, method), None, None, 0.4),
-        (nothing, None, None, 0.1),
-        (attribute, 0.2, None, 0.2),
-        (attribute, 0.2, 0.9, 0.9),
-        (attribute, None, 0.0, 0.0),
-    ],
-)
-@pytest.mark.parametrize("form", ["tuple", "object", "dict", "parallel"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_factor_of_a_model(change, given, asked, factor, form, fused):
-    model = Shaped()
-    change(model)
-    hidden, further, labels = batch()
-    logits = model.lm_head(hidden)
-    fields = {"logits": logits, "hidden_states": hidden, "mtp_per_depth_h": further}
-    if given is not None:
-        fields["mtp_loss_scaling_factor"] = given
-        form = "object" if form in ("tuple", "parallel") else form
-    stage = (hidden if fused else logits, *further)
-    output = {"object": SimpleNamespace(**fields), "dict": fields}.get(form, stage)
-    loss_fn = FUSED if fused else MaskedCrossEntropy(reduction="mean")
-    owner = Parallel(model) if form == "parallel" else model
-    loss = PipelineCausalLMLoss(loss_fn, owner, scaling_factor=asked)
-    if form == "dict":
-        loss = MTPLossConfig(scaling_factor=asked).build(loss_fn, owner)
-    expected = plain(model.lm_head, hidden, labels) + auxiliary(model.lm_head, further, labels, factor)
-    torch.testing.assert_close(loss(output, labels), expected, **TIGHT)

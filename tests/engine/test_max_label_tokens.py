@@ -5,13 +5,13 @@ import functools
 import cases
 import pytest
 import torch
+from comparing import TIGHT, assert_matches
 from gpu_cases import linear
 
 import compiled_loss
 from compiled_loss import Chunking, reference
 from compiled_loss.testing import assert_label_tokens_fit, assert_single_graph, count_graphs, head_inputs
 
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 N, H, V = 29, 7, 17
 COUNTING = 11
 
@@ -86,97 +86,65 @@ LOSSES = {
 }
 
 
-def gradients(loss, inputs):
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
-    return torch.autograd.grad(loss, inputs, upstream, allow_unused=True)
-
-
-def results(call, inputs):
-    loss = call(*inputs)
-    return loss.detach(), *gradients(loss, inputs[:4])
-
-
-def agree(found, expected):
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, theirs, **TIGHT)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("most", [COUNTING, COUNTING / N, 20], ids=["exact", "fraction", "room"])
-def test_values(name, most):
+def test_max_label_tokens_matches_reference(name, most):
     loss, how = LOSSES[name]
-    inputs = given()
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
-    agree(results(call, inputs), results(functools.partial(loss, reference), inputs))
+    assert_matches(call, functools.partial(loss, reference), given())
 
 
 @pytest.mark.parametrize(
     "name",
     ["tokens", *(pytest.param(n, marks=pytest.mark.slow) for n in LOSSES if n != "tokens")],
 )
-def test_compiled(name):
+def test_compiled_matches_reference(name):
     loss, how = LOSSES[name]
-    inputs = given()
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING))
-    call = torch.compile(call, fullgraph=True)
-    agree(results(call, inputs), results(functools.partial(loss, reference), inputs))
+    assert_matches(torch.compile(call, fullgraph=True), functools.partial(loss, reference), given())
 
 
 @pytest.mark.parametrize("keywords", cases.KEYWORDS)
-def test_keywords(keywords):
+def test_every_keyword(keywords):
     """Masks, shifts and other ignored labels decide what counts, not the labels alone."""
     options = cases.KEYWORDS[keywords](N, V)
-    inputs = head_inputs(N, H, V, dtype=torch.float64, ignored=0.3, ignore_index=options.get("ignore_index", -100))
-    walk = Chunking(strategy="vocab", chunk_size=5, max_label_tokens=N - 1)
-
-    def call(h, w, b, y):
-        return compiled_loss.linear_cross_entropy(h, w, y, bias=b, chunking=walk, **options)
-
-    def plain(h, w, b, y):
-        return reference.linear_cross_entropy(h, w, y, bias=b, **options)
-
+    inputs = cases.inputs_for(options, N, H, V)
+    call = cases.linear(Chunking(strategy="vocab", chunk_size=5, max_label_tokens=N - 1), **options)
     for seed in range(3):
         labels = inputs.labels.roll(seed)
         labels[0] = options.get("ignore_index", -100)
-        arguments = (inputs.hidden, inputs.weight, inputs.bias)
-        mine, theirs = (f(*arguments, labels) for f in (call, plain))
-        agree([mine, *gradients(mine, arguments)], [theirs, *gradients(theirs, arguments)])
+        assert_matches(call, cases.truth(**options), inputs._replace(labels=labels))
 
 
 @pytest.mark.parametrize("counting", [0, 1, N - 1, N])
 @pytest.mark.parametrize("name", ["tokens", "none", "distillation"])
-def test_none_one_and_all(name, counting):
+def test_no_one_and_all_label_tokens(name, counting):
     loss, how = LOSSES[name]
     inputs = given(counting)
     for most in (1, 0.01) if counting < 2 else (N, 1.0, 10 * N) if counting == N else (N - 1,):
         call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=most))
-        for mine, theirs in zip(
-            results(call, inputs), results(functools.partial(loss, reference), inputs), strict=True
-        ):
-            if mine is not None:
-                torch.testing.assert_close(mine, theirs, **TIGHT)
+        assert_matches(call, functools.partial(loss, reference), inputs)
 
 
 FIRST = ("tokens", "vocab", "none", "distillation")
 
 
 @pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES])
-def test_no_token_is_dropped_silently(name):
+def test_too_many_label_tokens_is_an_error_or_nan(name):
     """Eager CPU code raises; traced code makes the loss and the gradients of the head NaN."""
     loss, how = LOSSES[name]
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING - 1))
     inputs = given()
     with pytest.raises(ValueError, match=r"max_label_tokens: expected at least \d+ of \d+ tokens, so many count, got"):
         call(*inputs)
-    value, d_hidden, d_weight, *_ = results(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs)
+    value = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    d_hidden, d_weight = torch.autograd.grad(value, inputs[:2], torch.ones_like(value))
     assert value.isnan().all() if value.dim() == 0 else value[inputs[4] != -100].isnan().all()
     assert d_weight.isnan().all()
     assert d_hidden[inputs[4] != -100].isnan().all()
 
 
-def test_one_graph_whatever_counts():
+def test_one_graph_as_label_tokens_vary():
     """Counts and places change from step to step, and N with a fraction of it."""
     call = functools.partial(LOSSES["vocab"][0], compiled_loss)
     chunking = Chunking(strategy="vocab", chunk_size=9, max_label_tokens=0.7)
@@ -192,7 +160,7 @@ def lengths():
         yield hidden, weight, bias, weights, labels
 
 
-def test_one_graph_whatever_n():
+def test_one_graph_as_n_varies():
     """A fraction of N is symbolic, and the fraction itself no input of the graph."""
     call, how = LOSSES["vocab"]
     call = functools.partial(call, compiled_loss, chunking=Chunking(**how, max_label_tokens=0.7))
@@ -209,7 +177,7 @@ def test_one_compiled_function_of_two_fractions():
         torch.testing.assert_close(compiled(Chunking(max_label_tokens=part), *given()), expected, **TIGHT)
 
 
-def test_under_functorch():
+def test_vmap_of_grad():
     hidden, *rest = (v.detach() for v in given())
     batch = torch.stack([hidden, 2 * hidden])
     call = functools.partial(LOSSES["tokens"][0], compiled_loss, chunking=Chunking(max_label_tokens=COUNTING))
@@ -221,7 +189,7 @@ def test_under_functorch():
     torch.testing.assert_close(found, expected, **TIGHT)
 
 
-def test_forward_mode_and_second_derivatives():
+def test_jacfwd_and_hessian():
     hidden, *rest = (v.detach() for v in given())
     call = functools.partial(LOSSES["tokens"][0], compiled_loss, chunking=Chunking(max_label_tokens=COUNTING))
     plain = functools.partial(LOSSES["tokens"][0], reference)
@@ -230,7 +198,7 @@ def test_forward_mode_and_second_derivatives():
         torch.testing.assert_close(found, expected, **TIGHT)
 
 
-def test_the_loss_has_its_dtype_whatever_the_default_is():
+def test_default_dtype_does_not_matter():
     hidden, weight, _, _, labels = given()
     torch.set_default_dtype(torch.float64)
     try:
@@ -266,7 +234,7 @@ def test_masked_tokens_cost_no_gemm(inspected, strategy):
     assert found.peak_bytes <= 1.05 * (whole + case.chunk + moved) + 64 * tokens + 16 * vocab
 
 
-def test_labels_of_a_data_set_are_asserted_to_fit():
+def test_assert_label_tokens_fit():
     *_, labels = given()
     assert_label_tokens_fit(labels, Chunking(max_label_tokens=COUNTING))
     assert_label_tokens_fit(labels, Chunking())

@@ -1,9 +1,10 @@
-"""The reference's Modules: its signatures and defaults, our numbers, and none of its defects."""
+"""Automodel's Modules: its signatures and defaults, our numbers, and none of its defects."""
 
 import inspect
 
 import pytest
 import torch
+from comparing import assert_matches
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("which", SIGNATURES, ids=lambda f: f.__qualname__)
-def test_signature(which):
+def test_signatures(which):
     signature = inspect.signature(which)
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(signature.replace(parameters=bare, return_annotation=signature.empty))
@@ -49,7 +50,7 @@ def batch(dtype=torch.float32):
 
 @pytest.mark.parametrize("module", [MaskedCrossEntropy, TEParallelCrossEntropy])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_logits(module, reduction):
+def test_masked_and_te_parallel_cross_entropy(module, reduction):
     logits, labels = batch()
     mask = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0])
     with inputs_unchanged(logits, labels, mask):
@@ -62,7 +63,7 @@ def test_logits(module, reduction):
     )
 
 
-def test_fused():
+def test_fused_linear_cross_entropy():
     hidden, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
     labels = batch()[1]
     module = FusedLinearCrossEntropy(logit_softcapping=3.0)
@@ -76,7 +77,7 @@ def test_fused():
     assert module.materialize_lm_weight(weight, grad_reduce_group=None) is weight
 
 
-def test_kd():
+def test_kd_loss():
     student, labels = batch()
     teacher = torch.randn(2, 5, V)
     valid = labels != -100
@@ -97,12 +98,9 @@ def test_module_compile(module):
     arguments = {KDLoss: (logits, logits.detach().roll(1), labels)}.get(type(module), (logits, labels))
     if isinstance(module, FusedLinearCrossEntropy):
         arguments = (logits, labels % 7, torch.randn(7, V))
-    expected = module(*arguments)
+    plain = type(module)()
     module.compile(fullgraph=True)
-    actual = module(*arguments)
-    torch.testing.assert_close(actual, expected)
-    for mine, theirs in zip(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    assert_matches(module, plain, arguments, wanted=[logits])
     assert not list(module.parameters()) and isinstance(module, nn.Module)
 
 
@@ -114,7 +112,7 @@ class Group:
         return self.ranks
 
 
-def test_a_group_of_one_rank_shards_nothing():
+def test_group_of_one_rank():
     logits, labels = batch()
     for make, tensors in ((TEParallelCrossEntropy, (logits, labels)), (KDLoss, (logits, logits.detach() * 2, labels))):
         assert torch.equal(make(tp_group=Group(1))(*tensors), make()(*tensors))
@@ -138,6 +136,6 @@ def test_a_group_of_one_rank_shards_nothing():
         (lambda: KDLoss(chunk_size=-1), "chunk_size: expected an int >= 0, got -1"),
     ],
 )
-def test_bad_keywords_are_refused_at_once(make, text):
+def test_constructor_errors(make, text):
     with pytest.raises((TypeError, ValueError), match="^" + text):
         make()
