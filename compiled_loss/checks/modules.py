@@ -71,7 +71,6 @@ def kept(values: Mapping[str, Any], chunking: type) -> None:
     arguments.alignment(given("shift", 0), given("ignore_index", -100), 1)
     arguments.reduction(given("reduction", "mean"))
     arguments.class_dim(given("class_dim", -1))
-    arguments.flag("fp32_upcast", given("fp32_upcast", True))
     multi_token.scaling(given("scaling_factor", 0.1))
     softcapping(given("logit_softcapping", 0.0))
     targets.distillation(
@@ -90,7 +89,7 @@ def kept(values: Mapping[str, Any], chunking: type) -> None:
 
 def keywords(owner: Any, given: Mapping[str, object], module: Any) -> None:
     """Raise where a constructor does not know a keyword. A config tells of which `module` it is."""
-    if torch.compiler.is_compiling():  # Dynamo asks for no signatures; it names an unknown keyword itself
+    if not given or torch.compiler.is_compiling():  # Dynamo asks for no signatures; it names the keyword itself
         return
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

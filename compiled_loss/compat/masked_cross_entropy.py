@@ -1,4 +1,4 @@
-"""Cross-entropy with the reference's name, mask and defaults."""
+"""Cross-entropy with the name, mask and defaults of NeMo Automodel's Module."""
 
 from __future__ import annotations
 
