@@ -223,7 +223,7 @@ def soft_targets(name, shape, vocab, width, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("keywords", [{}, {"temperature": 1.7}, {"num_label_tokens": 9}], ids=str)
+@pytest.mark.parametrize("keywords", [{}, {"temperature": 1.7}, {"reduction": "sum", "num_label_tokens": 9}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_soft_cross_entropy(target, keywords, shape):
     rows, _, teacher_width, vocab = shape
