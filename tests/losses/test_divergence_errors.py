@@ -176,10 +176,55 @@ CASES = {
         ({"draft_to_target": None}, ValueError, "teacher_weight: expected the student's V = 5 rows, got 10"),
         ({"draft_to_target": torch.arange(V + 1)}, ValueError, "draft_to_target: expected [V] = [5], got [6]"),
         ({"draft_to_target": zeros(V)}, TypeError, "draft_to_target: expected int64, got torch.float32: use"),
-        ({"num_label_tokens": -1}, ValueError, "num_label_tokens: expected >= 0, got -1"),
+        (
+            {"num_label_tokens": -1, "reduction": "sum"},
+            ValueError,
+            "num_label_tokens: expected >= 0, got -1",
+        ),
+        ({"chunking": 512}, TypeError, "chunking: expected a Chunking, got int"),
         ({"chunking": Chunking(strategy="vocab")}, ValueError, "strategy: expected 'tokens' or 'auto', got 'vocab'"),
+        ({"weight": torch.nn.Linear(H, V)}, TypeError, "weight: expected a Tensor, got Linear: use linear.weight and"),
+        (
+            {"teacher_weight": torch.nn.Linear(2, 2 * V)},
+            TypeError,
+            "teacher_weight: expected a Tensor, got Linear: use linear.weight and teacher_bias=linear.bias",
+        ),
+        ({"teacher_bias": zeros(V)}, ValueError, "teacher_bias: expected [V] = [10], got [5]"),
+        (
+            {**PROBS, "target_probs": zeros(N, V), "teacher_bias": zeros(V)},
+            ValueError,
+            "teacher_bias: expected None beside target_probs, got a Tensor",
+        ),
+        *[
+            (
+                {**PROBS, "target_probs": zeros(N, V), name: 3.0},
+                ValueError,
+                f"{name}: expected None beside target_probs, got a float",
+            )
+            for name in ("teacher_softcap", "teacher_logit_scale")
+        ],
     ],
 }
+for name in ("linear_distillation", "linear_soft_cross_entropy"):
+    CASES[name] += [
+        ({"bias": zeros(V + 1)}, ValueError, "bias: expected [V] = [5], got [6]"),
+        ({"bias": zeros(V, dtype=int32)}, TypeError, f"bias: {DTYPES} torch.int32"),
+        ({"bias": zeros(V, device="meta")}, ValueError, "bias: expected on cpu like the first argument, got meta"),
+        ({"bias": 0.0}, TypeError, "bias: expected a Tensor, got float"),
+        ({"teacher_bias": zeros(3)}, ValueError, "teacher_bias: expected [V] = ["),
+        ({"teacher_bias": [0.0]}, TypeError, "teacher_bias: expected a Tensor, got list"),
+    ]
+for name in ("distillation", "linear_distillation"):
+    TOP = {"teacher_topk": (zeros(N, 2) - 2, zeros(N, 2, dtype=int64))}
+    TOP |= {key: None for key in VALID[name] if key.startswith("teacher")}
+    CASES[name] += [
+        ({**TOP, other: 3.0}, ValueError, f"{other}: expected None beside teacher_topk, got a float")
+        for other in ("teacher_softcap", "teacher_logit_scale")
+    ]
+CASES["linear_distillation"] += [
+    ({**TOP, "teacher_bias": zeros(V)}, ValueError, "teacher_bias: expected None beside teacher_topk, got a Tensor"),
+    ({"student_weight": torch.nn.Linear(H, V)}, TypeError, "student_weight: expected a Tensor, got Linear: use linear"),
+]
 EVERYWHERE = [
     ({"divergence": "kl"}, ValueError, "divergence: expected one of 'forward_kl', 'reverse_kl', 'jsd', got 'kl'"),
     ({"jsd_weight": 1.0}, ValueError, "jsd_weight: expected a number between 0 and 1, got 1.0"),
@@ -196,9 +241,24 @@ EVERYWHERE = [
     ({"token_weights": zeros(N + 1)}, ValueError, "token_weights: expected to broadcast to the labels'"),
     ({"shift": -1}, ValueError, "shift: expected an int >= 0, got -1"),
     ({"hard_label_weight": -0.1}, ValueError, "hard_label_weight: expected a number from 0 to 1, got -0.1"),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0 or None, got 0.0"),
+    ({"softcap": float("inf")}, ValueError, "softcap: expected a number > 0 or None, got inf"),
+    ({"softcap": "30"}, TypeError, "softcap: expected a number or None, got str"),
+    ({"logit_scale": -1.0}, ValueError, "logit_scale: expected a number > 0, got -1.0"),
+    ({"logit_scale": None}, TypeError, "logit_scale: expected a number, got NoneType"),
+    ({"teacher_softcap": -2}, ValueError, "teacher_softcap: expected a number > 0 or None, got -2"),
+    ({"teacher_logit_scale": 0}, ValueError, "teacher_logit_scale: expected a number > 0 or None, got 0"),
+    ({"teacher_logit_scale": True}, TypeError, "teacher_logit_scale: expected a number or None, got bool"),
+    ({"token_weights": zeros(7)}, ValueError, "token_weights: expected to broadcast to the labels' ["),
+    ({"token_weights": [1.0]}, TypeError, "token_weights: expected a Tensor, got list"),
+    ({"mask": zeros(7)}, ValueError, "mask: expected to broadcast to the labels' [3], got [7]"),
+    ({"mask": zeros(N, dtype=torch.complex64)}, TypeError, "mask: expected bool, integer or floating, got torch.comp"),
+    ({"shift": -1}, ValueError, "shift: expected an int >= 0, got -1"),
+    ({"shift": 0.5}, TypeError, "shift: expected an int, got float"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
     ({"reduction": "average"}, ValueError, "reduction: expected one of 'none', 'sum', 'mean', got 'average'"),
-    ({"num_label_tokens": 2.5}, (TypeError, ValueError), "num_label_tokens: expected"),
+    ({"num_label_tokens": 2.5, "reduction": "sum"}, TypeError, "num_label_tokens: expected an int, a tensor or None"),
+    ({"num_label_tokens": 2}, ValueError, "num_label_tokens: expected None unless reduction='sum', which it divides"),
 ]
 ALL = [(name, *case) for name, cases in CASES.items() for case in cases]
 ALL += [

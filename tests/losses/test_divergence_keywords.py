@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_cached_teacher import cached
-from test_divergences import DIVERGENCES, TARGETS, TIGHT, check, heads, soft_targets
+from comparing import TIGHT, assert_matches
+from divergence_cases import DIVERGENCES, TARGETS, cached, heads, soft_targets
 
 import compiled_loss
 from compiled_loss import Chunking, distillation, linear_distillation, linear_soft_cross_entropy, reference
@@ -69,7 +69,7 @@ def compare(function, truth, tensors, keywords):
     given = [v for v in keywords.values() if isinstance(v, torch.Tensor)]
     wanted = [v for v in (*tensors, *given) if v.requires_grad]
     with inputs_unchanged(*given):
-        check(partial(function, **keywords), partial(truth, **keywords), tensors, wanted, **TIGHT)
+        assert_matches(partial(function, **keywords), partial(truth, **keywords), tensors, wanted, **TIGHT)
     with torch.no_grad():
         torch.testing.assert_close(function(*tensors, **keywords), truth(*tensors, **keywords), **TIGHT)
 
@@ -319,7 +319,7 @@ def test_compiled(name):
     """One graph, the eager numbers, and another mask compiles nothing."""
     function, inputs = call(name)
     wanted = [v for v in inputs if v.requires_grad]
-    check(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
+    assert_matches(torch.compile(function, fullgraph=True), function, inputs, wanted, rtol=1e-5, atol=1e-6)
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
@@ -328,7 +328,7 @@ def test_traced(name):
     """What the compiler is given, without Inductor."""
     function, inputs = call(name, torch.float64)
     wanted = [v for v in inputs if v.requires_grad]
-    check(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs, wanted, **TIGHT)
+    assert_matches(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs, wanted, **TIGHT)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -56,12 +56,13 @@ def hard(name, **keywords):
 
 
 def pair(name, teacher, **keywords):
-    """Distillation and soft cross-entropy."""
-    labels, mask, ignored, _ = tokens(0)
+    """Distillation and soft cross-entropy; "weighted" with a mask, weights and a bias, on heads."""
+    weighted, shift = keywords.pop("weighted", False), keywords.get("shift", 0)
+    labels, mask, ignored, rows = tokens(shift)
     hidden, weight = head()
     teacher_hidden, teacher_weight = head(teacher=True)
     soft = "soft" in name
-    counts = ignored if soft else labels == -100
+    counts = rows if soft or weighted else labels == -100
     inputs = {"hidden": hidden, "weight": weight} if soft else {"student_hidden": hidden, "student_weight": weight}
     logits = token_logits(teacher_hidden, teacher_weight)
     if not name.startswith("linear"):
@@ -83,9 +84,18 @@ def pair(name, teacher, **keywords):
     else:
         inputs["teacher_logits"] = logits
         names.append("teacher_logits")
+    places = dict.fromkeys(names, counts)
     if not soft:
         inputs["labels"] = labels
-    return inputs, dict.fromkeys(names, counts), keywords
+    if weighted:
+        inputs["token_weights"] = torch.rand(B, S, dtype=torch.float64).requires_grad_()
+        places["token_weights"] = ignored
+        if not soft:
+            inputs["mask"] = mask
+            places |= {"mask": labels == -100, "labels": mask == 0}
+        if name.startswith("linear"):
+            inputs["bias"] = torch.randn(V, dtype=torch.float64).requires_grad_()
+    return inputs, places, keywords
 
 
 def probable(name, **keywords):
@@ -107,6 +117,9 @@ def depths(name, **keywords):
 
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "temperature": 0.7}
+WEIGHTED = {"weighted": True, "hard_label_weight": 0.3}
+SOFT_WEIGHTED = {"weighted": True, "softcap": 3.0, "temperature": 0.7}
+CAPPED = {"softcap": 3.0, "logit_scale": 0.5, "teacher_softcap": 4.0, "teacher_logit_scale": 2.0}
 TOKENS, COLUMNS = Chunking(strategy="tokens", chunk_size=4), Chunking(strategy="vocab", chunk_size=6)
 CASES = {
     "cross_entropy": (hard, {}),
@@ -133,12 +146,31 @@ CASES = {
             "linear_distillation, none": {"teacher": "head", "reduction": "none", "chunking": TOKENS},
             "linear_distillation, top": {"teacher": "top", "chunking": TOKENS},
             "linear_distillation, top, none": {"teacher": "top", "reduction": "none", "chunking": TOKENS},
+            "distillation, weighted": {"teacher": "logits", **WEIGHTED, **CAPPED, "shift": 1},
+            "distillation, top, weighted": {"teacher": "top", **WEIGHTED, "softcap": 3.0, "reduction": "none"},
+            "linear_distillation, weighted": {"teacher": "head", "chunking": TOKENS, **WEIGHTED, **CAPPED, "shift": 2},
+            "linear_distillation, weighted, none": {
+                **{"teacher": "head", "chunking": TOKENS, "reduction": "none"},
+                **WEIGHTED,
+                **CAPPED,
+            },
+            "linear_distillation, top, weighted": {"teacher": "top", "chunking": TOKENS, **WEIGHTED, "softcap": 3.0},
+            "linear_distillation, few, weighted": {
+                **{"teacher": "head", "chunking": Chunking(max_label_tokens=15), "shift": 1},
+                **WEIGHTED,
+            },
             "linear_distillation, few": {"teacher": "head", "chunking": Chunking(max_label_tokens=15)},
         }.items()
     },
     "masked_soft_cross_entropy": (pair, {"teacher": "probabilities"}),
     "linear_soft_cross_entropy": (pair, {"teacher": "probabilities", "chunking": TOKENS}),
     "linear_soft_cross_entropy, head": (pair, {"teacher": "head", "chunking": TOKENS}),
+    "masked_soft_cross_entropy, weighted": (pair, {"teacher": "probabilities", **SOFT_WEIGHTED}),
+    "linear_soft_cross_entropy, weighted": (pair, {"teacher": "head", "chunking": TOKENS, **SOFT_WEIGHTED}),
+    "linear_soft_cross_entropy, none": (
+        pair,
+        {"teacher": "probabilities", "chunking": TOKENS, "reduction": "none", **SOFT_WEIGHTED},
+    ),
     "linear_soft_cross_entropy, few": (pair, {"teacher": "probabilities", "chunking": Chunking(max_label_tokens=15)}),
     "multi_token_prediction": (depths, {"chunking": TOKENS}),
 }

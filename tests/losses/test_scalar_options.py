@@ -55,7 +55,13 @@ def test_int_options(name, value, how):
 
 
 @pytest.mark.parametrize("how", FLOATS)
-@pytest.mark.parametrize("name", ["jsd_weight", "temperature", "hard_label_weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("jsd_weight", "temperature", "hard_label_weight"),
+        *("softcap", "logit_scale", "teacher_softcap", "teacher_logit_scale"),
+    ],
+)
 def test_distillation_options(name, how):
     hidden, weight, labels = problem()
     teacher = (torch.randn_like(hidden), torch.randn_like(weight))
@@ -126,7 +132,7 @@ def test_dtensor_options(mesh):
             hidden @ weight.t(), hidden @ hidden.t() @ hidden @ weight.t(), labels, reduction="sum", **k
         ),
         lambda **k: compiled_loss.linear_soft_cross_entropy(
-            hidden, weight, labels != -100, teacher_hidden=hidden, teacher_weight=weight + 1, **k
+            hidden, weight, labels != -100, teacher_hidden=hidden, teacher_weight=weight + 1, reduction="sum", **k
         ),
         lambda **k: compiled_loss.multi_token_prediction([hidden], weight, labels, **k),
     ):

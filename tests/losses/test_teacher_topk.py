@@ -5,19 +5,10 @@ from functools import partial
 import pytest
 import torch
 from comparing import TIGHT, assert_accurate, assert_matches, in_fp64
-from divergence_cases import CHUNKS, DIVERGENCES, EACH, KEYWORDS, SHAPES, heads
+from divergence_cases import CHUNKS, DIVERGENCES, EACH, KEYWORDS, SHAPES, cached, heads
 
 from compiled_loss import Chunking, distillation, linear_distillation, reference
 from compiled_loss.testing import count_graphs
-
-
-def cached(teacher, teacher_weight, k, temperature=1.0, dtype=None):
-    """The top of the teacher's distribution, in no order."""
-    log_p = (teacher.double() @ teacher_weight.double().t() / temperature).log_softmax(-1)
-    k = min(k, log_p.shape[-1])
-    values, indices = log_p.topk(k)
-    order = torch.randperm(k)
-    return values[..., order].to(dtype or teacher.dtype), indices[..., order]
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

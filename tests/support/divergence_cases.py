@@ -46,3 +46,12 @@ def soft_targets(name, shape, vocab, width, dtype=torch.float64):
     if name == "draft vocabulary":
         found["draft_to_target"] = torch.randperm(rows)[:vocab]
     return found
+
+
+def cached(teacher, teacher_weight, k, temperature=1.0, dtype=None):
+    """The top of the teacher's distribution, in no order."""
+    log_p = (teacher.double() @ teacher_weight.double().t() / temperature).log_softmax(-1)
+    k = min(k, log_p.shape[-1])
+    values, indices = log_p.topk(k)
+    order = torch.randperm(k)
+    return values[..., order].to(dtype or teacher.dtype), indices[..., order]

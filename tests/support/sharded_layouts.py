@@ -21,6 +21,7 @@ VOCAB = {
     "bias": 0,
     "forbidding": 0,
     "teacher_weight": 0,
+    "teacher_bias": 0,
     "logits": -1,
     "teacher_logits": -1,
     "target_probs": -1,

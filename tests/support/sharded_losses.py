@@ -120,12 +120,44 @@ def linear_distillation(divergence: str, **keywords: Any) -> Loss:
 def soft(target: tuple[str, ...], **keywords: Any) -> Loss:
     def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
         own = {name.removeprefix("whole_"): t[name] for name in target}
-        count = {"num_label_tokens": t["count"]}
         return lib.linear_soft_cross_entropy(
-            t["hidden"], t["weight"], t["position_mask"], **own, **count, **keywords, **how
+            t["hidden"], t["weight"], t["position_mask"], **own, **counted(t), **keywords, **how
         )
 
-    return Loss(call, ("hidden", "weight"), (*target, "position_mask"), ROWS)
+    wanted = tuple(name for name in target if name in ("bias", "token_weights"))
+    others = tuple(name for name in target if name not in wanted)
+    return Loss(call, ("hidden", "weight", *wanted), (*others, "position_mask"), ROWS)
+
+
+def capped_distillation(divergence: str, teacher: str, **keywords: Any) -> Loss:
+    """With all that heads and tokens may have, on logits, on heads or beside a cached teacher."""
+    keywords |= {**CAPS, "divergence": divergence, "shift": 1, "temperature": 1.5, "hard_label_weight": 0.3}
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        own = {**keywords, "mask": t["mask"], "token_weights": t["token_weights"]}
+        own |= {} if "reduction" in keywords else counted(t)
+        if teacher == "logits":
+            return lib.distillation(t["logits"], t["teacher_logits"], t["labels"], **TEACHER_CAPS, **own, **how)
+        own["bias"] = t["bias"]
+        if teacher == "top":
+            given, own["teacher_topk"] = (None, None), (t["top_values"], t["top_indices"])
+        else:
+            given, own["teacher_bias"] = (t["teacher_hidden"], t["teacher_weight"]), t["teacher_bias"]
+            own |= TEACHER_CAPS
+        loss = lib.linear_distillation(t["hidden"], t["weight"], *given, t["labels"], **own, **how)
+        return loss.square().sum() if loss.dim() else loss
+
+    tensors = {
+        "logits": (("logits", "token_weights"), ("teacher_logits",)),
+        "top": (("hidden", "weight", "bias", "token_weights"), ("top_values", "top_indices")),
+        "head": (("hidden", "weight", "bias", "token_weights"), ("teacher_hidden", "teacher_weight", "teacher_bias")),
+    }
+    wanted, others = tensors[teacher]
+    return Loss(call, wanted, (*others, "labels", "mask"), None if teacher == "logits" else ROWS)
+
+
+CAPS = {"softcap": 3.0, "logit_scale": 0.7}
+TEACHER_CAPS = {"teacher_softcap": 2.0, "teacher_logit_scale": 1.3}
 
 
 def forbidden(chunking: Chunking) -> Loss:
@@ -206,6 +238,30 @@ LOSSES = {
     "linear_soft_cross_entropy, probabilities": soft(("target_probs",)),
     "linear_soft_cross_entropy, teacher": soft(("teacher_hidden", "teacher_weight"), temperature=1.5),
     "linear_soft_cross_entropy, draft_to_target": soft(("teacher_hidden", "whole_teacher_weight", "draft_to_target")),
+    "distillation, everything": capped_distillation("jsd", "logits"),
+    "linear_distillation, everything": capped_distillation("reverse_kl", "head"),
+    "linear_distillation, everything, none": capped_distillation("jsd", "head", reduction="none"),
+    "linear_distillation, cached teacher, everything": capped_distillation("forward_kl", "top"),
+    "masked_soft_cross_entropy, everything": Loss(
+        lambda lib, t, how: lib.masked_soft_cross_entropy(
+            t["logits"],
+            t["target_probs"],
+            t["position_mask"],
+            token_weights=t["token_weights"],
+            temperature=0.7,
+            **CAPS,
+            **counted(t),
+            **how,
+        ),
+        ("logits", "target_probs", "token_weights"),
+        ("position_mask",),
+    ),
+    "linear_soft_cross_entropy, everything": soft(
+        ("teacher_hidden", "teacher_weight", "teacher_bias", "bias", "token_weights"), **CAPS, **TEACHER_CAPS
+    ),
+    "linear_soft_cross_entropy, draft_to_target, everything": soft(
+        ("teacher_hidden", "whole_teacher_weight", "whole_teacher_bias", "draft_to_target", "bias"), **TEACHER_CAPS
+    ),
     "multi_token_prediction": Loss(
         lambda lib, t, how: lib.multi_token_prediction(
             [t["hidden"], t["further"]],
@@ -252,7 +308,9 @@ def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
         "top_indices": top.indices,
         "teacher_hidden": normal(B, S, H + 2),
         "teacher_weight": normal(vocab, H + 2),
+        "teacher_bias": normal(vocab),
         "whole_teacher_weight": normal(2 * vocab, H + 2),
+        "whole_teacher_bias": normal(2 * vocab),
         "draft_to_target": torch.randperm(2 * vocab, generator=random)[:vocab],
         "count": torch.tensor(7),
     }
