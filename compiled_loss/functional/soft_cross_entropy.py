@@ -265,7 +265,7 @@ def _teacher_bias(
     if draft_to_target is None:
         bias = dtensor.beside("teacher_bias", bias, "weight", vocabulary, 0)
     else:
-        checks.sharding.whole("teacher_bias", theirs.group)
+        checks.sharding.whole("teacher_bias", theirs.group, "[V']")
         bias = dtensor.local(bias)
     checks.targets.teacher_bias(bias, weight)
     return bias.detach() if draft_to_target is None else bias.detach()[vocabulary.own(draft_to_target)]
