@@ -93,11 +93,11 @@ def same(least: Sequence[int], most: Sequence[int]) -> None:
         )
 
 
-def whole(name: str, group: str | None) -> None:
-    """Raise where rows are to be picked from a weight that other ranks hold."""
+def whole(name: str, group: str | None, shape: str = "[V', H']") -> None:
+    """Raise where rows are to be picked from a weight or a bias that other ranks hold."""
     if group is not None:
         raise ValueError(
-            f"{name}: expected the whole [V', H'] on every rank beside draft_to_target, got a shard: give the chosen "
+            f"{name}: expected the whole {shape} on every rank beside draft_to_target, got a shard: give the chosen "
             "rows, sharded like weight, without draft_to_target"
         )
 

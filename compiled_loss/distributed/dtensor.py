@@ -122,7 +122,8 @@ def own_logits_shape(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
 def check_whole(name: str, value: Tensor) -> None:
     """Raise unless every rank has all classes."""
     if is_sharded(value):
-        checks.sharding.whole(name, _vocabulary(name, value, 0, None).group)
+        shape = "[V']" if value.dim() == 1 else "[V', H']"
+        checks.sharding.whole(name, _vocabulary(name, value, 0, None).group, shape)
 
 
 def classes_of(value: Tensor, part: Vocabulary) -> int:

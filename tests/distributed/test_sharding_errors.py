@@ -94,6 +94,42 @@ def refused(mesh):
             ),
             "teacher_weight: expected the classes ",
         ),
+        "a teacher's whole bias": (
+            lambda: cl.linear_distillation(
+                hidden, vocab, hidden, vocab, labels, teacher_bias=distribute_tensor(torch.ones(V), mesh, [Replicate()])
+            ),
+            "teacher_bias: expected the classes ",
+        ),
+        "a teacher's plain whole bias": (
+            lambda: cl.linear_soft_cross_entropy(
+                hidden, vocab, torch.ones(N), teacher_hidden=hidden, teacher_weight=vocab, teacher_bias=torch.ones(V)
+            ),
+            "teacher_bias: expected 5 classes, ",
+        ),
+        "biases to pick": (
+            lambda: cl.linear_soft_cross_entropy(
+                hidden,
+                vocab,
+                torch.ones(N),
+                teacher_hidden=hidden,
+                teacher_weight=weight,
+                teacher_bias=distribute_tensor(torch.ones(V), mesh, [Shard(0)]),
+                draft_to_target=torch.arange(V),
+            ),
+            "teacher_bias: expected the whole [V'] on every rank beside draft_to_target, got a shard",
+        ),
+        "a mean of distillation over other tokens": (
+            lambda: cl.linear_distillation(
+                distribute_tensor(hidden, mesh, [Shard(0)]), weight, hidden[:3], weight, labels[:3]
+            ),
+            "num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over",
+        ),
+        "weights of other positions": (
+            lambda: cl.masked_soft_cross_entropy(
+                logits, logits, torch.ones(N), token_weights=(torch.arange(N) != rank).float()
+            ),
+            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others",
+        ),
         "a whole plain teacher": (
             lambda: cl.distillation(logits, torch.ones(N, V), labels),
             "teacher_logits: expected 5 classes, ",

@@ -133,10 +133,10 @@ class TopCompared(NamedTuple):
             rest, top = rest - row(rows.hard_log_sum), top - row(rows.hard_log_sum)
             d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
-            d_top = torch.where(row(upstream.counts()), d_top, 0.0)
-        # Slopes of what was not put aside: 0 at -inf, where that of -inf itself would be NaN.
+        # Slopes of the tanh itself, 0 at -inf: that of what `_bounded` makes of it would be NaN.
         slopes = [student.slope(student.bounded(v)) for v in (self.rest, self.top)]
         d_rest, d_top = times(d_rest, slopes[0]), times(d_top, slopes[1])
+        d_top = torch.where(row(upstream.counts()), d_top, 0.0)
         return over(self.rest, d_rest, upstream).to(dtype), d_top.to(dtype)
 
     def _bounded(self) -> tuple[Tensor, Tensor]:
