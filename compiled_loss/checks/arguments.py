@@ -77,12 +77,12 @@ def floating_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value}{advice}")
 
 
-def linear_weight(weight: object, bias: Tensor | None) -> None:
+def linear_weight(weight: object, bias: Tensor | None, called: str = "weight") -> None:
     """Raise where the weight of a head is a Module that has a bias, too."""
     if isinstance(weight, torch.nn.Module) and bias is None and isinstance(getattr(weight, "bias", None), Tensor):
         kind = type(weight).__name__
         name = kind.lower()
-        raise TypeError(f"weight: expected a Tensor, got {kind}: use {name}.weight and bias={name}.bias")
+        raise TypeError(f"{called}: expected a Tensor, got {kind}: use {name}.weight and bias={name}.bias")
 
 
 def labels(

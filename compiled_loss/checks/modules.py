@@ -67,6 +67,7 @@ def kept(values: Mapping[str, Any], chunking: type) -> None:
     given = values.get
     arguments.transform(given("softcap"), given("temperature", 1.0))
     arguments.positive("logit_scale", given("logit_scale", 1.0))
+    targets.logit_map(given("teacher_softcap"), given("teacher_logit_scale"), "teacher_")
     arguments.terms(given("label_smoothing", 0.0), given("z_loss", 0.0))
     arguments.alignment(given("shift", 0), given("ignore_index", -100), 1)
     arguments.reduction(given("reduction", "mean"))

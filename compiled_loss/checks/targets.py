@@ -54,10 +54,10 @@ def teacher(hidden: Tensor, weight: Tensor, own: torch.Size, rows: torch.Size, d
     same_device("teacher_hidden", hidden, device)
 
 
-def teacher_rows(name: str, value: Tensor, rows: int) -> None:
+def teacher_rows(weight: Tensor, rows: int) -> None:
     """Raise unless a teacher has the student's classes."""
-    if value.shape[0] != rows:
-        raise ValueError(f"{name}: expected the student's V = {rows} rows, got {value.shape[0]}")
+    if weight.shape[0] != rows:
+        raise ValueError(f"teacher_weight: expected the student's V = {rows} rows, got {weight.shape[0]}")
 
 
 def head_weight(name: str, weight: object, bias_name: str, bias: Tensor | None) -> None:

@@ -214,7 +214,8 @@ def check_teacher(
             dtensor.check_whole(name, value)
         else:
             dtensor.check_beside(name, value, like, part, 0, of_head=True)
-            checks.targets.teacher_rows(name, value, dtensor.classes_of(value, part))
+    if not picked:
+        checks.targets.teacher_rows(weight, dtensor.classes_of(weight, part))
     checks.targets.teacher_bias(teacher.bias, weight)
     computed_dtype(hidden, weight, names)
 

@@ -192,7 +192,7 @@ def check_head(
     hidden: Tensor, weight: Tensor, keywords: Keywords, names: tuple[str, str] = ("hidden", "weight")
 ) -> Vocabulary:
     """A rank's part of the vocabulary; raise unless hidden states and a head fit each other."""
-    checks.linear_weight(weight, keywords.bias)
+    checks.linear_weight(weight, keywords.bias, names[1])
     part = dtensor.head_layout(hidden, weight, keywords.bias, keywords.vocab_shard, names)
     checks.head(hidden, weight, part.size, names)
     if keywords.bias is not None:

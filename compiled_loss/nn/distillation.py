@@ -17,10 +17,20 @@ class TeacherOptions:
     """Share of the teacher in the mixture of "jsd", between 0 and 1."""
     temperature: float = 1.0
     """Divides both logits, > 0."""
+    softcap: float | None = None
+    """Bound of the student's scaled logits, > 0; None for none."""
+    logit_scale: float = 1.0
+    """Multiplies the student's logits before the softcap, > 0."""
+    teacher_softcap: float | None = None
+    """The same of the teacher's."""
+    teacher_logit_scale: float | None = None
+    """The same of the teacher's; None for 1."""
     hard_label_weight: float = 0.0
     """Share of the labels' own cross-entropy, from 0 to 1."""
     ignore_index: int = -100
     """Label of tokens to ignore."""
+    shift: int = 0
+    """How far ahead labels are: position t predicts label t + shift."""
     reduction: str = "mean"
     """"mean", "sum" or "none"."""
 

@@ -11,8 +11,18 @@ from compiled_loss.planner.chunking import Chunking
 class LinearSoftCrossEntropyOptions:
     """The keywords that `LinearSoftCrossEntropy` and its config keep."""
 
+    softcap: float | None = None
+    """Bound of the draft's scaled logits, > 0; None for none."""
+    logit_scale: float = 1.0
+    """Multiplies the draft's logits before the softcap, > 0."""
+    teacher_softcap: float | None = None
+    """The same of the teacher's."""
+    teacher_logit_scale: float | None = None
+    """The same of the teacher's; None for 1."""
     temperature: float = 1.0
     """Divides both logits, > 0."""
+    reduction: str = "mean"
+    """"mean", "sum" or "none"."""
     chunking: Chunking = Chunking()
     """How the loss is chunked, which does not change what it is."""
 

@@ -48,6 +48,8 @@ LOSSES = list(LOSS_CONFIG_REGISTRY.values())
 CHANGED = {"fp32_upcast": False, "ignore_index": 7, "reduction": "none", "logit_softcapping": 5.0, "tp_group": None}
 CHANGED |= {
     "logit_scale": 0.25,
+    "teacher_softcap": 3.0,
+    "teacher_logit_scale": 1.5,
     "temperature": 0.5,
     "chunk_size": 3,
     "label_smoothing": 0.1,
