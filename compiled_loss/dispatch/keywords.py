@@ -12,7 +12,9 @@ from compiled_loss import reduction as reductions
 from compiled_loss.checks import numbers
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
+from compiled_loss.engine.gemm import opaque_copy
 from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.transforms import traced
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -105,4 +107,8 @@ def scales(like: Tensor, softcap: Any, logit_scale: Any, temperature: Any) -> Te
     # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
     outer: Tensor = one * (logit_scale if softcap is None else softcap) / temperature
-    return outer if softcap is None else torch.stack((one * logit_scale / softcap, outer))
+    if softcap is None:
+        return outer
+    both = torch.stack((one * logit_scale / softcap, outer))
+    # Opaque, or the compiler counts what both are made of among what a logit reads, and writes out an [N, V].
+    return opaque_copy(both, []) if torch.compiler.is_compiling() and not traced() else both

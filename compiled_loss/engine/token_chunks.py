@@ -25,6 +25,7 @@ from compiled_loss.engine.math.statistics import (
     RowStatistics,
     finish,
     initial_state,
+    over,
     statistics_dtype,
     unit_scale,
 )
@@ -183,9 +184,9 @@ def _form(
     """The gradients that are wanted, by what to multiply them, the loss, and the statistics that are wanted, masked."""
     hidden, weight, bias = problem[:3]
     labels, head = problem.labels, problem.head.packed()
-    scale = unit_scale(hidden.dtype, *coefficients)
-    if scale is not None:
-        coefficients = coefficients.map(lambda c: c / scale)
+    unit = unit_scale(hidden.dtype, *coefficients)
+    if unit is not None:
+        coefficients = coefficients.map(lambda c: c / unit)
     accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
     losses = labels.new_empty(labels.shape, dtype=statistics_dtype(hidden.dtype))
@@ -200,12 +201,12 @@ def _form(
         execution.run(bodies.fold_and_gradient, z, rows, head, out, compiled=lengths.compiled, **static)
         gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
     del z
-    loss, factor = losses.sum(), losses.new_ones(())
-    for by in (scale, divisor.reciprocal(labels, classes, losses.dtype)):
-        factor = factor if by is None else factor * by
+    value = divisor.value(labels, classes, losses.dtype)
+    scale = losses.new_ones(()) if unit is None else unit
+    loss, factor = over(losses.sum() * scale, value), over(scale, value)
     gradients = gradients.with_weight_in(kept(weight.dtype, lengths))
     statistics_ = [v & active if v.dtype == torch.bool else v.masked_fill_(~active, 0) for v in known]
-    return [*gradients.present(), factor, loss * factor, *statistics_]
+    return [*gradients.present(), factor, loss, *statistics_]
 
 
 class _Saved(NamedTuple):

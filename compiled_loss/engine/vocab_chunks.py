@@ -27,6 +27,7 @@ from compiled_loss.engine.math.statistics import (
     finish,
     initial_state,
     masked,
+    over,
     statistics_dtype,
     unit_scale,
 )
@@ -175,9 +176,13 @@ def _sum(
     labels, state = problem.labels, _folded(problem, asked, lengths)
     known = finish(state)
     loss = combine(known, coefficients, labels, classes).sum()
-    factor = divisor.reciprocal(labels, classes, loss.dtype)
-    factor = loss.new_ones(()) if factor is None else loss.new_ones(()) * factor
-    return [*state.present(), factor, loss * factor, *masked(known, classes.active(labels)).present()]
+    value = divisor.value(labels, classes, loss.dtype)
+    return [
+        *state.present(),
+        over(loss.new_ones(()), value),
+        over(loss, value),
+        *masked(known, classes.active(labels)).present(),
+    ]
 
 
 def _gradients_like(

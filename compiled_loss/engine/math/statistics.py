@@ -152,21 +152,19 @@ class Divisor(NamedTuple):
     divisor: Tensor | None
     number: int | None
 
-    def of(self, total: Tensor, labels: Tensor, classes: Classes) -> Tensor:
-        """A sum over it."""
-        share = self.reciprocal(labels, classes, total.dtype)
-        return total if share is None else total * share
-
-    def reciprocal(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor | None:
-        """1 over it, [], or 0 where it is 0; None where there is none."""
+    def value(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor | None:
+        """The number, []; None where there is none."""
         if self.of_rows:
-            return classes.active(labels).sum(dtype=dtype).clamp(min=1).reciprocal()  # a sum over no row is 0
+            return classes.active(labels).sum(dtype=dtype).clamp(min=1)  # a sum over no row is 0
         if self.number is not None:
-            return torch.full((), 1 / self.number if self.number else 0.0, dtype=dtype, device=labels.device)
-        if self.divisor is not None:
-            count = self.divisor.to(dtype).reshape(())  # on its own device: nothing waits for it
-            return torch.where(count == 0, 0.0, count.reciprocal())
-        return None
+            return torch.full((), self.number, dtype=dtype, device=labels.device)
+        # A tensor stays on its own device: nothing waits for it.
+        return None if self.divisor is None else self.divisor.to(dtype).reshape(())
+
+
+def over(total: Tensor, value: Tensor | None) -> Tensor:
+    """Total / value with one rounding, 0 where the value is 0; None for 1."""
+    return total if value is None else torch.where(value == 0, 0.0, total / value)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
