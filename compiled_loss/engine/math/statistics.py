@@ -164,7 +164,10 @@ class Divisor(NamedTuple):
 
 def over(total: Tensor, value: Tensor | None) -> Tensor:
     """Total / value with one rounding, 0 where the value is 0; None for 1."""
-    return total if value is None else torch.where(value == 0, 0.0, total / value)
+    if value is None:
+        return total
+    empty = value == 0
+    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, value))  # without a NaN gradient there
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
