@@ -44,9 +44,11 @@ def no_ignore_index(value: object) -> None:
         )
 
 
-def teacher(hidden: Tensor, weight: Tensor, own: torch.Size, rows: torch.Size, device: torch.device) -> None:
-    """Raise unless a teacher's head fits its student's tokens, of both of which the rank has these."""
-    head(hidden, weight, weight.shape[0] if weight.dim() else 0, ("teacher_hidden", "teacher_weight"))
+def teacher(
+    hidden: Tensor, weight: Tensor, vocab: int, own: torch.Size, rows: torch.Size, device: torch.device
+) -> None:
+    """Raise unless a teacher's head of V classes fits its student's tokens, of both of which the rank has these."""
+    head(hidden, weight, vocab, ("teacher_hidden", "teacher_weight"))
     if differ(own, rows):
         raise ValueError(
             f"teacher_hidden: expected the student's tokens, {sizes(rows)} and a width, got {sizes(hidden.shape)}"

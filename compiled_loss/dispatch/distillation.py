@@ -204,7 +204,8 @@ def check_teacher(
     for name, value in zip(names, (hidden, weight), strict=True):
         checks.tensor(name, value)
     dtensor.check_rows(names[0], hidden)
-    checks.targets.teacher(hidden, weight, dtensor.own_shape(hidden, part)[:-1], student[:-1], device)
+    vocab = part.size if not picked else weight.shape[0] if weight.dim() else 0
+    checks.targets.teacher(hidden, weight, vocab, dtensor.own_shape(hidden, part)[:-1], student[:-1], device)
     over_classes = [(names[1], weight)]
     if teacher.bias is not None:
         checks.tensor("teacher_bias", teacher.bias)

@@ -51,7 +51,7 @@ def refused(mesh):
         ),
         "a group of parts that differ": (
             lambda: cl.TEParallelCrossEntropy(tp_group=group)(torch.ones(N, 3 + rank), labels),
-            "vocab_size: expected the same on every rank",
+            "logits: expected the same on every rank",
         ),
         "a mesh for a group": (lambda: VocabShard.even(V, "tp"), "group: expected a process group, got str"),
         "beyond V": (

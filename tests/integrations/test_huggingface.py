@@ -7,7 +7,7 @@ import torch
 from comparing import assert_accurate, assert_same
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers_models import transformers
+from transformers_models import transformers_losses
 from transformers_training import COUNT, TIGHT, TOKENS, B, H, S, V, batch, exact, make, plain
 
 from compiled_loss.huggingface import LinearCausalLMLoss, causal_lm_loss, set_loss_function
@@ -98,7 +98,7 @@ def test_training_compiled(which, of, backend):
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_causal_lm_loss_matches_transformers(count, shifted, dtype):
-    theirs = transformers().loss.loss_utils.ForCausalLMLoss
+    theirs = transformers_losses().ForCausalLMLoss
     logits = (3 * torch.randn(B, S, V)).to(dtype)
     _, labels = batch()
     labels = torch.where(labels == -100, 7, labels)
@@ -120,7 +120,7 @@ def test_causal_lm_loss_matches_transformers(count, shifted, dtype):
 
 @pytest.mark.parametrize("theirs", [False, True])
 def test_causal_lm_loss_saves_no_fp32_logits(theirs):
-    loss = transformers().loss.loss_utils.ForCausalLMLoss if theirs else causal_lm_loss
+    loss = transformers_losses().ForCausalLMLoss if theirs else causal_lm_loss
     logits = torch.randn(B, S, V, dtype=torch.bfloat16, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers_models import HEADS, SIZES, STATE, B, H, S, V, batch, build, llama, transformers
+from transformers_models import HEADS, SIZES, STATE, B, H, S, V, batch, build, llama, transformers, transformers_losses
 
 from compiled_loss.huggingface import LinearCausalLMLoss, aligned_lm_loss, causal_lm_loss, families, set_loss_function
 
@@ -219,7 +219,7 @@ def test_t5gemma_aligned_labels():
 
 @pytest.mark.parametrize("count", [None, 23, torch.tensor(23)])
 def test_aligned_lm_loss_matches_transformers(count):
-    theirs = transformers().loss.loss_utils.ForMaskedLMLoss
+    theirs = transformers_losses().ForMaskedLMLoss
     logits = 3 * torch.randn(B, S, V, dtype=torch.float64)
     _, labels = batch()
     for ignore_index in (-100, int(labels[1, 1])):

@@ -20,6 +20,13 @@ def transformers():
     return library
 
 
+def transformers_losses():
+    transformers()
+    from transformers.loss import loss_utils
+
+    return loss_utils
+
+
 def spread(model):
     """The model with logits that make its loss depend on them."""
     with torch.no_grad():
