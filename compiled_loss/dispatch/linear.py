@@ -28,7 +28,6 @@ from compiled_loss.engine.math.statistics import (
     RowStatistics,
     combine,
     masked,
-    over,
     statistics_dtype,
 )
 from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
@@ -146,7 +145,7 @@ class LinearCall(NamedTuple):
         rows = self._statistics(total=coefficients.total is not None, entropy=with_statistics)
         loss = combine(rows, coefficients, problem.labels, classes)
         if scalar:
-            loss = over(loss.sum(), divisor.value(problem.labels, classes, loss.dtype))
+            (loss,) = divisor.divide(self.tokens.active, loss.sum())
         return loss, rows if with_statistics else None
 
 

@@ -18,7 +18,7 @@ from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import logits as logits_pass
 from compiled_loss.engine.logits import Given
 from compiled_loss.engine.math.bodies import Head
-from compiled_loss.engine.math.statistics import RowStatistics, combine, masked, over, statistics_dtype
+from compiled_loss.engine.math.statistics import RowStatistics, combine, masked, statistics_dtype
 from compiled_loss.engine.transforms import traced, without_autocast
 
 
@@ -41,7 +41,7 @@ class LogitsCall(NamedTuple):
         rows = self._statistics(total=coefficients.total is not None, entropy=False)
         loss = combine(rows, coefficients, tokens.labels, tokens.classes)
         if keywords.reduction != "none":
-            loss = over(loss.sum(), divisor.value(tokens.labels, tokens.classes, loss.dtype))
+            (loss,) = divisor.divide(tokens.active, loss.sum())
         return self.vocabulary.agreed(loss, tokens.labels, loss)
 
     def statistics(self) -> RowStatistics:

@@ -25,7 +25,6 @@ from compiled_loss.engine.math.statistics import (
     RowStatistics,
     finish,
     initial_state,
-    over,
     statistics_dtype,
     unit_scale,
 )
@@ -201,9 +200,8 @@ def _form(
         execution.run(bodies.fold_and_gradient, z, rows, head, out, compiled=lengths.compiled, **static)
         gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
     del z
-    value = divisor.value(labels, classes, losses.dtype)
-    scale = losses.new_ones(()) if unit is None else unit
-    loss, factor = over(losses.sum() * scale, value), over(scale, value)
+    total = losses.sum()
+    loss, factor = divisor.divide(active, *((total, torch.ones_like(total)) if unit is None else (total * unit, unit)))
     gradients = gradients.with_weight_in(kept(weight.dtype, lengths))
     statistics_ = [v & active if v.dtype == torch.bool else v.masked_fill_(~active, 0) for v in known]
     return [*gradients.present(), factor, loss, *statistics_]

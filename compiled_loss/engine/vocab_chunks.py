@@ -27,7 +27,6 @@ from compiled_loss.engine.math.statistics import (
     finish,
     initial_state,
     masked,
-    over,
     statistics_dtype,
     unit_scale,
 )
@@ -141,16 +140,24 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     return [*state.present(), *(v.clone() if v is state.total else v for v in finish(state).present())]
 
 
+class _Summing(NamedTuple):
+    """Whether rows' statistics are wanted besides."""
+
+    with_statistics: bool
+
+
 def _sum_like(
     problem: Problem,
     _coefficients: Coefficients,
     _divisor: Divisor,
     _classes: Classes,
     asked: Asked,
+    summing: _Summing,
     _lengths: Lengths,
 ) -> list[Tensor]:
     one = problem.hidden.new_empty((), dtype=statistics_dtype(problem.hidden.dtype))
-    return [*_state_like(problem, asked), one, torch.empty_like(one), *statistics_like(problem, asked)]
+    rows = statistics_like(problem, asked) if summing.with_statistics else ()
+    return [*_state_like(problem, asked), one, torch.empty_like(one), *rows]
 
 
 @operator(
@@ -160,6 +167,7 @@ def _sum_like(
     Divisor,
     Classes,
     Asked,
+    _Summing,
     Lengths,
     like=_sum_like,
     operations=fold_operations,
@@ -170,19 +178,17 @@ def _sum(
     divisor: Divisor,
     classes: Classes,
     asked: Asked,
+    summing: _Summing,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """The state of every row, by what to multiply its gradients, the loss, and the rows' statistics, masked."""
+    """The state of every row, by what to multiply its gradients, the loss, and statistics if wanted, masked."""
     labels, state = problem.labels, _folded(problem, asked, lengths)
     known = finish(state)
     loss = combine(known, coefficients, labels, classes).sum()
-    value = divisor.value(labels, classes, loss.dtype)
-    return [
-        *state.present(),
-        over(loss.new_ones(()), value),
-        over(loss, value),
-        *masked(known, classes.active(labels)).present(),
-    ]
+    active = classes.active(labels)
+    loss, factor = divisor.divide(active, loss, torch.ones_like(loss))
+    rows = masked(known, active).present() if summing.with_statistics else ()
+    return [*state.present(), factor, loss, *rows]
 
 
 def _gradients_like(
@@ -274,11 +280,15 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         problem, coefficients, divisor, options, _ = unpack(args, Problem, Coefficients, Divisor, _Options)
-        found, asked = _sum(problem, coefficients, divisor, *options), options.asked
+        classes, asked, lengths = options
+        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
+        summing = _Summing(with_statistics=asked.with_entropy or any(wanted))
+        found = _sum(problem, coefficients, divisor, classes, asked, summing, lengths)
         state = _taken(found, asked)
         factor, loss, *rest = found
-        known = RowStatistics.of(rest, total=asked.with_total, entropy=asked.with_entropy)
-        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
+        known = none(RowStatistics)
+        if rest:
+            known = RowStatistics.of(rest, total=asked.with_total, entropy=asked.with_entropy)
         rows = (known.nll, known.lse, known.total) if any(wanted) else (None, None, None)
         ctx.save_for_backward(*problem, *state, *coefficients, factor, *rows)
         ctx.set_materialize_grads(False)

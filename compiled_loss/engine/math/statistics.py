@@ -17,6 +17,7 @@ whose gradients with respect to z are onehot-free but for nll's: p - onehot, -p 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Classes(NamedTuple):
 
     def poison(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """NaN for the bad rows, 1 for the others."""
-        return torch.where(self.bad(labels), float("nan"), 1.0).to(dtype)
+        return torch.ones_like(labels, dtype=dtype).masked_fill(self.bad(labels), math.nan)
 
     def counted_from(self, start: int) -> Classes:
         """The same, for labels that are counted from the class `start`."""
@@ -152,22 +153,21 @@ class Divisor(NamedTuple):
     divisor: Tensor | None
     number: int | None
 
-    def value(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor | None:
-        """The number, []; None where there is none."""
+    def divide(self, active: Tensor, *totals: Tensor) -> list[Tensor]:
+        """Each total divided with one rounding: 0 where the divisor is; `active` are the rows that count."""
+        dtype = totals[0].dtype
         if self.of_rows:
-            return classes.active(labels).sum(dtype=dtype).clamp(min=1)  # a sum over no row is 0
-        if self.number is not None:
-            return torch.full((), self.number, dtype=dtype, device=labels.device)
-        # A tensor stays on its own device: nothing waits for it.
-        return None if self.divisor is None else self.divisor.to(dtype).reshape(())
-
-
-def over(total: Tensor, value: Tensor | None) -> Tensor:
-    """Total / value with one rounding, 0 where the value is 0; None for 1."""
-    if value is None:
-        return total
-    empty = value == 0
-    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, value))  # without a NaN gradient there
+            value = active.sum(dtype=dtype).clamp(min=1)  # a sum over no row is 0
+        elif self.number is None and self.divisor is None:
+            return list(totals)
+        else:
+            if self.number is not None:
+                value = torch.full((), self.number, dtype=dtype, device=active.device)
+            else:
+                assert self.divisor is not None
+                value = self.divisor.to(dtype).reshape(())  # on its own device: nothing waits for it
+            value = value.masked_fill(value == 0, math.inf)  # the gradient is 0, too
+        return [total / value for total in totals]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -225,7 +225,7 @@ def combine(statistics: RowStatistics, coefficients: Coefficients, labels: Tenso
         loss = loss + coefficients.total * statistics.total
     if coefficients.square is not None:
         loss = loss + coefficients.square * statistics.lse.square()
-    return torch.where(classes.active(labels), loss, 0.0)
+    return loss.masked_fill(labels == classes.ignored, 0.0)
 
 
 def unit_scale(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:
