@@ -1,8 +1,8 @@
 """Kernels of a function of tensors that Inductor writes once, for any number of rows.
 
 NOTE [Kernels]
-A body is traced by us and compiled by Inductor, without Dynamo: there is nothing in it to guard but how its operands
-lie, and a call costs half of a compiled function's. It is compiled once for each combination of dtypes, strides and
+A body is traced by us and compiled by Inductor, without Dynamo and AOTAutograd: there is nothing in it to guard but how
+its operands lie, nothing to differentiate, and it writes what it was given only at its end. It is compiled once for each combination of dtypes, strides and
 columns, rows being a symbol, and apart for fewer rows than MIN_ROWS, for which Inductor splits reductions over columns.
 What it assumes of their number, such as that 32 bits count the elements, is checked: where it does not hold, the body
 is compiled again.
@@ -22,7 +22,7 @@ from torch import Tensor
 from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import MIN_ROWS
 
-Kernel = Callable[..., Any]
+Kernel = Callable[[list[Tensor]], Any]
 _READS = 1 << 10  # more than anything reads
 
 
@@ -40,7 +40,7 @@ class Compiled:
         kernel = self._of.get(rows)
         if kernel is None:
             kernel = self._of[rows] = self._for(rows, operands)
-        kernel(*operands)
+        kernel(list(operands))
 
     def _for(self, rows: int, operands: Sequence[Tensor]) -> Kernel:
         for few, guards, symbol, kernel in self._kernels:
@@ -51,7 +51,8 @@ class Compiled:
     def _compile(self, rows: int, operands: Sequence[Tensor]) -> Kernel:
         from torch._dynamo.source import ConstantSource
         from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -68,9 +69,9 @@ class Compiled:
                     )
                     for v, of_rows in zip(operands, self._rows, strict=True)
                 ]
-                graph = make_fx(self._function, tracing_mode="fake")(*fakes)
+                graph = make_fx(self._function, select_decomp_table(), tracing_mode="fake")(*fakes)
             context = torch._guards.TracingContext(fake)
             with torch._guards.tracing(context), config.patch(realize_reads_threshold=_READS):
-                kernel = cast(Kernel, compile_fx(graph, fakes))
+                kernel = cast(Kernel, compile_fx_inner(graph, fakes, is_inference=True))
         self._kernels.append((rows < MIN_ROWS, [guard.expr for guard in env.guards], symbol, kernel))
         return kernel

@@ -11,6 +11,7 @@ whatever the label is, and on torch 2.11 a gather from a buffer that the graph l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -179,17 +180,30 @@ def _gradient(
     return torch.where(active.unsqueeze(-1), d if slope is None else d * slope, 0.0)
 
 
+def _by_row(value: Tensor) -> Tensor:
+    """The same numbers [rows], computed one row after the other.
+
+    NOTE [One loop]
+    On a CPU Inductor puts all loops of a body into one over rows, so that a row stays in the cache and code is generated
+    once, but only if none of them takes several rows at a time. It takes one where an int16 is among the numbers.
+    """
+    if value.device.type != "cpu":
+        return value
+    never = (value > math.inf).to(torch.int16)
+    return value.masked_fill(never.to(torch.bool), 0.0)
+
+
 def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
     (labels,), head, state, _ = unpack(operands, Labels, Head, State)
     head = head.unpacked()
     z, _ = _scaled(_biased(logits, head), head)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
-    maximum = torch.maximum(state.maximum, largest(z.detach()))
+    maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
     hit = _hit(z, labels, head)
     seen = _seen(z, hit, head, maximum, total=state.total is not None, entropy=state.moment is not None)
     sums = zip(state.rebased(maximum).present()[1:], seen.present()[1:], strict=True)
-    return maximum, *[past + new for past, new in sums]
+    return maximum, *[_by_row(past + new) for past, new in sums]
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes) -> Output:
@@ -223,6 +237,9 @@ def fold_and_gradient(
     # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
     maximum = largest(z) if statistics else _scaled(largest(biased), head)[0]
     maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
+    softcap = head.scales is not None and head.scales.dim() > 0
+    if softcap:
+        maximum = _by_row(maximum)
     hit = _hit(z, labels, head)
     state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy).merged(group)
     known = finish(state)
@@ -233,11 +250,11 @@ def fold_and_gradient(
         row = row + 2 * coefficients.square * known.lse
     upstream = Upstream(after(row, *state) / state.sum_exp, nll, coefficients.total, None)
     d = _gradient(z, slope, classes.active(labels), hit, head, state.maximum, upstream).to(logits.dtype)
-    found = (d, combine(known, coefficients, labels, classes), upstream.row)
+    found = (d, _by_row(combine(known, coefficients, labels, classes)), upstream.row)
     if statistics:
         return *found, *known.present()
     # With a softcap the maximum is no number that was read: NOTE [Few reads]. A group's is written out as it is.
-    return found if head.scales is None or head.scales.dim() == 0 or group is not None else (*found, maximum)
+    return (*found, maximum) if softcap and group is None else found
 
 
 def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
