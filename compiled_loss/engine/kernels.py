@@ -56,6 +56,7 @@ class Compiled:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+        from torch.fx.traceback import preserve_node_meta
 
         env, source = ShapeEnv(), ConstantSource("rows")
         symbol = env.create_symbol(max(2, rows), source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
@@ -69,7 +70,8 @@ class Compiled:
                     )
                     for v, of_rows in zip(operands, self._rows, strict=True)
                 ]
-                graph = make_fx(self._function, select_decomp_table(), tracing_mode="fake")(*fakes)
+                with preserve_node_meta():  # by which kernels are named
+                    graph = make_fx(self._function, select_decomp_table(), tracing_mode="fake")(*fakes)
             context = torch._guards.TracingContext(fake)
             with torch._guards.tracing(context), config.patch(realize_reads_threshold=_READS):
                 kernel = cast(Kernel, compile_fx_inner(graph, fakes, is_inference=True))

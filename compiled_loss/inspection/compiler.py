@@ -90,6 +90,7 @@ class Compiler:
         self.kernels: dict[str, GeneratedKernel] = {}
         self._progress = progress
         self._modules: dict[str, types.ModuleType] = {}
+        self._inner: Callable[..., Any]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -102,7 +103,7 @@ class Compiler:
         from torch.fx.experimental import proxy_tensor
 
         build_guards = CheckFunctionManager.__init__
-        compile_fx = inductor.compile_fx
+        compile_fx, self._inner = inductor.compile_fx, inductor.compile_fx_inner
 
         def listen(manager: Any, code: Any, output: Any, *positional: Any, **keywords: Any) -> None:
             build_guards(manager, code, output, *positional, **keywords)
@@ -118,6 +119,7 @@ class Compiler:
             stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module", _stop))
             stack.enter_context(mock.patch.object(GraphLowering, "constant_name", _copy_constant))
             stack.enter_context(mock.patch.object(inductor, "compile_fx", compile_and_keep))
+            stack.enter_context(mock.patch.object(inductor, "compile_fx_inner", self._compile_inner))  # our bodies
             stack.enter_context(mock.patch.object(proxy_tensor, "proxy_call", _traced(proxy_tensor.proxy_call)))
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", modules.swap))
             stack.enter_context(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", modules.draw))
@@ -133,13 +135,11 @@ class Compiler:
 
     def _compile_inner(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Any:
         """Inductor's `compile_fx_inner`, up to the host code; returns that code on the recorder."""
-        from torch._inductor.compile_fx import compile_fx_inner
-
         nodes = gm.print_readable(print_output=False)
         outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
         origins = [self._origin(n) for n in outputs] if isinstance(outputs, (list, tuple)) else []
         try:
-            compile_fx_inner(gm, example_inputs, **keywords)
+            self._inner(gm, example_inputs, **keywords)
         except Exception as error:
             generated = getattr(error, "inner_exception", error)
             if not isinstance(generated, _Generated):
