@@ -130,7 +130,7 @@ def multi_token_prediction(
         A scalar; fp32 (fp64 for fp64 inputs). 0, attached to the graph, where no target counts.
 
     Memory:
-        One walk over all depths: D copies [N, H] of hidden, one dW [V, H] however many depths there are, one chunk of
+        One pass over all depths: D copies [N, H] of hidden, one dW [V, H] however many depths there are, one chunk of
         logits. Creates no [N, V] tensor.
 
     Raises:

@@ -141,7 +141,7 @@ def linear_token_statistics(
         temperature: divides the logits, > 0.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
         vocab_shard: see :func:`linear_cross_entropy`.
-        chunking: see :class:`Chunking`. Gradients need the vocabulary walk.
+        chunking: see :class:`Chunking`. Gradients need the vocab strategy.
 
     Returns:
         :class:`TokenStatistics`, of which the first three are differentiable.

@@ -184,8 +184,9 @@ def _by_row(value: Tensor) -> Tensor:
     """The same numbers [rows], computed one row after the other.
 
     NOTE [One loop]
-    On a CPU Inductor puts all loops of a body into one over rows, so that a row stays in the cache and code is generated
-    once, but only if none of them takes several rows at a time. It takes one where an int16 is among the numbers.
+    On a CPU Inductor puts all loops of a body into one over rows, so that a row stays in the cache and code is
+    generated once, but only if none of them takes several rows at a time. It takes one where an int16 is among the
+    numbers.
     """
     if value.device.type != "cpu":
         return value

@@ -56,7 +56,7 @@ class Classes(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a walk carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
+    """What a loop carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
 
     maximum: Tensor
     sum_exp: Tensor
