@@ -233,7 +233,7 @@ def multi_token_losses(
         weighed=[name for name, value in (("mask", mask), ("token_weights", token_weights)) if value is not None],
     )
     keywords.check_tensors(dtensor.own_shape(labels, part), part, labels.device)
-    checks.sharding.spread("mean" if num_label_tokens is None else "sum", part.spread)
+    checks.sharding.token_mesh_dims("mean" if num_label_tokens is None else "sum", part.token_mesh_dims)
 
     labels, keywords = keywords.own(labels, part)
     states = torch.stack([dtensor.replicated(one, part) for one in hidden])

@@ -36,9 +36,11 @@ class TokenStatistics(NamedTuple):
 def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
     """Rows' statistics as a user sees them: NaN and False where the label is no class."""
     assert rows.entropy is not None
-    poison = tokens.classes.poison(tokens.labels, rows.nll.dtype)
-    logprob = -rows.nll * poison
-    return TokenStatistics(logprob, rows.lse * poison, rows.entropy * poison, rows.correct & ~logprob.isnan())
+    nan_if_invalid = tokens.classes.nan_if_invalid(tokens.labels, rows.nll.dtype)
+    logprob = -rows.nll * nan_if_invalid
+    return TokenStatistics(
+        logprob, rows.lse * nan_if_invalid, rows.entropy * nan_if_invalid, rows.correct & ~logprob.isnan()
+    )
 
 
 def token_statistics(

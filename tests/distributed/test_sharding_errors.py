@@ -232,7 +232,7 @@ def test_label_out_of_range_is_nan_on_every_rank(tmp_path, chunking):
 
 def disagreeing():
     """Losses and gradients where ranks have other labels, or another mask, and code cannot look: two under compile."""
-    vocab_shard.readable = lambda tokens: False  # in this process, as on a GPU
+    vocab_shard.can_read_values = lambda tokens: False  # in this process, as on a GPU
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     rank, count = dist.get_rank(), {"reduction": "sum", "num_label_tokens": N}
     torch.manual_seed(0)
