@@ -207,9 +207,9 @@ def reference(given: Inputs, softcap: float | None) -> Truth:
         nll.append(lse[-1] - z.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
     sums, classes = torch.cat(lse), y[:SAMPLE].unique()
 
-    def gradient(rows: Tensor, columns: Tensor, sums: Tensor, hit: Tensor) -> Tensor:
+    def gradient(rows: Tensor, columns: Tensor, sums: Tensor, is_target: Tensor) -> Tensor:
         z, slope = capped(rows @ columns.t())
-        return ((z - sums.unsqueeze(-1)).exp() - hit.double()) * slope / len(y)
+        return ((z - sums.unsqueeze(-1)).exp() - is_target.double()) * slope / len(y)
 
     every = torch.arange(len(w), device=y.device)
     d_hidden = gradient(h[:SAMPLE], w, sums[:SAMPLE], y[:SAMPLE, None] == every) @ w

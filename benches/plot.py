@@ -77,7 +77,7 @@ def figures() -> str:
         "",
         "Loss and both gradients on a grid of heads H x V: time over three GEMMs into buffers that exist already",
         "(1.00, the floor), medians of interleaved rounds, and peak over the inputs in MiB. Ours are the",
-        "defaults, which walk tokens, and vocab.",
+        "defaults, which chunk over tokens, and vocab.",
         "",
         *grid(rows, last("cpu", huge_pages=True)),
         "",

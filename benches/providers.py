@@ -71,7 +71,7 @@ def _ours(case: Case, *, eager: bool = False, mode: str | None = None, **chunkin
 
 
 def _vocab(case: Case, **how: Any) -> Loss:
-    _needs(case.wants in ("gradients", "loss", "statistics"), "is the default, or walks tokens")
+    _needs(case.wants in ("gradients", "loss", "statistics"), "is the default, or chunks over tokens")
     return _ours(case, strategy="vocab", **how)
 
 
@@ -155,7 +155,7 @@ def _quack(case: Case) -> Loss:
     return lambda given: peer(*given[:3])
 
 
-# By default they are the token walk, but for reduction "none".
+# By default they take the token strategy, but for reduction "none".
 OURS: dict[str, Callable[..., Loss]] = {"defaults": _ours, "vocab": _vocab}
 PLAIN: dict[str, Callable[[Case], Loss]] = {"F.cross_entropy, compiled": _compiled, "F.cross_entropy, eager": _eager}
 PEERS: dict[str, Callable[[Case], Loss]] = {

@@ -30,29 +30,29 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     rows = []
     for ranks in RANKS:
-        for walk in ("tokens", "one chunk", "vocab"):
-            rows.append(read(walk, ranks, N))
+        for strategy in ("tokens", "one chunk", "vocab"):
+            rows.append(read(strategy, ranks, N))
     for ranks in (1, 8):  # a replica's part of the tokens
         rows += [read("tokens", ranks, N // replicas) for replicas in RANKS[1:] if ranks * replicas <= RANKS[-1]]
     path = RESULTS / f"scaling-{torch.__version__.split('+')[0]}-sm_90.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read(walk: str, ranks: int, tokens: int) -> dict[str, object]:
+def read(strategy: str, ranks: int, tokens: int) -> dict[str, object]:
     import inspected_ranks
 
     chunking = {
         "tokens": Chunking(strategy="tokens"),
         "one chunk": Chunking(strategy="tokens", chunk_size=tokens),
         "vocab": Chunking(strategy="vocab"),
-    }[walk]
+    }[strategy]
     call = inspected_ranks.linear(inspected_ranks.Part(V, ranks, 0), chunking)
     inputs = f"bf16[{tokens},{H}]:grad", f"bf16[{V // ranks},{H}]:grad", f"int64[{tokens}]:0..{V - 1}"
     found = inspect(call, *inputs, assemble=False)
     collectives = Counter(one for p in found.passes for one in p.collectives)
-    print(f"{walk}, {ranks} ranks, {tokens} tokens: {found.seconds:.0f} s", flush=True)
+    print(f"{strategy}, {ranks} ranks, {tokens} tokens: {found.seconds:.0f} s", flush=True)
     return {
-        "walk": walk,
+        "strategy": strategy,
         "ranks": ranks,
         "tokens": tokens,
         "shape": f"{tokens}x{H}x{V}",

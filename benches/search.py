@@ -1,4 +1,4 @@
-"""Both walks of the CPU's grid in chunks of five sizes, timed: what the planner is judged by, and a model fitted to.
+"""Both strategies on the CPU's grid, in chunks of five sizes, timed: the planner is judged by it, a model fitted to it.
 
     python -m benches.search                    # measures, and prints the planner's regret and the fit
     python -m benches.search --read             # of the results there are
@@ -37,7 +37,7 @@ PARTS = (2, 4, 8, 16, 32)  # of the logits; a budget is as many bytes as one of 
 
 
 def sizes(case: Case) -> Iterator[tuple[str, int]]:
-    """Each walk and its chunk sizes."""
+    """Each strategy and its chunk sizes."""
     for parts in PARTS:
         yield "tokens", case.tokens // parts
         yield "vocab", HEADS[case.head].vocab // parts

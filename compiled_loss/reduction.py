@@ -60,7 +60,7 @@ def tokens(
     vocab: int | None,
     dtype: torch.dtype,
 ) -> Tokens:
-    """Weight and validity of each token. A label out of range poisons its token; eager CPU code raises instead.
+    """Weight and validity of each token. A label out of range makes its token NaN; eager CPU code raises instead.
 
     Without `vocab` labels only tell which tokens count.
     """
@@ -77,8 +77,8 @@ def tokens(
             weight = weight * torch.where(active, factor.to(dtype), 0.0)
     if shift:
         labels, weight = _shifted(labels, shift, ignore_index), None if weight is None else _shifted(weight, shift, 0)
-    if vocab is not None and numbers.readable(labels):
-        checks.labels_in_range(classes.bad(labels), labels, vocab, ignore_index)
+    if vocab is not None and numbers.can_read_values(labels):
+        checks.labels_in_range(classes.invalid(labels), labels, vocab, ignore_index)
     return Tokens(labels, weight, classes)
 
 
@@ -88,7 +88,7 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
     rows = chunking.rows(active.shape[0])
     if rows is None:
         return None
-    if numbers.readable(active):
+    if numbers.can_read_values(active):
         checks.chunking.label_tokens_fit(int(active.sum()), rows, active.shape[0])
     return Compaction.of(active, rows)
 
@@ -122,10 +122,10 @@ def normalised(
         class_total = class_weights.sum()
     cross_entropy = divided(weight, weight * label_weight, reduction, num_label_tokens)
     smoothed = label_smoothing / vocab * cross_entropy if smooth else None
-    poison = tokens.classes.poison(tokens.labels, dtype)
+    nan_if_invalid = tokens.classes.nan_if_invalid(tokens.labels, dtype)
     square = z_loss * divided(weight, weight, reduction, num_label_tokens) if squared else None
     return Coefficients(
-        nll=(1 - label_smoothing) * label_weight * cross_entropy * poison,
+        nll=(1 - label_smoothing) * label_weight * cross_entropy * nan_if_invalid,
         lse=None if smoothed is None else smoothed * class_total,
         total=None if smoothed is None else -smoothed,
         square=square,

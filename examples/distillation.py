@@ -2,8 +2,8 @@
 
     loss = linear_distillation(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
 
-takes both models' last hidden states and heads, whose widths may differ, and walks the tokens in chunks: nothing of
-[tokens, vocabulary] is ever held. `hard_label_weight` mixes in the labels' own cross-entropy, from the same pass.
+takes both models' last hidden states and heads, whose widths may differ, and goes through the tokens in chunks: nothing
+of [tokens, vocabulary] is ever held. `hard_label_weight` mixes in the labels' own cross-entropy, from the same pass.
 
 Here the teacher learns the sources of Python's standard library for a while, in place of one you would load. Then the
 student learns from it. On text that neither trained on, the divergence falls and they agree more often on the most

@@ -8,8 +8,8 @@ in, and such labels are ignored.
     auxiliary = multi_token_losses(hidden_per_depth, weight, labels, seq_idx=seq_idx, scaling_factor=0.3)
     (loss + auxiliary.loss).backward()           # auxiliary.per_depth: each depth's own mean, detached
 
-The depths are walked together, and no logits [tokens, vocabulary] are held. A compiled step takes `seq_idx` rather than
-`cu_seqlens`: its shape does not change with the number of documents.
+The depths go through the head together, and no logits [tokens, vocabulary] are held. A compiled step takes `seq_idx`
+rather than `cu_seqlens`: its shape does not change with the number of documents.
 
 The text is the sources of Python's standard library, a document one of its paragraphs. All losses fall together: each
 depth is one token further ahead, and has been shown one more.

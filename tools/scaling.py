@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results" / "scaling-2.13.0-sm_90.jsonl"
 PICTURE = ROOT / "docs" / "scaling.png"
 MIB = 2**20
-WALKS = ("tokens", "one chunk", "vocab")
-# How G GPUs are used: the walk, and most ranks of the vocabulary; beyond, there are replicas.
+STRATEGIES = ("tokens", "one chunk", "vocab")
+# How G GPUs are used: the strategy, and most ranks of the vocabulary; beyond, there are replicas.
 STRONG = {
-    "ranks, token walk": ("tokens", 1024),
+    "ranks, token strategy": ("tokens", 1024),
     "ranks, one chunk": ("one chunk", 1024),
-    "ranks, vocabulary walk": ("vocab", 1024),
+    "ranks, vocab strategy": ("vocab", 1024),
     "8 ranks x replicas": ("tokens", 8),
     "replicas": ("tokens", 1),
 }
@@ -33,9 +33,9 @@ WEAK = {
     "replicas": ("tokens", 1),
 }
 COLORS = {  # apart in hue and in lightness
-    "ranks, token walk": "#2166ac",
+    "ranks, token strategy": "#2166ac",
     "ranks, one chunk": "#1b7837",
-    "ranks, vocabulary walk": "#762a83",
+    "ranks, vocab strategy": "#762a83",
     "ranks": "#1b7837",
     "64 ranks x replicas": "#b2182b",
     "8 ranks x replicas": "#b8860b",
@@ -47,22 +47,22 @@ class Scaling:
     """Times of a step, of what was read and of the network's model."""
 
     def __init__(self, lines: list[dict[str, Any]]) -> None:
-        self.rows = {(line["walk"], line["ranks"], line["tokens"]): line for line in lines}
+        self.rows = {(line["strategy"], line["ranks"], line["tokens"]): line for line in lines}
         self.about = lines[-1]
         self.tokens, self.width, self.vocab = (int(size) for size in lines[0]["shape"].split("x"))
         self.gpus = sorted({line["ranks"] for line in lines})
         self.network = NETWORKS["cuda:sm_90"]
 
-    def computed(self, walk: str, ranks: int, tokens: int) -> float:
+    def computed(self, strategy: str, ranks: int, tokens: int) -> float:
         """Seconds of everything but collectives, at the rates of the GPU."""
-        return float(self.rows[walk, ranks, tokens]["seconds"])
+        return float(self.rows[strategy, ranks, tokens]["seconds"])
 
-    def sent(self, walk: str, ranks: int, tokens: int) -> float:
+    def sent(self, strategy: str, ranks: int, tokens: int) -> float:
         """Seconds of the collectives in the code, on as few nodes as hold the ranks."""
-        return sum(count * self._seconds(one) for one, count in self.collectives(walk, ranks, tokens))
+        return sum(count * self._seconds(one) for one, count in self.collectives(strategy, ranks, tokens))
 
-    def collectives(self, walk: str, ranks: int, tokens: int) -> list[tuple[Collective, int]]:
-        read = self.rows[walk, ranks, tokens]["collectives"]
+    def collectives(self, strategy: str, ranks: int, tokens: int) -> list[tuple[Collective, int]]:
+        read = self.rows[strategy, ranks, tokens]["collectives"]
         return [(Collective(kind=c["kind"], size=c["size"], ranks=c["ranks"]), c["count"]) for c in read]
 
     def reduced(self, ranks: int, replicas: int) -> float:
@@ -73,14 +73,14 @@ class Scaling:
         size = 2 * self.vocab // ranks * self.width
         return self._seconds(Collective(kind="all-reduce", size=size, ranks=replicas), nodes)
 
-    def strong(self, walk: str, ranks: int, replicas: int) -> float:
+    def strong(self, strategy: str, ranks: int, replicas: int) -> float:
         """Seconds of a step of N tokens on all GPUs together."""
-        shape = walk, ranks, self.tokens // replicas
+        shape = strategy, ranks, self.tokens // replicas
         return self.computed(*shape) + self.sent(*shape) + self.reduced(ranks, replicas)
 
-    def weak(self, walk: str, ranks: int, replicas: int) -> float:
+    def weak(self, strategy: str, ranks: int, replicas: int) -> float:
         """Seconds of a step of N tokens for each GPU: R microbatches of N, and dW reduced once."""
-        shape = walk, ranks, self.tokens
+        shape = strategy, ranks, self.tokens
         return ranks * (self.computed(*shape) + self.sent(*shape)) + self.reduced(ranks, replicas)
 
     def _seconds(self, collective: Collective, nodes: int | None = None) -> float:
@@ -88,9 +88,9 @@ class Scaling:
         assert found is not None, f"{collective.kind} is not in the model"
         return found
 
-    def curve(self, how: Any, walk: str, most: int) -> list[float]:
+    def curve(self, how: Any, strategy: str, most: int) -> list[float]:
         """`how`, strong or weak, for each number of GPUs."""
-        return [how(walk, min(gpus, most), max(1, gpus // most)) for gpus in self.gpus]
+        return [how(strategy, min(gpus, most), max(1, gpus // most)) for gpus in self.gpus]
 
 
 def read() -> Scaling:
@@ -114,7 +114,7 @@ def figures() -> str:
         "",
         "| R | tokens | one chunk | vocab |",
         "|---|---|---|---|",
-        *(f"| {r} | " + " | ".join(_read(found, walk, r) for walk in WALKS) + " |" for r in found.gpus),
+        *(f"| {r} | " + " | ".join(_read(found, strategy, r) for strategy in STRATEGIES) + " |" for r in found.gpus),
         "",
         f"Strong scaling, predicted: {found.tokens} tokens a step on G GPUs together, milliseconds and efficiency:",
         "",
@@ -142,9 +142,9 @@ def figures() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(found: Scaling, walk: str, ranks: int) -> str:
-    peak = max(found.rows[walk, ranks, found.tokens]["peak_bytes"])
-    collectives = found.collectives(walk, ranks, found.tokens)
+def _read(found: Scaling, strategy: str, ranks: int) -> str:
+    peak = max(found.rows[strategy, ranks, found.tokens]["peak_bytes"])
+    collectives = found.collectives(strategy, ranks, found.tokens)
     sent = sum((one.sent_bytes or 0) * count for one, count in collectives)
     return f"{peak / MIB:,.0f}, {sum(count for _, count in collectives)}, {sent / MIB:.1f}"
 
@@ -187,8 +187,8 @@ def draw() -> None:
     weak.set_ylim(0, 105)
     memory.set_title("Peak over the inputs, a rank")
     memory.set_ylabel("memory (GiB)")
-    for walk, name in zip(WALKS, STRONG, strict=False):
-        peaks = [max(found.rows[walk, r, found.tokens]["peak_bytes"]) / 2**30 for r in found.gpus]
+    for strategy, name in zip(STRATEGIES, STRONG, strict=False):
+        peaks = [max(found.rows[strategy, r, found.tokens]["peak_bytes"]) / 2**30 for r in found.gpus]
         memory.loglog(found.gpus, peaks, "o-", color=COLORS[name], label=name, markersize=4)
     for axes in (strong, weak, memory):
         axes.axvspan(1, found.network.node, color="#2166ac", alpha=0.07, linewidth=0)

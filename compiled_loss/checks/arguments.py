@@ -310,10 +310,10 @@ def count_device(count_: Any, device: torch.device) -> None:
         raise ValueError(f"num_label_tokens: expected on {device}, got {count_.device}")
 
 
-def labels_in_range(bad: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise if any is marked bad. Reads the tensors: for eager CPU code alone."""
-    if bad.any():
-        first = values[bad].reshape(-1)[0].item()
+def labels_in_range(invalid: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise if any is marked invalid. Reads the tensors: for eager CPU code alone."""
+    if invalid.any():
+        first = values[invalid].reshape(-1)[0].item()
         raise ValueError(f"labels: expected 0 <= label < V = {vocab}, or ignore_index = {ignore_index}, got {first}")
 
 

@@ -7,8 +7,8 @@ import torch
 _STRATEGIES = ("auto", "tokens", "vocab")
 
 
-def walks_tokens(strategy: str) -> None:
-    """Raise unless the token walk, the only one for two distributions, may be taken."""
+def whole_rows(strategy: str) -> None:
+    """Raise unless the token strategy, the only one for two distributions, is allowed."""
     if strategy == "vocab":
         raise ValueError("strategy: expected 'tokens' or 'auto', got 'vocab': two distributions need whole rows")
 
@@ -71,9 +71,9 @@ def label_tokens_fit(count: int, rows: int, tokens: int) -> None:
 
 
 def chunk_size_counts_tokens(chunk_size: int) -> None:
-    """Raise: under "auto" a chunk size is one of tokens, and only the vocabulary walk can do what is asked."""
+    """Raise: under "auto" a chunk size is one of tokens, and only the vocab strategy can do what is asked."""
     raise ValueError(
-        f"chunk_size: expected strategy='vocab' beside it, got 'auto': what is asked needs the vocabulary walk, "
+        f"chunk_size: expected strategy='vocab' beside it, got 'auto': what is asked needs the vocab strategy, "
         f"whose chunks are columns of the vocabulary, not {chunk_size} tokens"
     )
 
@@ -105,7 +105,7 @@ def accumulator(accumulate_dtype: torch.dtype, dtype: torch.dtype) -> None:
 
 
 def tokens_strategy(reason: str) -> None:
-    """Raise: the token walk cannot do what is asked."""
+    """Raise: the token strategy cannot do what is asked."""
     raise ValueError(
         f"strategy: expected 'vocab' or 'auto', got 'tokens', which cannot give {reason}: "
         "it forms gradients before it knows each token's upstream gradient"

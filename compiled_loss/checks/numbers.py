@@ -36,7 +36,7 @@ def _scalar(name: str, value: Any) -> Any:
             raise TypeError(f"{name}: expected a number, got a Tensor {list(value.shape)} of {value.dtype}")
         if value.requires_grad:
             raise ValueError(f"{name}: expected a number without gradient, got requires_grad=True: use .detach()")
-        return value.item() if readable(value) else value.detach().reshape(())
+        return value.item() if can_read_values(value) else value.detach().reshape(())
     kind = type(value)
     return value.item() if kind.__module__ == "numpy" and not getattr(value, "ndim", 0) else value
 
@@ -55,7 +55,7 @@ def holds(comparison: Any, otherwise: bool) -> bool:
     return guard_or_true(comparison) if otherwise else guard_or_false(comparison)
 
 
-def readable(values: Tensor) -> bool:
+def can_read_values(values: Tensor) -> bool:
     """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
     special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return values.device.type == "cpu" and type(values) in (Tensor, torch.nn.Parameter) and not special

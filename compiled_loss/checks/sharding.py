@@ -102,7 +102,7 @@ def whole(name: str, group: str | None, shape: str = "[V', H']") -> None:
         )
 
 
-def spread(reduction: str, dimensions: Sequence[str]) -> None:
+def token_mesh_dims(reduction: str, dimensions: Sequence[str]) -> None:
     """Raise where a mean would be a rank's own."""
     if dimensions and reduction == "mean":
         raise ValueError(

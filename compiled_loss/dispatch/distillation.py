@@ -65,7 +65,7 @@ class Options(NamedTuple):
         """The coefficients of each token's divergence and cross-entropy, NaN where `outside` is True."""
         weight, active = tokens.weights(dtype), tokens.active
         weight = reductions.divided(weight, weight, keywords.reduction, keywords.num_label_tokens)
-        weight = weight * tokens.classes.poison(tokens.labels, dtype)
+        weight = weight * tokens.classes.nan_if_invalid(tokens.labels, dtype)
         if outside is not None:
             weight = torch.where(active & outside, float("nan"), weight)
         soft = weight * ((1 - self.hard_label_weight) * keywords.temperature**2)
@@ -125,7 +125,7 @@ def of_logits(
         _check_topk(teacher_topk, rows, part, class_dim, device)
 
     labels, keywords = keywords.own(labels, part)
-    part.compare(labels)
+    part.check_equal(labels)
     tokens = keywords.tokens(labels, part.size if options.hard else None, student_logits.dtype)
     student_logits = classes_last("student_logits", dtensor.own(student_logits), class_dim)
     outside, alike = None, labels
@@ -140,7 +140,7 @@ def of_logits(
     pair = options.pair(student_logits, keywords, None, None)
     losses = two.on_logits(student_logits, target, options.divergence, pair, weighted, part, keywords.compile)
     loss = losses if keywords.reduction == "none" else losses.sum()
-    return part.agreed(loss, alike, loss)
+    return part.nan_unless_equal(loss, alike, loss)
 
 
 def of_heads(
@@ -170,7 +170,7 @@ def of_heads(
     how = two.planned(shape, part, keywords, dtype, device, heads=1 if teacher_topk is not None else 2)
 
     labels, keywords = keywords.own(labels, part)
-    part.compare(labels)
+    part.check_equal(labels)
     tokens = keywords.tokens(labels, part.size if options.hard else None, dtype)
     hidden, weight, bias = dtensor.own_head(student.hidden, student.weight, keywords.bias, part)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -184,7 +184,7 @@ def of_heads(
     weighted = options.weighted(tokens, keywords, statistics_dtype(dtype), outside)
     pair = options.pair(hidden, keywords, bias, teacher_bias)
     loss = two.on_head(hidden, weight, target, options.divergence, pair, weighted, part, how, keywords)
-    return part.agreed(loss, alike, loss)
+    return part.nan_unless_equal(loss, alike, loss)
 
 
 def check_teacher(
@@ -260,7 +260,7 @@ def _cached(
     alike = labels
     if vocabulary.group is not None:
         alike = torch.cat([labels.reshape(-1), indices.reshape(-1)])
-        vocabulary.compare(alike)
+        vocabulary.check_equal(alike)
     # Sorted by class, and within a class by value: whatever follows its own class is there twice.
     values, order = values.detach().sort(dim=-1, descending=True, stable=True)
     padding = values.exp() == 0
@@ -271,6 +271,6 @@ def _cached(
     values = values.masked_fill(padding | twice, float("-inf"))
     indices = indices.masked_fill(twice, vocabulary.size)
     outside = (((indices < 0) | (indices >= vocabulary.size)) & ~values.isneginf()).any(-1)
-    if numbers.readable(values):
+    if numbers.can_read_values(values):
         checks.targets.teacher_topk_values(values[active], indices[active], vocabulary.size)
     return Target(values, vocabulary.labels(indices)), outside, alike

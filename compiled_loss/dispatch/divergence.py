@@ -99,7 +99,7 @@ def planned(
 ) -> Lengths:
     """How heads are chunked: over tokens, or raise."""
     chunking = keywords.chunking
-    checks.chunking.walks_tokens(chunking.strategy)
+    checks.chunking.whole_rows(chunking.strategy)
     tokens = prod(shape[:-1])
     rows = chunking.rows(tokens)
     return lengths(

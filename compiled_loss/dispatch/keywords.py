@@ -68,7 +68,7 @@ class Keywords(NamedTuple):
         checks.class_weights(self.class_weights, part.size, device)
         checks.count_device(self.num_label_tokens, device)
         checks.shift_fits(self.shift, len(shape))
-        checks.sharding.spread(self.reduction, part.spread)
+        checks.sharding.token_mesh_dims(self.reduction, part.token_mesh_dims)
 
     def own(self, labels: Tensor, part: Vocabulary) -> tuple[Tensor, Keywords]:
         """The labels and the keywords of a rank."""

@@ -95,7 +95,7 @@ class LinearCall(NamedTuple):
         factor = None if compact is None else compact.fits
         if self.vocabulary.group is not None:
             factor = after.new_ones(()) if factor is None else factor.to(after.dtype)
-            factor = self.vocabulary.agreed(factor, self.tokens.labels, after)
+            factor = self.vocabulary.nan_unless_equal(factor, self.tokens.labels, after)
         return factor
 
     def _back(self, rows: RowStatistics, compact: Compaction | None, factor: Tensor | None) -> RowStatistics:
@@ -180,7 +180,7 @@ def linear_call(
         strategies=_strategies(keywords, needs, statistics=statistics),
     )
     labels, keywords = keywords.own(labels, part)
-    part.compare(labels)
+    part.check_equal(labels)
     counted = keywords.tokens(labels, part.size, dtype)
     hidden, weight, bias = dtensor.own_head(hidden, weight, bias, part)
     hidden, weight = hidden.to(dtype), weight.to(dtype)

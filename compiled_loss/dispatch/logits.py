@@ -42,14 +42,14 @@ class LogitsCall(NamedTuple):
         loss = combine(rows, coefficients, tokens.labels, tokens.classes)
         if keywords.reduction != "none":
             (loss,) = divisor.divide(tokens.active, loss.sum())
-        return self.vocabulary.agreed(loss, tokens.labels, loss)
+        return self.vocabulary.nan_unless_equal(loss, tokens.labels, loss)
 
     def statistics(self) -> RowStatistics:
         """Masked statistics [...], differentiable; NaN where ranks have other labels."""
         rows = self._statistics(total=False, entropy=True)
         if self.vocabulary.group is None:
             return rows
-        factor = self.vocabulary.agreed(rows.nll.new_ones(()), self.tokens.labels, rows.nll)
+        factor = self.vocabulary.nan_unless_equal(rows.nll.new_ones(()), self.tokens.labels, rows.nll)
         return rows.map(lambda v: v * factor if v.is_floating_point() else v)
 
     def _statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
@@ -83,7 +83,7 @@ def logits_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: i
     checks.class_labels(dtensor.own_shape(labels, part), labels, "logits", rows, logits, class_dim)
     keywords.check_tensors(rows, part, logits.device)
     labels, keywords = keywords.own(labels, part)
-    part.compare(labels)
+    part.check_equal(labels)
     tokens = keywords.tokens(labels, part.size, logits.dtype)
     own = classes_last("logits", dtensor.own(logits), class_dim)
     return LogitsCall(own, keywords.scales(own), tokens, part, keywords)

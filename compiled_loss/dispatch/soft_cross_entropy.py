@@ -51,7 +51,7 @@ def of_logits(logits: Tensor, target_probs: Tensor, position_mask: Tensor, keywo
     pair = two.pair(logits, keywords.temperature, Transform(keywords.softcap, keywords.logit_scale))
     losses = two.on_logits(logits, target, "probabilities", pair, weighted, part, keywords.compile)
     loss = losses if keywords.reduction == "none" else losses.sum()
-    return part.agreed(loss, compared, loss)
+    return part.nan_unless_equal(loss, compared, loss)
 
 
 def of_heads(
@@ -98,7 +98,7 @@ def of_heads(
     draft = Transform(keywords.softcap, keywords.logit_scale, bias)
     pair = two.pair(hidden, keywords.temperature, draft, Transform(softcap, logit_scale, teacher_bias))
     loss = two.on_head(hidden, weight, target, kind, pair, weighted, part, how, keywords)
-    return part.agreed(loss, compared, loss)
+    return part.nan_unless_equal(loss, compared, loss)
 
 
 def _check_mask(
@@ -120,6 +120,6 @@ def _weighted(
     tokens = keywords._replace(mask=mask).tokens(positions, None, dtype)
     weight = tokens.weights(statistics_dtype(dtype))
     compared = weight.detach()
-    part.compare(compared)
+    part.check_equal(compared)
     soft = reductions.divided(weight, weight, keywords.reduction, keywords.num_label_tokens)
     return Weighted(soft, None, None, tokens.active), compared, keywords

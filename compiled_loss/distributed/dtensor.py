@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from compiled_loss import checks
 from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary, even, is_sharded
-from compiled_loss.engine.collectives import reduced
+from compiled_loss.engine.collectives import all_reduced
 from compiled_loss.engine.transforms import traced
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def head_layout(
         theirs = _vocabulary(bias_name, bias, 0, None)
         checks.sharding.alike(bias_name, names[1], theirs[1:3], part[1:3])
     _sized(names[1], weight, 0, part)
-    return part._replace(spread=tuple(over.values()), token_groups=tuple(over))
+    return part._replace(token_mesh_dims=tuple(over.values()), token_groups=tuple(over))
 
 
 def own_head(
@@ -83,7 +83,7 @@ def logits_layout(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | 
     part = _vocabulary(name, value, dim, vocab_shard, of_head=False)
     over = _tokens(name, value, part, dim) if is_sharded(value) else {}
     _sized(name, value, dim, part)
-    return part._replace(spread=tuple(over.values()), token_groups=tuple(over))
+    return part._replace(token_mesh_dims=tuple(over.values()), token_groups=tuple(over))
 
 
 def own(value: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if is_sharded(value) else value
 
 
-def spread(hidden: Tensor, part: Vocabulary) -> tuple[str, ...]:
+def token_mesh_dims(hidden: Tensor, part: Vocabulary) -> tuple[str, ...]:
     """Mesh dimensions over which the tokens of hidden states are sharded, and the vocabulary is not."""
     return tuple(_tokens("hidden", hidden, part, None).values()) if is_sharded(hidden) else ()
 
@@ -237,7 +237,7 @@ class _Replicated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         checks.first_derivative()
-        return reduced([g], "sum", ctx.group)[0], None
+        return all_reduced([g], "sum", ctx.group)[0], None
 
 
 def _groups(value: DTensor) -> list[tuple[int, ...]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from compiled_loss import checks
-from compiled_loss.checks.numbers import readable
-from compiled_loss.engine.collectives import reduced
+from compiled_loss.checks.numbers import can_read_values
+from compiled_loss.engine.collectives import all_reduced
 from compiled_loss.engine.gemm import opaque_copy
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Vocabulary(NamedTuple):
     stop: int
     group: str | None = None
     members: tuple[int, ...] = ()  # its ranks, by which meshes are told to be the same
-    spread: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
+    token_mesh_dims: tuple[str, ...] = ()  # mesh dimensions over which the tokens are sharded
     token_groups: tuple[tuple[int, ...], ...] = ()  # and the ranks along each
 
     @property
@@ -126,18 +126,18 @@ class Vocabulary(NamedTuple):
         """Counted from the rank's first class."""
         return labels if self.start == 0 else labels - self.start
 
-    def compare(self, tokens: Tensor) -> None:
+    def check_equal(self, tokens: Tensor) -> None:
         """Raise, on every rank that comes here, unless all have the same tokens and V: in code that can look."""
-        if self.group is not None and readable(tokens):
+        if self.group is not None and can_read_values(tokens):
             least, most = _between_ranks(tokens, self.size, self.group)
             checks.sharding.same(least.tolist(), most.tolist())
 
-    def agreed(self, value: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
+    def nan_unless_equal(self, value: Tensor, tokens: Tensor, after: Tensor) -> Tensor:
         """The value, NaN with its gradient where ranks have other tokens: in code that cannot look.
 
         They compare them once `after` is there, so that all collectives of a loss are in one order on every rank.
         """
-        if self.group is None or readable(tokens):
+        if self.group is None or can_read_values(tokens):
             return value
         least, most = _between_ranks(tokens, self.size, self.group, [after.detach()])
         return value * torch.where((least == most).all(), 1.0, float("nan")).to(value.dtype)
@@ -166,5 +166,5 @@ def _between_ranks(tokens: Tensor, vocab: int, group: str, after: Sequence[Tenso
     mixed = ((mixed ^ (mixed >> 32)).sum() & (2**62 - 1)).reshape(1)  # whose negative is a number too
     mine = torch.cat([torch.full_like(mixed, flat.shape[0]), torch.full_like(mixed, vocab), mixed])
     mine = opaque_copy(torch.cat([-mine, mine]), after)
-    (found,) = reduced([mine], "max", group)
+    (found,) = all_reduced([mine], "max", group)
     return -found[:3], found[3:]

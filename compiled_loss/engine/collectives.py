@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-def reduced(parts: Sequence[Tensor], how: Literal["max", "sum"], group: str | None) -> list[Tensor]:
+def all_reduced(parts: Sequence[Tensor], how: Literal["max", "sum"], group: str | None) -> list[Tensor]:
     """Each part's reduction over the group, in one collective; the parts themselves without a group."""
     if group is None:
         return list(parts)

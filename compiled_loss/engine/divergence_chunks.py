@@ -18,7 +18,7 @@ from compiled_loss import checks
 from compiled_loss.engine import divergence_operators as operators
 from compiled_loss.engine import gemm
 from compiled_loss.engine.divergence_operators import Counts, How, Problem
-from compiled_loss.engine.gradients import Formed, Gradients, Needs, hand_out
+from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
 from compiled_loss.engine.math.divergences import Kind, Pair, RowGradients, Rows, Target
 from compiled_loss.engine.math.logit_maps import times
 from compiled_loss.engine.math.statistics import unit_scale
@@ -100,14 +100,14 @@ def _folded(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[R
 
 def _formed(
     problem: Problem, pair: Pair, upstream: RowGradients, counts: Counts, needs: Needs, how: How, lengths: Lengths
-) -> tuple[Formed, _Found]:
+) -> tuple[UnscaledGradients, _Found]:
     """The gradients, still to be multiplied by their scale, and what was found of each row."""
     of_logits = upstream.map(lambda g: times(g, pair.student.factor()))
     scale = unit_scale(problem.hidden.dtype, *of_logits)
     upstream = upstream.map(lambda g: torch.where(counts.active, g if scale is None else g / scale, 0.0))
     found = operators.form(problem, pair, upstream, counts, needs, how, lengths)
-    gradients = Gradients.taken(found, needs, pair.bias)
-    return Formed(gradients, scale), _Found(*found)
+    gradients = Gradients.pop_from(found, needs, pair.bias)
+    return UnscaledGradients(gradients, scale), _Found(*found)
 
 
 class _Saved(NamedTuple):
@@ -126,7 +126,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         problem, pair, upstream, counts, options = unpack(args, Problem, Pair, RowGradients, Counts)
         _, _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Pair, RowGradients)
-        formed, found = _formed(problem, pair, upstream, counts, *options)
+        unscaled, found = _formed(problem, pair, upstream, counts, *options)
         loss = Weighted(upstream.soft, upstream.hard, problem.labels, counts.active).of(*found).sum()
         ctx.dtypes = [None if v is None else v.dtype for v in (problem.hidden, problem.weight, pair.bias)]
         seen = none(RowGradients)
@@ -134,7 +134,7 @@ class _WeightedSum(torch.autograd.Function):
             seen = RowGradients(*found).map(lambda v: torch.where(counts.active, v, 0.0))
         if torch.compiler.is_compiling():  # where there is no second backward
             problem, pair, upstream, counts = none(Problem), none(Pair), none(RowGradients), none(Counts)
-        saved = _Saved(*formed.gradients, formed.scale, *seen)
+        saved = _Saved(*unscaled.gradients, unscaled.scale, *seen)
         ctx.save_for_backward(*saved, *problem, *pair, *upstream, *counts)
         ctx.options, ctx.spent = options, False
         ctx.set_materialize_grads(False)
@@ -146,8 +146,8 @@ class _WeightedSum(torch.autograd.Function):
         d_problem, d_pair, d_upstream = none(Problem), none(Pair), none(RowGradients)
         if g is not None:
             saved, *inputs, _ = unpack(ctx.saved_tensors, _Saved, Problem, Pair, RowGradients, Counts)
-            formed = Formed(Gradients(saved.d_hidden, saved.d_weight, saved.d_bias), saved.scale)
-            d = hand_out(ctx, formed, g, ctx.dtypes, lambda: _formed(*inputs, *ctx.options)[0])
+            unscaled = UnscaledGradients(Gradients(saved.d_hidden, saved.d_weight, saved.d_bias), saved.scale)
+            d = scaled_gradients(ctx, unscaled, g, ctx.dtypes, lambda: _formed(*inputs, *ctx.options)[0])
             d_problem = d_problem._replace(hidden=d.d_hidden, weight=d.d_weight)
             d_pair = d_pair._replace(bias=d.d_bias)
             d_upstream = d_upstream._replace(soft=_product(g, saved.soft), hard=_product(g, saved.hard))
@@ -182,7 +182,7 @@ class _Divergence(torch.autograd.Function):
             if scale is not None:
                 upstream = upstream.map(lambda g: g / scale)
             found = operators.gradients(problem, pair, known, upstream, counts, needs, *ctx.options)
-            d = _in_dtypes(Gradients.taken(found, needs, pair.bias), scale, problem, pair)
+            d = _in_dtypes(Gradients.pop_from(found, needs, pair.bias), scale, problem, pair)
         d_problem = none(Problem)._replace(hidden=d.d_hidden, weight=d.d_weight)
         return *d_problem, *none(Pair)._replace(bias=d.d_bias), None, None
 

@@ -51,7 +51,7 @@ class Gradients(NamedTuple):
         )
 
     @staticmethod
-    def taken(found: list[Tensor], needs: Needs, bias: Tensor | None) -> Gradients:
+    def pop_from(found: list[Tensor], needs: Needs, bias: Tensor | None) -> Gradients:
         """From the front of a list of what there is."""
         there = (needs.needs_hidden, needs.needs_weight, needs.needs_bias and bias is not None)
         return Gradients(*[found.pop(0) if one else None for one in there])
@@ -65,15 +65,19 @@ class Gradients(NamedTuple):
         return [v for v in self if v is not None]
 
 
-class Formed(NamedTuple):
+class UnscaledGradients(NamedTuple):
     """Gradients of a loss that forward has formed, still to be multiplied by `scale` and by the upstream one."""
 
     gradients: Gradients
     scale: Tensor | None
 
 
-def hand_out(
-    ctx: Any, formed: Formed, g: Tensor, dtypes: Iterable[torch.dtype | None], form: Callable[[], Formed]
+def scaled_gradients(
+    ctx: Any,
+    unscaled: UnscaledGradients,
+    g: Tensor,
+    dtypes: Iterable[torch.dtype | None],
+    form: Callable[[], UnscaledGradients],
 ) -> Gradients:
     """The gradients times the upstream one, g, in their inputs' dtypes.
 
@@ -83,8 +87,8 @@ def hand_out(
     scaled = gemm.scaled
     if not torch.compiler.is_compiling():
         if ctx.spent:
-            formed = form()
+            unscaled = form()
         ctx.spent, scaled = True, gemm.scaled_
-    factor = g if formed.scale is None else g * formed.scale
-    pairs = zip(formed.gradients, dtypes, strict=True)
+    factor = g if unscaled.scale is None else g * unscaled.scale
+    pairs = zip(unscaled.gradients, dtypes, strict=True)
     return Gradients(*[None if d is None or dtype is None else scaled(d, factor, dtype) for d, dtype in pairs])

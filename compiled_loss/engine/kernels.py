@@ -2,10 +2,10 @@
 
 NOTE [Kernels]
 A body is traced by us and compiled by Inductor, without Dynamo and AOTAutograd: there is nothing in it to guard but how
-its operands lie, nothing to differentiate, and it writes what it was given only at its end. It is compiled once for each combination of dtypes, strides and
-columns, rows being a symbol, and apart for fewer rows than MIN_ROWS, for which Inductor splits reductions over columns.
-What it assumes of their number, such as that 32 bits count the elements, is checked: where it does not hold, the body
-is compiled again.
+its operands lie, nothing to differentiate, and it writes what it was given only at its end. It is compiled once for
+each combination of dtypes, strides and columns, rows being a symbol, and apart for fewer rows than MIN_ROWS, for which
+Inductor splits reductions over columns. What it assumes of their number, such as that 32 bits count the elements, is
+checked: where it does not hold, the body is compiled again.
 
 By default Inductor writes out what reads more than four tensors and is used twice. That would be a second chunk, in
 fp32. A body may use it: it is computed again, in the same kernel mostly, which then computes it once.

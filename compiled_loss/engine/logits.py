@@ -67,7 +67,7 @@ class _Logits(torch.autograd.Function):
             lambda: state.map(torch.empty_like).present(),
             compile=options.compile,
         )
-        state = state.replaced(found).merged(options.group)
+        state = state.replaced(found).all_reduced(options.group)
         ctx.save_for_backward(*given, *state)
         ctx.set_materialize_grads(False)
         ctx.moved, ctx.options = not logits.is_contiguous(), options

@@ -1,8 +1,9 @@
 """Operators and their operands by name: each argument is a field of a NamedTuple, and none is counted.
 
 NOTE [Operators]
-A walk's pass is one operator for the compiler: it sees sizes and dtypes of what comes out, never the loop. Forward mode
-and functorch do not look into an operator either, and would give zeros: callers go another way before they come here.
+A pass over the chunks is one operator for the compiler: it sees sizes and dtypes of what comes out, never the loop.
+Forward mode and functorch do not look into an operator either, and would give zeros: callers go another way before they
+come here.
 """
 
 from __future__ import annotations

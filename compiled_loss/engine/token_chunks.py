@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
-from compiled_loss.engine.gradients import Formed, Gradients, Needs, hand_out
+from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Problem
 from compiled_loss.engine.math.statistics import (
@@ -123,7 +123,7 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     for chunk, z in chunks(problem.hidden, problem.weight, lengths):
         rows, out = of_chunk(chunk, problem.labels, *state), of_chunk(chunk, *found.present())
         execution.run(bodies.fold, z, rows, head, out, compiled=lengths.compiled)
-    return list(finish(found.merged(group)).present())
+    return list(finish(found.all_reduced(group)).present())
 
 
 def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
@@ -227,7 +227,7 @@ class _TokenChunks(torch.autograd.Function):
         forming = options.forming._replace(with_statistics=any(wanted))
         options = options._replace(forming=forming)
         found = _form(problem, coefficients, divisor, *options)
-        gradients = Gradients.taken(found, options.needs, problem.bias)
+        gradients = Gradients.pop_from(found, options.needs, problem.bias)
         factor, loss, *rest = found
         known = none(RowStatistics)
         if rest:
@@ -250,11 +250,11 @@ class _TokenChunks(torch.autograd.Function):
             return *d_problem, *d_coefficients, *rest
         saved, problem, coefficients, (count,) = unpack(ctx.saved_tensors, _Saved, Problem, Coefficients)
 
-        def form() -> Formed:
+        def form() -> UnscaledGradients:
             again = _form(problem, coefficients, ctx.divisor._replace(divisor=count), *ctx.options)
-            return Formed(Gradients.taken(again, ctx.options.needs, problem.bias), again[0])
+            return UnscaledGradients(Gradients.pop_from(again, ctx.options.needs, problem.bias), again[0])
 
-        found = hand_out(ctx, Formed(Gradients(*saved[:3]), saved.factor), g, ctx.dtypes, form)
+        found = scaled_gradients(ctx, UnscaledGradients(Gradients(*saved[:3]), saved.factor), g, ctx.dtypes, form)
         d_problem = d_problem._replace(hidden=found.d_hidden, weight=found.d_weight, bias=found.d_bias)
         _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
         if any(wanted):

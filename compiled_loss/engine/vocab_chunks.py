@@ -112,7 +112,7 @@ def _state_like(problem: Problem, asked: Asked) -> list[Tensor]:
     return [torch.empty_like(rows) for _ in range(3 + asked.with_total + asked.with_entropy)]
 
 
-def _taken(found: list[Tensor], asked: Asked) -> State:
+def _pop_state(found: list[Tensor], asked: Asked) -> State:
     """The state, from the front of a list of what there is."""
     parts = [found.pop(0) for _ in range(3 + asked.with_total + asked.with_entropy)]
     return State.of(parts, total=asked.with_total, entropy=asked.with_entropy)
@@ -126,7 +126,7 @@ def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> State:
         found = state.map(torch.empty_like)
         execution.run(bodies.fold, z, (problem.labels, *state), head, found.present(), compiled=lengths.compiled)
         state = found
-    return state.merged(group)
+    return state.all_reduced(group)
 
 
 def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[Tensor]:
@@ -246,7 +246,7 @@ def _d_problem(ctx: Any, problem: Problem, state: State, sought: _Sought, option
     needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
     with without_autocast(problem.hidden.device):  # whatever backward's caller is in
         found = _gradients(problem, state, sought, options.classes, needs, options.lengths)
-    hidden, weight, bias = Gradients.taken(found, needs, problem.bias)
+    hidden, weight, bias = Gradients.pop_from(found, needs, problem.bias)
     return none(Problem)._replace(hidden=hidden, weight=weight, bias=bias)  # type: ignore[no-any-return]
 
 
@@ -255,7 +255,7 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         problem, options, _ = unpack(args, Problem, _Options)
         found, asked = _fold(problem, options.asked, options.lengths), options.asked
-        state = _taken(found, asked)
+        state = _pop_state(found, asked)
         ctx.save_for_backward(*problem, *state)
         ctx.set_materialize_grads(False)
         ctx.options = options
@@ -284,7 +284,7 @@ class _WeightedSum(torch.autograd.Function):
         _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
         summing = _Summing(with_statistics=asked.with_entropy or any(wanted))
         found = _sum(problem, coefficients, divisor, classes, asked, summing, lengths)
-        state = _taken(found, asked)
+        state = _pop_state(found, asked)
         factor, loss, *rest = found
         known = none(RowStatistics)
         if rest:

@@ -178,7 +178,7 @@ def linear_cross_entropy(
             DTensors say so themselves; one that fully_shard made has to be gathered first, by unshard() of its module,
             for its ranks have other tokens. Hidden states and all else are alike on the group's ranks, and their
             gradients complete on each; a DTensor of hidden states may be sharded over tokens.
-        chunking: how to walk the [N, V] problem; see :class:`Chunking`. Changes nothing of what is computed, but where
+        chunking: how to chunk the [N, V] problem; see :class:`Chunking`. Changes nothing of what is computed, but where
             more tokens count than `max_label_tokens` says: an error in eager CPU code, else NaN.
 
     Returns:
@@ -186,14 +186,14 @@ def linear_cross_entropy(
 
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of logits, [C, V] or [N, C].
-        The token walk holds dH and dW from forward on, the vocabulary walk O(N) until backward. Without gradients,
+        The token strategy holds dH and dW from forward on, the vocab strategy O(N) until backward. Without gradients,
         one chunk. Eager code without `Chunking(compile=True)` adds a few blocks of 4 MiB. A second eager backward of
-        the token walk forms dH and dW again. Under non-reentrant checkpointing the token walk runs twice.
-        Over ranks a rank's V is its own. The vocabulary walk makes two collectives of O(N) forward, the token walk two
-        of O(C) a chunk, each one of 48 bytes more; backward makes one of [N, H], unless the hidden states are a
+        the token strategy forms dH and dW again. Under non-reentrant checkpointing the token strategy runs twice.
+        Over ranks a rank's V is its own. The vocab strategy makes two collectives of O(N) forward, the token strategy
+        two of O(C) a chunk, each one of 48 bytes more; backward makes one of [N, H], unless the hidden states are a
         DTensor.
         Under functorch transforms the logits are held: at N = 4096, V = 65536, H = 256 in fp32 a peak of 1092 MiB was
-        measured for torch.compile(torch.func.grad(...)), 4352 MiB for eager grad, 132 MiB for the token walk.
+        measured for torch.compile(torch.func.grad(...)), 4352 MiB for eager grad, 132 MiB for the token strategy.
 
     Raises:
         ValueError: a shape, device, number or name is off, `strategy="tokens"` with `reduction="none"` where a gradient

@@ -194,7 +194,7 @@ def linear_distillation(
         vocab_shard: which classes plain weights and biases of both have, where each rank has some: :class:`VocabShard`.
             DTensors say so themselves; hidden states and all else are alike on the group's ranks, and the student's
             gradient complete on each.
-        chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for both logits of a chunk.
+        chunking: tokens a chunk; the vocabulary is not chunked here. `memory_budget` is for both logits of a chunk.
 
     Returns:
         A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 inputs).
@@ -202,8 +202,8 @@ def linear_distillation(
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of both logits, 2 [C, V], or of
         the student's alone beside `teacher_topk`; dH and dW from forward on. 6 N H V + 2 N H' V operations.
-        reduction="none" walks again in backward, 8 N H V + 4 N H' V, and keeps O(N) until then. Under functorch
-        transforms the logits are held.
+        reduction="none" goes through the chunks again in backward, 8 N H V + 4 N H' V, and keeps O(N) until then.
+        Under functorch transforms the logits are held.
 
     Raises:
         ValueError: a shape, device, number or name is off; `chunking.strategy` is "vocab"; in eager CPU code, see

@@ -130,7 +130,7 @@ def multi_token_prediction(
         A scalar; fp32 (fp64 for fp64 inputs). 0, attached to the graph, where no target counts.
 
     Memory:
-        One walk over all depths: D copies [N, H] of hidden, one dW [V, H] however many depths there are, one chunk of
+        One pass over all depths: D copies [N, H] of hidden, one dW [V, H] however many depths there are, one chunk of
         logits. Creates no [N, V] tensor.
 
     Raises:
@@ -233,7 +233,7 @@ def multi_token_losses(
         weighed=[name for name, value in (("mask", mask), ("token_weights", token_weights)) if value is not None],
     )
     keywords.check_tensors(dtensor.own_shape(labels, part), part, labels.device)
-    checks.sharding.spread("mean" if num_label_tokens is None else "sum", part.spread)
+    checks.sharding.token_mesh_dims("mean" if num_label_tokens is None else "sum", part.token_mesh_dims)
 
     labels, keywords = keywords.own(labels, part)
     states = torch.stack([dtensor.replicated(one, part) for one in hidden])

@@ -139,7 +139,7 @@ def linear_soft_cross_entropy(
             where each rank has some: :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's
             ranks, the gradient of `hidden` complete on each. `draft_to_target` is the whole draft's, its
             `teacher_weight` and `teacher_bias` whole on every rank.
-        chunking: tokens a chunk; the vocabulary is not walked here. `memory_budget` is for all logits of a chunk.
+        chunking: tokens a chunk; the vocabulary is not chunked here. `memory_budget` is for all logits of a chunk.
 
     Returns:
         A scalar, or for "none" the shape of the positions, [...], with 0 where ignored; fp32 (fp64 for fp64 inputs).
@@ -147,7 +147,7 @@ def linear_soft_cross_entropy(
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H], and one chunk of logits [C, V], with a
         teacher's head two; with `draft_to_target` also the chosen rows, [V, H']. dH and dW from forward on.
-        reduction="none" walks again in backward, and keeps O(N) until then.
+        reduction="none" goes through the chunks again in backward, and keeps O(N) until then.
 
     Raises:
         ValueError: a shape, device, number or name is off, not exactly one form of target is given, or

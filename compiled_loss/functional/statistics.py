@@ -36,9 +36,11 @@ class TokenStatistics(NamedTuple):
 def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
     """Rows' statistics as a user sees them: NaN and False where the label is no class."""
     assert rows.entropy is not None
-    poison = tokens.classes.poison(tokens.labels, rows.nll.dtype)
-    logprob = -rows.nll * poison
-    return TokenStatistics(logprob, rows.lse * poison, rows.entropy * poison, rows.correct & ~logprob.isnan())
+    nan_if_invalid = tokens.classes.nan_if_invalid(tokens.labels, rows.nll.dtype)
+    logprob = -rows.nll * nan_if_invalid
+    return TokenStatistics(
+        logprob, rows.lse * nan_if_invalid, rows.entropy * nan_if_invalid, rows.correct & ~logprob.isnan()
+    )
 
 
 def token_statistics(
@@ -141,7 +143,7 @@ def linear_token_statistics(
         temperature: divides the logits, > 0.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
         vocab_shard: see :func:`linear_cross_entropy`.
-        chunking: see :class:`Chunking`. Gradients need the vocabulary walk.
+        chunking: see :class:`Chunking`. Gradients need the vocab strategy.
 
     Returns:
         :class:`TokenStatistics`, of which the first three are differentiable.

@@ -26,8 +26,9 @@ class Chunking:
     `memory_budget`: most bytes the chunk of logits may take, a number or a text such as "512MiB", instead of
     `chunk_size`; with "auto" also chooses the strategy that is faster within it, at the rates of a CPU or a GPU.
 
-    `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's on the token walk and the hidden
-    states' on the vocabulary walk; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else fp32.
+    `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's with the token strategy and the
+    hidden states' with the vocab strategy; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else
+    fp32.
 
     `max_label_tokens`: the most tokens of a call (with several depths, of each) that count, as a number or as a
     fraction of its tokens: those that are masked cost no GEMM beyond. Where more count, eager CPU code raises, and

@@ -1,24 +1,24 @@
-"""What a walk takes: seconds at a device's rates, and bytes. Pure.
+"""What a strategy takes: seconds at a device's rates, and bytes. Pure.
 
-N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
+N tokens, H width, V vocabulary, C rows (token strategy) or columns (vocab strategy) a chunk.
 
 NOTE [Cost model]
 Bytes that compiled code holds beyond the inputs, e bytes an element, a bytes an accumulated element:
 
-    token walk        e N H + a V H + e C V      dH, dW, one chunk of logits; dH and dW stay until backward
-    vocabulary walk   a N H + e V H + e N C      dH, dW, one chunk of logits, in backward; O(N) until then
+    token strategy    e N H + a V H + e C V      dH, dW, one chunk of logits; dH and dW stay until backward
+    vocab strategy    a N H + e V H + e N C      dH, dW, one chunk of logits, in backward; O(N) until then
 
 and where a is not e, at the end, what was accumulated beside its copy in the input's dtype instead of the chunk.
 Seconds are the sum over chunks of
 
     each GEMM         its operations and the bytes it moves, at the device's rates: the larger of the two where it loads
-                      while it multiplies, as GPUs do, else their sum; the token walk runs 3 of C rows, which read W
-                      twice, and read and write dW; the vocabulary walk 4 of C columns, which read the hidden states
+                      while it multiplies, as GPUs do, else their sum; the token strategy runs 3 of C rows, which read W
+                      twice, and read and write dW; the vocab strategy 4 of C columns, which read the hidden states
                       three times, and read and write dH
     the bodies        PASSES over the chunk's logits, at the memory's rate
     a constant        what a chunk costs besides, in launches and in the operators around it
 
-So the token walk is faster as long as its chunk has rows enough to feed the GEMMs, and the vocabulary walk where a
+So the token strategy is faster as long as its chunk has rows enough to feed the GEMMs, and the vocab strategy where a
 memory budget leaves it fewer.
 """
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Strategy = Literal["tokens", "vocab"]
-PASSES = 4  # three that read, for maximum, sum and gradient, and one that writes; either walk's
+PASSES = 4  # three that read, for maximum, sum and gradient, and one that writes; either strategy's
 
 
 class Rates(NamedTuple):

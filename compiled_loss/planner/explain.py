@@ -17,12 +17,12 @@ from compiled_loss.planner.chunking import Chunking
 from compiled_loss.planner.cost import Strategy
 from compiled_loss.planner.plan import Plan
 
-PARTS = (1, 2, 4, 8, 16, 32, 64)  # alternatives are that many chunks of either walk
+PARTS = (1, 2, 4, 8, 16, 32, 64)  # alternatives are that many chunks of either strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alternative:
-    """A walk of loss and both gradients, and what it is predicted to take.
+    """Loss and both gradients in chunks, and what they are predicted to take.
 
     `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
     `peak_bytes` over the inputs, of compiled code; `seconds` at a device's rates.
@@ -126,7 +126,7 @@ def plan(
     if chunking.budget is not None:
         least = cost.chunk_bytes(made.strategy, 1, tokens, vocab, dtype.itemsize)
         checks.chunking.memory_budget(chunking.budget, "token" if made.strategy == "tokens" else "column", least)
-    walks: tuple[Strategy, ...] = ("tokens", "vocab")
+    strategies: tuple[Strategy, ...] = ("tokens", "vocab")
 
     def costing(one: Plan) -> Alternative:
         size = min(one.chunk, tokens if one.strategy == "tokens" else vocab)
@@ -142,7 +142,7 @@ def plan(
 
     chosen = costing(made)
     others = []
-    for strategy in walks if chunking.strategy == "auto" else (chunking.strategy,):
+    for strategy in strategies if chunking.strategy == "auto" else (chunking.strategy,):
         extent = tokens if strategy == "tokens" else vocab
         for size in dict.fromkeys(-(-extent // parts) for parts in PARTS):
             fixed = Chunking(strategy=strategy, chunk_size=size, accumulate_dtype=chunking.accumulate_dtype)

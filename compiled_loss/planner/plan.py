@@ -1,6 +1,6 @@
 """How long the chunks are: integers in, a frozen `Plan` out. Pure; asks no device, allocates nothing.
 
-N tokens, H width, V vocabulary, C rows (token walk) or columns (vocabulary walk) a chunk.
+N tokens, H width, V vocabulary, C rows (token strategy) or columns (vocab strategy) a chunk.
 
 NOTE [Default chunk]
 Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
@@ -52,7 +52,7 @@ MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32: NO
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A walk: `count` chunks of `chunk` tokens or columns, the last one perhaps shorter."""
+    """A plan: `count` chunks of `chunk` tokens or columns, the last one perhaps shorter."""
 
     strategy: Strategy
     chunk: int
@@ -115,7 +115,7 @@ def plan(
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
     device: str = "cuda",
 ) -> Plan:
-    """The walk for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first.
+    """The plan for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first.
 
     `device` is a type, at whose rates a memory budget is spent.
     """

@@ -14,17 +14,17 @@ from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_
 from compiled_loss.testing import head_inputs
 
 EVERY_KEYWORD = [
-    pytest.param(walk, name, marks=() if name in ("everything", "everything, none") else pytest.mark.slow)
-    for walk in ("tokens", "vocab")
+    pytest.param(strategy, name, marks=() if name in ("everything", "everything, none") else pytest.mark.slow)
+    for strategy in ("tokens", "vocab")
     for name in cases.KEYWORDS
-    if (walk, cases.KEYWORDS[name](1, 1).get("reduction")) != ("tokens", "none")
+    if (strategy, cases.KEYWORDS[name](1, 1).get("reduction")) != ("tokens", "none")
 ]
 
 
-@pytest.mark.parametrize(("walk", "name"), EVERY_KEYWORD)
-def test_linear_cross_entropy_matches_reference(walk, name):
+@pytest.mark.parametrize(("strategy", "name"), EVERY_KEYWORD)
+def test_linear_cross_entropy_matches_reference(strategy, name):
     keywords = cases.KEYWORDS[name](13, 29)
-    loss = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)
+    loss = torch.compile(cases.linear(cases.CHUNKINGS[strategy], **keywords), fullgraph=True)
     assert_matches(loss, cases.truth(**keywords), cases.inputs_for(keywords, 13, 7, 29))
 
 
@@ -42,15 +42,15 @@ def test_linear_token_statistics_match_reference():
     def statistics(fn, hidden, weight, labels, bias):
         return fn(hidden, weight, labels, bias=bias)
 
-    ours = partial(statistics, partial(linear_token_statistics, chunking=cases.WALKS["vocab"]))
+    ours = partial(statistics, partial(linear_token_statistics, chunking=cases.CHUNKINGS["vocab"]))
     assert_matches(torch.compile(ours, fullgraph=True), partial(statistics, reference.linear_token_statistics), inputs)
 
 
-@pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
-def test_loss_with_statistics_and_without_gradients(walk):
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
+def test_loss_with_statistics_and_without_gradients(strategy):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2)
     fn = torch.compile(
-        lambda h, w, y: compiled_loss.linear_cross_entropy_with_statistics(h, w, y, chunking=cases.WALKS[walk]),
+        lambda h, w, y: compiled_loss.linear_cross_entropy_with_statistics(h, w, y, chunking=cases.CHUNKINGS[strategy]),
         fullgraph=True,
     )
     expected = reference.linear_token_statistics(*inputs[:3])
@@ -64,12 +64,12 @@ def test_loss_with_statistics_and_without_gradients(walk):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16], ids=str)
-@pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
-def test_narrow_dtypes(dtype, walk):
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
+def test_narrow_dtypes(dtype, strategy):
     """Against fp64, with as many roundings as dtype has: a lost write is off by O(1)."""
     inputs = head_inputs(48, 16, 96, dtype=dtype)
     exact = inputs.to(torch.float64)
-    chunking = Chunking(strategy=walk, chunk_size=10)  # more than 8 chunks: fp32 accumulators
+    chunking = Chunking(strategy=strategy, chunk_size=10)  # more than 8 chunks: fp32 accumulators
     loss = torch.compile(cases.linear(chunking), fullgraph=True)(*inputs)
     truth = cases.truth()(*exact)
     assert abs(loss.item() - truth.item()) < 4 * torch.finfo(dtype).eps
@@ -78,18 +78,18 @@ def test_narrow_dtypes(dtype, walk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_max_autotune_error_budget(walk):
-    fast = torch.compile(cases.linear(Chunking(strategy=walk, chunk_size=10)), fullgraph=True, mode="max-autotune")
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_max_autotune_error_budget(strategy):
+    fast = torch.compile(cases.linear(Chunking(strategy=strategy, chunk_size=10)), fullgraph=True, mode="max-autotune")
     assert_accurate(fast, cases.truth(), cases.truth(), head_inputs(48, 32, 96))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_autocast_inside_and_outside(walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_autocast_inside_and_outside(strategy):
     inputs = head_inputs(48, 16, 96)
     truth = cases.truth()(*inputs.to(torch.float64))
-    fn = cases.linear(cases.WALKS[walk])
+    fn = cases.linear(cases.CHUNKINGS[strategy])
 
     def inside(*arguments):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -102,15 +102,15 @@ def test_autocast_inside_and_outside(walk):
         assert all(g.dtype == torch.float32 for g in cases.gradients(loss, inputs))
 
 
-@pytest.mark.parametrize("walk", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
-def test_retain_graph(walk):
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
+def test_retain_graph(strategy):
     with fresh_cache():  # another test's backward was not compiled to be run twice: README, Limits
-        backward_twice(walk)
+        backward_twice(strategy)
 
 
-def backward_twice(walk):
+def backward_twice(strategy):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
-    loss = torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True)(*inputs)
+    loss = torch.compile(cases.linear(cases.CHUNKINGS[strategy]), fullgraph=True)(*inputs)
     first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
     second = torch.autograd.grad(loss, inputs[:2], torch.tensor(3.0, dtype=torch.float64))
     torch.testing.assert_close(second, tuple(3 * g for g in first), **TIGHT)
@@ -124,7 +124,7 @@ def test_cached_backward_without_retain_graph(functions_cached):
     """It overwrites what it was given; torch notices where it caches graphs with autograd Functions whole."""
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
     with fresh_cache(), functorch_config.patch(autograd_cache_allow_custom_autograd_functions=functions_cached):
-        once = torch.compile(cases.linear(cases.WALKS["vocab"]), fullgraph=True)(*inputs)
+        once = torch.compile(cases.linear(cases.CHUNKINGS["vocab"]), fullgraph=True)(*inputs)
         torch.autograd.grad(once, inputs[:2])
         torch.compiler.reset()
         if functions_cached:
@@ -134,8 +134,8 @@ def test_cached_backward_without_retain_graph(functions_cached):
             backward_twice("vocab")
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_no_autocast_context_where_autocast_is_off(walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_no_autocast_context_where_autocast_is_off(strategy):
     """Torch caches no graph that holds one."""
     targets = []
 
@@ -145,10 +145,10 @@ def test_no_autocast_context_where_autocast_is_off(walk):
         return graph
 
     inputs = head_inputs(13, 7, 29)
-    torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True, backend=backend)(*inputs)
+    torch.compile(cases.linear(cases.CHUNKINGS[strategy]), fullgraph=True, backend=backend)(*inputs)
     assert "_enter_autocast" not in targets
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True, backend=backend)(*inputs)
+        torch.compile(cases.linear(cases.CHUNKINGS[strategy]), fullgraph=True, backend=backend)(*inputs)
     assert "_enter_autocast" in targets
 
 

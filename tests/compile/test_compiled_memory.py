@@ -18,8 +18,8 @@ ROWS = Chunking(strategy="tokens", chunk_size=5)
 COLUMNS = Chunking(strategy="vocab", chunk_size=20)
 
 
-def walked(lib, chunking):
-    """A loss of each walk, of hidden states, weight, labels and a teacher's hidden states."""
+def chunked(lib, chunking):
+    """A loss of each strategy, of hidden states, weight, labels and a teacher's hidden states."""
     keywords = {"chunking": chunking} if lib is not reference else {}
     return {
         "tokens": lambda h, w, y, t: lib.linear_cross_entropy(h, w, y, **keywords),
@@ -52,8 +52,8 @@ def test_arguments_that_are_slices(name):
         return of_slices
 
     tensors = (inputs.hidden, inputs.weight, inputs.labels, teacher.detach())
-    ours = torch.compile(step(walked(compiled_loss, chunking)[name]), fullgraph=True)
-    assert_matches(ours, step(walked(reference, None)[name]), tensors)
+    ours = torch.compile(step(chunked(compiled_loss, chunking)[name]), fullgraph=True)
+    assert_matches(ours, step(chunked(reference, None)[name]), tensors)
 
 
 @pytest.mark.parametrize("name", ["distillation", pytest.param("distillation, none", marks=pytest.mark.slow)])
@@ -87,7 +87,7 @@ def test_no_saved_logits_of_a_chunk(name, size):
     )
     inputs = head_inputs(N, H, V)
     chunking = Chunking(strategy="vocab" if name == "vocab" else "tokens", chunk_size=chunk)
-    loss = torch.compile(walked(compiled_loss, chunking)[name], fullgraph=True, backend="aot_eager_decomp_partition")
+    loss = torch.compile(chunked(compiled_loss, chunking)[name], fullgraph=True, backend="aot_eager_decomp_partition")
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss(inputs.hidden, inputs.weight, inputs.labels, torch.randn(N, H))
@@ -95,12 +95,12 @@ def test_no_saved_logits_of_a_chunk(name, size):
     assert logits == []
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_weight_and_bias_of_one_storage(walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_weight_and_bias_of_one_storage(strategy):
     """Weight and bias in one flat buffer, as ZeRO lays them; class weights that are the bias."""
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
     flat = torch.cat([inputs.weight.detach().flatten(), inputs.bias.detach().abs()])
     weight, bias = flat[: 29 * 7].view(29, 7).requires_grad_(), flat[29 * 7 :].requires_grad_()
     keywords = {"label_smoothing": 0.1, "class_weights": bias.detach()}
-    loss = torch.compile(cases.linear(cases.WALKS[walk], **keywords), fullgraph=True)
+    loss = torch.compile(cases.linear(cases.CHUNKINGS[strategy], **keywords), fullgraph=True)
     assert_matches(loss, cases.truth(**keywords), (inputs.hidden, weight, inputs.labels, bias))

@@ -26,9 +26,9 @@ REGIONS = pytest.mark.skipif(
 
 
 @REGIONS
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_beside_nested_compile_regions(walk):
+def test_beside_nested_compile_regions(strategy):
     """Of regions of ours beside them the last block's gradient is wrong, and the loss right."""
     inputs = head_inputs(13, 7, 29)
     blocks = [torch.randn(7, 7, requires_grad=True) for _ in range(2)]
@@ -43,7 +43,7 @@ def test_beside_nested_compile_regions(walk):
         return torch.tanh(states @ weight) + states
 
     region = torch.compiler.nested_compile_region(block)
-    ours = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+    ours = functools.partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy])
     assert_matches(
         torch.compile(lambda: model(region, ours), fullgraph=True),
         lambda: model(block, lambda h, w, y: F.cross_entropy(h @ w.t(), y)),
@@ -83,44 +83,44 @@ def test_unbacked_sizes(name):
     torch.testing.assert_close(torch.autograd.grad(loss, marked[:2]), theirs, **TIGHT)
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_mark_dynamic_with_bounds(walk):
+def test_mark_dynamic_with_bounds(strategy):
     inputs = head_inputs(60, 16, 50)
     for v in (inputs.hidden, inputs.labels):
         torch._dynamo.mark_dynamic(v, 0, min=2, max=8192)
-    loss = functools.partial(linear_cross_entropy, chunking=Chunking(strategy=walk))
+    loss = functools.partial(linear_cross_entropy, chunking=Chunking(strategy=strategy))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs[:3])
     torch.testing.assert_close(compiled, loss(*inputs[:3]))
 
 
 class Head(torch.nn.Module):
-    def __init__(self, inputs, walk):
+    def __init__(self, inputs, strategy):
         super().__init__()
         self.weight = torch.nn.Parameter(inputs.weight.detach())
-        self.loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+        self.loss = functools.partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy])
 
     def forward(self, hidden, labels):
         return self.loss(hidden, self.weight, labels)
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_torch_export(walk):
+def test_torch_export(strategy):
     inputs = head_inputs(13, 7, 29)
-    head = Head(inputs, walk)
+    head = Head(inputs, strategy)
     exported = torch.export.export(head, (inputs.hidden.detach(), inputs.labels)).module()
     again = head_inputs(13, 7, 29, seed=1)
     torch.testing.assert_close(exported(again.hidden, again.labels), head(again.hidden, again.labels))
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.usefixtures("plain_bodies")
-def test_aot_inductor(walk, tmp_path):
+def test_aot_inductor(strategy, tmp_path):
     """Into a library, from which Python's operators are called."""
     inputs = head_inputs(13, 7, 29)
-    head, given = Head(inputs, walk), (inputs.hidden.detach(), inputs.labels)
+    head, given = Head(inputs, strategy), (inputs.hidden.detach(), inputs.labels)
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(
             torch.export.export(head, given), package_path=str(tmp_path / "head.pt2")
@@ -128,11 +128,11 @@ def test_aot_inductor(walk, tmp_path):
         torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*given), head(*given))
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_torch_cond(walk):
+def test_torch_cond(strategy):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
-    loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+    loss = functools.partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy])
 
     def either(hidden, weight, labels):
         return torch.cond(hidden.sum() > -1e9, loss, lambda h, w, y: 0 * loss(h, w, y), (hidden, weight, labels))
@@ -141,11 +141,11 @@ def test_torch_cond(walk):
     assert_matches(compiled, reference.linear_cross_entropy, inputs[:3])
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_compiled_autograd(walk):
+def test_compiled_autograd(strategy):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
-    loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+    loss = functools.partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy])
     theirs = torch.autograd.grad(reference.linear_cross_entropy(*inputs[:3]), inputs[:2])
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs[:3]).backward()
@@ -153,13 +153,13 @@ def test_compiled_autograd(walk):
 
 
 @REGIONS
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_inside_nested_compile_region(walk):
+def test_inside_nested_compile_region(strategy):
     inputs = head_inputs(26, 7, 29, dtype=torch.float64)
 
     def half(hidden, weight, labels):
-        return linear_cross_entropy(hidden, weight, labels, reduction="sum", chunking=cases.WALKS[walk])
+        return linear_cross_entropy(hidden, weight, labels, reduction="sum", chunking=cases.CHUNKINGS[strategy])
 
     region = torch.compiler.nested_compile_region(half)
 
@@ -170,11 +170,11 @@ def test_inside_nested_compile_region(walk):
     assert_matches(torch.compile(loss, fullgraph=True), truth, inputs[:3])
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_forward_ad_dual_tensor_is_an_error_compiled(walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_forward_ad_dual_tensor_is_an_error_compiled(strategy):
     """An operator has none, and would give zero in silence; also where the loss was compiled without one before."""
     hidden, weight, labels, _ = (v.detach() for v in head_inputs(13, 7, 29))
-    loss = functools.partial(linear_cross_entropy, chunking=cases.WALKS[walk])
+    loss = functools.partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy])
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     compiled(hidden, weight, labels)
     with forward_ad.dual_level(), pytest.raises(Exception, match="expected a Tensor without a tangent"):

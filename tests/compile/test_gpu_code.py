@@ -36,9 +36,9 @@ for (_model, _name), _case in CASES.items():  # one GPU; a slow test assembles f
     CASES[_model, _name] = replace(_case, options={**_case.options, "assemble": NVIDIA[1:2]})
 
 
-# What CI inspects: a case for each kind of body and each way to walk. The slow tests inspect all.
+# What CI inspects: a case for each kind of body, each strategy, and given logits. The slow tests inspect all.
 CI = {
-    *(("8B", f"{walk}, {kind}") for walk in ("tokens", "vocab", "logits") for kind in ("plain", "everything")),
+    *(("8B", f"{form}, {kind}") for form in ("tokens", "vocab", "logits") for kind in ("plain", "everything")),
     *(("8B", f"tokens, {kind}") for kind in ("bias", "softcap", "smoothing", "z-loss", "class weights", "mask")),
     *(("8B", name) for name in ("tokens, statistics", "vocab, none", "teacher, jsd", "logits, jsd", "logits, soft")),
     ("8B", "top, forward_kl"),

@@ -15,14 +15,14 @@ from compiled_loss.engine import kernels
 from compiled_loss.testing import count_graphs, head_inputs
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.parametrize("size", [None, 1024])
-def test_graphs_as_n_varies(walk, size):
+def test_graphs_as_n_varies(strategy, size):
     """Static, then dynamic: as many as of any function."""
     random = torch.Generator().manual_seed(0)
     counts = [int(100 * 1310.72 ** float(torch.rand((), generator=random))) for _ in range(40)]
     calls = [(torch.zeros(n, 2, requires_grad=True), torch.zeros(3, 2), torch.zeros(n).long()) for n in counts]
-    loss = functools.partial(linear_cross_entropy, chunking=Chunking(strategy=walk, chunk_size=size))
+    loss = functools.partial(linear_cross_entropy, chunking=Chunking(strategy=strategy, chunk_size=size))
     assert count_graphs(loss, calls) == 2
 
 
@@ -34,52 +34,52 @@ def compilations(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.parametrize("chunks", [1, 8, 64])
-def test_kernels_compiled_once_for_all_chunks(compilations, walk, chunks):
+def test_kernels_compiled_once_for_all_chunks(compilations, strategy, chunks):
     inputs = head_inputs(128, 8, 192)
-    size = (192 if walk == "vocab" else 128) // chunks
-    loss = cases.linear(Chunking(strategy=walk, chunk_size=size, compile=True))(*inputs)
+    size = (192 if strategy == "vocab" else 128) // chunks
+    loss = cases.linear(Chunking(strategy=strategy, chunk_size=size, compile=True))(*inputs)
     cases.gradients(loss, inputs)
-    assert len(compilations) == (2 if walk == "vocab" else 1)  # forward's and backward's
+    assert len(compilations) == (2 if strategy == "vocab" else 1)  # forward's and backward's
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_kernels_compiled_as_n_varies(compilations, walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_kernels_compiled_as_n_varies(compilations, strategy):
     """Each for few rows and for many."""
     for tokens in (512, 1, 333, 2, 1025, 10000):
         inputs = head_inputs(tokens, 2, 7)
-        cases.gradients(cases.linear(Chunking(strategy=walk, compile=True))(*inputs), inputs)
-    assert len(compilations) == (4 if walk == "vocab" else 2)
+        cases.gradients(cases.linear(Chunking(strategy=strategy, compile=True))(*inputs), inputs)
+    assert len(compilations) == (4 if strategy == "vocab" else 2)
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_a_second_step_compiles_nothing(walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_a_second_step_compiles_nothing(strategy):
     inputs = head_inputs(13, 7, 29)
-    loss = torch.compile(cases.linear(cases.WALKS[walk]), fullgraph=True)
+    loss = torch.compile(cases.linear(cases.CHUNKINGS[strategy]), fullgraph=True)
     for stance in ("default", "fail_on_recompile", "fail_on_recompile"):
         with torch.compiler.set_stance(stance):
             torch.autograd.grad(loss(*inputs), [inputs.hidden, inputs.weight])
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.usefixtures("plain_bodies")
-def test_memory_budget_of_many_chunks(walk):
+def test_memory_budget_of_many_chunks(strategy):
     """A budget that means 256 chunks and more costs no graph and no kernel more than one chunk."""
     inputs = head_inputs(512, 8, 512, dtype=torch.float64)
-    loss = torch.compile(cases.linear(Chunking(strategy=walk, memory_budget=2 * 512 * 8)), fullgraph=True)
+    loss = torch.compile(cases.linear(Chunking(strategy=strategy, memory_budget=2 * 512 * 8)), fullgraph=True)
     assert_matches(loss, cases.truth(), inputs)
 
 
 LOSSES = {
     "linear, tokens": lambda h, w, y, m, n: linear_cross_entropy(
-        h, w, y, mask=m, reduction="sum", num_label_tokens=n, chunking=cases.WALKS["tokens"]
+        h, w, y, mask=m, reduction="sum", num_label_tokens=n, chunking=cases.CHUNKINGS["tokens"]
     ),
     "linear, vocab": lambda h, w, y, m, n: linear_cross_entropy(
-        h, w, y, mask=m, reduction="sum", num_label_tokens=n, chunking=cases.WALKS["vocab"]
+        h, w, y, mask=m, reduction="sum", num_label_tokens=n, chunking=cases.CHUNKINGS["vocab"]
     ),
     "statistics": lambda h, w, y, m, n: (
-        linear_token_statistics(h, w, y, mask=m, chunking=cases.WALKS["vocab"]).logprob / n
+        linear_token_statistics(h, w, y, mask=m, chunking=cases.CHUNKINGS["vocab"]).logprob / n
     ),
     "logits": lambda h, w, y, m, n: cross_entropy(h @ w.t(), y, mask=m, reduction="sum", num_label_tokens=n),
 }
@@ -101,7 +101,7 @@ def test_no_recompile_of_labels_masks_and_counts(loss):
 def test_changing_temperature_recompiles_once():
     """Annealed options are data, not constants."""
     inputs = head_inputs(13, 7, 29)
-    loss = annealed(cases.WALKS["tokens"])
+    loss = annealed(cases.CHUNKINGS["tokens"])
     values = [0.9, 0.8, 0.7, 0.6]
     assert count_graphs(loss, [(*inputs[:3], t) for t in values], backend="inductor") <= 2
     compiled = torch.compile(loss, fullgraph=True)
@@ -118,12 +118,12 @@ def annealed(chunking):
     return loss
 
 
-@pytest.mark.parametrize("walk", [pytest.param("tokens", marks=pytest.mark.slow), "vocab"])
-def test_first_call_in_a_fresh_process_is_compiled(walk):
+@pytest.mark.parametrize("strategy", [pytest.param("tokens", marks=pytest.mark.slow), "vocab"])
+def test_first_call_in_a_fresh_process_is_compiled(strategy):
     program = f"""
         import torch
         from compiled_loss import Chunking, linear_cross_entropy
-        chunking = Chunking(strategy={walk!r}, chunk_size=4)
+        chunking = Chunking(strategy={strategy!r}, chunk_size=4)
         h, w = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
         y = torch.randint(0, 11, (6,))
         loss = torch.compile(linear_cross_entropy, fullgraph=True)(h, w, y, chunking=chunking)

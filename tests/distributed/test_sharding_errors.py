@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.xdist_group("sharding errors"),
 ]
 N, H, V = 6, 4, 10
-WALKS = (Chunking(strategy="tokens", chunk_size=4), Chunking(strategy="vocab", chunk_size=2))
+CHUNKINGS = (Chunking(strategy="tokens", chunk_size=4), Chunking(strategy="vocab", chunk_size=2))
 
 
 def refused(mesh):
@@ -203,14 +203,14 @@ def test_same_error_on_every_rank(tmp_path):
     assert not wrong
 
 
-def poisoned(walks):
+def poisoned(chunkings):
     """Losses and gradients of a label that is no class, under compile."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     torch.manual_seed(0)
     weight, hidden = torch.randn(V, H), torch.randn(N, H)
     labels = torch.tensor([0, 3, V, 9, -100, 2])
     found = []
-    for chunking in walks:
+    for chunking in chunkings:
         h, w = hidden.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
         loss = torch.compile(cl.linear_cross_entropy, backend="aot_eager", fullgraph=True)(
             h, w, labels, chunking=chunking
@@ -220,9 +220,11 @@ def poisoned(walks):
     return found
 
 
-@pytest.mark.parametrize("walk", [WALKS[0], pytest.param(WALKS[1], marks=pytest.mark.slow)], ids=["tokens", "vocab"])
-def test_label_out_of_range_is_nan_on_every_rank(tmp_path, walk):
-    for found in zip(*ranks.run(poisoned, 2, tmp_path, [walk], limit=240), strict=True):
+@pytest.mark.parametrize(
+    "chunking", [CHUNKINGS[0], pytest.param(CHUNKINGS[1], marks=pytest.mark.slow)], ids=["tokens", "vocab"]
+)
+def test_label_out_of_range_is_nan_on_every_rank(tmp_path, chunking):
+    for found in zip(*ranks.run(poisoned, 2, tmp_path, [chunking], limit=240), strict=True):
         for loss, rows, weight in found:
             assert loss.isnan() and weight
             assert rows.tolist() == [False, False, True, False, False, False]
@@ -230,31 +232,31 @@ def test_label_out_of_range_is_nan_on_every_rank(tmp_path, walk):
 
 def disagreeing():
     """Losses and gradients where ranks have other labels, or another mask, and code cannot look: two under compile."""
-    vocab_shard.readable = lambda tokens: False  # in this process, as on a GPU
+    vocab_shard.can_read_values = lambda tokens: False  # in this process, as on a GPU
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     rank, count = dist.get_rank(), {"reduction": "sum", "num_label_tokens": N}
     torch.manual_seed(0)
     labels, mask = torch.arange(N) + rank, (torch.arange(N) != rank).float()
     teacher, states = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)]), torch.randn(N, H)
     scores = distribute_tensor(torch.randn(N, V), mesh, [Shard(1)])
-    walked = [partial(cl.linear_cross_entropy, labels=labels, chunking=walk, **count) for walk in WALKS]
-    walked.append(partial(cl.linear_cross_entropy, labels=labels, reduction="none"))
-    walked.append(lambda h, w: sum(v.sum() for v in cl.linear_token_statistics(h, w, labels)[:3]))
-    seen = partial(cl.linear_cross_entropy_with_statistics, labels=labels, chunking=WALKS[0], **count)
-    walked.append(lambda h, w: torch.stack([(found := seen(h, w)).loss, *(v.sum() for v in found.statistics[:3])]))
-    walked.append(lambda h, w: cl.linear_distillation(h, w, states, teacher, labels))
-    walked.append(lambda h, w: cl.linear_soft_cross_entropy(h, w, mask, target_probs=scores))
+    chunked = [partial(cl.linear_cross_entropy, labels=labels, chunking=chunking, **count) for chunking in CHUNKINGS]
+    chunked.append(partial(cl.linear_cross_entropy, labels=labels, reduction="none"))
+    chunked.append(lambda h, w: sum(v.sum() for v in cl.linear_token_statistics(h, w, labels)[:3]))
+    seen = partial(cl.linear_cross_entropy_with_statistics, labels=labels, chunking=CHUNKINGS[0], **count)
+    chunked.append(lambda h, w: torch.stack([(found := seen(h, w)).loss, *(v.sum() for v in found.statistics[:3])]))
+    chunked.append(lambda h, w: cl.linear_distillation(h, w, states, teacher, labels))
+    chunked.append(lambda h, w: cl.linear_soft_cross_entropy(h, w, mask, target_probs=scores))
     same, top = torch.arange(N), (torch.full((N, 2), -2.0), torch.tensor([[1, 3]] * N) + rank)
-    walked.append(lambda h, w: cl.linear_distillation(h, w, None, None, same, teacher_topk=top))
+    chunked.append(lambda h, w: cl.linear_distillation(h, w, None, None, same, teacher_topk=top))
     given = [partial(cl.cross_entropy, labels=labels), lambda x: cl.distillation(x, scores, labels)]
     given.append(lambda x: cl.masked_soft_cross_entropy(x, scores, mask))
     found = []
-    for call in (*walked, *given):
+    for call in (*chunked, *given):
         vocab = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)])
-        inputs = [torch.randn(N, H), vocab] if call in walked else [scores.detach().clone()]
+        inputs = [torch.randn(N, H), vocab] if call in chunked else [scores.detach().clone()]
         inputs = [value.requires_grad_() for value in inputs]
         ranks.at(f"loss {len(found)}")
-        run = torch.compile(call, backend="aot_eager", fullgraph=True) if call in (walked[0], given[-1]) else call
+        run = torch.compile(call, backend="aot_eager", fullgraph=True) if call in (chunked[0], given[-1]) else call
         loss = run(*inputs)
         loss.sum().backward()
         grads = [v.grad.to_local() if isinstance(v.grad, DTensor) else v.grad for v in inputs]
@@ -278,7 +280,7 @@ def empty_batches():
         hidden = torch.randn(tokens, H, requires_grad=True)
         labels = torch.randint(0, V, (tokens,)) if step < 4 else torch.full((tokens,), -100)
         loss = cl.linear_cross_entropy(
-            hidden, weight, labels, reduction="sum", num_label_tokens=N, chunking=WALKS[step % 2]
+            hidden, weight, labels, reduction="sum", num_label_tokens=N, chunking=CHUNKINGS[step % 2]
         )
         loss.backward()
         dist.all_reduce(weight.grad)

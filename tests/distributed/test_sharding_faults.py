@@ -17,42 +17,42 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 N, H, V = 6, 4, 10
 WORLD, FAULTY = 3, 1
 PATIENCE, SLACK = 6, 20  # seconds: of the group that shares the vocabulary; and in which a busy machine wakes a rank
-WALKS = ("tokens", "vocab")
+STRATEGIES = ("tokens", "vocab")
 
 
-def step(shard, number, walk):
+def step(shard, number, strategy):
     """In the second step the faulty rank stops between forward and backward."""
     hidden = torch.ones(N, H, requires_grad=True)
     weight = torch.ones(shard.stop - shard.start, H, requires_grad=True)
     labels = torch.zeros(N, dtype=torch.int64)
-    loss = cl.linear_cross_entropy(hidden, weight, labels, vocab_shard=shard, chunking=Chunking(strategy=walk))
+    loss = cl.linear_cross_entropy(hidden, weight, labels, vocab_shard=shard, chunking=Chunking(strategy=strategy))
     if number == 2 and dist.get_rank() == FAULTY:
         raise MemoryError("no room for this step")
     loss.backward()
 
 
-def two_steps(folder, walks, lives_on):
+def two_steps(folder, strategies, lives_on):
     """Write down what a rank was told in its second step, and after how many seconds."""
     rank = dist.get_rank()
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
-    for walk in walks:
+    for strategy in strategies:
         shard = VocabShard.even(V, dist.new_group(timeout=datetime.timedelta(seconds=PATIENCE)))
-        step(shard, 1, walk)
-        ranks.at(f"the second step, {walk}")
+        step(shard, 1, strategy)
+        ranks.at(f"the second step, {strategy}")
         begun = time.monotonic()
         try:
-            step(shard, 2, walk)
+            step(shard, 2, strategy)
         except (RuntimeError, MemoryError) as error:
-            (folder / f"{rank}.{walk}").write_text(f"{time.monotonic() - begun} {error}")
+            (folder / f"{rank}.{strategy}").write_text(f"{time.monotonic() - begun} {error}")
             if not lives_on:
                 raise
-        while any(not (folder / f"{other}.{walk}").exists() for other in range(WORLD)):
+        while any(not (folder / f"{other}.{strategy}").exists() for other in range(WORLD)):
             time.sleep(0.1)  # the faulty rank takes no part
 
 
-def told(folder, walk):
+def told(folder, strategy):
     """Seconds and text, of each rank that did nothing wrong."""
-    found = [(folder / f"{rank}.{walk}").read_text().split(" ", 1) for rank in range(WORLD) if rank != FAULTY]
+    found = [(folder / f"{rank}.{strategy}").read_text().split(" ", 1) for rank in range(WORLD) if rank != FAULTY]
     return [(float(seconds), text) for seconds, text in found]
 
 
@@ -65,9 +65,9 @@ def none_is_left(folder):
 
 def test_rank_that_skips_its_collectives(tmp_path):
     """The group's timeout ends the wait; whoever waits for a rank that gave up sees its connection close."""
-    ranks.run(two_steps, WORLD, tmp_path, tmp_path, WALKS, True, limit=240)
-    for walk in WALKS:
-        found = told(tmp_path, walk)
+    ranks.run(two_steps, WORLD, tmp_path, tmp_path, STRATEGIES, True, limit=240)
+    for strategy in STRATEGIES:
+        found = told(tmp_path, strategy)
         assert all(seconds < PATIENCE + SLACK for seconds, _ in found)
         assert all("imed out" in text or "onnection closed" in text for _, text in found)
         assert any(seconds > PATIENCE / 2 and "imed out" in text for seconds, text in found)

@@ -38,7 +38,7 @@ def made(tool):
     twice = [{"kind": "all-reduce", "size": 800, "ranks": 8, "count": 2}]
     rows = ((1, 8, 8.0, []), (8, 8, 1.0, twice), (8, 4, 0.5, twice))
     lines = [
-        {"walk": "tokens", "ranks": r, "tokens": n, "shape": f"{n}x4x16", "seconds": s, "collectives": c}
+        {"strategy": "tokens", "ranks": r, "tokens": n, "shape": f"{n}x4x16", "seconds": s, "collectives": c}
         for r, n, s, c in rows
     ]
     scaling = tool.Scaling(lines)
@@ -64,10 +64,10 @@ def test_what_was_read(tool):
     found = tool.read()
     whole = found.tokens * found.width * found.vocab
     assert found.gpus == [2**i for i in range(11)]
-    for (walk, ranks, tokens), row in found.rows.items():
-        gemms = 8 if walk == "vocab" else 6
+    for (strategy, ranks, tokens), row in found.rows.items():
+        gemms = 8 if strategy == "vocab" else 6
         assert row["operations"] * ranks * found.tokens == gemms * whole * tokens
-        sent = [one for one, _ in found.collectives(walk, ranks, tokens)]
+        sent = [one for one, _ in found.collectives(strategy, ranks, tokens)]
         assert {one.ranks for one in sent} == ({ranks} if ranks > 1 else set())
         assert not sent or max(one.size for one in sent) == 2 * tokens * found.width
         assert row["device"].startswith("no GPU")

@@ -59,7 +59,7 @@ def test_default_chunks_of_tokens(tokens, width, vocab, dtype, ranks):
 def test_default_chunks_of_vocab(tokens, width, vocab, dtype):
     made = plan(tokens, width, vocab, dtype, Chunking(strategy="vocab"))
     covers(made, tokens, vocab)
-    # The bytes of the token walk's chunk, or MIN_COLUMNS; then evened out, and rounded up to a multiple.
+    # The bytes of the token strategy's chunk, or MIN_COLUMNS; then evened out, and rounded up to a multiple.
     assert made.chunk < max(MIN_COLUMNS, most_rows(width) * vocab / max(tokens, 1)) + COLUMN_MULTIPLE
     assert made.chunk == vocab or (made.chunk % COLUMN_MULTIPLE == 0 and made.chunk > MIN_COLUMNS // 2)
 

@@ -34,10 +34,10 @@ def test_memory_budget_at_the_rates_of_the_device(monkeypatch):
     assert set(asked) == {"cpu"}
     monkeypatch.undo()
     small = (1024, 256, 65536)
-    walks = {
+    strategies = {
         d: plan(*small, chunking=Chunking(memory_budget="32MiB"), device=d).chosen.strategy for d in ("cuda", "cpu")
     }
-    assert walks == {"cuda": "vocab", "cpu": "tokens"}
+    assert strategies == {"cuda": "vocab", "cpu": "tokens"}
     slower = plan(*LLAMA, device="cpu").chosen.seconds / plan(*LLAMA, device="cuda").chosen.seconds
     assert slower > 100
 

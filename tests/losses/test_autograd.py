@@ -11,25 +11,25 @@ from torch.utils.checkpoint import checkpoint
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, nn, reference
 from compiled_loss.testing import head_inputs
 
-WALKS = {
+CHUNKINGS = {
     "tokens": Chunking(strategy="tokens", chunk_size=5),
     "vocab": Chunking(strategy="vocab", chunk_size=9),
     "tokens, compiled": Chunking(strategy="tokens", chunk_size=5, compile=True),
     "vocab, compiled": Chunking(strategy="vocab", chunk_size=9, compile=True),
 }
-EAGER_FIRST = [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in WALKS]
-WAYS = [*list(WALKS)[:3], pytest.param("vocab, compiled", marks=pytest.mark.slow)]
+EAGER_FIRST = [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in CHUNKINGS]
+WAYS = [*list(CHUNKINGS)[:3], pytest.param("vocab, compiled", marks=pytest.mark.slow)]
 
 
 def inputs_of(tokens=11):
     return head_inputs(tokens, 4, 23, dtype=torch.float64, ignored=0.2)
 
 
-@pytest.mark.parametrize("walk", EAGER_FIRST)
-def test_gradcheck(walk):
+@pytest.mark.parametrize("strategy", EAGER_FIRST)
+def test_gradcheck(strategy):
     inputs = inputs_of()
     keywords = cases.everything(11, 23)
-    loss = cases.linear(WALKS[walk], **keywords)
+    loss = cases.linear(CHUNKINGS[strategy], **keywords)
     assert torch.autograd.gradcheck(
         lambda h, w, b: loss(h, w, inputs.labels % 23, b), (inputs.hidden, inputs.weight, inputs.bias)
     )
@@ -38,7 +38,9 @@ def test_gradcheck(walk):
 def test_gradcheck_of_statistics_and_logits():
     inputs = inputs_of()
     assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_token_statistics(h, w, inputs.labels, bias=b, softcap=3.0, chunking=WALKS["vocab"])[:3],
+        lambda h, w, b: linear_token_statistics(h, w, inputs.labels, bias=b, softcap=3.0, chunking=CHUNKINGS["vocab"])[
+            :3
+        ],
         (inputs.hidden, inputs.weight, inputs.bias),
     )
     keywords = cases.everything(11, 23)
@@ -46,10 +48,10 @@ def test_gradcheck_of_statistics_and_logits():
     assert torch.autograd.gradcheck(lambda z: cross_entropy(z, inputs.labels % 23, **keywords), logits)
 
 
-@pytest.mark.parametrize("walk", WAYS)
-def test_retain_graph_and_any_upstream(walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_retain_graph_and_any_upstream(strategy):
     inputs = inputs_of()
-    loss = cases.linear(WALKS[walk])(*inputs)
+    loss = cases.linear(CHUNKINGS[strategy])(*inputs)
     first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
     second = torch.autograd.grad(loss, inputs[:2], torch.tensor(-2.5, dtype=torch.float64), retain_graph=True)
     third = torch.autograd.grad(loss, inputs[:2])
@@ -58,34 +60,34 @@ def test_retain_graph_and_any_upstream(walk):
         assert c.equal(a)
 
 
-@pytest.mark.parametrize("walk", WAYS)
-def test_two_losses_on_one_hidden(walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_two_losses_on_one_hidden(strategy):
     hidden, weight, labels, _ = inputs_of()
     other = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
 
     def total(loss):
         return loss(hidden, weight, labels) + 3 * loss(hidden, other, labels) + hidden.square().sum()
 
-    ours = partial(total, partial(linear_cross_entropy, chunking=WALKS[walk]))
+    ours = partial(total, partial(linear_cross_entropy, chunking=CHUNKINGS[strategy]))
     assert_matches(ours, partial(total, reference.linear_cross_entropy), (), wanted=(hidden, weight, other))
 
 
-@pytest.mark.parametrize("walk", WAYS)
-def test_tied_embedding(walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_tied_embedding(strategy):
     weight = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(0, 23, (11,))
 
     def loss(fn, weight):
         return fn(torch.nn.functional.embedding(tokens, weight).tanh(), weight, tokens, shift=1)
 
-    ours = partial(loss, partial(linear_cross_entropy, chunking=WALKS[walk]))
+    ours = partial(loss, partial(linear_cross_entropy, chunking=CHUNKINGS[strategy]))
     assert_matches(ours, partial(loss, reference.linear_cross_entropy), (weight,))
 
 
-@pytest.mark.parametrize("walk", WAYS)
-def test_checkpointing_has_the_same_bits(walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_checkpointing_has_the_same_bits(strategy):
     inputs = inputs_of()
-    loss = cases.linear(WALKS[walk])
+    loss = cases.linear(CHUNKINGS[strategy])
     plain = cases.gradients(loss(*inputs), inputs)
     recomputed = cases.gradients(checkpoint(loss, *inputs, use_reentrant=False), inputs)
     assert all(map(torch.equal, recomputed, plain))
@@ -95,7 +97,7 @@ def test_retain_graph_has_the_bits_of_the_first_backward():
     """The first one writes over what forward kept; gradients are formed again from the inputs."""
     inputs = head_inputs(13, 7, 29, dtype=torch.float16, ignored=0.2)
     leaves = [v for v in inputs if v.requires_grad]
-    loss = cases.linear(cases.WALKS["tokens"])(*inputs)
+    loss = cases.linear(cases.CHUNKINGS["tokens"])(*inputs)
     first = torch.autograd.grad(loss * 3, leaves, retain_graph=True)
     kept = [g.clone() for g in first]
     torch._foreach_zero_(list(first))  # they are the caller's
@@ -105,17 +107,17 @@ def test_retain_graph_has_the_bits_of_the_first_backward():
 
 def test_backward_allocates_no_second_gradient():
     inputs = head_inputs(13, 7, 29, ignored=0.2)
-    loss = cases.linear(cases.WALKS["tokens"])(*inputs)
+    loss = cases.linear(cases.CHUNKINGS["tokens"])(*inputs)
     formed = [v.data_ptr() for v in loss.grad_fn.saved_tensors if v is not None][:2]
     assert [g.data_ptr() for g in torch.autograd.grad(loss, [inputs.hidden, inputs.weight])] == formed
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_checkpointing_matches_reference(walk, reentrant):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_checkpointing_matches_reference(strategy, reentrant):
     inputs = head_inputs(13, 7, 29, dtype=torch.float64, ignored=0.2)
     theirs = cases.gradients(cases.truth()(*inputs), inputs)
-    checkpoint(cases.linear(cases.WALKS[walk]), *inputs, use_reentrant=reentrant).backward()
+    checkpoint(cases.linear(cases.CHUNKINGS[strategy]), *inputs, use_reentrant=reentrant).backward()
     found = tuple(v.grad for v in inputs if v.requires_grad)
     torch.testing.assert_close(found, theirs, **TIGHT)
 
@@ -160,13 +162,13 @@ def test_frozen_inputs_skip_their_gemms(strategy, frozen, forward, backward):
         assert gemms(run)[0] == chunks
 
 
-@pytest.mark.parametrize("walk", WAYS)
-def test_torch_func_transforms(walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_torch_func_transforms(strategy):
     hidden, weight, labels, bias = (v.detach() for v in inputs_of())
     keywords = {"bias": bias, **cases.everything(11, 23), "ignore_index": -100}
 
     def loss(hidden, weight):
-        return linear_cross_entropy(hidden, weight, labels, chunking=WALKS[walk], **keywords)
+        return linear_cross_entropy(hidden, weight, labels, chunking=CHUNKINGS[strategy], **keywords)
 
     def truth(hidden, weight):
         return reference.linear_cross_entropy(hidden, weight, labels, **keywords)
@@ -222,17 +224,17 @@ def test_functional_call():
     torch.testing.assert_close(gradients["bias"], module.bias.grad, **TIGHT)
 
 
-@pytest.mark.parametrize("walk", WAYS)
-def test_create_graph_is_an_error(walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_create_graph_is_an_error(strategy):
     inputs = inputs_of()
     with pytest.raises(RuntimeError, match=r"create_graph: .*torch\.func"):
-        torch.autograd.grad(cases.linear(WALKS[walk])(*inputs), inputs.hidden, create_graph=True)
+        torch.autograd.grad(cases.linear(CHUNKINGS[strategy])(*inputs), inputs.hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("walk", EAGER_FIRST)
-def test_autocast_around_backward_alone_changes_nothing(walk):
+@pytest.mark.parametrize("strategy", EAGER_FIRST)
+def test_autocast_around_backward_alone_changes_nothing(strategy):
     inputs = head_inputs(64, 16, 50)
-    loss = cases.linear(WALKS[walk])(*inputs)
+    loss = cases.linear(CHUNKINGS[strategy])(*inputs)
     expected = torch.autograd.grad(loss, inputs.weight, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = torch.autograd.grad(loss, inputs.weight)
@@ -240,16 +242,16 @@ def test_autocast_around_backward_alone_changes_nothing(walk):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("walk", WAYS)
-def test_autocast(dtype, walk):
+@pytest.mark.parametrize("strategy", WAYS)
+def test_autocast(dtype, strategy):
     inputs = head_inputs(64, 16, 50, ignored=0.1)
     exact = inputs.to(torch.float64)
     with torch.autocast("cpu", dtype=dtype):
-        loss = cases.linear(WALKS[walk])(*inputs)
+        loss = cases.linear(CHUNKINGS[strategy])(*inputs)
     assert loss.dtype == torch.float32
     truth = cases.truth()(*exact)
     for mine, theirs in zip(cases.gradients(loss, inputs), cases.gradients(truth, exact), strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
     with torch.autocast("cpu", dtype=dtype):  # different dtypes are what autocast is for
-        cases.linear(WALKS[walk])(inputs.hidden.bfloat16(), *inputs[1:])
+        cases.linear(CHUNKINGS[strategy])(inputs.hidden.bfloat16(), *inputs[1:])

@@ -1,4 +1,4 @@
-"""Numbers: every keyword on every walk in eager code, against the reference in fp64 and torch's own cross_entropy."""
+"""Numbers: every keyword, every strategy in eager code, against the fp64 reference and torch's own cross_entropy."""
 
 from functools import partial
 
@@ -15,23 +15,25 @@ from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, referen
 from compiled_loss.testing import head_inputs
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
 @pytest.mark.parametrize("name", cases.KEYWORDS)
 @pytest.mark.parametrize(("tokens", "width", "vocab"), [(23, 7, 29), (1, 3, 2), (4, 2, 1)])
-def test_linear_cross_entropy_matches_reference(walk, name, tokens, width, vocab):
+def test_linear_cross_entropy_matches_reference(strategy, name, tokens, width, vocab):
     keywords = cases.KEYWORDS[name](tokens, vocab)
     inputs, truth = cases.inputs_for(keywords, tokens, width, vocab), cases.truth(**keywords)
-    assert_matches(cases.linear(cases.walk_of(walk, keywords), **keywords), truth, inputs)
+    assert_matches(cases.linear(cases.chunking_of(strategy, keywords), **keywords), truth, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(cases.linear(cases.WALKS[walk], **keywords)(*inputs), truth(*inputs), **TIGHT)
+        torch.testing.assert_close(
+            cases.linear(cases.CHUNKINGS[strategy], **keywords)(*inputs), truth(*inputs), **TIGHT
+        )
 
 
 @pytest.mark.parametrize("name", cases.KEYWORDS)
 @pytest.mark.parametrize("tokens", [1, 5, 13, 16])  # of chunks of 5: one row, one chunk, ragged, a last one of one row
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_ragged_and_single_chunks_match_reference(name, walk, tokens):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_ragged_and_single_chunks_match_reference(name, strategy, tokens):
     keywords = cases.KEYWORDS[name](tokens, 29)
-    loss = cases.linear(cases.walk_of(walk, keywords), **keywords)
+    loss = cases.linear(cases.chunking_of(strategy, keywords), **keywords)
     assert_matches(loss, cases.truth(**keywords), cases.inputs_for(keywords, tokens, 7, 29))
 
 
@@ -76,12 +78,12 @@ def test_hand_computed_values():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (2, 1, 3), (0,), (2, 0)])
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_leading_shapes(shape, walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_leading_shapes(shape, strategy):
     hidden = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, shape)
-    loss = linear_cross_entropy(hidden, weight, labels, chunking=cases.WALKS[walk])
+    loss = linear_cross_entropy(hidden, weight, labels, chunking=cases.CHUNKINGS[strategy])
     torch.testing.assert_close(loss, reference.linear_cross_entropy(hidden, weight, labels), **TIGHT)
     loss.backward()
     assert hidden.grad.shape == hidden.shape
@@ -97,13 +99,13 @@ def test_non_contiguous_hidden_and_weight():
     hidden = torch.randn(4, 5, 6, dtype=torch.float64).permute(1, 2, 0).requires_grad_()  # [5, 6, 4], width strided
     weight = torch.randn(4, 11, dtype=torch.float64).t().requires_grad_()
     labels = torch.randint(0, 11, (6, 5)).t()
-    for chunking in cases.WALKS.values():
+    for chunking in cases.CHUNKINGS.values():
         loss = partial(linear_cross_entropy, chunking=chunking)
         assert_matches(loss, reference.linear_cross_entropy, (hidden, weight, labels))
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_all_ignored_is_zero_and_attached(walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_all_ignored_is_zero_and_attached(strategy):
     inputs = head_inputs(9, 4, 7, ignored=1.0)
     for keywords in (
         {},
@@ -111,21 +113,21 @@ def test_all_ignored_is_zero_and_attached(walk):
         {"class_weights": torch.zeros(7)},
         {"reduction": "sum", "num_label_tokens": 0},
     ):
-        loss = cases.linear(cases.WALKS[walk], **keywords)(*inputs)
+        loss = cases.linear(cases.CHUNKINGS[strategy], **keywords)(*inputs)
         assert loss.item() == 0
         assert all((gradient == 0).all() for gradient in cases.gradients(loss, inputs))
 
 
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_no_tokens_is_zero_and_attached(walk):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_no_tokens_is_zero_and_attached(strategy):
     inputs = head_inputs(0, 7, 29, dtype=torch.float64)
-    loss = cases.linear(cases.WALKS[walk])(*inputs)
+    loss = cases.linear(cases.CHUNKINGS[strategy])(*inputs)
     assert loss == 0
     assert not any(gradient.any() for gradient in cases.gradients(loss, inputs))
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_nan_in_ignored_tokens(walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_nan_in_ignored_tokens(strategy):
     inputs = head_inputs(9, 4, 7)
     labels = inputs.labels.clone()
     labels[2] = -100
@@ -133,14 +135,14 @@ def test_nan_in_ignored_tokens(walk):
     broken[2] = float("nan")
     expected = linear_cross_entropy(inputs.hidden, inputs.weight, labels)
     torch.testing.assert_close(
-        linear_cross_entropy(broken, inputs.weight, labels, chunking=cases.WALKS[walk]), expected
+        linear_cross_entropy(broken, inputs.weight, labels, chunking=cases.CHUNKINGS[strategy]), expected
     )
     logits = broken @ inputs.weight.t()
     torch.testing.assert_close(cross_entropy(logits, labels), expected)
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_bias_of_minus_inf_forbids_classes(walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_bias_of_minus_inf_forbids_classes(strategy):
     """A bias of -inf takes a column out of the vocabulary, as constrained decoding does."""
     inputs = head_inputs(9, 4, 30, dtype=torch.float64)
     bias = torch.zeros(30, dtype=torch.float64)
@@ -150,29 +152,29 @@ def test_bias_of_minus_inf_forbids_classes(walk):
     def truth(hidden, weight, labels):
         return reference.linear_cross_entropy(hidden, weight[:10], labels)
 
-    for fn in (partial(linear_cross_entropy, chunking=cases.WALKS[walk]), reference.linear_cross_entropy):
+    for fn in (partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy]), reference.linear_cross_entropy):
         assert_matches(partial(fn, bias=bias), truth, (*inputs[:2], labels))
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_logits_of_finfo_min(walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_logits_of_finfo_min(strategy):
     """The usual fill of a mask: a row of nothing else is a uniform distribution."""
     least = torch.finfo(torch.float32).min
     hidden, weight, labels = torch.ones(3, 1), torch.full((11, 1), least), torch.tensor([0, 5, 10])
-    loss = linear_cross_entropy(hidden, weight, labels, chunking=cases.WALKS[walk])
+    loss = linear_cross_entropy(hidden, weight, labels, chunking=cases.CHUNKINGS[strategy])
     torch.testing.assert_close(loss, torch.tensor(11.0).log())
     torch.testing.assert_close(cross_entropy(hidden @ weight.t(), labels), torch.tensor(11.0).log())
-    statistics = compiled_loss.linear_token_statistics(hidden, weight, labels, chunking=cases.WALKS[walk])
+    statistics = compiled_loss.linear_token_statistics(hidden, weight, labels, chunking=cases.CHUNKINGS[strategy])
     torch.testing.assert_close(statistics.entropy, torch.full((3,), 11.0).log())
     assert statistics.correct.all()
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_token_weights_are_differentiable(walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_token_weights_are_differentiable(strategy):
     inputs = head_inputs(11, 4, 23, dtype=torch.float64, ignored=0.2)
     weights = torch.rand(11, dtype=torch.float64).requires_grad_()
     keywords = {"token_weights": weights, "z_loss": 0.1, "label_smoothing": 0.1}
-    loss, truth = cases.linear(cases.WALKS[walk], **keywords), cases.truth(**keywords)
+    loss, truth = cases.linear(cases.CHUNKINGS[strategy], **keywords), cases.truth(**keywords)
     assert_matches(loss, truth, inputs, wanted=[weights])
 
 
@@ -199,7 +201,7 @@ def test_order_doubling_and_masking_of_tokens(tokens, seed):
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(tokens, generator=random)
     keep = torch.rand(tokens, generator=random) < 0.6
-    for chunking in cases.WALKS.values():
+    for chunking in cases.CHUNKINGS.values():
         total = linear_cross_entropy(hidden, weight, labels, reduction="sum", chunking=chunking)
         shuffled = linear_cross_entropy(hidden[order], weight, labels[order], reduction="sum", chunking=chunking)
         torch.testing.assert_close(shuffled, total, **TIGHT)
@@ -212,8 +214,8 @@ def test_order_doubling_and_masking_of_tokens(tokens, seed):
         torch.testing.assert_close(masked, removed, **TIGHT)
 
 
-@pytest.mark.parametrize("walk", ["vocab", "default"])
-def test_linear_token_statistics_match_reference(walk):
+@pytest.mark.parametrize("strategy", ["vocab", "default"])
+def test_linear_token_statistics_match_reference(strategy):
     inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2, confident=0.3)
     keywords = {"mask": torch.arange(23) % 5 != 0, "softcap": 9.0, "temperature": 0.8, "shift": 1}
 
@@ -222,27 +224,27 @@ def test_linear_token_statistics_match_reference(walk):
 
     for which in (slice(3), 0, 1, 2):  # together and each alone
         assert_matches(
-            lambda *i, which=which: statistics(compiled_loss, i, chunking=cases.WALKS[walk])[which],
+            lambda *i, which=which: statistics(compiled_loss, i, chunking=cases.CHUNKINGS[strategy])[which],
             lambda *i, which=which: statistics(reference, i)[which],
             inputs,
             rtol=1e-10,
             atol=1e-11,
         )
     expected = statistics(reference, inputs)
-    found = statistics(compiled_loss, inputs, chunking=cases.WALKS[walk])
+    found = statistics(compiled_loss, inputs, chunking=cases.CHUNKINGS[strategy])
     torch.testing.assert_close(found, expected, **TIGHT)
     with torch.no_grad():
-        for chunking in cases.WALKS.values():
+        for chunking in cases.CHUNKINGS.values():
             torch.testing.assert_close(statistics(compiled_loss, inputs, chunking=chunking), expected, **TIGHT)
 
 
-@pytest.mark.parametrize("walk", cases.WALKS)
-def test_linear_cross_entropy_with_statistics(walk):
+@pytest.mark.parametrize("strategy", cases.CHUNKINGS)
+def test_linear_cross_entropy_with_statistics(strategy):
     inputs = head_inputs(23, 7, 29, dtype=torch.float64, ignored=0.2)
     loss, statistics = compiled_loss.linear_cross_entropy_with_statistics(
-        *inputs[:3], bias=inputs.bias, z_loss=0.1, chunking=cases.WALKS[walk]
+        *inputs[:3], bias=inputs.bias, z_loss=0.1, chunking=cases.CHUNKINGS[strategy]
     )
-    torch.testing.assert_close(loss, cases.linear(cases.WALKS[walk], z_loss=0.1)(*inputs))
+    torch.testing.assert_close(loss, cases.linear(cases.CHUNKINGS[strategy], z_loss=0.1)(*inputs))
     truth = reference.linear_token_statistics(*inputs[:3], bias=inputs.bias)
     torch.testing.assert_close(statistics, truth, **TIGHT)
     assert not any(v.requires_grad for v in statistics)

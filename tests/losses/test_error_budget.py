@@ -29,11 +29,11 @@ def test_linear_cross_entropy(dtype, chunks, strategy, confident):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("walk", ["tokens", "vocab"])
-def test_ragged_and_whole_chunks(walk, dtype):
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_ragged_and_whole_chunks(strategy, dtype):
     inputs = head_inputs(64, 16, 96, dtype=dtype, ignored=0.2)
     for size in (9, 64):
-        loss = cases.linear(Chunking(strategy=walk, chunk_size=size))
+        loss = cases.linear(Chunking(strategy=strategy, chunk_size=size))
         assert_accurate(loss, cases.truth(), cases.truth(), inputs)
 
 
@@ -59,7 +59,7 @@ def test_the_largest_error_of_a_bf16_accumulator(strategy, chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_softcap_of_confident_tokens(dtype, compiled):
-    """The token walk's maximum is found before the softcap."""
+    """The token strategy's maximum is found before the softcap."""
     softcap = 60.0
     inputs = head_inputs(TOKENS, WIDTH, VOCAB, dtype=dtype, confident=1.0)
     fast = cases.linear(Chunking(strategy="tokens", chunk_size=64), softcap=softcap)

@@ -9,7 +9,7 @@ from compiled_loss import Chunking, reference
 from compiled_loss.testing import head_inputs
 
 H, BAD = 4, 4  # width, and the bad token
-WALKS = {
+CASES = {
     "tokens, sum": {"reduction": "sum", "chunking": Chunking(strategy="tokens", chunk_size=3)},
     "vocab, mean": {"reduction": "mean", "chunking": Chunking(strategy="vocab", chunk_size=7)},
     "vocab, none": {"reduction": "none", "chunking": Chunking(strategy="vocab", chunk_size=7)},
@@ -30,10 +30,10 @@ def only_bad_is_nan(rows):
     assert rows[~expected].isfinite().all()
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_nan_of_its_own_token(walk):
+@pytest.mark.parametrize("case", CASES)
+def test_nan_of_its_own_token(case):
     """Compiled code cannot look at labels without synchronising: no error, and NaN exactly there."""
-    keywords = {"z_loss": 0.1, "label_smoothing": 0.1, **WALKS[walk]}
+    keywords = {"z_loss": 0.1, "label_smoothing": 0.1, **CASES[case]}
 
     def call(hidden, weight, labels, bias):
         return compiled_loss.linear_cross_entropy_with_statistics(hidden, weight, labels, bias=bias, **keywords)

@@ -1,4 +1,4 @@
-"""Multi-token prediction: targets under packing, one walk for all depths, one normalisation."""
+"""Multi-token prediction: targets under packing, one pass for all depths, one normalisation."""
 
 import re
 from functools import partial

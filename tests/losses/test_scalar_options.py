@@ -139,6 +139,6 @@ def test_dtensor_options(mesh):
         torch.testing.assert_close(call(**counts[1]), call(**counts[0]), **TIGHT)
 
 
-def test_readable_on_cpu_alone():
+def test_values_are_read_on_cpu_alone():
     """Numbers are looked at in eager CPU code alone."""
-    assert numbers.readable(torch.zeros(1)) and not numbers.readable(torch.zeros(1, device="meta"))
+    assert numbers.can_read_values(torch.zeros(1)) and not numbers.can_read_values(torch.zeros(1, device="meta"))

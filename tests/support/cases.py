@@ -1,4 +1,4 @@
-"""Keyword combinations and walks that several files test."""
+"""Keyword combinations and chunkings that several files test."""
 
 import torch
 
@@ -6,7 +6,7 @@ import compiled_loss
 from compiled_loss import Chunking, reference
 from compiled_loss.testing import head_inputs
 
-WALKS = {
+CHUNKINGS = {
     "tokens": Chunking(strategy="tokens", chunk_size=5),
     "vocab": Chunking(strategy="vocab", chunk_size=9),
     "default": Chunking(),
@@ -58,9 +58,9 @@ KEYWORDS = {
 }
 
 
-def walk_of(walk, keywords):
-    """The walk, or the vocabulary walk where the token walk cannot do what the keywords ask."""
-    return WALKS["vocab"] if walk == "tokens" and keywords.get("reduction") == "none" else WALKS[walk]
+def chunking_of(strategy, keywords):
+    """The strategy's chunking, or that of "vocab" where the token strategy cannot do what the keywords ask."""
+    return CHUNKINGS["vocab"] if strategy == "tokens" and keywords.get("reduction") == "none" else CHUNKINGS[strategy]
 
 
 def inputs_for(keywords, tokens, width, vocab):
@@ -73,7 +73,7 @@ def gradients(loss, inputs, upstream=None):
     return torch.autograd.grad(loss, [v for v in inputs if v.requires_grad], upstream)
 
 
-def linear(chunking=WALKS["default"], **keywords):
+def linear(chunking=CHUNKINGS["default"], **keywords):
     """linear_cross_entropy as a function of (hidden, weight, labels, bias)."""
 
     def loss(hidden, weight, labels, bias):

@@ -161,8 +161,8 @@ def divergences(shape):
     for kind in ("forward_kl", "reverse_kl", "jsd"):
         found[f"teacher, {kind}"] = two_heads(with_teacher, shape, divergence=kind)
         found[f"logits, {kind}"] = two_logits(compiled_loss.distillation, shape, divergence=kind)
-    walk_twice = two_heads(with_teacher, shape, reduction="none")
-    found["teacher, none"] = replace(walk_twice, forward=1.5, backward=3.5, keeps=0, generated=(1, 1))
+    recomputed = two_heads(with_teacher, shape, reduction="none")
+    found["teacher, none"] = replace(recomputed, forward=1.5, backward=3.5, keeps=0, generated=(1, 1))
     found["top, forward_kl"] = head_and_top(shape)
     found["top, everything"] = head_and_top(shape, divergence="jsd", **options)
     found["teacher, everything"] = two_heads(with_teacher, shape, divergence="jsd", **options)

@@ -24,7 +24,7 @@ class Loss(NamedTuple):
     call: Callable[[ModuleType, dict[str, Tensor], dict[str, Any]], Tensor]
     wanted: tuple[str, ...]
     others: tuple[str, ...] = ("labels",)
-    chunking: Chunking | None = None  # of losses that walk
+    chunking: Chunking | None = None  # of losses that are chunked
     counted: bool = True  # by num_label_tokens, as data parallelism needs
 
 

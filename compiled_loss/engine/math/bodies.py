@@ -23,8 +23,8 @@ from compiled_loss.engine.math.statistics import (
     Classes,
     Coefficients,
     State,
-    after,
     combine,
+    depends_on,
     finish,
     statistics_dtype,
 )
@@ -147,33 +147,33 @@ def _scaled(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     return outer * capped, (inner * outer) * (1 - capped * capped)
 
 
-def _hit(z: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
     columns = torch.arange(z.shape[-1], device=z.device)
     return (columns if head.start is None else columns + head.start) == labels.unsqueeze(-1)
 
 
-def _seen(z: Tensor, hit: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
+def _seen(z: Tensor, is_target: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
     """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
     shifted = z - maximum.unsqueeze(-1)
     exp = shifted.exp()
     return State(
         maximum=maximum,
         sum_exp=exp.sum(-1),
-        picked=torch.where(hit, z, 0.0).sum(-1),
+        target_logit=torch.where(is_target, z, 0.0).sum(-1),
         total=(z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1) if total else None,
         moment=(exp * shifted.clamp(min=-1e4)).sum(-1) if entropy else None,  # exp is 0 long before the clamp
     )
 
 
 def _gradient(
-    z: Tensor, slope: Tensor | None, active: Tensor, hit: Tensor, head: Head, maximum: Tensor, upstream: Upstream
+    z: Tensor, slope: Tensor | None, active: Tensor, is_target: Tensor, head: Head, maximum: Tensor, upstream: Upstream
 ) -> Tensor:
     """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
     shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
         row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
-    d = shifted.exp() * row - torch.where(hit, upstream.nll.unsqueeze(-1), 0.0)
+    d = shifted.exp() * row - torch.where(is_target, upstream.nll.unsqueeze(-1), 0.0)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
@@ -184,8 +184,9 @@ def _by_row(value: Tensor) -> Tensor:
     """The same numbers [rows], computed one row after the other.
 
     NOTE [One loop]
-    On a CPU Inductor puts all loops of a body into one over rows, so that a row stays in the cache and code is generated
-    once, but only if none of them takes several rows at a time. It takes one where an int16 is among the numbers.
+    On a CPU Inductor puts all loops of a body into one over rows, so that a row stays in the cache and code is
+    generated once, but only if none of them takes several rows at a time. It takes one where an int16 is among the
+    numbers.
     """
     if value.device.type != "cpu":
         return value
@@ -200,9 +201,9 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     z, _ = _scaled(_biased(logits, head), head)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
-    hit = _hit(z, labels, head)
-    seen = _seen(z, hit, head, maximum, total=state.total is not None, entropy=state.moment is not None)
-    sums = zip(state.rebased(maximum).present()[1:], seen.present()[1:], strict=True)
+    is_target = _is_target(z, labels, head)
+    seen = _seen(z, is_target, head, maximum, total=state.total is not None, entropy=state.moment is not None)
+    sums = zip(state.rescaled(maximum).present()[1:], seen.present()[1:], strict=True)
     return maximum, *[_by_row(past + new) for past, new in sums]
 
 
@@ -211,7 +212,7 @@ def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes) -> Outp
     (labels,), head, (maximum, *rest) = unpack(operands, Labels, Head)
     head, upstream = head.unpacked(), Upstream(*rest)
     z, slope = _scaled(_biased(logits, head), head)
-    d = _gradient(z, slope, classes.active(labels), _hit(z, labels, head), head, maximum, upstream)
+    d = _gradient(z, slope, classes.active(labels), _is_target(z, labels, head), head, maximum, upstream)
     return (d.to(logits.dtype),)
 
 
@@ -240,16 +241,16 @@ def fold_and_gradient(
     softcap = head.scales is not None and head.scales.dim() > 0
     if softcap:
         maximum = _by_row(maximum)
-    hit = _hit(z, labels, head)
-    state = _seen(z, hit, head, maximum, total=coefficients.total is not None, entropy=entropy).merged(group)
+    is_target = _is_target(z, labels, head)
+    state = _seen(z, is_target, head, maximum, total=coefficients.total is not None, entropy=entropy).all_reduced(group)
     known = finish(state)
     row = nll = coefficients.label_weight(labels, classes, z.dtype)
     if coefficients.lse is not None:
         row = row + coefficients.lse
     if coefficients.square is not None:
         row = row + 2 * coefficients.square * known.lse
-    upstream = Upstream(after(row, *state) / state.sum_exp, nll, coefficients.total, None)
-    d = _gradient(z, slope, classes.active(labels), hit, head, state.maximum, upstream).to(logits.dtype)
+    upstream = Upstream(depends_on(row, *state) / state.sum_exp, nll, coefficients.total, None)
+    d = _gradient(z, slope, classes.active(labels), is_target, head, state.maximum, upstream).to(logits.dtype)
     found = (d, _by_row(combine(known, coefficients, labels, classes)), upstream.row)
     if statistics:
         return *found, *known.present()

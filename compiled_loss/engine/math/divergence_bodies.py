@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.math.divergences import KINDS, Compared, Kind, Output, Pair, RowGradients, Rows, row
-from compiled_loss.engine.math.statistics import after
+from compiled_loss.engine.math.statistics import depends_on
 from compiled_loss.engine.math.top_divergences import TopCompared
 from compiled_loss.engine.operators import unpack
 
@@ -111,7 +111,7 @@ def _after_fold(
     """
     rows, divergence, cross_entropy = both.fold(labels, group)
     found = (divergence,) if cross_entropy is None else (divergence, cross_entropy)
-    soft, hard = upstream.map(lambda g: after(g, *found))  # all other reductions are in the one tensor
+    soft, hard = upstream.map(lambda g: depends_on(g, *found))  # all other reductions are in the one tensor
     packed = torch.stack([*rows.present(), soft, *([] if hard is None else [hard])])
     rows, rest = Rows.of(packed.unbind(), both.kind, labels, indices)
     return rows, RowGradients(rest[0], rest[1] if len(rest) > 1 else None), found, packed
@@ -145,5 +145,5 @@ def target_gradient(logits: Tensor, *operands: Tensor | None) -> Output:
     _, pair, (target,), known, _ = unpack(operands, _Labels, Pair, Whole, Known)
     student = pair.student
     bounded = student.bounded(student.biased(logits))
-    a = pair.warmed(student.scaled(bounded - row(known.maximum))) - row(known.log_sum)
+    a = pair.over_temperature(student.scaled(bounded - row(known.maximum))) - row(known.log_sum)
     return (torch.where(row(known.soft) != 0, -row(known.soft) * a, 0.0).to(target.dtype),)

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.collectives import largest, reduced
+from compiled_loss.engine.collectives import all_reduced, largest
 from compiled_loss.engine.math.logit_maps import LogitMap, times
 from compiled_loss.engine.transforms import traced
 
@@ -56,7 +56,7 @@ class Pair(NamedTuple):
         """What makes the target's z, of logits."""
         return LogitMap(self.target_bias, self.target_inner, self.target_outer)
 
-    def warmed(self, z: Tensor) -> Tensor:
+    def over_temperature(self, z: Tensor) -> Tensor:
         """The student's z over the temperature."""
         return times(z, self.inverse_temperature)
 
@@ -127,7 +127,7 @@ def row(values: Tensor) -> Tensor:
     return values.unsqueeze(-1)
 
 
-def hit(logits: Tensor, labels: Tensor) -> Tensor:
+def is_target(logits: Tensor, labels: Tensor) -> Tensor:
     """Which column is the label's."""
     return torch.arange(logits.shape[-1], device=logits.device) == row(labels)
 
@@ -183,22 +183,22 @@ class Compared(NamedTuple):
         student, beside = pair.student, pair.target
         # Before the tanh, which keeps the order: one less for each logit. Detached: no sum depends on the shift.
         maxima = [largest(logits.detach()), *([] if kind == "probabilities" else [largest(target.detach())])]
-        maximum, *target_maximum = reduced(maxima, "max", group)
+        maximum, *target_maximum = all_reduced(maxima, "max", group)
         maximum, target_maximum = student.bounded(maximum), [beside.bounded(m) for m in target_maximum]
         bounded = student.bounded(logits)
         shifted = student.scaled(bounded - row(maximum))
-        sums = [pair.warmed(shifted).exp().sum(-1)]
+        sums = [pair.over_temperature(shifted).exp().sum(-1)]
         sums += [beside.scaled(beside.bounded(target) - row(m)).exp().sum(-1) for m in target_maximum]
         sums += [] if labels is None else [shifted.exp().sum(-1)]
-        log_sum, *log_sums = [value.log() for value in reduced(sums, "sum", group)]
+        log_sum, *log_sums = [value.log() for value in all_reduced(sums, "sum", group)]
         rows = Rows(maximum, log_sum, None, None, None, None)
         if target_maximum:
             rows = rows._replace(target_maximum=target_maximum[0], target_log_sum=log_sums[0])
         _, summands, slopes = self._terms(rows, bounded)
         sums = [slopes.sum(-1)]
         sums += [] if summands is None else [summands.sum(-1)]
-        sums += [] if labels is None else [torch.where(hit(logits, labels), shifted, 0.0).sum(-1)]
-        slope, *sums = reduced(sums, "sum", group)
+        sums += [] if labels is None else [torch.where(is_target(logits, labels), shifted, 0.0).sum(-1)]
+        slope, *sums = all_reduced(sums, "sum", group)
         rows = rows._replace(slope=slope)
         divergence = slope.clone() if summands is None else sums[0]  # no body returns a tensor twice
         if kind == "jsd":
@@ -213,17 +213,17 @@ class Compared(NamedTuple):
         assert rows.slope is not None
         bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times(g, student.factor()))
         a, _, slopes = self._terms(rows, bounded)
-        d = row(pair.warmed(soft)) * (slopes - a.exp() * row(rows.slope))
+        d = row(pair.over_temperature(soft)) * (slopes - a.exp() * row(rows.slope))
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
             p = (student.scaled(bounded - row(rows.maximum)) - row(rows.hard_log_sum)).exp()
-            d = d + row(hard) * (p - torch.where(hit(bounded, labels), 1.0, 0.0))
+            d = d + row(hard) * (p - torch.where(is_target(bounded, labels), 1.0, 0.0))
         return over(self.logits, times(d, student.slope(bounded)), upstream).to(dtype)
 
     def _terms(self, rows: Rows, bounded: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """A, and the summands and slopes of rows that are known; the student's logits are `bounded`."""
         kind, pair, _, target = self
         student, beside = pair.student, pair.target
-        a = pair.warmed(student.scaled(bounded - row(rows.maximum))) - row(rows.log_sum)
+        a = pair.over_temperature(student.scaled(bounded - row(rows.maximum))) - row(rows.log_sum)
         if rows.target_maximum is None or rows.target_log_sum is None:
             return a, *_terms(kind, a, target, None, pair)
         b = beside.scaled(beside.bounded(target) - row(rows.target_maximum)) - row(rows.target_log_sum)

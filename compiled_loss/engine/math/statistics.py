@@ -4,7 +4,7 @@ N tokens, V vocabulary. Every tensor here is [N] (or the leading shape of the lo
 
 NOTE [Relative statistics]
 For logits z with row maximum m and s = sum(exp(z - m)), a token with p > 0.99 has a loss far smaller than the rounding
-error of its log-sum-exp. So the engine never subtracts two numbers of the size of z at the end: it keeps the picked
+error of its log-sum-exp. So the engine never subtracts two numbers of the size of z at the end: it keeps the target
 logit and the first moment relative to m, and returns
 
     nll     = log s - (z[label] - m)                       -log softmax(z)[label]
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.collectives import reduced
+from compiled_loss.engine.collectives import all_reduced
 
 
 class Classes(NamedTuple):
@@ -42,13 +42,13 @@ class Classes(NamedTuple):
         """Which rows count."""
         return labels != self.ignored
 
-    def bad(self, labels: Tensor) -> Tensor:
+    def invalid(self, labels: Tensor) -> Tensor:
         """Which rows count and have no class."""
         return self.active(labels) & ((labels < self.first) | (labels >= self.last))
 
-    def poison(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """NaN for the bad rows, 1 for the others."""
-        return torch.ones_like(labels, dtype=dtype).masked_fill(self.bad(labels), math.nan)
+    def nan_if_invalid(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """NaN for the invalid rows, 1 for the others."""
+        return torch.ones_like(labels, dtype=dtype).masked_fill(self.invalid(labels), math.nan)
 
     def counted_from(self, start: int) -> Classes:
         """The same, for labels that are counted from the class `start`."""
@@ -56,11 +56,11 @@ class Classes(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a walk carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
+    """What a loop carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
 
     maximum: Tensor
     sum_exp: Tensor
-    picked: Tensor
+    target_logit: Tensor
     total: Tensor | None
     moment: Tensor | None
 
@@ -75,8 +75,8 @@ class State(NamedTuple):
     @staticmethod
     def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> State:
         """From `present()`."""
-        maximum, sum_exp, picked, *rest = present
-        return State(maximum, sum_exp, picked, rest[0] if total else None, rest[-1] if entropy else None)
+        maximum, sum_exp, target_logit, *rest = present
+        return State(maximum, sum_exp, target_logit, rest[0] if total else None, rest[-1] if entropy else None)
 
     def replaced(self, present: Sequence[Tensor]) -> State:
         """The same parts with other values."""
@@ -84,14 +84,14 @@ class State(NamedTuple):
         total = None if self.total is None else values[3]
         return State(values[0], values[1], values[2], total, None if self.moment is None else values[-1])
 
-    def merged(self, group: str | None) -> State:
+    def all_reduced(self, group: str | None) -> State:
         """The state of rows whose columns are spread over the ranks of a group: two collectives."""
         if group is None:
             return self
-        (maximum,) = reduced([self.maximum], "max", group)
-        return self.replaced([maximum, *reduced(self.rebased(maximum).present()[1:], "sum", group)])
+        (maximum,) = all_reduced([self.maximum], "max", group)
+        return self.replaced([maximum, *all_reduced(self.rescaled(maximum).present()[1:], "sum", group)])
 
-    def rebased(self, maximum: Tensor) -> State:
+    def rescaled(self, maximum: Tensor) -> State:
         """The same relative to a maximum at least as large; the clamp keeps 0 * -inf from becoming NaN."""
         by = self.maximum - maximum
         rescale = by.exp()
@@ -143,7 +143,7 @@ class Coefficients(NamedTuple):
 
     def label_weight(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor:
         """The coefficient of nll."""
-        return classes.poison(labels, dtype) if self.nll is None else self.nll
+        return classes.nan_if_invalid(labels, dtype) if self.nll is None else self.nll
 
 
 class Divisor(NamedTuple):
@@ -191,11 +191,11 @@ def finish(state: State) -> RowStatistics:
     """Statistics of rows whose every column has been seen."""
     log_sum = state.sum_exp.log()
     return RowStatistics(
-        nll=log_sum - (state.picked - state.maximum),
+        nll=log_sum - (state.target_logit - state.maximum),
         lse=state.maximum + log_sum,
         total=state.total,
         entropy=None if state.moment is None else log_sum - state.moment / state.sum_exp,
-        correct=state.picked == state.maximum,
+        correct=state.target_logit == state.maximum,
     )
 
 
@@ -204,7 +204,7 @@ def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
     return statistics.map(lambda v: v & active if v.dtype == torch.bool else torch.where(active, v, 0.0))
 
 
-def after(value: Tensor, *reductions: Tensor | None) -> Tensor:
+def depends_on(value: Tensor, *reductions: Tensor | None) -> Tensor:
     """value, NaN where a reduction is NaN and it is not 0: every reduction of the logits comes before what uses it.
 
     The compiler writes a gradient over its logits only if all their other readers are known to be done.

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.collectives import largest, reduced
-from compiled_loss.engine.math.divergences import Compared, Kind, Pair, RowGradients, Rows, hit, over, row
+from compiled_loss.engine.collectives import all_reduced, largest
+from compiled_loss.engine.math.divergences import Compared, Kind, Pair, RowGradients, Rows, is_target, over, row
 from compiled_loss.engine.math.logit_maps import LogitMap, times
 from compiled_loss.engine.math.statistics import statistics_dtype
 
@@ -42,7 +42,7 @@ class Place(NamedTuple):
             bias = None if student.bias is None else student.bias[self.columns]
             chosen = student._replace(bias=bias).biased(finite(logits.gather(-1, self.columns), student))
             top = torch.where(self.ours, chosen, 0.0)
-        (top,) = reduced([top], "sum", group)
+        (top,) = all_reduced([top], "sum", group)
         return torch.where(values.isneginf(), float("-inf"), top)
 
     def put(self, base: Tensor, values: Tensor) -> Tensor:
@@ -100,21 +100,21 @@ class TopCompared(NamedTuple):
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
         """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
         pair, student = self.pair, self.pair.student
-        (maximum,) = reduced([largest(self.rest.detach())], "max", group)
+        (maximum,) = all_reduced([largest(self.rest.detach())], "max", group)
         maximum = student.bounded(torch.maximum(maximum, self.top.detach().amax(-1)))
         rest, top = (student.scaled(v - row(maximum)) for v in self._bounded())
-        sums = [pair.warmed(rest).exp().sum(-1)]
+        sums = [pair.over_temperature(rest).exp().sum(-1)]
         if labels is not None:
-            sums += [rest.exp().sum(-1), torch.where(hit(rest, labels), rest, 0.0).sum(-1)]
-        log_sum, *hard = reduced(sums, "sum", group)
+            sums += [rest.exp().sum(-1), torch.where(is_target(rest, labels), rest, 0.0).sum(-1)]
+        log_sum, *hard = all_reduced(sums, "sum", group)
         rows = Rows(maximum, log_sum.log(), None, None, None, None)
         _, divergence, _ = self._coarse(rows).fold(None, None)
         if labels is None:
             return rows, divergence, None
         hard_log_sum = (hard[0] + top.exp().sum(-1)).log()
         known = self.indices == row(labels)
-        picked = torch.where(known.any(-1), torch.where(known, top, 0.0).sum(-1), hard[1])
-        return rows._replace(hard_log_sum=hard_log_sum), divergence, hard_log_sum - picked
+        target_logit = torch.where(known.any(-1), torch.where(known, top, 0.0).sum(-1), hard[1])
+        return rows._replace(hard_log_sum=hard_log_sum), divergence, hard_log_sum - target_logit
 
     def gradient(
         self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype
@@ -123,15 +123,15 @@ class TopCompared(NamedTuple):
         coarse, pair, student = self._coarse(rows), self.pair, self.pair.student
         known, _, _ = coarse.fold(None, None)
         soft, hard = upstream.map(lambda g: times(g, student.factor()))
-        d = coarse.gradient(None, known, RowGradients(pair.warmed(soft), None), soft.dtype)
+        d = coarse.gradient(None, known, RowGradients(pair.over_temperature(soft), None), soft.dtype)
         d_top = d[..., : self.indices.shape[-1]]
         last = torch.arange(d.shape[-1], device=d.device) == d.shape[-1] - 1
         d_tail = torch.where(last, d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
         rest, top = (student.scaled(v - row(rows.maximum)) for v in self._bounded())
-        d_rest = row(d_tail) * (pair.warmed(rest) - row(_finite(rows.log_sum))).exp()
+        d_rest = row(d_tail) * (pair.over_temperature(rest) - row(_finite(rows.log_sum))).exp()
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
             rest, top = rest - row(rows.hard_log_sum), top - row(rows.hard_log_sum)
-            d_rest = d_rest + row(hard) * (rest.exp() - torch.where(hit(rest, labels), 1.0, 0.0))
+            d_rest = d_rest + row(hard) * (rest.exp() - torch.where(is_target(rest, labels), 1.0, 0.0))
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
         # Slopes of the tanh itself, 0 at -inf: that of what `_bounded` makes of it would be NaN.
         slopes = [student.slope(student.bounded(v)) for v in (self.rest, self.top)]
@@ -149,7 +149,7 @@ class TopCompared(NamedTuple):
     def _coarse(self, rows: Rows) -> Compared:
         """The k classes and the tail; where all V are in the top, nothing is left for it."""
         _, top = self._bounded()
-        z = self.pair.warmed(self.pair.student.scaled(top - row(rows.maximum)))
+        z = self.pair.over_temperature(self.pair.student.scaled(top - row(rows.maximum)))
         t = self.values
         # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
         largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))
