@@ -222,8 +222,8 @@ def test_kernel_name_of_a_chunk_of_tokens(inspected):
     _, bodies = by_kind(inspected, "tokens", "plain")
     assert_expected_inline(
         "\n".join(bodies),
-        "triton_red_fused__to_copy_amax_arange_bitwise_and_bitwise_or_clamp_copy__div_eq_exp_ge_isnan_log_lt_mul_ne_"
-        "scalar_tensor_sub_sum_unsqueeze_where_0",
+        "triton_red_fused__to_copy_amax_arange_bitwise_and_bitwise_or_clamp_copy__div_eq_exp_ge_isnan_log_lt_masked_fill_"
+        "mul_ne_ones_like_scalar_tensor_sub_sum_unsqueeze_where_0",
     )
 
 

@@ -99,7 +99,7 @@ def test_training_compiled(which, of, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_causal_lm_loss_matches_transformers(count, shifted, dtype):
     theirs = transformers_losses().ForCausalLMLoss
-    logits = (3 * torch.randn(B, S, V)).to(dtype)
+    many = (3 * torch.randn(32, B, S, V)).to(dtype)  # of one number's error nothing follows
     _, labels = batch()
     labels = torch.where(labels == -100, 7, labels)
     by = 2 if shifted else 1  # two: what the function would not do by itself
@@ -112,10 +112,11 @@ def test_causal_lm_loss_matches_transformers(count, shifted, dtype):
         return losses / float((targets != 7).sum() if count is None else count)
 
     def call(loss):
-        return lambda logits: loss(logits=logits, **options).reshape(())  # theirs has the shape of the count
+        # Theirs has the shape of the count.
+        return lambda many: torch.stack([loss(logits=logits, **options).reshape(()) for logits in many])
 
-    assert_accurate(*map(call, (causal_lm_loss, theirs, true)), [logits.requires_grad_()])
-    assert torch.autograd.grad(call(causal_lm_loss)(logits), logits)[0].dtype == dtype
+    assert_accurate(*map(call, (causal_lm_loss, theirs, true)), [many.requires_grad_()], upstream=torch.ones(32))
+    assert torch.autograd.grad(call(causal_lm_loss)(many).sum(), many)[0].dtype == dtype
 
 
 @pytest.mark.parametrize("theirs", [False, True])
