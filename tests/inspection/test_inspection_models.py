@@ -101,7 +101,7 @@ def test_share_of_the_loss():
         gemms = [launch for p in found.passes for launch in of_loss(p) if launch.kind == "gemm"]
         assert sum(launch.operations for launch in gemms) == 3 * HEAD_OPERATIONS
         everything = sum(map(len, (of_loss(p) for p in found.passes)))
-        assert 4 <= everything <= 12
+        assert 4 <= everything <= 16
         assert 0 < found.roofline_seconds(of_loss=True) < found.roofline_seconds()
     small = 2 * N * WIDTH + 32 * N  # the head's input, and some numbers a token
     assert LOGITS <= theirs.loss_saved_bytes <= LOGITS + small

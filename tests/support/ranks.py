@@ -16,15 +16,20 @@ ROUNDING = 1e-11  # of fp64 sums of fewer than 1000 numbers near 1, with room to
 START = 120  # seconds in which ranks import what they need, on a busy machine
 GRACE = 15  # seconds in which ranks may notice that another has stopped
 
+# A server imports once what all ranks need, and forks: nothing of it has threads. Inductor's pool of compilers would.
+_SERVER = torch.multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.pipelining", "compiled_loss"]
+)
+
 
 def run(body, world, folder, *arguments, limit):
     """What `body(*arguments)` returned on each of `world` ranks; raises, with each rank's last step and stack.
 
     The limit begins when all ranks have started.
     """
-    context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_rank, args=(body, rank, world, str(folder), arguments), daemon=True)
+        _SERVER.Process(target=_rank, args=(body, rank, world, str(folder), arguments), daemon=True)
         for rank in range(world)
     ]
     end, started = time.monotonic() + START, False
