@@ -123,7 +123,10 @@ def test_loss_option_names_the_loss():
 # How people train ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "attention", "where"), [("Qwen3", "sdpa", "meta"), ("Gemma2", "eager", "cuda")])
+@pytest.mark.parametrize(
+    ("kind", "attention", "where"),
+    [("Qwen3", "sdpa", "meta"), pytest.param("Gemma2", "eager", "cuda", marks=pytest.mark.slow)],
+)
 def test_other_models(kind, attention, where):
     found = inspect(Step(kind=kind, attention=attention, where=where), *INPUTS)
     scores = 0 if attention == "sdpa" else 2 * 2 * BATCH * HEADS * LENGTH**2 * WIDE
@@ -131,6 +134,7 @@ def test_other_models(kind, attention, where):
     assert found.breaks == () and found.loss
 
 
+@pytest.mark.slow
 def test_flex_attention_under_autocast():
     found = inspect(Step(models.autocast, attention="flex_attention", dtype=torch.float32), *INPUTS)
     assert {g.dtype for p in found.passes for g in p.gemms} == {"bfloat16"}
@@ -139,6 +143,7 @@ def test_flex_attention_under_autocast():
     assert any("FlexAttention" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_dropout_and_activation_checkpointing():
     found = inspect(Step(models.checkpointed, attention_dropout=0.1), *INPUTS)
     assert gemm_operations(found) == 4 * block_operations() + 3 * HEAD_OPERATIONS
@@ -146,6 +151,7 @@ def test_dropout_and_activation_checkpointing():
     assert found.forward.attention
 
 
+@pytest.mark.slow
 def test_an_optimizer_in_the_step_of_a_tied_head():
     found = inspect(Trained(models.trained, tie_word_embeddings=True), *INPUTS, backward=False)
     assert gemm_operations(found) == 3 * (block_operations() + HEAD_OPERATIONS)
@@ -159,6 +165,7 @@ def test_tied_head():
     assert found.peak_bytes < plain().peak_bytes  # one gradient for both
 
 
+@pytest.mark.slow
 def test_nested_compile_regions():
     found = inspect(Step(models.in_regions, num_hidden_layers=3), *INPUTS)
     assert gemm_operations(found) == 3 * (3 * block_operations() + HEAD_OPERATIONS)
