@@ -124,14 +124,14 @@ def test_cached_backward_without_retain_graph(functions_cached):
     """It overwrites what it was given; torch notices where it caches graphs with autograd Functions whole."""
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
     with fresh_cache(), functorch_config.patch(autograd_cache_allow_custom_autograd_functions=functions_cached):
-        once = torch.compile(cases.linear(cases.CHUNKINGS["vocab"]), fullgraph=True)(*inputs)
+        once = torch.compile(cases.linear(cases.CHUNKINGS["tokens"]), fullgraph=True)(*inputs)
         torch.autograd.grad(once, inputs[:2])
         torch.compiler.reset()
         if functions_cached:
             with pytest.raises(RuntimeError, match="donated"):
-                backward_twice("vocab")
+                backward_twice("tokens")
         else:
-            backward_twice("vocab")
+            backward_twice("tokens")
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
