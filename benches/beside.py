@@ -157,8 +157,7 @@ def ratios(samples: dict[str, list[float]]) -> dict[str, float]:
     """Of medians, to the unchunked loss's, of the same start."""
     medians = {name: statistics.median(values) for name, values in samples.items() if values}
     return {
-        name: round(m / medians[name.replace("old", "unchunked").replace("new", "unchunked")], 3)
-        for name, m in medians.items()
+        name: round(m / medians["unchunked" + name.removeprefix(name.split(",")[0])], 3) for name, m in medians.items()
     }
 
 
