@@ -164,11 +164,6 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if is_sharded(value) else value
 
 
-def token_mesh_dims(hidden: Tensor, part: Vocabulary) -> tuple[str, ...]:
-    """Mesh dimensions over which the tokens of hidden states are sharded, and the vocabulary is not."""
-    return tuple(_tokens("hidden", hidden, part, None).values()) if is_sharded(hidden) else ()
-
-
 def replicated(value: Tensor, part: Vocabulary) -> Tensor:
     """A DTensor of hidden states, gathered over the ranks that share the vocabulary; others as they are."""
     if not is_sharded(value):
