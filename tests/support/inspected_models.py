@@ -125,8 +125,9 @@ def sharded(**options):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if not dist.is_initialized():
-        dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    if dist.is_initialized():  # by another test's step, in the same child, with as many ranks as it liked
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     model = made(dtype=torch.float32, **options)
     how = {
         "mesh": init_device_mesh("cuda", (8,)),
