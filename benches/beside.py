@@ -156,9 +156,11 @@ def compiling(old: Path, case: tuple[Any, ...], samples: int) -> dict[str, list[
 def ratios(samples: dict[str, list[float]]) -> dict[str, float]:
     """Of medians, to the unchunked loss's, of the same start."""
     medians = {name: statistics.median(values) for name, values in samples.items() if values}
-    return {
-        name: round(m / medians["unchunked" + name.removeprefix(name.split(",")[0])], 3) for name, m in medians.items()
-    }
+    found = {}
+    for name, median in medians.items():
+        _, comma, start = name.partition(", ")
+        found[name] = round(median / medians[f"unchunked{comma}{start}"], 3)
+    return found
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def accumulate_gradients(
     """
     states = None if d_hidden is None else d_hidden.narrow(0, row, d.shape[0])
     if d_weight is not None:
-        counts, zero = counts.narrow(0, row, d.shape[0]).unsqueeze(1), torch.zeros((), dtype=hidden.dtype)
+        counts, zero = counts.narrow(0, row, d.shape[0]).unsqueeze(1), hidden.new_zeros(())
         free = states is not None and not column and states.dtype == hidden.dtype
         width = hidden.shape[1] if free else max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
         parts = d_weight.narrow(0, column, d.shape[1]).split(width, 1)

@@ -154,7 +154,7 @@ class Divisor(NamedTuple):
     number: int | None
 
     def divide(self, active: Tensor, *totals: Tensor) -> list[Tensor]:
-        """Each total divided with one rounding: 0 where the divisor is; `active` are the rows that count."""
+        """Each total divided with one rounding; 0 where the divisor is 0 and the total finite. `active` rows count."""
         dtype = totals[0].dtype
         if self.of_rows:
             value = active.sum(dtype=dtype).clamp(min=1)  # a sum over no row is 0
