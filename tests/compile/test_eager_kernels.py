@@ -3,9 +3,12 @@
 import pytest
 import torch
 from comparing import TIGHT
+from torch._inductor import metrics
+from torch._inductor.utils import fresh_cache
 
 import compiled_loss
-from compiled_loss.engine import kernels
+from compiled_loss import Chunking
+from compiled_loss.engine import execution, kernels
 
 
 def logits(seed=0):
@@ -74,3 +77,17 @@ def test_compiled_kernels_match_plain(name):
 def test_compile_option_errors(name):
     with pytest.raises(ValueError, match="compile: expected True, False or 'auto'"):
         LOSSES[name](logits(), {"compile": 1.5})
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="Inductor's own counters are read on torch 2.13")
+@pytest.mark.parametrize(("strategy", "options"), [("tokens", {}), ("tokens", {"softcap": 30.0}), ("vocab", {})])
+def test_one_loop_over_rows(strategy, options):
+    """NOTE [One loop]: the body that has reductions is one."""
+    hidden, weight = torch.randn(32, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
+    labels = torch.randint(0, 512, (32,))
+    chunking = Chunking(strategy=strategy, compile=True)
+    with fresh_cache():
+        execution.forget()
+        metrics.reset()
+        compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=chunking, **options).backward()
+    assert len(metrics.cpp_outer_loop_fused_inner_counts) == 1
