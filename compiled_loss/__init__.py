@@ -42,6 +42,7 @@ from compiled_loss.config import (  # noqa: E402
 )
 from compiled_loss.distributed.vocab_shard import VocabShard  # noqa: E402
 from compiled_loss.engine import flops as _flops  # noqa: E402
+from compiled_loss.engine.math.statistics import TokenStatistics  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
     cross_entropy,
@@ -59,11 +60,8 @@ from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
 )
-from compiled_loss.functional.statistics import (  # noqa: E402
-    TokenStatistics,
-    linear_token_statistics,
-    token_statistics,
-)
+from compiled_loss.functional.statistics import linear_token_statistics, token_statistics  # noqa: E402
+from compiled_loss.functional.token_loss import linear_token_loss  # noqa: E402
 from compiled_loss.planner.chunking import Chunking  # noqa: E402
 from compiled_loss.planner.explain import Explanation, plan  # noqa: E402
 
@@ -109,6 +107,7 @@ __all__ = [
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
     "linear_soft_cross_entropy",
+    "linear_token_loss",
     "linear_token_statistics",
     "masked_cross_entropy",
     "masked_soft_cross_entropy",

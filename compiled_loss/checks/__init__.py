@@ -1,6 +1,6 @@
 """Every error text of a loss, a file a subject: each names the argument, what was expected and what came."""
 
-from compiled_loss.checks import chunking, heads, modules, multi_token, sharding, targets
+from compiled_loss.checks import chunking, functions, heads, modules, multi_token, sharding, targets
 from compiled_loss.checks.arguments import (
     UnsupportedTorchError,
     alignment,
@@ -49,6 +49,7 @@ __all__ = [
     "flag",
     "floating",
     "floating_dtype",
+    "functions",
     "head",
     "heads",
     "instance",

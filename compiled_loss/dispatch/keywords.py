@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from compiled_loss import reduction as reductions
 from compiled_loss.checks import numbers
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary
+from compiled_loss.engine import user_losses
 from compiled_loss.engine.gemm import opaque_copy
+from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.transforms import traced
 from compiled_loss.planner.chunking import Chunking
@@ -38,6 +41,8 @@ class Keywords(NamedTuple):
     chunking: Chunking = Chunking()
     compile: bool | Literal["auto"] = "auto"
     mask_weighs: bool = True  # or only tells which tokens count
+    token_loss: Callable[..., Tensor] | None = None  # the user's own
+    inputs: tuple[Any, ...] = ()  # its own, a value a token or a number
 
     def checked(self) -> Keywords:
         """Raise unless each that is no tensor of numbers is in its range; numbers come back as numbers."""
@@ -47,6 +52,8 @@ class Keywords(NamedTuple):
         softcap, temperature = checks.transform(self.softcap, self.temperature)
         label_smoothing, z_loss = checks.terms(self.label_smoothing, self.z_loss)
         shift, ignore_index = checks.alignment(self.shift, self.ignore_index, 1)
+        if self.token_loss is not None:
+            checks.functions.function(self.token_loss)
         return self._replace(
             softcap=softcap,
             logit_scale=checks.positive("logit_scale", self.logit_scale),
@@ -65,6 +72,11 @@ class Keywords(NamedTuple):
                 checks.tensor(name, value)
                 dtensor.check_rows(name, value)
                 checks.per_token(name, value, dtensor.own_shape(value, part), shape, device)
+        for i, value in enumerate(self.inputs):
+            checks.functions.given(f"inputs[{i}]", value)
+            if isinstance(value, Tensor) and value.dim():
+                dtensor.check_rows(f"inputs[{i}]", value)
+                checks.functions.of_tokens(f"inputs[{i}]", value, dtensor.own_shape(value, part), shape, device)
         checks.class_weights(self.class_weights, part.size, device)
         checks.count_device(self.num_label_tokens, device)
         checks.shift_fits(self.shift, len(shape))
@@ -78,6 +90,7 @@ class Keywords(NamedTuple):
         return dtensor.rows(labels, part), self._replace(
             mask=mask,
             token_weights=token_weights,
+            inputs=tuple([dtensor.rows(v, part) if isinstance(v, Tensor) else v for v in self.inputs]),
             class_weights=dtensor.whole(self.class_weights),
             num_label_tokens=dtensor.whole(self.num_label_tokens),
         )
@@ -93,6 +106,23 @@ class Keywords(NamedTuple):
             vocab=vocab,
             dtype=dtype,
         )
+
+    def named(self, dims: int, dtype: torch.dtype, device: torch.device) -> Named | None:
+        """The user's loss of tokens [...], so many dimensions, as the token strategy takes it; None where it cannot."""
+        if self.token_loss is None or traced() or not user_losses.may_be_named(self.token_loss):
+            return None
+        enabled, wide = torch.is_grad_enabled(), statistics_dtype(dtype)
+        inputs = []
+        for value in self.inputs:
+            if isinstance(value, Tensor) and value.dim():
+                shape = tuple([int(n) for n in value.shape[dims:]])
+                inputs.append(user_losses.Input(value.dtype, shape, enabled and value.requires_grad))
+            else:
+                inputs.append(user_losses.Input(wide, None, wants_gradient=False))
+        weights = [v for v in (self.mask, self.token_weights) if v is not None and v.dtype != torch.bool]
+        weight = enabled and any([v.requires_grad for v in weights])
+        signature = user_losses.Signature(tuple(inputs), wide, device, bool(weights), weight)
+        return user_losses.named(self.token_loss, signature)
 
     def scales(self, like: Tensor) -> Tensor | None:
         """The `scales` of the engine's `Head`."""

@@ -6,8 +6,9 @@ tokens, the cast. Nothing is computed before the last check. The engine sees [N,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from compiled_loss.engine import logits as logits_pass
 from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.gradients import Needs
-from compiled_loss.engine.math.bodies import Head, Problem
+from compiled_loss.engine.math import row_losses
+from compiled_loss.engine.math.problem import Head, Problem
+from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import (
     Classes,
     Coefficients,
     Divisor,
     RowStatistics,
+    TokenStatistics,
     combine,
     masked,
     statistics_dtype,
@@ -47,6 +51,7 @@ class LinearCall(NamedTuple):
     needs: Needs
     strategy: Strategy
     lengths: Lengths
+    token_loss: Named | None  # the user's own, where it has a name
 
     def loss(self) -> Tensor:
         """The loss."""
@@ -86,9 +91,23 @@ class LinearCall(NamedTuple):
     def _gathered(self, compact: Compaction | None) -> LinearCall:
         """Of the tokens that count, [N]."""
         flat = self._replace(tokens=self.tokens.map(lambda v: v.reshape(-1)))
-        if compact is None:
-            return flat
-        return flat._replace(hidden=compact.gathered(self.hidden), tokens=flat.tokens.gathered(compact))
+        if compact is not None:
+            flat = flat._replace(hidden=compact.gathered(self.hidden), tokens=flat.tokens.gathered(compact))
+        if self.keywords.inputs:
+            flat = flat._replace(keywords=self.keywords._replace(inputs=self._inputs(compact)))
+        return flat
+
+    def _inputs(self, compact: Compaction | None) -> tuple[Tensor, ...]:
+        """Those of the user's loss: [N, ...], or numbers, []."""
+        dims, dtype = self.tokens.labels.dim(), statistics_dtype(self.hidden.dtype)
+        found = []
+        for value in self.keywords.inputs:
+            if isinstance(value, Tensor) and value.dim():
+                rows = value.reshape(-1, *value.shape[dims:])
+                found.append(rows if compact is None else compact.gathered(rows))
+            else:  # a product, not torch.full: keywords.py, `scales`
+                found.append(torch.ones((), dtype=dtype, device=self.hidden.device) * value)
+        return tuple(found)
 
     def _factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
         """Of all results: NaN where tokens are not what was promised."""
@@ -133,20 +152,65 @@ class LinearCall(NamedTuple):
     ) -> tuple[Tensor, RowStatistics | None]:
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         (problem, classes), group = self._engine(), self.vocabulary.group
-        scalar = self.keywords.reduction != "none"
+        scalar, own = self.keywords.reduction != "none", self.keywords.token_loss
         if scalar and any(self.needs) and not traced():
             with without_autocast(self.hidden.device):
-                parts = (problem, classes, coefficients, divisor)
-                if self.strategy == "vocab":
-                    return vocab_chunks.weighted_sum(*parts, self.lengths, group, with_statistics=with_statistics)
-                return token_chunks.weighted_sum(
-                    *parts, self.needs, self.lengths, group, with_statistics=with_statistics
-                )
-        rows = self._statistics(total=coefficients.total is not None, entropy=with_statistics)
-        loss = combine(rows, coefficients, problem.labels, classes)
+                if self.strategy == "tokens":
+                    return token_chunks.summed(
+                        problem,
+                        classes,
+                        *self._row_loss(coefficients),
+                        divisor,
+                        self.needs,
+                        self.lengths,
+                        group,
+                        with_statistics=with_statistics,
+                    )
+                if own is None:
+                    return vocab_chunks.weighted_sum(
+                        problem,
+                        classes,
+                        coefficients,
+                        divisor,
+                        self.lengths,
+                        group,
+                        with_statistics=with_statistics,
+                    )
+        total, entropy = coefficients.total is not None, with_statistics
+        if own is not None:
+            total, entropy = (True, True) if self.token_loss is None else row_losses.uses(self.token_loss)
+        rows = self._statistics(total=total, entropy=entropy)
+        if own is None:
+            losses = combine(rows, coefficients, problem.labels, classes)
+        else:
+            losses = self._evaluated(own, rows, coefficients.label_weight(problem.labels, classes, rows.nll.dtype))
         if scalar:
-            (loss,) = divisor.divide(self.tokens.active, loss.sum())
-        return loss, rows if with_statistics else None
+            (losses,) = divisor.divide(self.tokens.active, losses.sum())
+        return losses, rows if with_statistics else None
+
+    def _row_loss(self, coefficients: Coefficients) -> tuple[Named, token_chunks.Inputs]:
+        """What the token strategy sums, and its operands."""
+        if self.keywords.token_loss is None:
+            of = row_losses.cross_entropy(coefficients, gradients=torch.is_grad_enabled())
+            return of, token_chunks.Inputs([], coefficients.present())
+        assert self.token_loss is not None
+        numbers = [v for v in self.keywords.inputs if not v.dim()]
+        return self.token_loss, token_chunks.Inputs(
+            numbers, [*coefficients.present(), *[v for v in self.keywords.inputs if v.dim()]]
+        )
+
+    def _evaluated(self, own: Callable[..., Tensor], rows: RowStatistics, weight: Tensor) -> Tensor:
+        """The user's loss of all rows, [N], 0 for those that do not count, whose inputs may hold anything."""
+        active = self.tokens.active
+        inputs = [
+            torch.where(active.view(-1, *[1] * (v.dim() - 1)), v, 0.0) if v.dim() and v.is_floating_point() else v
+            for v in self.keywords.inputs
+        ]
+        mean = None if rows.total is None else rows.total / self.vocabulary.size
+        statistics = TokenStatistics(-rows.nll, rows.lse, cast(Tensor, rows.entropy), rows.correct, mean)
+        losses = own(statistics, *inputs)
+        checks.functions.result(losses, rows.nll.shape)
+        return torch.where(active, losses.to(weight.dtype) * weight, 0.0)
 
 
 def linear_call(
@@ -167,6 +231,7 @@ def linear_call(
     dtype = computed_dtype(hidden, weight)
     enabled = torch.is_grad_enabled()
     needs = Needs(*[enabled and v is not None and v.requires_grad for v in (hidden, weight, bias)])
+    token_loss = keywords.named(len(shape) - 1, dtype, hidden.device)
     tokens = prod(shape[:-1])
     rows = chunking.rows(tokens)
     strategy, how = lengths(
@@ -177,7 +242,7 @@ def linear_call(
         hidden.device,
         chunking,
         ranks=part.ranks,
-        strategies=_strategies(keywords, needs, statistics=statistics),
+        strategies=_strategies(keywords, needs, statistics=statistics, token_loss=token_loss),
     )
     labels, keywords = keywords.own(labels, part)
     part.check_equal(labels)
@@ -185,7 +250,8 @@ def linear_call(
     hidden, weight, bias = dtensor.own_head(hidden, weight, bias, part)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = Head(bias, part.own(keywords.class_weights), keywords.scales(hidden))
-    return LinearCall(hidden.reshape(-1, shape[-1]), weight, head, counted, part, keywords, needs, strategy, how)
+    hidden = hidden.reshape(-1, shape[-1])
+    return LinearCall(hidden, weight, head, counted, part, keywords, needs, strategy, how, token_loss)
 
 
 def check_head(
@@ -209,12 +275,16 @@ def computed_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hi
     return mine
 
 
-def _strategies(keywords: Keywords, needs: Needs, *, statistics: bool) -> tuple[Strategy, ...]:
+def _strategies(
+    keywords: Keywords, needs: Needs, *, statistics: bool, token_loss: Named | None
+) -> tuple[Strategy, ...]:
     """Those that can do what is asked, the best first."""
-    chunking = keywords.chunking
-    if not any(needs) or not (statistics or keywords.reduction == "none") or traced():
+    chunking, unnamed = keywords.chunking, keywords.token_loss is not None and token_loss is None
+    if not any(needs) or traced() or not (statistics or unnamed or keywords.reduction == "none"):
         return ("tokens", "vocab")
     if chunking.strategy == "tokens":
+        if unnamed and keywords.reduction != "none":
+            checks.functions.closes_over()
         checks.chunking.tokens_strategy(
             "differentiable statistics" if statistics else "reduction='none' with a gradient"
         )

@@ -26,6 +26,17 @@ Kernel = Callable[[list[Tensor]], Any]
 _READS = 1 << 10  # more than anything reads
 
 
+def symbolic_rows(rows: int) -> tuple[Any, Any, Any, Any]:
+    """The environment of a number of rows that is not known, its fake tensors' mode, its symbol, and it as a size."""
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env, source = ShapeEnv(), ConstantSource("rows")
+    symbol = env.create_symbol(rows, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return env, FakeTensorMode(shape_env=env), symbol, env.create_symintnode(symbol, hint=rows, source=source)
+
+
 class Compiled:
     """A function compiled for one layout of its operands; those that `rows` marks share their first dimension."""
 
@@ -49,19 +60,13 @@ class Compiled:
         return self._compile(rows, operands)
 
     def _compile(self, rows: int, operands: Sequence[Tensor]) -> Kernel:
-        from torch._dynamo.source import ConstantSource
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.decomposition import select_decomp_table
-        from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
         from torch.fx.traceback import preserve_node_meta
 
-        env, source = ShapeEnv(), ConstantSource("rows")
-        symbol = env.create_symbol(max(2, rows), source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        count = env.create_symintnode(symbol, hint=max(2, rows), source=source)
-        fake = FakeTensorMode(shape_env=env)
+        env, fake, symbol, count = symbolic_rows(max(2, rows))
         with torch.inference_mode(False), torch.no_grad(), without_autocast(operands[0].device):
             with fake:
                 fakes = [

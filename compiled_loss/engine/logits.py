@@ -10,7 +10,8 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import bodies
-from compiled_loss.engine.math.bodies import Head, Upstream
+from compiled_loss.engine.math.bodies import Upstream
+from compiled_loss.engine.math.problem import Head
 from compiled_loss.engine.math.statistics import Classes, RowStatistics, State, finish, initial_state
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast

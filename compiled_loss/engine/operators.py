@@ -18,6 +18,7 @@ from torch import Tensor
 _SCHEMA = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
     "int": "SymInt",
     "int | None": "SymInt?",
     "bool": "bool",

@@ -11,7 +11,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import probability_bodies
-from compiled_loss.engine.math.bodies import Head
+from compiled_loss.engine.math.problem import Head
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast

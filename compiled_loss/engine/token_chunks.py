@@ -1,13 +1,13 @@
 """Statistics and losses chunked over tokens: a chunk's gradient is formed while its logits are alive.
 
 N tokens, H width, V vocabulary, C rows per chunk. Three GEMMs where both gradients are wanted, 6 N H V operations, all
-in forward; scalar losses only, since the upstream gradient of each row is needed before it exists: it comes as
-`Coefficients`. Keeps dH, dW and O(N) between forward and backward; creates no [N, V] tensor, one [C, V].
+in forward; scalar losses only, since the upstream gradient of each row is needed before it exists: a `RowLoss` tells.
+Keeps dH, dW and O(N) between forward and backward; creates no [N, V] tensor, one [C, V].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
-from compiled_loss.engine.math import bodies
-from compiled_loss.engine.math.bodies import Problem
+from compiled_loss.engine.math import bodies, row_losses
+from compiled_loss.engine.math.problem import Problem
+from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import (
     Classes,
-    Coefficients,
     Divisor,
     RowStatistics,
     finish,
@@ -40,12 +40,28 @@ class Asked(NamedTuple):
     group: str | None
 
 
-class _Forming(NamedTuple):
-    """What the pass that forms gradients does besides."""
+class Inputs(NamedTuple):
+    """What a `RowLoss` is given."""
 
+    numbers: list[Tensor]  # [] each
+    inputs: list[Tensor]  # [N, ...] each
+
+    def flat(self) -> list[Tensor]:
+        """As autograd is given them."""
+        return [*self.numbers, *self.inputs]
+
+    @staticmethod
+    def of(flat: Sequence[Tensor], numbers: int) -> Inputs:
+        """From `flat()`."""
+        return Inputs(list(flat[:numbers]), list(flat[numbers:]))
+
+
+class _Forming(NamedTuple):
+    """What the pass that forms gradients does."""
+
+    loss: str  # the name of a `RowLoss`
     group: str | None
     with_statistics: bool
-    with_entropy: bool
 
 
 class _Options(NamedTuple):
@@ -62,22 +78,22 @@ def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> RowStatistic
     return RowStatistics.of(_fold(problem, asked, lengths), total=asked.with_total, entropy=asked.with_entropy)
 
 
-def weighted_sum(
+def summed(
     problem: Problem,
     classes: Classes,
-    coefficients: Coefficients,
+    loss: Named,
+    inputs: Inputs,
     divisor: Divisor,
     needs: Needs,
     lengths: Lengths,
     group: str | None,
     *,
-    with_statistics: bool,
+    with_statistics: bool = False,
 ) -> tuple[Tensor, RowStatistics | None]:
-    """sum(combine(statistics, coefficients)) / divisor, differentiable; if wanted the masked statistics, detached."""
-    forming = _Forming(group, with_statistics=False, with_entropy=with_statistics)
-    options = _Options(classes, needs, forming, lengths)
-    loss, *rest = _TokenChunks.apply(*problem, *coefficients, *divisor, *options)
-    return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
+    """The sum of a `RowLoss` / divisor, differentiable; if wanted the masked statistics, detached."""
+    options = _Options(classes, needs, _Forming(loss.name, group, with_statistics), lengths)
+    total, *rest = _TokenChunks.apply(*problem, *divisor, *options, *loss, *inputs.flat())
+    return total, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
 
 def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = None) -> list[Tensor]:
@@ -131,16 +147,21 @@ def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
     return lengths.accumulate_dtype or (torch.float32 if dtype == torch.float16 else dtype)
 
 
-def _known_like(problem: Problem, coefficients: Coefficients, forming: _Forming) -> list[Tensor]:
+def _known_like(problem: Problem, forming: _Forming) -> list[Tensor]:
     """The statistics that are wanted, without data."""
-    if not (forming.with_statistics or forming.with_entropy):
+    if not forming.with_statistics:
         return []
-    return statistics_like(problem, Asked(coefficients.total is not None, forming.with_entropy, forming.group))
+    return statistics_like(problem, Asked(row_losses.of(forming.loss).with_total, True, forming.group))
+
+
+def _inputs_like(inputs: Inputs, forming: _Forming) -> list[Tensor]:
+    """The gradients of inputs that are wanted, without data."""
+    return [torch.empty_like(inputs.inputs[i]) for i in row_losses.of(forming.loss).wanted]
 
 
 def _formed_like(
     problem: Problem,
-    coefficients: Coefficients,
+    inputs: Inputs,
     _divisor: Divisor,
     _classes: Classes,
     needs: Needs,
@@ -150,19 +171,23 @@ def _formed_like(
     hidden, weight, bias = problem[:3]
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=kept(weight.dtype, lengths))
     one = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
-    return [*gradients.present(), one, torch.empty_like(one), *_known_like(problem, coefficients, forming)]
+    return [
+        *gradients.present(),
+        one,
+        torch.empty_like(one),
+        *_inputs_like(inputs, forming),
+        *_known_like(problem, forming),
+    ]
 
 
-def _form_operations(
-    problem: Problem, _coefficients: Any, _divisor: Any, _classes: Any, needs: Needs, *_rest: Any
-) -> int:
+def _form_operations(problem: Problem, _inputs: Any, _divisor: Any, _classes: Any, needs: Needs, *_rest: Any) -> int:
     return (1 + needs.needs_hidden + needs.needs_weight) * product(problem)
 
 
 @operator(
     "form_token_chunks",
     Problem,
-    Coefficients,
+    Inputs,
     Divisor,
     Classes,
     Needs,
@@ -173,38 +198,49 @@ def _form_operations(
 )
 def _form(
     problem: Problem,
-    coefficients: Coefficients,
+    inputs: Inputs,
     divisor: Divisor,
     classes: Classes,
     needs: Needs,
     forming: _Forming,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """The gradients that are wanted, by what to multiply them, the loss, and the statistics that are wanted, masked."""
+    """The wanted gradients of the problem, by what to multiply all, the loss, of the inputs, masked statistics."""
     hidden, weight, bias = problem[:3]
     labels, head = problem.labels, problem.head.packed()
-    unit = unit_scale(hidden.dtype, *coefficients)
+    loss = row_losses.of(forming.loss)
+    linear, others = inputs.inputs[: loss.linear], inputs.inputs[loss.linear :]
+    unit = unit_scale(hidden.dtype, *linear)
     if unit is not None:
-        coefficients = coefficients.map(lambda c: c / unit)
+        linear = [c / unit for c in linear]
     accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
     losses = labels.new_empty(labels.shape, dtype=statistics_dtype(hidden.dtype))
-    known = _known_like(problem, coefficients, forming)
-    static: dict[str, Any] = {"classes": classes, "group": forming.group}
+    d_inputs, known = _inputs_like(inputs, forming), _known_like(problem, forming)
+    static: dict[str, Any] = {"classes": classes, "loss": forming.loss, "group": forming.group}
     if known:
-        static |= {"statistics": True, "entropy": forming.with_entropy}
+        static |= {"statistics": True, "entropy": True}
     active = classes.active(labels)
     for chunk, z in chunks(hidden, weight, lengths):
-        rows = of_chunk(chunk, labels, *coefficients)
-        out = [z, losses[chunk], None, *of_chunk(chunk, *known)]  # None: bodies.py, NOTE [Few reads]
-        execution.run(bodies.fold_and_gradient, z, rows, head, out, compiled=lengths.compiled, **static)
+        rows, out = of_chunk(chunk, labels, *linear, *others), of_chunk(chunk, losses, *d_inputs, *known)
+        execution.run(
+            bodies.fold_and_gradient,
+            z,
+            rows,
+            (*head, *inputs.numbers),
+            [z, *out],
+            compiled=lengths.compiled,
+            **static,
+        )
         gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
     del z
     total = losses.sum()
-    loss, factor = divisor.divide(active, *((total, torch.ones_like(total)) if unit is None else (total * unit, unit)))
+    total, factor = divisor.divide(active, *((total, torch.ones_like(total)) if unit is None else (total * unit, unit)))
     gradients = gradients.with_weight_in(kept(weight.dtype, lengths))
+    if unit is not None:
+        d_inputs = [d / unit if i < loss.linear else d for i, d in zip(loss.wanted, d_inputs, strict=True)]
     statistics_ = [v & active if v.dtype == torch.bool else v.masked_fill_(~active, 0) for v in known]
-    return [*gradients.present(), factor, loss, *statistics_]
+    return [*gradients.present(), factor, total, *d_inputs, *statistics_]
 
 
 class _Saved(NamedTuple):
@@ -214,51 +250,47 @@ class _Saved(NamedTuple):
     d_weight: Tensor | None
     d_bias: Tensor | None
     factor: Tensor
-    nll: Tensor | None
-    lse: Tensor | None
-    total: Tensor | None
 
 
 class _TokenChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        problem, coefficients, divisor, options, _ = unpack(args, Problem, Coefficients, Divisor, _Options)
-        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
-        forming = options.forming._replace(with_statistics=any(wanted))
-        options = options._replace(forming=forming)
-        found = _form(problem, coefficients, divisor, *options)
+        problem, divisor, options, loss, flat = unpack(args, Problem, Divisor, _Options, Named)
+        inputs = Inputs.of(flat, loss.numbers)
+        found = _form(problem, inputs, divisor, *options)
         gradients = Gradients.pop_from(found, options.needs, problem.bias)
-        factor, loss, *rest = found
+        factor, total, *rest = found
+        d_inputs, rest = rest[: len(loss.wanted)], rest[len(loss.wanted) :]
         known = none(RowStatistics)
-        if rest:
-            known = RowStatistics.of(rest, total=coefficients.total is not None, entropy=forming.with_entropy)
-        rows = (known.nll, known.lse, known.total) if any(wanted) else (None, None, None)
-        again = (*problem, *coefficients, divisor.divisor)
+        if options.forming.with_statistics:
+            known = RowStatistics.of(rest, total=len(rest) > 4, entropy=True)
+        again = (*problem, divisor.divisor, *flat)
         if torch.compiler.is_compiling():
             again = (None,) * len(again)
-        ctx.save_for_backward(*_Saved(*gradients, factor, *rows), *again)
+        ctx.save_for_backward(*_Saved(*gradients, factor), *d_inputs, *again)
         ctx.dtypes = [None if v is None else v.dtype for v in (problem.hidden, problem.weight, problem.bias)]
-        ctx.divisor, ctx.options, ctx.spent = divisor._replace(divisor=None), options, False
+        ctx.divisor, ctx.options, ctx.loss = divisor._replace(divisor=None), options, loss
+        ctx.inputs, ctx.spent = len(inputs.inputs), False
         ctx.set_materialize_grads(False)
-        return loss, *(known if forming.with_entropy else none(RowStatistics))
+        return total, *known
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        d_problem, d_coefficients, rest = none(Problem), none(Coefficients), (*none(Divisor), *none(_Options))
+        loss, rest = ctx.loss, (*none(Divisor), *none(_Options), *none(Named), *[None] * ctx.loss.numbers)
+        d_flat: list[Tensor | None] = [None] * ctx.inputs
         if g is None:
-            return *d_problem, *d_coefficients, *rest
-        saved, problem, coefficients, (count,) = unpack(ctx.saved_tensors, _Saved, Problem, Coefficients)
+            return *none(Problem), *rest, *d_flat
+        saved, left = unpack(ctx.saved_tensors, _Saved)
+        d_inputs, again = left[: len(loss.wanted)], left[len(loss.wanted) :]
 
         def form() -> UnscaledGradients:
-            again = _form(problem, coefficients, ctx.divisor._replace(divisor=count), *ctx.options)
-            return UnscaledGradients(Gradients.pop_from(again, ctx.options.needs, problem.bias), again[0])
+            problem, (divisor, *flat) = unpack(again, Problem)
+            found = _form(problem, Inputs.of(flat, loss.numbers), ctx.divisor._replace(divisor=divisor), *ctx.options)
+            return UnscaledGradients(Gradients.pop_from(found, ctx.options.needs, problem.bias), found[0])
 
         found = scaled_gradients(ctx, UnscaledGradients(Gradients(*saved[:3]), saved.factor), g, ctx.dtypes, form)
-        d_problem = d_problem._replace(hidden=found.d_hidden, weight=found.d_weight, bias=found.d_bias)
-        _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
-        if any(wanted):
-            values = (saved.nll, saved.lse, saved.total, saved.lse.square())
-            rows = [g * v if wants else None for v, wants in zip(values, wanted, strict=True)]
-            d_coefficients = Coefficients(*rows)
-        return *d_problem, *d_coefficients, *rest
+        d_problem = none(Problem)._replace(hidden=found.d_hidden, weight=found.d_weight, bias=found.d_bias)
+        for i, d in zip(loss.wanted, d_inputs, strict=True):
+            d_flat[i] = g * saved.factor * d
+        return *d_problem, *rest, *d_flat

@@ -16,7 +16,8 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs
 from compiled_loss.engine.math import bodies
-from compiled_loss.engine.math.bodies import Head, Problem, Upstream
+from compiled_loss.engine.math.bodies import Upstream
+from compiled_loss.engine.math.problem import Head, Problem
 from compiled_loss.engine.math.statistics import (
     Classes,
     Coefficients,

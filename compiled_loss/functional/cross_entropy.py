@@ -15,7 +15,8 @@ from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.dispatch.probabilities import probability_cross_entropy
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.functional.statistics import TokenStatistics, of_tokens
+from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.functional.statistics import of_tokens
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -292,4 +293,4 @@ def linear_cross_entropy_with_statistics(
     )
     linear = linear_call(hidden, weight, labels, keywords)
     loss, rows = linear.loss_and_statistics()
-    return LossAndStatistics(loss, TokenStatistics(*[value.detach() for value in of_tokens(rows, linear.tokens)]))
+    return LossAndStatistics(loss, of_tokens(rows.map(Tensor.detach), linear.tokens))

@@ -5,7 +5,7 @@ N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in n
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,23 +14,8 @@ from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import RowStatistics
+from compiled_loss.engine.math.statistics import RowStatistics, TokenStatistics
 from compiled_loss.planner.chunking import Chunking
-
-
-class TokenStatistics(NamedTuple):
-    """Statistics of each token, shaped like the labels; 0 and False where ignored.
-
-    `logprob`: log softmax(z)[label], fp32 (fp64 for fp64 inputs), at most 0.
-    `logsumexp`: log sum exp(z).
-    `entropy`: of softmax(z), from 0 to log V.
-    `correct`: bool, whether the label's logit equals the largest one. Ties count, so it depends on no order of columns.
-    """
-
-    logprob: Tensor
-    logsumexp: Tensor
-    entropy: Tensor
-    correct: Tensor
 
 
 def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.collectives import largest
+from compiled_loss.engine.math import row_losses
+from compiled_loss.engine.math.problem import Head, Labels
 from compiled_loss.engine.math.statistics import (
     Classes,
-    Coefficients,
     State,
-    combine,
     depends_on,
     finish,
     statistics_dtype,
@@ -31,61 +31,6 @@ from compiled_loss.engine.math.statistics import (
 from compiled_loss.engine.operators import unpack
 
 Output = tuple[Tensor, ...]
-
-
-class Head(NamedTuple):
-    """What turns raw = h @ w.T + bias into z: outer * tanh(inner * raw) with a softcap, else outer * raw, or raw.
-
-    bias and class_weights are [V]. `scales` are (inner, outer), [2], or outer, []: a tensor, for numbers kernels would
-    be compiled again. `start`, the chunk's first column, is [1].
-    """
-
-    bias: Tensor | None
-    class_weights: Tensor | None
-    scales: Tensor | None
-    start: Tensor | None = None
-
-    def packed(self) -> Head:
-        """The vectors in one tensor where there are two: NOTE [Few reads]."""
-        if self.bias is None or self.class_weights is None:
-            return self
-        dtype = torch.promote_types(self.bias.dtype, self.class_weights.dtype)
-        both = torch.stack((self.bias.to(dtype), self.class_weights.to(dtype)))
-        return self._replace(bias=both, class_weights=None)
-
-    def unpacked(self) -> Head:
-        """What was packed, or was not."""
-        if self.bias is None or self.bias.dim() == 1:
-            return self
-        bias, class_weights = self.bias.unbind()
-        return self._replace(bias=bias, class_weights=class_weights)
-
-
-class Labels(NamedTuple):
-    """The first operand of every body."""
-
-    labels: Tensor  # [rows]
-
-
-class Problem(NamedTuple):
-    """Logits that nobody holds: N tokens' hidden states, a head of V classes, and labels."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None
-    class_weights: Tensor | None
-    scales: Tensor | None
-    labels: Tensor  # [N], counted from the first of the classes
-
-    @staticmethod
-    def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor) -> Problem:
-        """With these parts."""
-        return Problem(hidden, weight, *head[:3], labels)
-
-    @property
-    def head(self) -> Head:
-        """The head but for its weight."""
-        return Head(self.bias, self.class_weights, self.scales)
 
 
 class Upstream(NamedTuple):
@@ -220,42 +165,43 @@ def fold_and_gradient(
     logits: Tensor,
     *operands: Tensor | None,
     classes: Classes,
+    loss: str,
     statistics: bool = False,
     entropy: bool = False,
     group: str | None = None,
 ) -> Output:
-    """Both, for rows whole or over a group: (labels, *Head, *Coefficients) -> (d, loss, row, ...).
+    """Both, for rows whole or over a group: (labels, *Head, *numbers, *inputs) -> (d, loss, *d_inputs, ...).
 
-    `loss` is `combine` of the statistics and d the gradient of its sum, which is known from the coefficients but for
-    lse's. `row` is returned for NOTE [Few reads] alone. With `statistics`, `RowStatistics` follow; with `entropy` they
-    have it.
+    `loss` names a row loss, of those numbers and inputs; d is the gradient of the sum of the losses. With `statistics`,
+    `RowStatistics` follow; with `entropy` they have it. What comes last is returned for NOTE [Few reads] alone.
     """
-    (labels,), head, coefficients, _ = unpack(operands, Labels, Head, Coefficients)
-    head = head.unpacked()
+    (labels,), head, rest = unpack(operands, Labels, Head)
+    head, of = head.unpacked(), row_losses.of(loss)
     biased = _biased(logits, head)
     z, slope = _scaled(biased, head)
     # A softcap keeps the order, so a row's largest is found before it: a tanh less for each logit. Not where statistics
     # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
-    maximum = largest(z) if statistics else _scaled(largest(biased), head)[0]
+    exact = statistics or of.computed
+    maximum = largest(z) if exact else _scaled(largest(biased), head)[0]
     maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
     softcap = head.scales is not None and head.scales.dim() > 0
     if softcap:
         maximum = _by_row(maximum)
     is_target = _is_target(z, labels, head)
-    state = _seen(z, is_target, head, maximum, total=coefficients.total is not None, entropy=entropy).all_reduced(group)
+    state = _seen(z, is_target, head, maximum, total=of.with_total, entropy=entropy or of.with_entropy)
+    state = state.all_reduced(group)
     known = finish(state)
-    row = nll = coefficients.label_weight(labels, classes, z.dtype)
-    if coefficients.lse is not None:
-        row = row + coefficients.lse
-    if coefficients.square is not None:
-        row = row + 2 * coefficients.square * known.lse
-    upstream = Upstream(depends_on(row, *state) / state.sum_exp, nll, coefficients.total, None)
+    found = of.evaluate(known, labels, classes, rest[: of.numbers], rest[of.numbers :])
+    upstream = Upstream.of(state, *found.gradients)
+    upstream = upstream._replace(row=depends_on(upstream.row, *state))
     d = _gradient(z, slope, classes.active(labels), is_target, head, state.maximum, upstream).to(logits.dtype)
-    found = (d, _by_row(combine(known, coefficients, labels, classes)), upstream.row)
+    returned = [d, _by_row(found.loss), *found.d_inputs]
     if statistics:
-        return *found, *known.present()
-    # With a softcap the maximum is no number that was read: NOTE [Few reads]. A group's is written out as it is.
-    return (*found, maximum) if softcap and group is None else found
+        returned += (known if entropy else known._replace(entropy=None)).present()
+    returned += [v for v in upstream if v is not None] if of.computed else [upstream.row]
+    if softcap and group is None:  # then the maximum is no number that was read; a group's is written out as it is
+        returned.append(maximum)
+    return tuple(returned)
 
 
 def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:

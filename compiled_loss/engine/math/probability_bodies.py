@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.math.bodies import Head, Labels, Output, transformed
+from compiled_loss.engine.math.bodies import Output, transformed
 from compiled_loss.engine.math.divergences import Compared, Pair, row
+from compiled_loss.engine.math.problem import Head, Labels
 from compiled_loss.engine.operators import unpack
 
 _SCALARS = Pair(None, None)  # they are the head's

@@ -126,6 +126,23 @@ class RowStatistics(NamedTuple):
         return RowStatistics(change(self.nll), change(self.lse), total, entropy, change(self.correct))
 
 
+class TokenStatistics(NamedTuple):
+    """Statistics of each token, shaped like the labels; 0 and False where ignored.
+
+    `logprob`: log softmax(z)[label], fp32 (fp64 for fp64 inputs), at most 0.
+    `logsumexp`: log sum exp(z).
+    `entropy`: of softmax(z), from 0 to log V.
+    `correct`: bool, whether the label's logit equals the largest one. Ties count, so it depends on no order of columns.
+    `mean_logit`: sum(z) / V; None but where a loss of the user's own is given it.
+    """
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    correct: Tensor
+    mean_logit: Tensor | None = None
+
+
 class Coefficients(NamedTuple):
     """A loss as data: nll * stats.nll + lse * stats.lse + total * stats.total + square * stats.lse**2, summed.
 
@@ -140,6 +157,10 @@ class Coefficients(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
         """Each coefficient changed; what is None stays None."""
         return Coefficients(*[None if v is None else change(v) for v in self])
+
+    def present(self) -> list[Tensor]:
+        """Those that there are."""
+        return [v for v in self if v is not None]
 
     def label_weight(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor:
         """The coefficient of nll."""

@@ -1,0 +1,112 @@
+"""The errors of a loss that a user writes: what it was given, what it did, what it returned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss.checks import arguments, numbers
+
+_MEANT = (
+    "token_loss: expected a function (statistics [C], *inputs [C, ...]) -> [C] of torch operations on its arguments"
+)
+
+
+def function(value: object) -> None:
+    """Raise unless it can be called."""
+    if not callable(value):
+        raise TypeError(f"{_MEANT}, got {type(value).__name__}")
+
+
+def given(name: str, value: Any) -> None:
+    """Raise unless an input is a tensor, or a number without gradient."""
+    if isinstance(value, Tensor):
+        arguments.tensor(name, value)
+    if not isinstance(value, Tensor) or not value.dim():
+        numbers.number(name, value, " or a Tensor [..., C]")
+
+
+def of_tokens(name: str, value: Tensor, own: torch.Size, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless an input, of which the rank has `own`, has a value for each token of [...]."""
+    if value.dtype.is_complex:
+        raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
+    if arguments.differ(own[: len(shape)], shape):
+        raise ValueError(
+            f"{name}: expected {arguments.sizes(shape)} first, a value for each token, got {arguments.sizes(own)}"
+        )
+    arguments.same_device(name, value, device)
+
+
+def result(value: Any, shape: torch.Size) -> None:
+    """Raise unless it is a loss a row."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{_MEANT}; it returned {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"{_MEANT}; it returned {value.dtype}")
+    if value.dim() != 1 or value.shape != shape:
+        sizes = ", ".join([str(n) if isinstance(n, int) else "C" for n in value.shape])
+        raise ValueError(
+            f"{_MEANT}; it returned [{sizes}]. Return one value for each token and leave the mean or sum to `reduction`"
+        )
+
+
+def closes_over() -> None:
+    """Raise: under torch.compile the token strategy takes only functions that close over nothing."""
+    raise ValueError(
+        "strategy: expected 'vocab' or 'auto', got 'tokens', which under torch.compile takes a token_loss that is a "
+        "plain function without closure, defaults or global numbers. Give what it closes over as inputs: "
+        "linear_token_loss(..., token_loss, tensor, number)"
+    )
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Say what a function may do where it cannot be traced."""
+    try:
+        yield
+    except AssertionError as error:
+        if "FakeTensor" not in str(error):
+            raise
+        raise ValueError(
+            f"{_MEANT}; it reads a tensor that is none of them. Give that tensor as an input: "
+            "linear_token_loss(..., token_loss, tensor)"
+        ) from error
+    except Exception as error:
+        if str(error).startswith(_MEANT):
+            raise
+        line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{_MEANT}; it could not be traced: {type(error).__name__}: {line}. It must not branch on values, read "
+            "them with .item(), or write to its arguments: use torch.where, and give numbers that change as inputs"
+        ) from error
+
+
+def traced_operators(graph: torch.fx.GraphModule) -> None:
+    """Raise unless the function's operators give the same in every call, of its arguments alone."""
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            raise ValueError(
+                f"{_MEANT}; it makes a tensor of numbers. Write the numbers themselves, or give the tensor as an input"
+            )
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        called = node.target._schema.name.removeprefix("aten::")
+        if node.target._schema.is_mutable:
+            raise ValueError(f"{_MEANT}; it calls {called}, which writes in place. Use {called.rstrip('_')} instead")
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise ValueError(f"{_MEANT}; it calls {called}, which is random. Give the random numbers as an input")
+        if called in ("_local_scalar_dense", "item"):
+            raise ValueError(f"{_MEANT}; it reads a value with .item(). Compute with the tensor instead")
+
+
+def own_row(together: Tensor, alone: Tensor) -> None:
+    """Raise unless a row's loss is the same without the other rows."""
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"{_MEANT}; a token's loss depends on other tokens, of which a chunk has only some. Compute what "
+            "belongs to all of them, such as a mean, before, and give it as an input"
+        )

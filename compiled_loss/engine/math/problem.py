@@ -1,0 +1,66 @@
+"""What a body is given: a head, its labels, and the problem that both are a part of.
+
+N tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """What turns raw = h @ w.T + bias into z: outer * tanh(inner * raw) with a softcap, else outer * raw, or raw.
+
+    bias and class_weights are [V]. `scales` are (inner, outer), [2], or outer, []: a tensor, for numbers kernels would
+    be compiled again. `start`, the chunk's first column, is [1].
+    """
+
+    bias: Tensor | None
+    class_weights: Tensor | None
+    scales: Tensor | None
+    start: Tensor | None = None
+
+    def packed(self) -> Head:
+        """The vectors in one tensor where there are two: NOTE [Few reads]."""
+        if self.bias is None or self.class_weights is None:
+            return self
+        dtype = torch.promote_types(self.bias.dtype, self.class_weights.dtype)
+        both = torch.stack((self.bias.to(dtype), self.class_weights.to(dtype)))
+        return self._replace(bias=both, class_weights=None)
+
+    def unpacked(self) -> Head:
+        """What was packed, or was not."""
+        if self.bias is None or self.bias.dim() == 1:
+            return self
+        bias, class_weights = self.bias.unbind()
+        return self._replace(bias=bias, class_weights=class_weights)
+
+
+class Labels(NamedTuple):
+    """The first operand of every body."""
+
+    labels: Tensor  # [rows]
+
+
+class Problem(NamedTuple):
+    """Logits that nobody holds: N tokens' hidden states, a head of V classes, and labels."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    class_weights: Tensor | None
+    scales: Tensor | None
+    labels: Tensor  # [N], counted from the first of the classes
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor) -> Problem:
+        """With these parts."""
+        return Problem(hidden, weight, *head[:3], labels)
+
+    @property
+    def head(self) -> Head:
+        """The head but for its weight."""
+        return Head(self.bias, self.class_weights, self.scales)

@@ -1,0 +1,131 @@
+"""Losses of rows: functions of their statistics and of inputs, with their gradients, under names that operators take.
+
+NOTE [Row losses]
+A body needs a row's loss and what its gradient is while the row's logits are alive. So it is given the name of a
+`RowLoss`, a string: an operator takes no function, and a compiled caller is compiled again only for another name. The
+name of the library's own cross-entropy says which of its coefficients there are. A user's function is traced, once for
+each set of numbers that it closes over; its name is a digest of what was traced, so that two functions that compute the
+same share kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from compiled_loss.engine.math.statistics import Classes, Coefficients, RowStatistics, combine
+
+
+class RowGradients(NamedTuple):
+    """Of a row's loss with respect to its statistics, [rows] each; None for 0."""
+
+    d_nll: Tensor
+    d_lse: Tensor | None
+    d_total: Tensor | None
+    d_entropy: Tensor | None
+
+
+class Evaluated(NamedTuple):
+    """The losses of rows, 0 where a row does not count, and their gradients."""
+
+    loss: Tensor  # [rows]
+    gradients: RowGradients
+    d_inputs: tuple[Tensor, ...]  # of the inputs that want one, 0 where a row does not count
+
+
+class RowLoss(NamedTuple):
+    """A loss of rows.
+
+    `evaluate` takes the statistics, labels, `Classes`, numbers ([] tensors) and inputs ([rows, ...] tensors).
+    """
+
+    evaluate: Callable[[RowStatistics, Tensor, Classes, Sequence[Tensor], Sequence[Tensor]], Evaluated]
+    with_total: bool
+    with_entropy: bool
+    numbers: int
+    linear: int  # so many inputs, the first ones, in which it is linear
+    wanted: tuple[int, ...]  # the inputs that want a gradient
+    computed: bool  # whether its gradients are more than operands: bodies.py, NOTE [Few reads]
+
+
+class Named(NamedTuple):
+    """A `RowLoss` by its name, with what autograd has to know of it."""
+
+    name: str
+    numbers: int
+    wanted: tuple[int, ...]
+
+
+_FOUND: dict[str, RowLoss] = {}
+
+
+def define(name: str, loss: RowLoss) -> None:
+    """Give a loss its name."""
+    _FOUND[name] = loss
+
+
+def of(name: str) -> RowLoss:
+    """The loss of that name."""
+    kind, _, coefficients = name.partition(":")
+    return _cross_entropy(coefficients) if kind == "cross_entropy" else _FOUND[name]
+
+
+def cross_entropy(coefficients: Coefficients, *, gradients: bool) -> Named:
+    """`combine` with these coefficients; its inputs are those that there are."""
+    name = "cross_entropy:"
+    for value in coefficients:
+        name += "-" if value is None else "d" if gradients and value.requires_grad else "c"
+    return Named(name, 0, _wanted(name.partition(":")[2]))
+
+
+def _wanted(coefficients: str) -> tuple[int, ...]:
+    return tuple([i for i, kind in enumerate(coefficients.replace("-", "")) if kind == "d"])
+
+
+def user_name(digest: str, *, total: bool, entropy: bool) -> str:
+    """The name of a user's loss, which says what `uses` tells."""
+    return f"user{' total' * total}{' entropy' * entropy}:{digest}"
+
+
+def uses(loss: Named) -> tuple[bool, bool]:
+    """Whether a user's loss looks at the logits' total and at the entropy."""
+    kind, _, _ = loss.name.partition(":")
+    return " total" in kind, " entropy" in kind
+
+
+@functools.cache
+def _cross_entropy(coefficients: str) -> RowLoss:
+    there = [kind != "-" for kind in coefficients]
+    wants = [kind == "d" for kind in coefficients]
+
+    def evaluate(
+        known: RowStatistics, labels: Tensor, classes: Classes, _numbers: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Evaluated:
+        left = list(inputs)
+        by = Coefficients(*[left.pop(0) if one else None for one in there])
+        lse = by.lse
+        if by.square is not None:
+            of_square = 2 * by.square * known.lse
+            lse = of_square if lse is None else lse + of_square
+        gradients = RowGradients(by.label_weight(labels, classes, known.nll.dtype), lse, by.total, None)
+        values = (known.nll, known.lse, known.total, known.lse.square())
+        d_inputs = [_of_rows(v, labels, classes) for v, wanted in zip(values, wants, strict=True) if wanted]
+        return Evaluated(combine(known, by, labels, classes), gradients, tuple(d_inputs))
+
+    return RowLoss(
+        evaluate,
+        with_total=there[2],
+        with_entropy=False,
+        numbers=0,
+        linear=sum(there),
+        wanted=_wanted(coefficients),
+        computed=False,
+    )
+
+
+def _of_rows(value: Tensor | None, labels: Tensor, classes: Classes) -> Tensor:
+    assert value is not None
+    return value.masked_fill(labels == classes.ignored, 0.0)

@@ -1,0 +1,108 @@
+"""A loss of the user's own on a linear head, in chunks.
+
+N tokens (any leading shape), H width, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.linear import linear_call
+from compiled_loss.distributed.vocab_shard import VocabShard
+from compiled_loss.planner.chunking import Chunking
+
+
+def linear_token_loss(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    token_loss: Callable[..., Tensor],
+    *inputs: Tensor | float,  # [..., *]
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
+    chunking: Chunking = Chunking(),
+) -> Tensor:
+    r"""The reduction of `token_loss(statistics, *inputs)` over tokens, without ever holding the logits.
+
+    The statistics are those of z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature. The
+    gradient of the loss is formed while a chunk's logits are there, by the derivative of `token_loss`.
+
+    Args:
+        hidden: hidden states [..., H]; fp32, bf16, fp16 or fp64.
+        weight: the head's weight [V, H], in the dtype of `hidden`; under autocast both are cast, once.
+        labels: [...], int64, from 0 to V - 1 or `ignore_index`.
+        token_loss: a function of :class:`TokenStatistics`, [C] each, and of `inputs`, [C, ...] each, that returns the
+            losses [C], in nats or whatever it likes. It is traced once and differentiated; so it is made of torch
+            operations on its arguments, does not branch on their values, and a token's loss depends on that token
+            alone. What it does not look at is not computed.
+        inputs: what else it is given: tensors [..., *] with a value for each token of `hidden`, in any dtype, or
+            numbers, Python's or tensors [] without gradient. Per-token inputs may want gradients. They belong to the
+            places of `hidden`, as statistics do, also where `shift` is not 0.
+        bias: added to the logits [V], any floating dtype.
+        mask, token_weights, ignore_index, softcap, logit_scale, temperature, shift, reduction, num_label_tokens: see
+            :func:`cross_entropy`. "mean" divides by the sum of the tokens' weights.
+        vocab_shard: see :func:`linear_cross_entropy`.
+        chunking: see :class:`Chunking`. Under torch.compile the token strategy takes functions that close over nothing;
+            for others, and for `reduction="none"` with a gradient, "auto" takes the vocab strategy.
+
+    Returns:
+        A scalar, or for "none" the shape of `labels`; fp32 (fp64 for fp64 inputs).
+
+    Memory:
+        As :func:`linear_cross_entropy`. Under functorch transforms the logits are held.
+
+    Raises:
+        ValueError: a shape, device, number or name is off; `token_loss` cannot be traced, writes to its arguments, is
+            random, reads a tensor that is not an argument, returns another shape or mixes tokens; `strategy="tokens"`
+            with what only the other can do; or, in eager CPU code, a label is out of range; elsewhere its token's loss
+            and gradients are NaN.
+        TypeError: a dtype is off, or `token_loss` cannot be called.
+        RuntimeError: a second derivative is asked for, outside functorch transforms.
+
+    Example:
+        A clipped policy gradient:
+
+        >>> import torch
+        >>> from compiled_loss import linear_token_loss
+        >>> def clipped(statistics, old_logprob, advantage, clip):
+        ...     ratio = (statistics.logprob - old_logprob).exp()
+        ...     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+        >>> hidden = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> old_logprob, advantage = torch.tensor([-0.2, -1.6]), torch.tensor([1.0, -0.5])
+        >>> loss = linear_token_loss(hidden, weight, torch.tensor([0, 2]), clipped, old_logprob, advantage, 0.2)
+        >>> loss.backward()
+        >>> loss.detach(), hidden.grad
+        (tensor(-0.2201), tensor([[-0.1025,  0.0512],
+                [-0.0556, -0.1512]]))
+
+    """
+    keywords = Keywords(
+        bias=bias,
+        mask=mask,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        shift=shift,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
+        token_loss=token_loss,
+        inputs=inputs,
+    )
+    return linear_call(hidden, weight, labels, keywords).loss()
