@@ -6,6 +6,9 @@ in fp32, or fp64 for fp64 inputs. Arguments are those of the functions of the sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -168,6 +171,57 @@ def linear_token_statistics(
     """`token_statistics` of the head's logits."""
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     return token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: Callable[..., Tensor],
+    *inputs: Tensor | float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """`token_loss` of the tokens' statistics, the rows of `inputs` beside them, weighted like cross-entropy."""
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
+    more = {"mask": mask, "ignore_index": ignore_index, "shift": shift}
+    statistics = token_statistics(z, labels, **more)  # type: ignore[arg-type]
+    flat = [v.reshape(-1) for v in (*statistics, z.mean(-1))]
+    rows = [v.flatten(0, labels.dim() - 1) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
+    losses = token_loss(Statistics(*flat), *rows).reshape(labels.shape)
+    counts = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
+    for factor in (mask, token_weights):
+        if factor is not None:
+            counts = counts * factor.to(z.dtype).expand(labels.shape)
+    valid = (labels != ignore_index) & (True if mask is None else (mask != 0).expand(labels.shape))
+    valid, counts = aligned(valid, shift, False), aligned(counts, shift, 0.0)
+    counts = torch.where(valid, counts, 0.0)
+    losses = torch.where(valid, losses * counts, 0.0)
+    if reduction == "none":
+        return losses
+    if reduction == "mean":
+        return _ratio(losses.sum(), counts.sum())
+    if num_label_tokens is None:
+        return losses.sum()
+    return _ratio(losses.sum(), torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
+
+
+class Statistics(NamedTuple):
+    """What a `token_loss` is given of each token."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    correct: Tensor
+    mean_logit: Tensor
 
 
 def distillation(

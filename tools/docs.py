@@ -22,7 +22,9 @@ PAGES = (ROOT, *(f"{ROOT}.{name}" for name in ("nn", "huggingface", "testing", "
 GROUPS = {  # of what is imported from the root, by the module that defines it, in the order of its page
     "Losses": (
         "functional.cross_entropy",
+        "engine.math.statistics",
         "functional.statistics",
+        "functional.token_loss",
         "compat.masked_cross_entropy",
         "functional.distillation",
         "functional.soft_cross_entropy",

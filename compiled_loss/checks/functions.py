@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,12 +96,27 @@ def traced_operators(graph: torch.fx.GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         called = node.target._schema.name.removeprefix("aten::")
-        if node.target._schema.is_mutable:
-            raise ValueError(f"{_MEANT}; it calls {called}, which writes in place. Use {called.rstrip('_')} instead")
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise ValueError(f"{_MEANT}; it calls {called}, which is random. Give the random numbers as an input")
+        if node.target._schema.is_mutable:
+            raise ValueError(f"{_MEANT}; it calls {called}, which writes in place. Use {called.rstrip('_')} instead")
         if called in ("_local_scalar_dense", "item"):
-            raise ValueError(f"{_MEANT}; it reads a value with .item(). Compute with the tensor instead")
+            raise ValueError(
+                f"{_MEANT}; it reads a value with .item(), or has torch do so, as clamp does of a number beside a "
+                "tensor. Compute with the tensor instead, and give clamp two tensors or two numbers"
+            )
+
+
+def traced_often(function: Any, times: int) -> None:
+    """Warn: what a function closes over changes from call to call."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    warnings.warn(
+        f"token_loss: {name} was traced {times} times, because it closes over values that change, or over objects that "
+        "cannot be compared. Each trace takes milliseconds, and compiled kernels are compiled again. Give such numbers "
+        "as inputs: linear_token_loss(..., token_loss, number)",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def own_row(together: Tensor, alone: Tensor) -> None:

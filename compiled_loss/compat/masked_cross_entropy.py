@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.functional.cross_entropy import cross_entropy_call
 
@@ -66,6 +66,7 @@ def masked_cross_entropy(
     """
     checks.flag("fp32_upcast", fp32_upcast)
     keywords = Keywords(
+        chunking=UNCHUNKED,
         mask=mask,
         mask_weighs=False,
         ignore_index=ignore_index,

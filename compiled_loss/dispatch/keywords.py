@@ -20,10 +20,13 @@ from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.transforms import traced
 from compiled_loss.planner.chunking import Chunking
 
+UNCHUNKED = Chunking()  # what losses of logits that exist pass
+
 
 class Keywords(NamedTuple):
     """What a loss was called with. A loss that lacks a keyword leaves it at the value that changes nothing."""
 
+    chunking: Chunking  # no default: of an object Dynamo 2.11 makes none
     bias: Tensor | None = None
     mask: Tensor | None = None
     token_weights: Tensor | None = None
@@ -38,7 +41,6 @@ class Keywords(NamedTuple):
     reduction: str = "sum"
     num_label_tokens: int | Tensor | None = None
     vocab_shard: VocabShard | None = None
-    chunking: Chunking = Chunking()
     compile: bool | Literal["auto"] = "auto"
     mask_weighs: bool = True  # or only tells which tokens count
     token_loss: Callable[..., Tensor] | None = None  # the user's own

@@ -5,8 +5,8 @@ C rows of a chunk. See engine/math/row_losses.py, NOTE [Row losses].
 NOTE [What a function closes over]
 Dynamo does not look into a function whose name is a constant of its graph, so nothing would tell it that a number the
 function closes over has changed. Under `torch.compile` only a function that closes over nothing which can change has a
-name: no closure, no default, no number, string or object among the globals it reads. Any other is left to Dynamo, in
-the vocab strategy. Eager code looks at the numbers in each call.
+name: no closure, no default, no number, string or object among the globals it reads; functions of the same kind it may
+call. Any other is left to Dynamo, in the vocab strategy. Eager code looks at the values in each call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,26 +77,37 @@ def _constant_name(
     weight_wants_gradient: bool,
 ) -> str:
     signature = Signature(tuple([Input(*one) for one in inputs]), dtype, device, weighted, weight_wants_gradient)
-    numbers = _numbers(function)
-    return "" if numbers is None or numbers else _name(function, signature)
+    closed_over = _closed_over(function)
+    if closed_over is None or not all([isinstance(one, _CODE) for one in closed_over]):
+        return ""
+    return _name(function, signature)
 
 
+_CODE = (types.CodeType, types.BuiltinFunctionType, type)
+_VALUES = (bool, int, float, str, torch.dtype, types.NoneType)
+_OF_MODULES = frozenset(vars(torch.nn.Module()))  # what torch keeps in one
 _NAMES: dict[tuple[Any, ...], str] = {}
+_TRACES: Counter[object] = Counter()  # of each function's code
+_MANY = 8  # traces of one function, from which on somebody should hear of it
 
 
 def _name(function: Callable[..., Tensor], signature: Signature) -> str:
-    numbers = _numbers(function)
-    if numbers is None:
-        return _traced(function, signature)
-    key = (getattr(function, "__code__", function), tuple(numbers), signature)
-    found = _NAMES.get(key)
+    closed_over = _closed_over(function)
+    key = None if closed_over is None else (*closed_over, signature)
+    found = None if key is None else _NAMES.get(key)
     if found is None:
-        found = _NAMES[key] = _traced(function, signature)
+        code = getattr(function, "__code__", type(function))
+        _TRACES[code, signature] += 1
+        if _TRACES[code, signature] == _MANY:
+            checks.traced_often(function, _MANY)
+        found = _traced(function, signature)
+        if key is not None:
+            _NAMES[key] = found
     return found
 
 
-def _numbers(function: Any) -> list[Any] | None:
-    """Whatever a function closes over that can change, with the code that does; None where that cannot be told."""
+def _closed_over(function: Any) -> list[Any] | None:
+    """The code of a function and of those it calls, and the values they close over; None if some cannot be told."""
     found: list[Any] = []
     return found if _collect(function, found, set()) else None
 
@@ -104,12 +116,12 @@ def _collect(value: Any, found: list[Any], seen: set[int]) -> bool:
     if id(value) in seen:
         return True
     seen.add(id(value))
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+    if isinstance(value, _VALUES):
         found.append((type(value), value))
         return True
+    if isinstance(value, (types.FunctionType, *_CODE)):
+        found.append(getattr(value, "__code__", value))
     parts = _parts(value)
-    if len(seen) > 1 and isinstance(value, (types.FunctionType, functools.partial)):
-        found.append(getattr(value, "__code__", "partial"))
     return parts is not None and all([_collect(part, found, seen) for part in parts])
 
 
@@ -117,18 +129,21 @@ def _parts(value: Any) -> list[Any] | None:
     """What a value is made of, as far as a loss may use it; None where that cannot be told."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *[part for pair in sorted(value.keywords.items()) for part in pair]]
+    if isinstance(value, torch.nn.Module):
+        own = [part for name, part in vars(value).items() if name not in _OF_MODULES]
+        return [type(value).forward, value.training, *own, *value.children()]
     if isinstance(value, types.FunctionType) and not _is_fixed(value.__module__):
         cells = [_content(cell) for cell in value.__closure__ or ()]
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         return [*cells, *defaults, *[value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__]]
-    if isinstance(value, types.ModuleType):
-        return [] if _is_fixed(value.__name__) else None
-    return [] if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) else None
+    if isinstance(value, (types.ModuleType, type)):
+        return [] if _is_fixed(getattr(value, "__module__", value.__name__)) else None
+    return [] if isinstance(value, (types.FunctionType, *_CODE)) else None
 
 
 def _is_fixed(module: str) -> bool:
     """Whether nobody changes what is in a module."""
-    return module.partition(".")[0] in ("torch", "math", "compiled_loss")
+    return module.partition(".")[0] in ("builtins", "torch", "math", "compiled_loss")
 
 
 def _content(cell: Any) -> Any:
@@ -145,7 +160,10 @@ def _names(code: types.CodeType) -> list[str]:
 
 
 def _traced(function: Callable[..., Tensor], signature: Signature) -> str:
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(signature.device), _outside_of_fakes():
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    # Nothing of what happens here is the caller's: no mode sees it.
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(signature.device), _disable_current_modes():
         graph, uses = _loss_of(function, signature)
         _check_rows(graph, signature)
         gradients = _with_gradients(function, signature, uses)
@@ -153,12 +171,6 @@ def _traced(function: Callable[..., Tensor], signature: Signature) -> str:
     found = row_losses.user_name(hashlib.sha256(text.encode()).hexdigest()[:16], total=uses[4], entropy=uses[2])
     row_losses.define(found, _row_loss(gradients, uses, signature))
     return found
-
-
-def _outside_of_fakes() -> Any:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    return unset_fake_temporarily()
 
 
 def _loss_of(function: Callable[..., Tensor], signature: Signature) -> tuple[torch.fx.GraphModule, list[bool]]:
@@ -227,12 +239,12 @@ def _graph(function: Callable[..., Any], signature: Signature, *, weight: bool) 
 
 def _check_rows(graph: torch.fx.GraphModule, signature: Signature) -> None:
     """Raise unless each row's loss is its own: the same with the other rows as without them."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
 
     def example(dtype: torch.dtype, *shape: int) -> Tensor:
         if dtype.is_floating_point:
-            return 0.1 + 0.8 * torch.rand(shape, generator=random, dtype=torch.float64).to(dtype)
-        return torch.randint(0, 2, shape, generator=random).to(dtype)
+            return (0.1 + 0.8 * torch.rand(shape, generator=random, dtype=torch.float64, device="cpu")).to(dtype)
+        return torch.randint(0, 2, shape, generator=random, device="cpu").to(dtype)
 
     statistics = [example(torch.bool if k == "correct" else signature.dtype, _ROWS) for k in TokenStatistics._fields]
     statistics[0] = -statistics[0]

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from compiled_loss import checks
-from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.dispatch.probabilities import probability_cross_entropy
@@ -116,6 +116,7 @@ def cross_entropy(
 
     """
     keywords = Keywords(
+        chunking=UNCHUNKED,
         mask=mask,
         token_weights=token_weights,
         class_weights=class_weights,

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.dispatch import distillation as dispatch
-from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.planner.chunking import Chunking
 
@@ -134,6 +134,7 @@ def distillation(
     checks.targets.kept_for_callers(fp32_upcast, chunk_size)
     options = dispatch.Options(divergence, jsd_weight, hard_label_weight, teacher_softcap, teacher_logit_scale)
     keywords = Keywords(
+        chunking=UNCHUNKED,
         mask=mask,
         token_weights=token_weights,
         ignore_index=ignore_index,

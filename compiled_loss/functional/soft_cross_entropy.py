@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiled_loss.dispatch import soft_cross_entropy as dispatch
 from compiled_loss.dispatch.distillation import Head
-from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.planner.chunking import Chunking
 
@@ -81,6 +81,7 @@ def masked_soft_cross_entropy(
 
     """
     keywords = Keywords(
+        chunking=UNCHUNKED,
         token_weights=token_weights,
         softcap=softcap,
         logit_scale=logit_scale,

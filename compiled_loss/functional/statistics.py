@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from compiled_loss import reduction
-from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.distributed.vocab_shard import VocabShard
@@ -84,6 +84,7 @@ def token_statistics(
 
     """
     keywords = Keywords(
+        chunking=UNCHUNKED,
         mask=mask,
         ignore_index=ignore_index,
         softcap=softcap,

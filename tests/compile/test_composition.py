@@ -172,10 +172,13 @@ def test_inside_nested_compile_region(strategy):
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 def test_forward_ad_dual_tensor_is_an_error_compiled(strategy):
-    """An operator has none, and would give zero in silence; also where the loss was compiled without one before."""
+    """An operator has none, and would give zero in silence; also where the loss was compiled without one before.
+
+    torch 2.15 refuses dual tensors itself.
+    """
     hidden, weight, labels, _ = (v.detach() for v in head_inputs(13, 7, 29))
     loss = functools.partial(linear_cross_entropy, chunking=cases.CHUNKINGS[strategy])
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     compiled(hidden, weight, labels)
-    with forward_ad.dual_level(), pytest.raises(Exception, match="expected a Tensor without a tangent"):
+    with forward_ad.dual_level(), pytest.raises(Exception, match=r"expected a Tensor without a tangent|dual tensor"):
         compiled(forward_ad.make_dual(hidden, torch.ones_like(hidden)), weight, labels)

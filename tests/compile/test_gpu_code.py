@@ -40,7 +40,18 @@ for (_model, _name), _case in CASES.items():  # one GPU; a slow test assembles f
 CI = {
     *(("8B", f"{form}, {kind}") for form in ("tokens", "vocab", "logits") for kind in ("plain", "everything")),
     *(("8B", f"tokens, {kind}") for kind in ("bias", "softcap", "smoothing", "z-loss", "class weights", "mask")),
-    *(("8B", name) for name in ("tokens, statistics", "vocab, none", "teacher, jsd", "logits, jsd", "logits, soft")),
+    *(
+        ("8B", name)
+        for name in (
+            "tokens, statistics",
+            "tokens, policy",
+            "tokens, user's everything",
+            "vocab, none",
+            "teacher, jsd",
+            "logits, jsd",
+            "logits, soft",
+        )
+    ),
     ("8B", "top, forward_kl"),
     ("N < H", "tokens, plain"),
 }
@@ -70,7 +81,8 @@ def test_memory_graphs_and_operations(inspected, model, name):
 
     assert_single_graph(found)
     assert not [x for p in found.passes for x in p.launches if x.kind in ("sync", "transfer", "collective")]
-    if (model, name) == ("8B", "teacher, jsd"):  # a defect to repair: it did not spill before heads had options
+    spills = torch.__version__.startswith("2.13.") and (model, name) == ("8B", "teacher, jsd")
+    if spills:  # a defect to repair: it did not before heads had options
         with pytest.raises(AssertionError, match="spills 16 bytes a thread"):
             assert_assembles(found, case.options["assemble"])
     else:

@@ -81,7 +81,8 @@ def run(folder, *command, options=("--steps", "2"), limit=300):
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    assert not process.stderr
+    noise = "No CUDA runtime is found"  # torch built for CUDA, where there is a toolkit and no GPU
+    assert not [line for line in process.stderr.splitlines() if noise not in line]
     return process.stdout
 
 

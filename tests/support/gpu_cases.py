@@ -89,6 +89,36 @@ def with_bias(function, hidden, weight, labels, bias, **options):
     return function(hidden, weight, labels, bias=bias, **options)
 
 
+def clipped(statistics, old_logprob, advantage, low, high):
+    """A clipped policy gradient."""
+    ratio = (statistics.logprob - old_logprob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def clipped_with_entropy(statistics, old_logprob, advantage, low, high):
+    """The same with a bonus."""
+    return clipped(statistics, old_logprob, advantage, low, high) - 0.01 * statistics.entropy
+
+
+def of_everything(statistics, old_logprob, advantage, low, high):
+    """Whatever a loss can look at."""
+    losses = clipped_with_entropy(statistics, old_logprob, advantage, low, high)
+    return losses + 1e-4 * statistics.logsumexp.square() - 0.1 * statistics.mean_logit * statistics.correct
+
+
+def user_loss(token_loss, hidden, weight, labels, old_logprob, advantage, token_weights, **options):
+    call = functools.partial(compiled_loss.linear_token_loss, token_weights=token_weights, **options)
+    return call(hidden, weight, labels, token_loss, old_logprob, advantage, 0.2, 0.3)
+
+
+def of_user(strategy, shape, token_loss, **options):
+    """A user's loss, with weights and two inputs a token, whose advantages want a gradient."""
+    case = linear(strategy, shape, **options)
+    rows = f"fp32[{shape[0]}]"
+    call = functools.partial(user_loss, token_loss, **case.call.keywords)
+    return replace(case, call=call, inputs=(*case.inputs, rows, f"{rows}:grad", rows))
+
+
 def on_logits(shape, *, grad=True, **options):
     tokens, _, vocab = shape
     inputs = (f"bf16[{tokens},{vocab}]" + (":grad" if grad else ""), f"int64[{tokens}]:0..{vocab - 1}")
@@ -185,6 +215,9 @@ def cases(shape):
     found["tokens, statistics"] = linear("tokens", shape, function="linear_token_statistics", grad="")
     found["vocab, statistics"] = linear("vocab", shape, function="linear_token_statistics")
     found["vocab, none"] = linear("vocab", shape, reduction="none")
+    for strategy in ("tokens", "vocab"):
+        found[f"{strategy}, policy"] = of_user(strategy, shape, clipped_with_entropy)
+    found["tokens, user's everything"] = of_user("tokens", shape, of_everything, softcap=30.0)
     everything = {k: v for k, v in keywords(tokens, vocab)["everything"].items() if k != "bias"}
     found["logits, plain"] = on_logits(shape)
     found["logits, none"] = on_logits(shape, reduction="none")
