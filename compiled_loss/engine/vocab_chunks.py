@@ -52,7 +52,7 @@ class _Sought(NamedTuple):
         """Of the logits."""
         nll, lse, total, square, entropy, g, factor = self
         if square is not None:  # of lse squared
-            square = 2 * square * (state.maximum + state.sum_exp.log())
+            square = 2 * square * finish(state).lse
             lse = square if lse is None else lse + square
         if g is not None and factor is not None:
             nll = Coefficients(nll, None, None, None).label_weight(labels, classes, factor.dtype)

@@ -6,7 +6,7 @@ import torch
 from comparing import assert_accurate, in_fp64
 from torch.nn import functional as F
 
-from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, reference
+from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, reference
 from compiled_loss.engine import gemm
 from compiled_loss.testing import assert_within_error_budget, head_inputs
 
@@ -26,6 +26,61 @@ def test_linear_cross_entropy(dtype, chunks, strategy, confident):
     chunk = (TOKENS if strategy == "tokens" else VOCAB) // chunks
     fast = cases.linear(Chunking(strategy=strategy, chunk_size=chunk))
     assert_accurate(fast, unchunked, cases.truth(), inputs, name=f"{chunks} chunks")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("form", ["tokens", "vocab", "logits", "traced"])
+def test_a_loss_of_any_size_keeps_its_digits(form, compile):
+    """Of 1e-2 to 1e-35, with its gradients, to a few roundings: p is 1 in fp32 for most of them.
+
+    Logits are multiples of 1/8, which no GEMM rounds. An exponential, the sum of 49 and what is made of it take some
+    ten roundings each way.
+    """
+    margins = torch.tensor([5.0, 9.0, 17.0, 30.0, 45.0, 60.0, 75.0, 85.0])
+    weight = torch.arange(50 * 8).reshape(50, 8) % 5 / 8
+    weight[7] = margins
+    hidden, labels = torch.eye(8), torch.full((1,), 7)
+    chunking = Chunking(compile=compile)
+    if form in ("tokens", "vocab"):
+        chunking = Chunking(strategy=form, chunk_size=3, compile=compile)
+
+    def rows(hidden, weight):
+        if form == "logits":
+            return cross_entropy(hidden @ weight.t(), labels, reduction="sum", compile=compile)
+        return linear_cross_entropy(hidden, weight, labels, reduction="sum", chunking=chunking)
+
+    def truth(hidden, weight):
+        z = hidden @ weight.t()
+        others = torch.cat([z[:, :7], z[:, 8:]], 1) - z[:, 7:8]
+        return torch.log1p(others.exp().sum(1)).sum()
+
+    for i in range(8):  # one token at a time: a sum has the digits of its largest
+        mine, exact = hidden[i : i + 1], hidden[i : i + 1].double()
+        if form == "traced":
+            found = torch.func.grad_and_value(rows, argnums=(0, 1))(mine, weight)
+        else:
+            inputs = [v.clone().requires_grad_() for v in (mine, weight)]
+            loss = rows(*inputs)
+            found = torch.autograd.grad(loss, inputs), loss.detach()
+        expected = torch.func.grad_and_value(truth, argnums=(0, 1))(exact, weight.double())
+        for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+            assert (one.double() - other).norm() <= 20 * torch.finfo(torch.float32).eps * other.norm(), i
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_statistics_of_any_size_keep_their_digits(strategy):
+    margins = torch.tensor([5.0, 17.0, 45.0, 75.0])
+    weight = torch.arange(50 * 4).reshape(50, 4) % 5 / 8
+    weight[7] = margins
+    chunking = Chunking(strategy=strategy, chunk_size=3)
+    found = linear_token_statistics(torch.eye(4), weight, torch.full((4,), 7), chunking=chunking)
+    z = weight.t().double()
+    log_p = torch.cat([z[:, :7], z[:, 8:]], 1) - z[:, 7:8]
+    total = torch.log1p(log_p.exp().sum(1))
+    log_p = torch.cat([log_p - total.unsqueeze(1), -total.unsqueeze(1)], 1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    torch.testing.assert_close(found.logprob.double(), -total, rtol=20 * 2**-23, atol=0)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=20 * 2**-23, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

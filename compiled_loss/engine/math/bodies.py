@@ -34,19 +34,19 @@ Output = tuple[Tensor, ...]
 
 
 class Upstream(NamedTuple):
-    """What the gradient of a row's logits is made of: exp(z - m) (row - moment (z - m)) - onehot nll + c total.
+    """What a row's gradient is made of: exp(z - m) (row - moment (z - m)), at the label `target`, and c total.
 
     NOTE [Few reads]
     Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors, and then no
     longer writes the result over the logits: a second chunk. So what can be combined per row is combined before, and
     what can share a tensor does; and what is combined inside a body is also returned from it, or reads more than four
     tensors and is used twice, or Inductor does not write it out but reads its parts again for each logit. The gradient
-    reads eight with everything on: logits, [bias, class weights], scales, labels, maximum, row, nll,
+    reads eight with everything on: logits, [bias, class weights], scales, labels, maximum, row, target,
     total.
     """
 
     row: Tensor
-    nll: Tensor
+    target: Tensor
     total: Tensor | None
     moment: Tensor | None
 
@@ -59,20 +59,23 @@ class Upstream(NamedTuple):
         entropy: Tensor | None,
     ) -> Upstream:
         """From autograd's gradients of the rows' statistics, each of which may be missing."""
-        dtype = state.sum_exp.dtype
-        nll = torch.zeros_like(state.sum_exp) if nll is None else nll.to(dtype)
-        row = nll if lse is None else nll + lse
-        moment = None
+        softmax, dtype = state.softmax(), state.others.dtype
+        nll = torch.zeros_like(state.others) if nll is None else nll.to(dtype)
+        row, target, moment = nll, -nll * state.others, None
+        if lse is not None:
+            row, target = row + lse, target + lse * softmax.target
         if entropy is not None:
-            assert state.moment is not None
-            row = row + entropy * state.moment / state.sum_exp
-            moment = entropy / state.sum_exp
-        return Upstream(row / state.sum_exp, nll, None if total is None else total.to(dtype), moment)
+            assert softmax.moment is not None
+            row = row + entropy * softmax.moment
+            target = target + entropy * (softmax.moment - softmax.gap.clamp(min=-1e4)) * softmax.target
+            moment = entropy / softmax.total
+        total = None if total is None else total.to(dtype)
+        return Upstream(row / softmax.total, target / softmax.total, total, moment)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
         """Each changed; what is None stays None."""
         total, moment = (None if v is None else change(v) for v in (self.total, self.moment))
-        return Upstream(change(self.row), change(self.nll), total, moment)
+        return Upstream(change(self.row), change(self.target), total, moment)
 
 
 def _biased(logits: Tensor, head: Head) -> Tensor:
@@ -100,25 +103,25 @@ def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
 def _seen(z: Tensor, is_target: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
     """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
     shifted = z - maximum.unsqueeze(-1)
-    exp = shifted.exp()
+    others = torch.where(is_target, 0.0, shifted.exp())
     return State(
         maximum=maximum,
-        sum_exp=exp.sum(-1),
+        others=others.sum(-1),
         target_logit=torch.where(is_target, z, 0.0).sum(-1),
         total=(z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1) if total else None,
-        moment=(exp * shifted.clamp(min=-1e4)).sum(-1) if entropy else None,  # exp is 0 long before the clamp
+        moment=(others * shifted.clamp(min=-1e4)).sum(-1) if entropy else None,  # exp is 0 long before the clamp
     )
 
 
 def _gradient(
     z: Tensor, slope: Tensor | None, active: Tensor, is_target: Tensor, head: Head, maximum: Tensor, upstream: Upstream
 ) -> Tensor:
-    """Gradient of the statistics with respect to the raw logits, in fp32; p - 1 is taken before any rounding."""
+    """Gradient of the statistics with respect to the raw logits, in fp32."""
     shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
         row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
-    d = shifted.exp() * row - torch.where(is_target, upstream.nll.unsqueeze(-1), 0.0)
+    d = torch.where(is_target, upstream.target.unsqueeze(-1), shifted.exp() * row)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
@@ -198,7 +201,7 @@ def fold_and_gradient(
     returned = [d, _by_row(found.loss), *found.d_inputs]
     if statistics:
         returned += (known if entropy else known._replace(entropy=None)).present()
-    returned += [v for v in upstream if v is not None] if of.computed else [upstream.row]
+    returned += [v for v in upstream if v is not None] if of.computed else [upstream.row, upstream.target]
     if softcap and group is None:  # then the maximum is no number that was read; a group's is written out as it is
         returned.append(maximum)
     return tuple(returned)

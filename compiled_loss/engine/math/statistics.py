@@ -3,16 +3,18 @@
 N tokens, V vocabulary. Every tensor here is [N] (or the leading shape of the logits) in fp32; fp64 for fp64 inputs.
 
 NOTE [Relative statistics]
-For logits z with row maximum m and s = sum(exp(z - m)), a token with p > 0.99 has a loss far smaller than the rounding
-error of its log-sum-exp. So the engine never subtracts two numbers of the size of z at the end: it keeps the target
-logit and the first moment relative to m, and returns
+For logits z with row maximum m, a token with p > 0.99 has a loss far smaller than the rounding error of its
+log-sum-exp, and at 1 - p < 1e-7 fp32 no longer tells p from 1. So the engine never subtracts two numbers of the size of
+z at the end, and keeps the other classes apart from the label's: with g = z[label] - m <= 0,
 
-    nll     = log s - (z[label] - m)                       -log softmax(z)[label]
-    entropy = log s - sum(exp(z - m) * (z - m)) / s        of softmax(z)
+    o       = sum(exp(z - m)) over all classes but the label    s = o + exp(g)
+    nll     = log1p(o exp(-g)), or log s - g where g is small   -log softmax(z)[label]
+    entropy = log s - sum(exp(z - m) * (z - m)) / s             of softmax(z)
     lse     = m + log s
-    total   = sum(c * z)                                   c the class weights, or 1
+    total   = sum(c * z)                                        c the class weights, or 1
 
-whose gradients with respect to z are onehot-free but for nll's: p - onehot, -p * (log p + entropy), p and c.
+The gradient of nll is p, and at the label -o / s, which is p - 1 with all its digits. Those of the others are
+-p * (log p + entropy), p and c.
 """
 
 from __future__ import annotations
@@ -59,10 +61,10 @@ class State(NamedTuple):
     """What a loop carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
 
     maximum: Tensor
-    sum_exp: Tensor
+    others: Tensor  # sum(exp(z - m)) without the label
     target_logit: Tensor
     total: Tensor | None
-    moment: Tensor | None
+    moment: Tensor | None  # sum(exp(z - m) * (z - m)) without the label
 
     def present(self) -> tuple[Tensor, ...]:
         """The parts that somebody asked for."""
@@ -75,8 +77,8 @@ class State(NamedTuple):
     @staticmethod
     def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> State:
         """From `present()`."""
-        maximum, sum_exp, target_logit, *rest = present
-        return State(maximum, sum_exp, target_logit, rest[0] if total else None, rest[-1] if entropy else None)
+        maximum, others, target_logit, *rest = present
+        return State(maximum, others, target_logit, rest[0] if total else None, rest[-1] if entropy else None)
 
     def replaced(self, present: Sequence[Tensor]) -> State:
         """The same parts with other values."""
@@ -97,8 +99,25 @@ class State(NamedTuple):
         rescale = by.exp()
         moment = self.moment
         if moment is not None:
-            moment = (moment + self.sum_exp * by.clamp(min=-1e4)) * rescale
-        return self._replace(maximum=maximum, sum_exp=self.sum_exp * rescale, moment=moment)
+            moment = (moment + self.others * by.clamp(min=-1e4)) * rescale
+        return self._replace(maximum=maximum, others=self.others * rescale, moment=moment)
+
+    def softmax(self) -> Softmax:
+        """Of rows whose every column has been seen."""
+        gap = self.target_logit - self.maximum
+        target = gap.exp()
+        total = self.others + target
+        moment = None if self.moment is None else (self.moment + target * gap.clamp(min=-1e4)) / total
+        return Softmax(gap, target, total, moment)
+
+
+class Softmax(NamedTuple):
+    """What the statistics and their gradients are made of."""
+
+    gap: Tensor  # the label's z - m, at most 0
+    target: Tensor  # its exponential
+    total: Tensor  # sum(exp(z - m))
+    moment: Tensor | None  # mean of z - m
 
 
 class RowStatistics(NamedTuple):
@@ -210,12 +229,15 @@ def initial_state(like: Tensor, shape: tuple[int, ...], *, total: bool, entropy:
 
 def finish(state: State) -> RowStatistics:
     """Statistics of rows whose every column has been seen."""
-    log_sum = state.sum_exp.log()
+    gap, _, total, moment = state.softmax()
+    near = gap > -1
+    nll = torch.log1p(state.others * (-gap.clamp(min=-1)).exp())
+    log_sum = torch.where(near, nll + gap, total.log())
     return RowStatistics(
-        nll=log_sum - (state.target_logit - state.maximum),
+        nll=torch.where(near, nll, log_sum - gap),
         lse=state.maximum + log_sum,
         total=state.total,
-        entropy=None if state.moment is None else log_sum - state.moment / state.sum_exp,
+        entropy=None if moment is None else log_sum - moment,
         correct=state.target_logit == state.maximum,
     )
 
