@@ -56,12 +56,19 @@ from compiled_loss.functional.multi_token import (  # noqa: E402
     multi_token_prediction,
     multi_token_targets,
 )
+from compiled_loss.functional.policy import (  # noqa: E402
+    PolicyLoss,
+    PolicyMetrics,
+    linear_policy_loss,
+    policy_loss,
+)
 from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
 )
 from compiled_loss.functional.statistics import linear_token_statistics, token_statistics  # noqa: E402
 from compiled_loss.functional.token_loss import linear_token_loss  # noqa: E402
+from compiled_loss.functional.weights import make_token_weights  # noqa: E402
 from compiled_loss.planner.chunking import Chunking  # noqa: E402
 from compiled_loss.planner.explain import Explanation, plan  # noqa: E402
 
@@ -92,6 +99,8 @@ __all__ = [
     "MultiTokenLosses",
     "MultiTokenPredictionConfig",
     "PipelineCausalLMLoss",
+    "PolicyLoss",
+    "PolicyMetrics",
     "TEParallelCEConfig",
     "TEParallelCrossEntropy",
     "TokenStatistics",
@@ -106,15 +115,18 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
+    "linear_policy_loss",
     "linear_soft_cross_entropy",
     "linear_token_loss",
     "linear_token_statistics",
+    "make_token_weights",
     "masked_cross_entropy",
     "masked_soft_cross_entropy",
     "multi_token_losses",
     "multi_token_prediction",
     "multi_token_targets",
     "plan",
+    "policy_loss",
     "register_loss_config",
     "token_statistics",
 ]

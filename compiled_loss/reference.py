@@ -130,6 +130,16 @@ def linear_cross_entropy(
     return cross_entropy(z, labels, **keywords)  # type: ignore[arg-type]
 
 
+class Statistics(NamedTuple):
+    """Those of each token."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    correct: Tensor
+    mean_logit: Tensor | None = None
+
+
 def token_statistics(
     logits: Tensor,
     labels: Tensor,
@@ -141,7 +151,7 @@ def token_statistics(
     temperature: float = 1.0,
     shift: int = 0,
     class_dim: int = -1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Statistics:
     """Log-probability, log-sum-exp, entropy and correctness of each token."""
     z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature, logit_scale)
     valid = labels != ignore_index
@@ -153,8 +163,8 @@ def token_statistics(
     logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     correct = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) == z.amax(-1)
-    values = (torch.where(valid, v, 0.0) for v in (logprob, torch.logsumexp(z, dim=-1), entropy))
-    return (*values, correct & valid)  # type: ignore[return-value]
+    logprob, lse, entropy = (torch.where(valid, v, 0.0) for v in (logprob, torch.logsumexp(z, dim=-1), entropy))
+    return Statistics(logprob, lse, entropy, correct & valid)
 
 
 def linear_token_statistics(
@@ -167,7 +177,7 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     **keywords: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Statistics:
     """`token_statistics` of the head's logits."""
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     return token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
@@ -194,7 +204,7 @@ def linear_token_loss(
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     more = {"mask": mask, "ignore_index": ignore_index, "shift": shift}
     statistics = token_statistics(z, labels, **more)  # type: ignore[arg-type]
-    flat = [v.reshape(-1) for v in (*statistics, z.mean(-1))]
+    flat = [v.reshape(-1) for v in (*statistics[:4], z.mean(-1))]
     rows = [v.flatten(0, labels.dim() - 1) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
     losses = token_loss(Statistics(*flat), *rows).reshape(labels.shape)
     counts = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
@@ -214,14 +224,73 @@ def linear_token_loss(
     return _ratio(losses.sum(), torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
 
 
-class Statistics(NamedTuple):
-    """What a `token_loss` is given of each token."""
+def policy_loss(
+    logprob: Tensor,  # [B, S]
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    kind: str = "clip",
+    importance: str = "token",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+    reference_logprob: Tensor | None = None,
+    kl: str = "k3",
+    kl_coefficient: float = 0.0,
+    correction: Tensor | None = None,
+    entropy_coefficient: float = 0.0,
+    entropy_weights: Tensor | None = None,
+) -> Tensor:
+    """The loss of :class:`compiled_loss.PolicyLoss`, a token after the other."""
+    total = logprob.new_zeros(())
+    valid = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask != 0
+    weights = valid.to(logprob.dtype) / valid.sum().clamp(min=1) if token_weights is None else token_weights
+    bonus = weights if entropy_weights is None else entropy_weights
+    for b, s in valid.nonzero().tolist():
+        ratio = (logprob[b, s] - old_logprob[b, s]).exp()
+        if importance == "sequence":
+            mean = (logprob[b] - old_logprob[b])[valid[b]].mean().detach()
+            ratio = (mean + logprob[b, s] - logprob[b, s].detach()).exp()
+        advantage = advantages.expand(logprob.shape)[b, s]
+        if kind == "clip":
+            loss = -min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+            if dual_clip is not None and advantage < 0:
+                loss = min(loss, -dual_clip * advantage)
+        elif kind == "cispo":
+            loss = -min(ratio.item(), clip_high) * advantage * logprob[b, s]
+        elif kind == "cispo_two_sided":
+            loss = -min(max(ratio.item(), 1 - clip_low), 1 + clip_high) * advantage * logprob[b, s]
+        elif kind == "sapo":
+            temperature = temperature_positive if advantage > 0 else temperature_negative
+            loss = -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
+        else:
+            loss = -logprob[b, s] * advantage
+        if correction is not None:
+            loss = loss * correction[b, s]
+        if reference_logprob is not None:
+            loss = loss + kl_coefficient * _kl(kl, logprob[b, s], reference_logprob[b, s])
+        total = total + weights[b, s] * loss
+        if entropy is not None:
+            total = total - bonus[b, s] * entropy_coefficient * entropy[b, s]
+    return total
 
-    logprob: Tensor
-    logsumexp: Tensor
-    entropy: Tensor
-    correct: Tensor
-    mean_logit: Tensor
+
+def _kl(kl: str, logprob: Tensor, reference_logprob: Tensor) -> Tensor:
+    difference = reference_logprob - logprob
+    if kl == "k1":
+        return -difference
+    if kl == "k2":
+        return difference**2 / 2
+    if kl == "k3":
+        return difference.exp() - 1 - difference
+    value = _kl(kl.removesuffix("_straight_through"), logprob, reference_logprob).detach()
+    gradient = difference**2 / 2
+    return value + gradient - gradient.detach()
 
 
 def distillation(

@@ -1,6 +1,6 @@
 """Every error text of a loss, a file a subject: each names the argument, what was expected and what came."""
 
-from compiled_loss.checks import chunking, functions, heads, modules, multi_token, sharding, targets
+from compiled_loss.checks import chunking, functions, heads, modules, multi_token, policy, sharding, targets
 from compiled_loss.checks.arguments import (
     UnsupportedTorchError,
     alignment,
@@ -27,6 +27,7 @@ from compiled_loss.checks.arguments import (
     same_dtype,
     shift_fits,
     sizes,
+    statistics_wanted,
     tensor,
     terms,
     tokens,
@@ -60,6 +61,7 @@ __all__ = [
     "modules",
     "multi_token",
     "per_token",
+    "policy",
     "positive",
     "reduction",
     "same_device",
@@ -67,6 +69,7 @@ __all__ = [
     "sharding",
     "shift_fits",
     "sizes",
+    "statistics_wanted",
     "targets",
     "tensor",
     "terms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -276,6 +276,16 @@ def reduction(value: str) -> None:
     """Raise unless the reduction exists."""
     if value not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {value!r}")
+
+
+def statistics_wanted(wanted: Any, names: Sequence[str]) -> None:
+    """Raise unless it is a collection of names of statistics."""
+    expected = f"wanted: expected some of {', '.join(map(repr, names))}"
+    if isinstance(wanted, str) or not isinstance(wanted, Collection):
+        raise TypeError(f"{expected} in a tuple, got {wanted!r}")
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{expected}, got {name!r}")
 
 
 def flag(name: str, value: object) -> None:

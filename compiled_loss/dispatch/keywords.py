@@ -121,7 +121,8 @@ class Keywords(NamedTuple):
                 inputs.append(user_losses.Input(value.dtype, shape, enabled and value.requires_grad))
             else:
                 inputs.append(user_losses.Input(wide, None, wants_gradient=False))
-        weights = [v for v in (self.mask, self.token_weights) if v is not None and v.dtype != torch.bool]
+        mask = self.mask if self.mask_weighs else None
+        weights = [v for v in (mask, self.token_weights) if v is not None and v.dtype != torch.bool]
         weight = enabled and any([v.requires_grad for v in weights])
         signature = user_losses.Signature(tuple(inputs), wide, device, bool(weights), weight)
         return user_losses.named(self.token_loss, signature)

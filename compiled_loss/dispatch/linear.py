@@ -55,21 +55,21 @@ class LinearCall(NamedTuple):
 
     def loss(self) -> Tensor:
         """The loss."""
-        return self._loss_and_rows(with_statistics=False)[0]
+        return self._loss_and_rows(with_statistics=False, with_entropy=False)[0]
 
-    def loss_and_statistics(self) -> tuple[Tensor, RowStatistics]:
+    def loss_and_statistics(self, *, entropy: bool = True) -> tuple[Tensor, RowStatistics]:
         """The loss, and masked statistics [...] from the same pass."""
-        loss, rows = self._loss_and_rows(with_statistics=True)
+        loss, rows = self._loss_and_rows(with_statistics=True, with_entropy=entropy)
         assert rows is not None
         return loss, rows
 
-    def statistics(self) -> RowStatistics:
+    def statistics(self, *, total: bool = False, entropy: bool = True) -> RowStatistics:
         """Masked statistics [...], differentiable."""
         compact = reduction.compacted(self.tokens.active, self.keywords.chunking)
-        rows = self._gathered(compact)._statistics(total=False, entropy=True)
+        rows = self._gathered(compact)._statistics(total=total, entropy=entropy)
         return self._back(rows, compact, self._factor(compact, rows.nll))
 
-    def _loss_and_rows(self, *, with_statistics: bool) -> tuple[Tensor, RowStatistics | None]:
+    def _loss_and_rows(self, *, with_statistics: bool, with_entropy: bool) -> tuple[Tensor, RowStatistics | None]:
         keywords, dtype = self.keywords, statistics_dtype(self.hidden.dtype)
         terms = reduction.Terms(keywords.class_weights, keywords.label_smoothing, keywords.z_loss)
         coefficients, divisor = reduction.normalised(
@@ -79,7 +79,9 @@ class LinearCall(NamedTuple):
         compact = reduction.compacted(self.tokens.active, keywords.chunking)
         if compact is not None:
             coefficients = coefficients.map(compact.gathered)
-        loss, rows = self._gathered(compact)._loss(coefficients, divisor, with_statistics=with_statistics)
+        loss, rows = self._gathered(compact)._loss(
+            coefficients, divisor, with_statistics=with_statistics, with_entropy=with_entropy
+        )
         factor = self._factor(compact, loss)
         if keywords.reduction == "none":
             loss = (loss if compact is None else compact.scattered(loss)).reshape(self.tokens.labels.shape)
@@ -148,7 +150,7 @@ class LinearCall(NamedTuple):
         return masked(rows, active)
 
     def _loss(
-        self, coefficients: Coefficients, divisor: Divisor, *, with_statistics: bool
+        self, coefficients: Coefficients, divisor: Divisor, *, with_statistics: bool, with_entropy: bool
     ) -> tuple[Tensor, RowStatistics | None]:
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         (problem, classes), group = self._engine(), self.vocabulary.group
@@ -165,6 +167,7 @@ class LinearCall(NamedTuple):
                         self.lengths,
                         group,
                         with_statistics=with_statistics,
+                        with_entropy=with_entropy,
                     )
                 if own is None:
                     return vocab_chunks.weighted_sum(
@@ -176,9 +179,10 @@ class LinearCall(NamedTuple):
                         group,
                         with_statistics=with_statistics,
                     )
-        total, entropy = coefficients.total is not None, with_statistics
+        total, entropy = coefficients.total is not None, with_entropy
         if own is not None:
-            total, entropy = (True, True) if self.token_loss is None else row_losses.uses(self.token_loss)
+            total, used = (True, True) if self.token_loss is None else row_losses.uses(self.token_loss)
+            entropy = entropy or used
         rows = self._statistics(total=total, entropy=entropy)
         if own is None:
             losses = combine(rows, coefficients, problem.labels, classes)

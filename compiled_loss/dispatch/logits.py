@@ -44,9 +44,9 @@ class LogitsCall(NamedTuple):
             (loss,) = divisor.divide(tokens.active, loss.sum())
         return self.vocabulary.nan_unless_equal(loss, tokens.labels, loss)
 
-    def statistics(self) -> RowStatistics:
+    def statistics(self, *, total: bool = False, entropy: bool = True) -> RowStatistics:
         """Masked statistics [...], differentiable; NaN where ranks have other labels."""
-        rows = self._statistics(total=False, entropy=True)
+        rows = self._statistics(total=total, entropy=entropy)
         if self.vocabulary.group is None:
             return rows
         factor = self.vocabulary.nan_unless_equal(rows.nll.new_ones(()), self.tokens.labels, rows.nll)

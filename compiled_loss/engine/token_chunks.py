@@ -62,6 +62,7 @@ class _Forming(NamedTuple):
     loss: str  # the name of a `RowLoss`
     group: str | None
     with_statistics: bool
+    with_entropy: bool  # among the statistics
 
 
 class _Options(NamedTuple):
@@ -89,9 +90,10 @@ def summed(
     group: str | None,
     *,
     with_statistics: bool = False,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, RowStatistics | None]:
     """The sum of a `RowLoss` / divisor, differentiable; if wanted the masked statistics, detached."""
-    options = _Options(classes, needs, _Forming(loss.name, group, with_statistics), lengths)
+    options = _Options(classes, needs, _Forming(loss.name, group, with_statistics, with_entropy), lengths)
     total, *rest = _TokenChunks.apply(*problem, *divisor, *options, *loss, *inputs.flat())
     return total, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
@@ -151,7 +153,7 @@ def _known_like(problem: Problem, forming: _Forming) -> list[Tensor]:
     """The statistics that are wanted, without data."""
     if not forming.with_statistics:
         return []
-    return statistics_like(problem, Asked(row_losses.of(forming.loss).with_total, True, forming.group))
+    return statistics_like(problem, Asked(row_losses.of(forming.loss).with_total, forming.with_entropy, forming.group))
 
 
 def _inputs_like(inputs: Inputs, forming: _Forming) -> list[Tensor]:
@@ -219,7 +221,7 @@ def _form(
     d_inputs, known = _inputs_like(inputs, forming), _known_like(problem, forming)
     static: dict[str, Any] = {"classes": classes, "loss": forming.loss, "group": forming.group}
     if known:
-        static |= {"statistics": True, "entropy": True}
+        static |= {"statistics": True, "entropy": forming.with_entropy}
     active = classes.active(labels)
     for chunk, z in chunks(hidden, weight, lengths):
         rows, out = of_chunk(chunk, labels, *linear, *others), of_chunk(chunk, losses, *d_inputs, *known)
@@ -263,7 +265,8 @@ class _TokenChunks(torch.autograd.Function):
         d_inputs, rest = rest[: len(loss.wanted)], rest[len(loss.wanted) :]
         known = none(RowStatistics)
         if options.forming.with_statistics:
-            known = RowStatistics.of(rest, total=len(rest) > 4, entropy=True)
+            entropy = options.forming.with_entropy
+            known = RowStatistics.of(rest, total=len(rest) > 3 + entropy, entropy=entropy)
         again = (*problem, divisor.divisor, *flat)
         if torch.compiler.is_compiling():
             again = (None,) * len(again)

@@ -53,7 +53,12 @@ def may_be_named(function: Any) -> bool:
     """Whether the function might be a constant of Dynamo's graph, as far as Dynamo itself can tell."""
     if not torch.compiler.is_compiling():
         return True
-    return isinstance(function, types.FunctionType) and function.__closure__ is None
+    return isinstance(function, types.FunctionType) and (_is_ours(function) or function.__closure__ is None)
+
+
+def _is_ours(function: Any) -> bool:
+    """Whether it is the library's own, whose closures nobody changes."""
+    return getattr(function, "__module__", None) == "compiled_loss.functional.policy_terms"
 
 
 def named(function: Callable[..., Tensor], signature: Signature) -> Named | None:
@@ -67,7 +72,6 @@ def named(function: Callable[..., Tensor], signature: Signature) -> Named | None
     return Named(name, sum([one.shape is None for one in signature.inputs]), wanted)
 
 
-@torch.compiler.assume_constant_result
 def _constant_name(
     function: Callable[..., Tensor],
     inputs: tuple[Input, ...],
@@ -77,11 +81,15 @@ def _constant_name(
     weight_wants_gradient: bool,
 ) -> str:
     signature = Signature(tuple([Input(*one) for one in inputs]), dtype, device, weighted, weight_wants_gradient)
-    closed_over = _closed_over(function)
-    if closed_over is None or not all([isinstance(one, _CODE) for one in closed_over]):
-        return ""
+    if not _is_ours(function):
+        closed_over = _closed_over(function)
+        if closed_over is None or not all([isinstance(one, _CODE) for one in closed_over]):
+            return ""
     return _name(function, signature)
 
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo.
+_constant_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _CODE = (types.CodeType, types.BuiltinFunctionType, type)
 _VALUES = (bool, int, float, str, torch.dtype, types.NoneType)
@@ -97,7 +105,7 @@ def _name(function: Callable[..., Tensor], signature: Signature) -> str:
     found = None if key is None else _NAMES.get(key)
     if found is None:
         code = getattr(function, "__code__", type(function))
-        _TRACES[code, signature] += 1
+        _TRACES[code, signature] += not _is_ours(function)
         if _TRACES[code, signature] == _MANY:
             checks.traced_often(function, _MANY)
         found = _traced(function, signature)
@@ -143,7 +151,7 @@ def _parts(value: Any) -> list[Any] | None:
 
 def _is_fixed(module: str) -> bool:
     """Whether nobody changes what is in a module."""
-    return module.partition(".")[0] in ("builtins", "torch", "math", "compiled_loss")
+    return module.partition(".")[0] in ("builtins", "torch", "math")
 
 
 def _content(cell: Any) -> Any:

@@ -5,11 +5,12 @@ N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in n
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Literal, cast
 
 from torch import Tensor
 
-from compiled_loss import reduction
+from compiled_loss import checks, reduction
 from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
@@ -17,15 +18,25 @@ from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.math.statistics import RowStatistics, TokenStatistics
 from compiled_loss.planner.chunking import Chunking
 
+WANTED = ("logprob", "logsumexp", "entropy", "correct")
 
-def of_tokens(rows: RowStatistics, tokens: reduction.Tokens) -> TokenStatistics:
-    """Rows' statistics as a user sees them: NaN and False where the label is no class."""
-    assert rows.entropy is not None
+
+def of_tokens(
+    rows: RowStatistics, tokens: reduction.Tokens, wanted: Collection[str] = TokenStatistics._fields
+) -> TokenStatistics:
+    """Rows' statistics as a user sees them: NaN and False where the label is no class, None where nobody wants them."""
     nan_if_invalid = tokens.classes.nan_if_invalid(tokens.labels, rows.nll.dtype)
-    logprob = -rows.nll * nan_if_invalid
-    return TokenStatistics(
-        logprob, rows.lse * nan_if_invalid, rows.entropy * nan_if_invalid, rows.correct & ~logprob.isnan()
+    logprob, mean = -rows.nll * nan_if_invalid, None
+    if rows.total is not None:
+        mean = rows.total / (tokens.classes.last - tokens.classes.first) * nan_if_invalid
+    found = TokenStatistics(
+        logprob,
+        rows.lse * nan_if_invalid,
+        cast(Tensor, None if rows.entropy is None else rows.entropy * nan_if_invalid),
+        rows.correct & ~logprob.isnan(),
+        mean,
     )
+    return TokenStatistics(*[v if name in wanted else None for name, v in found._asdict().items()])  # type: ignore[arg-type]
 
 
 def token_statistics(
@@ -39,6 +50,7 @@ def token_statistics(
     temperature: float = 1.0,
     shift: int = 0,
     class_dim: int = -1,
+    wanted: Collection[str] = WANTED,
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> TokenStatistics:
@@ -54,12 +66,14 @@ def token_statistics(
         temperature: divides the logits, > 0.
         shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
+        wanted: names of the statistics to return; the others are None, and the entropy and the mean logit then cost
+            nothing.
         vocab_shard: see :func:`cross_entropy`.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
     Returns:
-        :class:`TokenStatistics`, of which the first three are differentiable.
+        :class:`TokenStatistics`, all but `correct` differentiable.
 
     Memory:
         Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
@@ -94,8 +108,10 @@ def token_statistics(
         vocab_shard=vocab_shard,
         compile=compile,
     )
+    checks.statistics_wanted(wanted, TokenStatistics._fields)
     call = logits_call(logits, labels, keywords, class_dim)
-    return of_tokens(call.statistics(), call.tokens)
+    rows = call.statistics(total="mean_logit" in wanted, entropy="entropy" in wanted)
+    return of_tokens(rows, call.tokens, wanted)
 
 
 def linear_token_statistics(
@@ -110,6 +126,7 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift: int = 0,
+    wanted: Collection[str] = WANTED,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
@@ -128,11 +145,13 @@ def linear_token_statistics(
         logit_scale: multiplies the logits before the softcap, > 0.
         temperature: divides the logits, > 0.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
+        wanted: names of the statistics to return; the others are None, and the entropy and the mean logit then cost
+            nothing.
         vocab_shard: see :func:`linear_cross_entropy`.
         chunking: see :class:`Chunking`. Gradients need the vocab strategy.
 
     Returns:
-        :class:`TokenStatistics`, of which the first three are differentiable.
+        :class:`TokenStatistics`, all but `correct` differentiable.
 
     Memory:
         Creates no [N, V] tensor: a chunk of logits, and O(N) kept for backward, which runs in chunks as well.
@@ -169,5 +188,7 @@ def linear_token_statistics(
         vocab_shard=vocab_shard,
         chunking=chunking,
     )
+    checks.statistics_wanted(wanted, TokenStatistics._fields)
     call = linear_call(hidden, weight, labels, keywords, statistics=True)
-    return of_tokens(call.statistics(), call.tokens)
+    rows = call.statistics(total="mean_logit" in wanted, entropy="entropy" in wanted)
+    return of_tokens(rows, call.tokens, wanted)

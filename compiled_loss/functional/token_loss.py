@@ -85,7 +85,7 @@ def linear_token_loss(
         >>> loss = linear_token_loss(hidden, weight, torch.tensor([0, 2]), clipped, old_logprob, advantage, 0.2)
         >>> loss.backward()
         >>> loss.detach(), hidden.grad
-        (tensor(-0.2201), tensor([[-0.1025,  0.0512],
+        (tensor(-0.2182), tensor([[-0.1024,  0.0512],
                 [-0.0556, -0.1512]]))
 
     """

@@ -7,7 +7,7 @@ import torch
 from comparing import TIGHT, assert_matches
 from torch.autograd.graph import saved_tensors_hooks
 
-from compiled_loss import linear_token_statistics, reference, token_statistics
+from compiled_loss import Chunking, linear_token_statistics, reference, token_statistics
 from compiled_loss.testing import head_inputs
 
 KEYWORDS = {
@@ -94,3 +94,33 @@ def test_torch_func_transforms():
                 for lib in (token_statistics, reference.token_statistics)
             )
             torch.testing.assert_close(mine, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("form", ["logits", "tokens", "vocab"])
+def test_only_what_is_wanted(form):
+    """The mean logit, which the default lacks; None for the rest."""
+    hidden, weight, labels, _ = head_inputs(11, 5, 17, dtype=torch.float64, ignored=0.2)
+    inputs = (hidden, weight) if form == "vocab" else (hidden.detach(), weight)
+    chunking = Chunking() if form == "logits" else Chunking(strategy=form, chunk_size=4)
+
+    def statistics(hidden, weight, wanted):
+        if form == "logits":
+            return token_statistics(hidden @ weight.t(), labels, softcap=3.0, wanted=wanted)
+        weight = weight if form == "vocab" else weight.detach()
+        return linear_token_statistics(hidden, weight, labels, softcap=3.0, wanted=wanted, chunking=chunking)
+
+    found = statistics(*inputs, ("mean_logit", "logprob"))
+    assert found.entropy is found.logsumexp is found.correct is None
+
+    def means(hidden, weight):
+        z = reference.token_logits(hidden, weight, softcap=3.0)
+        return torch.where(labels != -100, z.mean(-1), 0.0)
+
+    if form == "tokens":
+        torch.testing.assert_close(found.mean_logit, means(*inputs).detach())
+    else:
+        assert_matches(lambda *v: statistics(*v, ("mean_logit",)).mean_logit, means, inputs)
+    with pytest.raises(ValueError, match=r"^wanted: expected some of 'logprob', .*got 'perplexity'"):
+        statistics(*inputs, ("perplexity",))
+    with pytest.raises(TypeError, match=r"^wanted: expected some of .* in a tuple, got 'entropy'"):
+        statistics(*inputs, "entropy")

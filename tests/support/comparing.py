@@ -30,10 +30,11 @@ def assert_same(actual, expected, wanted, upstream=None, **tolerance):
         The gradients of `actual`, None where the values do not depend on a tensor, as the expected ones may not.
     """
     names = getattr(expected, "_fields", None)
-    actual, expected = (
-        [v] if isinstance(v, torch.Tensor) else [x for x in v if x is not None] for v in (actual, expected)
-    )
+    actual, expected = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (actual, expected))
     names = names or [f"value {i}" for i in range(len(expected))]
+    assert [v is None for v in actual] == [v is None for v in expected]
+    names = [name for name, v in zip(names, expected, strict=True) if v is not None]
+    actual, expected = ([x for x in v if x is not None] for v in (actual, expected))
     for name, mine, theirs in zip(names, actual, expected, strict=True):
         _close(mine, theirs, name, tolerance)
     trained = [i for i, v in enumerate(expected) if v.requires_grad]

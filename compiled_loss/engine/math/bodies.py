@@ -103,7 +103,7 @@ def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
 def _seen(z: Tensor, is_target: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
     """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
     shifted = z - maximum.unsqueeze(-1)
-    others = torch.where(is_target, 0.0, shifted.exp())
+    others = shifted.exp().masked_fill(is_target, 0.0)
     return State(
         maximum=maximum,
         others=others.sum(-1),
@@ -121,7 +121,8 @@ def _gradient(
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
         row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
-    d = torch.where(is_target, upstream.target.unsqueeze(-1), shifted.exp() * row)
+    # Not one `where` of both, which would lie as the comparison does and not as the logits.
+    d = shifted.exp() * torch.where(is_target, 0.0, row) + torch.where(is_target, upstream.target.unsqueeze(-1), 0.0)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))

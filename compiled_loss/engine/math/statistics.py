@@ -152,7 +152,9 @@ class TokenStatistics(NamedTuple):
     `logsumexp`: log sum exp(z).
     `entropy`: of softmax(z), from 0 to log V.
     `correct`: bool, whether the label's logit equals the largest one. Ties count, so it depends on no order of columns.
-    `mean_logit`: sum(z) / V; None but where a loss of the user's own is given it.
+    `mean_logit`: sum(z) / V.
+
+    What was not wanted is None.
     """
 
     logprob: Tensor

@@ -1,0 +1,114 @@
+"""The errors of policy losses and of token weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss.checks import arguments, numbers
+
+NORMALISATIONS = ("token_mean", "sequence_mean", "sequence_sum", "fixed_length", "sum")
+
+
+def one_of(name: str, value: object, names: tuple[str, ...]) -> None:
+    """Raise unless it is one of the names."""
+    if value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+def normalisation(
+    mask: Any, name: str, segment_ids: Tensor | None, num_tokens: Any, num_sequences: Any, length: Any
+) -> None:
+    """Raise unless token weights can be made so."""
+    arguments.tensor("mask", mask)
+    one_of("normalisation", name, NORMALISATIONS)
+    segments(segment_ids, mask.shape, mask.device)
+    for argument, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
+        if value is not None:
+            numbers.number(argument, value)
+    if (name == "fixed_length") != (length is not None):
+        raise ValueError(f"length: expected beside normalisation='fixed_length' and nowhere else, got {length!r}")
+    if length is not None:
+        positive("length", length)
+
+
+def segments(segment_ids: Any, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless they say of each token which sequence it is of."""
+    if segment_ids is None:
+        return
+    arguments.tensor("segment_ids", segment_ids)
+    if segment_ids.dtype != torch.int64:
+        raise TypeError(f"segment_ids: expected int64, got {segment_ids.dtype}")
+    of_tokens("segment_ids", segment_ids, shape, device)
+
+
+def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless it is a tensor with a value for each token of [...]."""
+    arguments.tensor(name, value)
+    if arguments.differ(value.shape, shape):
+        raise ValueError(f"{name}: expected {arguments.sizes(shape)}, a value for each token, got {list(value.shape)}")
+    arguments.same_device(name, value, device)
+
+
+def tensor(name: str, value: Any) -> None:
+    """Raise unless it is one."""
+    arguments.tensor(name, value)
+
+
+def expanded(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    """A value for each token, of one for each sequence perhaps, [B, 1]; raise where it is neither."""
+    arguments.tensor(name, value)
+    arguments.same_device(name, value, device)
+    tensor_: Tensor = value
+    of_sequences = len(shape) > 1 and tensor_.dim() == len(shape) and tensor_.shape[-1] == 1 and shape[-1] != 1
+    if of_sequences and not arguments.differ(tensor_.shape[:-1], shape[:-1]):
+        return tensor_.expand(shape)
+    of_tokens(name, tensor_, shape, device)
+    return tensor_
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a number is known to be 0."""
+    return numbers.known(value, 0)
+
+
+def positive(name: str, value: Any) -> Any:
+    """The number, > 0."""
+    number = numbers.number(name, value)
+    if not isinstance(number, Tensor) and not number > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    return number
+
+
+def at_least_zero(name: str, value: Any) -> Any:
+    """The number, 0 or more."""
+    number = numbers.number(name, value)
+    if not isinstance(number, Tensor) and not number >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+    return number
+
+
+def dual_clip(value: Any, kind: str) -> Any:
+    """The number, > 1; None for none."""
+    if value is None:
+        return None
+    if kind != "clip":
+        raise ValueError(f"dual_clip: expected None beside kind={kind!r}, got {value!r}")
+    number = numbers.number("dual_clip", value)
+    if not isinstance(number, Tensor) and not number > 1:
+        raise ValueError(f"dual_clip: expected a number > 1 or None, got {value!r}")
+    return number
+
+
+def needed(name: str, value: object, reason: str) -> None:
+    """Raise unless it is given."""
+    if value is None:
+        raise ValueError(f"{name}: expected a Tensor where {reason}, got None")
+
+
+def unused(name: str, value: object, reason: str) -> None:
+    """Raise unless it is missing."""
+    if value is not None:
+        raise ValueError(f"{name}: expected None where {reason}, got a {type(value).__name__}")

@@ -1,0 +1,422 @@
+"""Policy-gradient losses, as functions of log-probabilities and fused with the linear head that gives them.
+
+Tokens have any leading shape [...]; sequences are the rows of [B, S], or what `segment_ids` says of packed tokens.
+H width, V vocabulary. Log-probabilities, KL and entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.dispatch.keywords import Keywords
+from compiled_loss.dispatch.linear import linear_call
+from compiled_loss.distributed.vocab_shard import VocabShard
+from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
+from compiled_loss.functional.statistics import of_tokens
+from compiled_loss.functional.weights import means_of_sequences
+from compiled_loss.planner.chunking import Chunking
+
+Kind = Literal["clip", "cispo", "cispo_two_sided", "sapo", "reinforce"]
+Importance = Literal["token", "sequence"]
+KL = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
+
+
+class PolicyMetrics(NamedTuple):
+    """What trainers log: means over the tokens that count, [] each, detached; None for what was not asked for.
+
+    `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio exp(logprob - old_logprob).
+    `kl_to_old`: r - 1 - log r of that ratio, an estimate of KL(old || new) that is never negative.
+    `clipped_low`: the fraction of tokens whose ratio is below its bound while their advantage is negative.
+    `clipped_high`: the fraction of tokens whose ratio is above its bound while their advantage is positive.
+    `kl_to_reference`: the estimate that the loss adds.
+    `entropy`: of the policy.
+    """
+
+    ratio_mean: Tensor
+    ratio_min: Tensor
+    ratio_max: Tensor
+    kl_to_old: Tensor
+    clipped_low: Tensor | None
+    clipped_high: Tensor | None
+    kl_to_reference: Tensor | None
+    entropy: Tensor | None
+
+
+class PolicyLoss(NamedTuple):
+    """What a policy loss returns.
+
+    `loss`: a scalar.
+    `metrics`: what to log.
+    `logprob`: the log-probabilities of the same pass [...], detached.
+    """
+
+    loss: Tensor
+    metrics: PolicyMetrics
+    logprob: Tensor
+
+
+def policy_loss(
+    logprob: Tensor,  # [...]
+    old_logprob: Tensor,  # [...]
+    advantages: Tensor,  # [...]
+    *,
+    entropy: Tensor | None = None,  # [...]
+    mask: Tensor | None = None,  # [...]
+    token_weights: Tensor | None = None,  # [...]
+    kind: Kind = "clip",
+    importance: Importance = "token",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+    reference_logprob: Tensor | None = None,  # [...]
+    kl: KL = "k3",
+    kl_coefficient: float = 0.0,
+    correction: Tensor | None = None,  # [...]
+    entropy_coefficient: float = 0.0,
+    entropy_weights: Tensor | None = None,  # [...]
+    segment_ids: Tensor | None = None,  # [...]
+) -> PolicyLoss:
+    r"""A policy-gradient loss of log-probabilities that exist, with r = exp(logprob - old_logprob) and advantages A.
+
+    =================  ==========================================  ==================================================
+    kind               a token's loss                              used by
+    =================  ==========================================  ==================================================
+    "clip"             -min(r A, clip(r, 1 - low, 1 + high) A)     PPO, GRPO, DAPO, Dr. GRPO; GSPO by "sequence"
+    "cispo"            -sg(min(r, high)) A logprob                 MiniMax-M1 as TRL and Liger read it
+    "cispo_two_sided"  -sg(clip(r, 1 - low, 1 + high)) A logprob   the same as verl reads it
+    "sapo"             -sigmoid(t (r - 1)) 4 / t A                 SAPO; t by the sign of A
+    "reinforce"        -A logprob                                  REINFORCE, GPG, RLOO
+    =================  ==========================================  ==================================================
+
+    Args:
+        logprob: log-probabilities of the tokens that were sampled [...], fp32.
+        old_logprob: the same under the policy that sampled them [...]; `logprob.detach()` where it is this one.
+        advantages: [...], or [B, 1] for one a sequence.
+        entropy: of the policy at each token [...], for the bonus.
+        mask: which tokens count [...], bool, or numbers of which 0 does not count.
+        token_weights: how much each token weighs [...], of :func:`make_token_weights`; unless given, the loss is the
+            mean over the tokens that count.
+        kind: see above.
+        importance: "token", or "sequence" for the geometric mean of a sequence's ratios, whose gradient at a token is
+            the token's own (GSPO).
+        clip_low, clip_high: bounds of the ratio, >= 0; of "cispo", `clip_high` is the bound itself.
+        dual_clip: of "clip", bounds the loss by -dual_clip A where A < 0; > 1, or None.
+        temperature_positive, temperature_negative: of "sapo", > 0.
+        reference_logprob: the same tokens under a reference policy [...]. With it the loss adds `kl_coefficient` times
+            an estimate of KL(policy || reference).
+        kl: with d = reference_logprob - logprob: "k1" is -d, "k2" d^2 / 2, "k3" exp(d) - 1 - d; "..._straight_through"
+            has the value of one and the gradient of "k2", which is that of the KL itself.
+        kl_coefficient: >= 0.
+        correction: multiplies each token's policy term [...], such as a truncated ratio between trainer and sampler.
+        entropy_coefficient: multiplies the entropy's mean, which is subtracted; >= 0.
+        entropy_weights: how much each token's entropy weighs [...]; like the tokens unless given.
+        segment_ids: which sequence each token is of [...], int64, for packed tokens and `importance="sequence"`.
+
+    Returns:
+        :class:`PolicyLoss`. All are tensors: nothing waits for a device.
+
+    Memory:
+        A few [...].
+
+    Raises:
+        ValueError: a shape, device, number or name is off, or an argument lacks one it needs.
+        TypeError: a dtype is off.
+
+    Source:
+        Schulman et al., 2017, arXiv:1707.06347; Shao et al., 2024, arXiv:2402.03300 (GRPO); Yu et al., 2025,
+        arXiv:2503.14476 (DAPO); Zheng et al., 2025, arXiv:2507.18071 (GSPO); MiniMax, 2025, arXiv:2506.13585 (CISPO);
+        Ye et al., 2020, arXiv:1912.09729 (dual clip); Schulman, 2020, joschu.net/blog/kl-approx.html (k1, k2, k3).
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import policy_loss
+        >>> logprob = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
+        >>> found = policy_loss(logprob, torch.tensor([-0.5, -1.5, -1.9]), torch.tensor([1.0, 1.0, -1.0]))
+        >>> found.loss.backward()
+        >>> found.loss.detach(), logprob.grad, found.metrics.clipped_high
+        (tensor(-0.4317), tensor([-0.3333,  0.0000,  0.3016]), tensor(0.3333))
+
+    """
+    checks.policy.tensor("logprob", logprob)
+    terms, rows, numbers = _options(
+        logprob.shape,
+        logprob.device,
+        old_logprob=old_logprob,
+        advantages=advantages,
+        token_weights=token_weights,
+        kind=kind,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        temperature_positive=temperature_positive,
+        temperature_negative=temperature_negative,
+        reference_logprob=reference_logprob,
+        kl=kl,
+        kl_coefficient=kl_coefficient,
+        correction=correction,
+        entropy_coefficient=entropy_coefficient,
+        entropy_weights=entropy_weights,
+    )
+    checks.policy.one_of("importance", importance, ("token", "sequence"))
+    for name, value in (("mask", mask), ("entropy", entropy)):
+        if value is not None:
+            checks.policy.of_tokens(name, value, logprob.shape, logprob.device)
+    checks.policy.segments(segment_ids, logprob.shape, logprob.device)
+    if terms.entropy:
+        checks.policy.needed("entropy", entropy, "entropy_coefficient is not 0")
+    counts = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask != 0
+    rows = rows.map(lambda v: torch.where(counts, v, 0.0))
+    logprob = torch.where(counts, logprob, 0.0)
+    given = None if entropy is None else torch.where(counts, entropy, 0.0)
+    compared = rows
+    if importance == "sequence":
+        compared = rows._replace(old_logprob=_of_sequences(logprob.detach(), rows.old_logprob, counts, segment_ids))
+    one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
+    statistics = TokenStatistics(logprob, logprob, logprob if given is None else given, counts)
+    losses = token_loss(terms)(statistics, *inputs_of(compared, Numbers(*[one * v for v in numbers])))
+    loss = torch.where(counts, losses, 0.0).sum()
+    if rows.weight is None:
+        loss = loss / counts.sum().clamp(min=1)
+    metrics = _metrics(terms, logprob.detach(), rows, numbers, counts, None if given is None else given.detach())
+    return PolicyLoss(loss, metrics, logprob.detach())
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    old_logprob: Tensor,  # [...]
+    advantages: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    token_weights: Tensor | None = None,  # [...]
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    kind: Kind = "clip",
+    importance: Importance = "token",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+    reference_logprob: Tensor | None = None,  # [...]
+    kl: KL = "k3",
+    kl_coefficient: float = 0.0,
+    correction: Tensor | None = None,  # [...]
+    entropy_coefficient: float = 0.0,
+    entropy_weights: Tensor | None = None,  # [...]
+    segment_ids: Tensor | None = None,  # [...]
+    vocab_shard: VocabShard | None = None,
+    chunking: Chunking = Chunking(),
+) -> PolicyLoss:
+    r""":func:`policy_loss` of a linear head's log-probabilities, without ever holding the logits.
+
+    With `importance="token"` the gradient is formed while a chunk's logits are alive: three GEMMs, and everything of
+    the loss in the one kernel that a chunk has anyway. "sequence" needs all log-probabilities of a sequence first:
+    the vocab strategy, four GEMMs.
+
+    Args:
+        hidden, weight, labels, bias, ignore_index, softcap, logit_scale, vocab_shard, chunking: see
+            :func:`linear_cross_entropy`; `labels` are the tokens that were sampled.
+        temperature: divides the logits, > 0: that of the sampler, or the ratios are biased.
+        old_logprob, advantages, mask, token_weights, kind, importance, clip_low, clip_high, dual_clip,
+            temperature_positive, temperature_negative, reference_logprob, kl, kl_coefficient, correction,
+            entropy_coefficient, entropy_weights, segment_ids: see :func:`policy_loss`. The numbers may change from call
+            to call; nothing is compiled again for them. The entropy is computed where its coefficient is not 0.
+
+    Returns:
+        :class:`PolicyLoss`. The log-probabilities are those that a later call takes as `old_logprob`.
+
+    Memory:
+        As :func:`linear_cross_entropy`, and a few [...].
+
+    Raises:
+        ValueError: a shape, device, number or name is off, or an argument lacks one it needs.
+        TypeError: a dtype is off.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss import linear_policy_loss
+        >>> hidden = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> old_logprob, advantages = torch.tensor([-0.2, -1.6]), torch.tensor([1.0, -0.5])
+        >>> found = linear_policy_loss(hidden, weight, torch.tensor([0, 2]), old_logprob, advantages)
+        >>> found.loss.backward()
+        >>> found.loss.detach(), found.metrics.ratio_mean
+        (tensor(-0.2182), tensor(1.0055))
+
+    """
+    checks.policy.tensor("labels", labels)
+    terms, rows, numbers = _options(
+        labels.shape,
+        labels.device,
+        old_logprob=old_logprob,
+        advantages=advantages,
+        token_weights=token_weights,
+        kind=kind,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        temperature_positive=temperature_positive,
+        temperature_negative=temperature_negative,
+        reference_logprob=reference_logprob,
+        kl=kl,
+        kl_coefficient=kl_coefficient,
+        correction=correction,
+        entropy_coefficient=entropy_coefficient,
+        entropy_weights=entropy_weights,
+    )
+    checks.policy.one_of("importance", importance, ("token", "sequence"))
+    checks.policy.segments(segment_ids, labels.shape, labels.device)
+    if mask is not None:
+        checks.policy.of_tokens("mask", mask, labels.shape, labels.device)
+    keywords = Keywords(
+        bias=bias,
+        mask=mask,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
+        mask_weighs=False,
+    )
+    if importance == "sequence":
+        call = linear_call(hidden, weight, labels, keywords, statistics=True)
+        statistics = of_tokens(call.statistics(entropy=terms.entropy), call.tokens)
+        return policy_loss(
+            statistics.logprob,
+            old_logprob,
+            advantages,
+            entropy=statistics.entropy if terms.entropy else None,
+            mask=call.tokens.active,
+            token_weights=token_weights,
+            kind=kind,
+            importance=importance,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            temperature_positive=temperature_positive,
+            temperature_negative=temperature_negative,
+            reference_logprob=reference_logprob,
+            kl=kl,
+            kl_coefficient=kl_coefficient,
+            correction=correction,
+            entropy_coefficient=entropy_coefficient,
+            entropy_weights=entropy_weights,
+            segment_ids=segment_ids,
+        )
+    keywords = keywords._replace(
+        reduction="mean" if rows.weight is None else "sum",
+        token_loss=token_loss(terms),
+        inputs=inputs_of(rows, numbers),
+    )
+    call = linear_call(hidden, weight, labels, keywords)
+    loss, found = call.loss_and_statistics(entropy=terms.entropy)
+    counts, logprob = call.tokens.active, -found.nll.detach()
+    given = None if found.entropy is None else found.entropy.detach()
+    rows = rows.map(lambda v: torch.where(counts, v, 0.0))
+    return PolicyLoss(loss, _metrics(terms, logprob, rows, numbers, counts, given), logprob)
+
+
+def _options(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor | None,
+    kind: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    temperature_positive: float,
+    temperature_negative: float,
+    reference_logprob: Tensor | None,
+    kl: str,
+    kl_coefficient: float,
+    correction: Tensor | None,
+    entropy_coefficient: float,
+    entropy_weights: Tensor | None,
+) -> tuple[Terms, Rows, Numbers]:
+    """Checked: which terms there are, what each token has, and the numbers."""
+    checks.policy.one_of("kind", kind, KINDS)
+    checks.policy.one_of("kl", kl, KLS)
+    dual = checks.policy.dual_clip(dual_clip, kind)
+    numbers = Numbers(
+        checks.policy.at_least_zero("clip_low", clip_low),
+        checks.policy.at_least_zero("clip_high", clip_high),
+        0.0 if dual is None else dual,
+        checks.policy.positive("temperature_positive", temperature_positive),
+        checks.policy.positive("temperature_negative", temperature_negative),
+        checks.policy.at_least_zero("kl_coefficient", kl_coefficient),
+        checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
+    )
+    advantages = checks.policy.expanded("advantages", advantages, shape, device)
+    more = (("old_logprob", old_logprob), ("token_weights", token_weights), ("entropy_weights", entropy_weights))
+    for name, value in (*more, ("reference_logprob", reference_logprob), ("correction", correction)):
+        if value is not None or name == "old_logprob":
+            checks.policy.of_tokens(name, value, shape, device)
+    bonus = not checks.policy.is_zero(entropy_coefficient)
+    if entropy_weights is not None:
+        checks.policy.needed("token_weights", token_weights, "entropy_weights are given")
+    elif bonus:
+        entropy_weights = token_weights
+    if not bonus:
+        entropy_weights = None
+    terms = Terms(
+        kind=kind,
+        dual=dual is not None,
+        kl=None if reference_logprob is None else kl,
+        entropy=bonus,
+        corrected=correction is not None,
+        weighted=token_weights is not None,
+    )
+    rows = Rows(old_logprob, advantages, token_weights, reference_logprob, correction, entropy_weights)
+    return terms, rows, numbers
+
+
+def _of_sequences(logprob: Tensor, old_logprob: Tensor, counts: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Old log-probabilities to which each token has its sequence's mean ratio."""
+    return logprob - means_of_sequences(logprob - old_logprob, counts, segment_ids)
+
+
+def _metrics(
+    terms: Terms, logprob: Tensor, rows: Rows, numbers: Numbers, counts: Tensor, entropy: Tensor | None
+) -> PolicyMetrics:
+    number = counts.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(counts, values, 0.0).sum() / number
+
+    log_ratio = torch.where(counts, logprob - rows.old_logprob, 0.0)
+    ratio = log_ratio.exp()
+    low = high = None
+    if terms.kind in ("clip", "cispo_two_sided"):
+        low = mean(((ratio < 1 - numbers.clip_low) & (rows.advantages < 0)).to(ratio.dtype))
+        high = mean(((ratio > 1 + numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
+    elif terms.kind == "cispo":
+        high = mean(((ratio > numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
+    reference = None
+    if terms.kl is not None and rows.reference_logprob is not None:
+        reference = mean(kl_of(terms.kl, logprob, rows.reference_logprob))
+    return PolicyMetrics(
+        ratio_mean=mean(ratio),
+        ratio_min=torch.where(counts, ratio, torch.inf).amin() if ratio.numel() else ratio.new_zeros(()),
+        ratio_max=torch.where(counts, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_zeros(()),
+        kl_to_old=mean(ratio - 1 - log_ratio),
+        clipped_low=low,
+        clipped_high=high,
+        kl_to_reference=reference,
+        entropy=None if entropy is None else mean(entropy),
+    )
