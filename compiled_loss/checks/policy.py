@@ -69,6 +69,17 @@ def expanded(name: str, value: Any, shape: torch.Size, device: torch.device) -> 
     return tensor_
 
 
+def broadcast(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """What broadcasts to the tokens, of their shape; None for None."""
+    if value is None:
+        return None
+    arguments.tensor(name, value)
+    arguments.per_token(name, value, value.shape, shape, device)
+    tensor_: Tensor = value
+    whole = tensor_.dim() == len(shape) and not arguments.differ(tensor_.shape, shape)
+    return tensor_ if whole else tensor_.expand(shape)
+
+
 def is_zero(value: Any) -> bool:
     """Whether a number is known to be 0."""
     return numbers.known(value, 0)

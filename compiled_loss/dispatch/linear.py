@@ -226,11 +226,7 @@ def linear_call(
     """
     keywords = keywords.checked()
     bias, chunking = keywords.bias, keywords.chunking
-    part = check_head(hidden, weight, keywords)
-    shape = dtensor.own_shape(hidden, part)
-    checks.tensor("labels", labels)
-    dtensor.check_rows("labels", labels)
-    checks.tokens(dtensor.own_shape(labels, part), labels, "hidden", shape, hidden.device, weight)
+    part, shape = check_tokens(hidden, weight, labels, keywords)
     keywords.check_tensors(shape[:-1], part, hidden.device)
     dtype = computed_dtype(hidden, weight)
     enabled = torch.is_grad_enabled()
@@ -256,6 +252,16 @@ def linear_call(
     head = Head(bias, part.own(keywords.class_weights), keywords.scales(hidden))
     hidden = hidden.reshape(-1, shape[-1])
     return LinearCall(hidden, weight, head, counted, part, keywords, needs, strategy, how, token_loss)
+
+
+def check_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, keywords: Keywords) -> tuple[Vocabulary, torch.Size]:
+    """As `check_head`, and of the hidden states a rank has; raise unless labels fit them."""
+    part = check_head(hidden, weight, keywords)
+    shape = dtensor.own_shape(hidden, part)
+    checks.tensor("labels", labels)
+    dtensor.check_rows("labels", labels)
+    checks.tokens(dtensor.own_shape(labels, part), labels, "hidden", shape, hidden.device, weight)
+    return part, shape
 
 
 def check_head(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.dispatch.keywords import Keywords
-from compiled_loss.dispatch.linear import linear_call
+from compiled_loss.dispatch.linear import check_tokens, linear_call
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.math.statistics import TokenStatistics
 from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
@@ -66,8 +66,8 @@ def policy_loss(
     advantages: Tensor,  # [...]
     *,
     entropy: Tensor | None = None,  # [...]
-    mask: Tensor | None = None,  # [...]
-    token_weights: Tensor | None = None,  # [...]
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     kind: Kind = "clip",
     importance: Importance = "token",
     clip_low: float = 0.2,
@@ -80,7 +80,7 @@ def policy_loss(
     kl_coefficient: float = 0.0,
     correction: Tensor | None = None,  # [...]
     entropy_coefficient: float = 0.0,
-    entropy_weights: Tensor | None = None,  # [...]
+    entropy_weights: Tensor | None = None,
     segment_ids: Tensor | None = None,  # [...]
 ) -> PolicyLoss:
     r"""A policy-gradient loss of log-probabilities that exist, with r = exp(logprob - old_logprob) and advantages A.
@@ -100,9 +100,9 @@ def policy_loss(
         old_logprob: the same under the policy that sampled them [...]; `logprob.detach()` where it is this one.
         advantages: [...], or [B, 1] for one a sequence.
         entropy: of the policy at each token [...], for the bonus.
-        mask: which tokens count [...], bool, or numbers of which 0 does not count.
-        token_weights: how much each token weighs [...], of :func:`make_token_weights`; unless given, the loss is the
-            mean over the tokens that count.
+        mask: which tokens count; broadcasts to `logprob`; bool, or numbers of which 0 does not count.
+        token_weights: how much each token weighs, of :func:`make_token_weights`; broadcasts to `logprob`. Unless given,
+            the loss is the mean over the tokens that count.
         kind: see above.
         importance: "token", or "sequence" for the geometric mean of a sequence's ratios, whose gradient at a token is
             the token's own (GSPO).
@@ -116,7 +116,7 @@ def policy_loss(
         kl_coefficient: >= 0.
         correction: multiplies each token's policy term [...], such as a truncated ratio between trainer and sampler.
         entropy_coefficient: multiplies the entropy's mean, which is subtracted; >= 0.
-        entropy_weights: how much each token's entropy weighs [...]; like the tokens unless given.
+        entropy_weights: how much each token's entropy weighs; like `token_weights` unless given.
         segment_ids: which sequence each token is of [...], int64, for packed tokens and `importance="sequence"`.
 
     Returns:
@@ -165,9 +165,9 @@ def policy_loss(
         entropy_weights=entropy_weights,
     )
     checks.policy.one_of("importance", importance, ("token", "sequence"))
-    for name, value in (("mask", mask), ("entropy", entropy)):
-        if value is not None:
-            checks.policy.of_tokens(name, value, logprob.shape, logprob.device)
+    if entropy is not None:
+        checks.policy.of_tokens("entropy", entropy, logprob.shape, logprob.device)
+    mask = checks.policy.broadcast("mask", mask, logprob.shape, logprob.device)
     checks.policy.segments(segment_ids, logprob.shape, logprob.device)
     if terms.entropy:
         checks.policy.needed("entropy", entropy, "entropy_coefficient is not 0")
@@ -196,8 +196,8 @@ def linear_policy_loss(
     advantages: Tensor,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
-    token_weights: Tensor | None = None,  # [...]
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -214,7 +214,7 @@ def linear_policy_loss(
     kl_coefficient: float = 0.0,
     correction: Tensor | None = None,  # [...]
     entropy_coefficient: float = 0.0,
-    entropy_weights: Tensor | None = None,  # [...]
+    entropy_weights: Tensor | None = None,
     segment_ids: Tensor | None = None,  # [...]
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
@@ -256,7 +256,18 @@ def linear_policy_loss(
         (tensor(-0.2182), tensor(1.0055))
 
     """
-    checks.policy.tensor("labels", labels)
+    keywords = Keywords(
+        bias=bias,
+        mask=mask,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        vocab_shard=vocab_shard,
+        chunking=chunking,
+        mask_weighs=False,
+    )
+    check_tokens(hidden, weight, labels, keywords)
     terms, rows, numbers = _options(
         labels.shape,
         labels.device,
@@ -278,19 +289,6 @@ def linear_policy_loss(
     )
     checks.policy.one_of("importance", importance, ("token", "sequence"))
     checks.policy.segments(segment_ids, labels.shape, labels.device)
-    if mask is not None:
-        checks.policy.of_tokens("mask", mask, labels.shape, labels.device)
-    keywords = Keywords(
-        bias=bias,
-        mask=mask,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        vocab_shard=vocab_shard,
-        chunking=chunking,
-        mask_weighs=False,
-    )
     if importance == "sequence":
         call = linear_call(hidden, weight, labels, keywords, statistics=True)
         statistics = of_tokens(call.statistics(entropy=terms.entropy), call.tokens)
@@ -363,10 +361,12 @@ def _options(
         checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
     )
     advantages = checks.policy.expanded("advantages", advantages, shape, device)
-    more = (("old_logprob", old_logprob), ("token_weights", token_weights), ("entropy_weights", entropy_weights))
-    for name, value in (*more, ("reference_logprob", reference_logprob), ("correction", correction)):
-        if value is not None or name == "old_logprob":
+    checks.policy.of_tokens("old_logprob", old_logprob, shape, device)
+    for name, value in (("reference_logprob", reference_logprob), ("correction", correction)):
+        if value is not None:
             checks.policy.of_tokens(name, value, shape, device)
+    token_weights = checks.policy.broadcast("token_weights", token_weights, shape, device)
+    entropy_weights = checks.policy.broadcast("entropy_weights", entropy_weights, shape, device)
     bonus = not checks.policy.is_zero(entropy_coefficient)
     if entropy_weights is not None:
         checks.policy.needed("token_weights", token_weights, "entropy_weights are given")

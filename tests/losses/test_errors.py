@@ -11,6 +11,7 @@ from torch import float16, float32, float64, int32, int64
 
 import compiled_loss
 from compiled_loss import Chunking
+from compiled_loss.functional import policy_terms
 
 N, H, V = 3, 4, 5
 FUNCTIONS = {  # of labels alone; two distributions are in test_divergence_errors.py, depths in test_multi_token.py
@@ -29,16 +30,55 @@ def zeros(*shape, dtype=float32, device="cpu"):
 def arguments(function):
     """Valid tensors for every one of its positional parameters."""
     valid = {"logits": zeros(N, V), "hidden": zeros(N, H), "weight": zeros(V, H), "labels": zeros(N, dtype=int64)}
+    valid |= {"old_logprob": zeros(N), "advantages": zeros(N), "token_loss": logprob}
     return {name: value for name, value in valid.items() if name in inspect.signature(function).parameters}
+
+
+def logprob(statistics):
+    return -statistics.logprob
 
 
 def label(value):
     return torch.tensor([1, value, 2])
 
 
+STATISTICS = ", ".join(map(repr, compiled_loss.TokenStatistics._fields))
+KINDS, KLS = (", ".join(map(repr, names)) for names in (policy_terms.KINDS, policy_terms.KLS))
 # What is passed instead, the error, the whole text. Each is tried on every function that has these parameters.
 CASES = [
     ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
+    ({"wanted": "entropy"}, TypeError, f"wanted: expected some of {STATISTICS} in a tuple, got 'entropy'"),
+    ({"wanted": ("top",)}, ValueError, f"wanted: expected some of {STATISTICS}, got 'top'"),
+    (
+        {"token_loss": "dpo"},
+        TypeError,
+        "token_loss: expected a function (statistics [C], *inputs [C, ...]) -> [C] of torch operations on its "
+        "arguments, got str",
+    ),
+    ({"old_logprob": None}, TypeError, "old_logprob: expected a Tensor, got NoneType"),
+    ({"advantages": zeros(2)}, ValueError, "advantages: expected [3], a value for each token, got [2]"),
+    ({"kind": "ppo"}, ValueError, f"kind: expected one of {KINDS}, got 'ppo'"),
+    ({"kl": "k4"}, ValueError, f"kl: expected one of {KLS}, got 'k4'"),
+    ({"importance": "turn"}, ValueError, "importance: expected one of 'token', 'sequence', got 'turn'"),
+    ({"clip_low": -0.1}, ValueError, "clip_low: expected a number >= 0, got -0.1"),
+    ({"clip_high": "0.2"}, TypeError, "clip_high: expected a number, got str"),
+    ({"dual_clip": 1}, ValueError, "dual_clip: expected a number > 1 or None, got 1"),
+    ({"temperature_positive": 0}, ValueError, "temperature_positive: expected a number > 0, got 0"),
+    ({"temperature_negative": -1.0}, ValueError, "temperature_negative: expected a number > 0, got -1.0"),
+    (
+        {"reference_logprob": zeros(1)},
+        ValueError,
+        "reference_logprob: expected [3], a value for each token, got [1]",
+    ),
+    ({"kl_coefficient": -1}, ValueError, "kl_coefficient: expected a number >= 0, got -1"),
+    ({"correction": zeros(4)}, ValueError, "correction: expected [3], a value for each token, got [4]"),
+    ({"entropy_coefficient": None}, TypeError, "entropy_coefficient: expected a number, got NoneType"),
+    (
+        {"entropy_weights": zeros(N)},
+        ValueError,
+        "token_weights: expected a Tensor where entropy_weights are given, got None",
+    ),
+    ({"segment_ids": zeros(N)}, TypeError, "segment_ids: expected int64, got torch.float32"),
     ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
     (
         {"logits": zeros(N, V, dtype=int64)},
@@ -345,7 +385,8 @@ def test_nothing_is_cast_before_an_error(changed):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_parameter_has_an_error_case(name):
     tried = {next(iter(case.values[1])) for case in ALL if case.values[0] is FUNCTIONS[name]}
-    assert tried >= inspect.signature(FUNCTIONS[name]).parameters.keys()
+    parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+    assert tried >= {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}  # test_token_loss.py has those
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -195,7 +195,7 @@ def called(lib, name, inputs, keywords):
     if lib is reference:
         keywords = {k: v for k, v in keywords.items() if k != "chunking"}
     found = getattr(lib, name.split(",")[0])(**inputs, **keywords)
-    return [v for v in found if v.requires_grad] if isinstance(found, tuple) else [found]
+    return [v for v in found if v is not None and v.requires_grad] if isinstance(found, tuple) else [found]
 
 
 def weighed(values):

@@ -75,7 +75,7 @@ def test_nan_of_its_own_statistics(chunking):
         only_bad_is_nan(rows)
     good = torch.arange(8) != BAD
     expected = reference.linear_token_statistics(hidden[good], weight, labels[good], bias=bias)
-    torch.testing.assert_close(tuple(v[good] for v in statistics), expected)
+    torch.testing.assert_close(tuple(v[good] for v in statistics[:4]), tuple(expected[:4]))
     assert not statistics.correct[BAD]
     only_bad_is_nan(torch.autograd.grad(statistics.logprob.sum(), hidden)[0])
 

@@ -245,7 +245,7 @@ ERRORS = {
     r"correction: expected \[3, 7\], a value for each token, got \[7\]": {"correction": torch.zeros(7)},
     "token_weights: expected a Tensor where entropy_weights are given, got None": {"entropy_weights": torch.ones(B, S)},
     "segment_ids: expected int64, got torch.float32": {"segment_ids": torch.zeros(B, S)},
-    r"mask: expected \[3, 7\], a value for each token, got \[3\]": {"mask": torch.ones(3)},
+    r"mask: expected to broadcast to the labels' \[3, 7\], got \[3\]": {"mask": torch.ones(3)},
 }
 
 
