@@ -10,7 +10,6 @@ from dataclasses import replace
 import gpu_cases
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from gpu_cases import SHAPES, keywords, linear
 
 from compiled_loss import Chunking, linear_cross_entropy
