@@ -17,6 +17,11 @@ needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 # Lines in this order, with others between them.
 PROMISED = {
+    "grpo": [
+        r"step  reward  KL to the reference  clipped  entropy",
+        r" +1 +\d\.\d{3} +\d\.\d{4} +\d\.\d{3} +\d\.\d{3}",
+        r"mean reward of the first and of the last tenth of the steps: \d\.\d{3}, \d\.\d{3}",
+    ],
     "gradient_accumulation": [
         r"sums / num_label_tokens +\d\.\de-0[6-9]",
         r"mean of means +\d\.\de-0[12]",
