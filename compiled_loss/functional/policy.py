@@ -14,6 +14,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import check_tokens, linear_call
+from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.math.statistics import TokenStatistics
 from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
@@ -292,13 +293,14 @@ def linear_policy_loss(
     if importance == "sequence":
         call = linear_call(hidden, weight, labels, keywords, statistics=True)
         statistics = of_tokens(call.statistics(entropy=terms.entropy), call.tokens)
+        rows = rows.map(lambda v: dtensor.rows(v, call.vocabulary))
         return policy_loss(
             statistics.logprob,
-            old_logprob,
-            advantages,
+            rows.old_logprob,
+            rows.advantages,
             entropy=statistics.entropy if terms.entropy else None,
             mask=call.tokens.active,
-            token_weights=token_weights,
+            token_weights=rows.weight,
             kind=kind,
             importance=importance,
             clip_low=clip_low,
@@ -306,13 +308,13 @@ def linear_policy_loss(
             dual_clip=dual_clip,
             temperature_positive=temperature_positive,
             temperature_negative=temperature_negative,
-            reference_logprob=reference_logprob,
+            reference_logprob=rows.reference_logprob,
             kl=kl,
             kl_coefficient=kl_coefficient,
-            correction=correction,
+            correction=rows.correction,
             entropy_coefficient=entropy_coefficient,
-            entropy_weights=entropy_weights,
-            segment_ids=segment_ids,
+            entropy_weights=rows.entropy_weight,
+            segment_ids=None if segment_ids is None else dtensor.rows(segment_ids, call.vocabulary),
         )
     keywords = keywords._replace(
         reduction="mean" if rows.weight is None else "sum",
@@ -323,7 +325,8 @@ def linear_policy_loss(
     loss, found = call.loss_and_statistics(entropy=terms.entropy)
     counts, logprob = call.tokens.active, -found.nll.detach()
     given = None if found.entropy is None else found.entropy.detach()
-    rows = rows.map(lambda v: torch.where(counts, v, 0.0))
+    own = list(call.keywords.inputs)  # a rank's
+    rows = rows.map(lambda _: torch.where(counts, own.pop(0).detach(), 0.0))
     return PolicyLoss(loss, _metrics(terms, logprob, rows, numbers, counts, given), logprob)
 
 

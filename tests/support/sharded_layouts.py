@@ -28,7 +28,7 @@ VOCAB = {
 }
 TOKENS = (
     *("hidden", "further", "teacher_hidden", "labels", "allowed", "mask", "token_weights", "position_mask"),
-    *("top_values", "top_indices"),
+    *("top_values", "top_indices", "old_logprob", "advantages"),
 )
 TOKENS_AND_VOCAB = ("logits", "teacher_logits", "target_probs")
 

@@ -42,6 +42,43 @@ def statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> T
     return (rows[0] * 0.3 + rows[1] * 0.2 - rows[2] * 0.7).sum() / t["count"] + rows[3].sum() * 0
 
 
+def user_loss(statistics_: Any, old: Tensor, advantages: Tensor, clip: Any) -> Tensor:
+    """Whatever a function can look at."""
+    ratio = (statistics_.logprob - old).exp()
+    losses = -torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - clip, 1 + clip) * advantages)
+    further = 1e-2 * statistics_.logsumexp.square() - 0.2 * statistics_.mean_logit * ~statistics_.correct
+    return losses - 0.1 * statistics_.entropy + further
+
+
+def own_loss(chunking: Chunking) -> Loss:
+    """A loss of the user's, with inputs that want a gradient."""
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        keywords = {"bias": t["bias"], "token_weights": t["token_weights"], "softcap": 3.0, **counted(t)}
+        inputs = (t["old_logprob"], t["advantages"], torch.tensor(0.2, dtype=torch.float64))
+        return lib.linear_token_loss(t["hidden"], t["weight"], t["labels"], user_loss, *inputs, **keywords, **how)
+
+    wanted = ("hidden", "weight", "bias", "token_weights", "advantages")
+    return Loss(call, wanted, ("labels", "old_logprob"), chunking)
+
+
+def policy(importance: str) -> Loss:
+    """A policy loss, its KL and its bonus."""
+    options = {"importance": importance, "kl_coefficient": 0.3, "entropy_coefficient": 0.2}
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        given = {"reference_logprob": t["old_logprob"] + 0.1, "token_weights": t["token_weights"], **options}
+        if lib is not reference:
+            inputs = (t["hidden"], t["weight"], t["labels"], t["old_logprob"], t["advantages"])
+            return lib.linear_policy_loss(*inputs, **given, **how).loss
+        logprob, _, entropy, *_ = lib.linear_token_statistics(t["hidden"], t["weight"], t["labels"])
+        mask = t["labels"] != -100
+        return lib.policy_loss(logprob, t["old_logprob"], t["advantages"], entropy=entropy, mask=mask, **given)
+
+    others = ("labels", "old_logprob", "advantages", "token_weights")
+    return Loss(call, ("hidden", "weight"), others, ROWS if importance == "token" else COLUMNS)
+
+
 def with_statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
     if lib is reference:
         return lib.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], **counted(t))
@@ -201,6 +238,10 @@ LOSSES = {
         ("hidden", "weight"),
         chunking=COLUMNS,
     ),
+    "linear_token_loss, tokens": own_loss(ROWS),
+    "linear_token_loss, vocab": own_loss(COLUMNS),
+    "linear_policy_loss, token": policy("token"),
+    "linear_policy_loss, sequence": policy("sequence"),
     "linear_token_statistics": Loss(statistics, ("hidden", "weight", "bias"), chunking=COLUMNS),
     "linear_cross_entropy_with_statistics": Loss(with_statistics, ("hidden", "weight"), chunking=ROWS),
     "cross_entropy": Loss(
@@ -313,4 +354,6 @@ def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
         "whole_teacher_bias": normal(2 * vocab),
         "draft_to_target": torch.randperm(2 * vocab, generator=random)[:vocab],
         "count": torch.tensor(7),
+        "old_logprob": -3 + 0.3 * normal(B, S),
+        "advantages": normal(B, S),
     }
