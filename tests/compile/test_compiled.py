@@ -134,7 +134,7 @@ def test_cached_backward_without_retain_graph(functions_cached):
             backward_twice("tokens")
 
 
-@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 def test_no_autocast_context_where_autocast_is_off(strategy):
     """Torch caches no graph that holds one."""
     targets = []

@@ -114,7 +114,7 @@ def test_torch_export(strategy):
     torch.testing.assert_close(exported(again.hidden, again.labels), head(again.hidden, again.labels))
 
 
-@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+@pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.usefixtures("plain_bodies")
 def test_aot_inductor(strategy, tmp_path):

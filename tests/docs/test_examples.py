@@ -129,6 +129,7 @@ def compare_with_one_process(folder, code, compiled, limit):
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_ranks_train_as_one_process(tmp_path):
     compare_with_one_process(tmp_path, WITHOUT_CODE_GENERATION, "loss", limit=200)
 

@@ -100,7 +100,7 @@ def test_kl(kl):
     assert_matches(plain(**options), truth(**options), inputs)
 
 
-@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("importance", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_compiled(importance):
     inputs = batch()
     options = {"importance": importance, **more(inputs[3])}
