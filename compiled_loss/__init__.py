@@ -67,7 +67,7 @@ from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     masked_soft_cross_entropy,
 )
 from compiled_loss.functional.statistics import linear_token_statistics, token_statistics  # noqa: E402
-from compiled_loss.functional.token_loss import linear_token_loss  # noqa: E402
+from compiled_loss.functional.token_loss import linear_logits_loss, linear_token_loss  # noqa: E402
 from compiled_loss.functional.weights import make_token_weights  # noqa: E402
 from compiled_loss.planner.chunking import Chunking  # noqa: E402
 from compiled_loss.planner.explain import Explanation, plan  # noqa: E402
@@ -115,6 +115,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
+    "linear_logits_loss",
     "linear_policy_loss",
     "linear_soft_cross_entropy",
     "linear_token_loss",

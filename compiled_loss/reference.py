@@ -224,6 +224,36 @@ def linear_token_loss(
     return _ratio(losses.sum(), torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
 
 
+def linear_logits_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    logits_loss: Callable[..., Tensor],
+    *inputs: Tensor | float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """`logits_loss` of all logits at once, weighted like cross-entropy."""
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
+    rows = [v.flatten(0, z.dim() - 2) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
+    losses = logits_loss(z.flatten(0, -2), *rows).reshape(z.shape[:-1])
+    counts = torch.ones_like(losses)
+    for factor in (mask, token_weights):
+        if factor is not None:
+            counts = counts * factor.to(z.dtype).expand(losses.shape)
+    total = torch.where(counts != 0, losses * counts, 0.0).sum()
+    if reduction == "mean":
+        return _ratio(total, counts.sum())
+    if num_label_tokens is None:
+        return total
+    return _ratio(total, torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
+
+
 def policy_loss(
     logprob: Tensor,  # [B, S]
     old_logprob: Tensor,

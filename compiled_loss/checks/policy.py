@@ -24,29 +24,41 @@ def normalisation(
     """Raise unless token weights can be made so."""
     arguments.tensor("mask", mask)
     one_of("normalisation", name, NORMALISATIONS)
-    segments(segment_ids, mask.shape, mask.device)
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask: expected bool, integer or floating, got {mask.dtype}")
+    segments(segment_ids, mask.shape, mask.device, mask)
     for argument, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
         if value is not None:
-            numbers.number(argument, value)
+            at_least_zero(argument, value)
     if (name == "fixed_length") != (length is not None):
         raise ValueError(f"length: expected beside normalisation='fixed_length' and nowhere else, got {length!r}")
     if length is not None:
         positive("length", length)
 
 
-def segments(segment_ids: Any, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless they say of each token which sequence it is of."""
+def segments(segment_ids: Any, shape: torch.Size, device: torch.device, mask: Tensor | None = None) -> None:
+    """Raise unless they say of each token which sequence it is of; what they are is read in eager CPU code alone."""
     if segment_ids is None:
         return
     arguments.tensor("segment_ids", segment_ids)
     if segment_ids.dtype != torch.int64:
         raise TypeError(f"segment_ids: expected int64, got {segment_ids.dtype}")
     of_tokens("segment_ids", segment_ids, shape, device)
+    if numbers.can_read_values(segment_ids):
+        outside = (segment_ids < 0) | (segment_ids >= segment_ids.numel())
+        outside = outside if mask is None else outside & (mask != 0)
+        if outside.any():
+            first = segment_ids[outside].reshape(-1)[0].item()
+            raise ValueError(
+                f"segment_ids: expected from 0 to the number of tokens - 1, {segment_ids.numel() - 1}, got {first}"
+            )
 
 
-def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device) -> None:
+def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device, *, floating: bool = False) -> None:
     """Raise unless it is a tensor with a value for each token of [...]."""
     arguments.tensor(name, value)
+    if floating:
+        arguments.floating(name, value)
     if arguments.differ(value.shape, shape):
         raise ValueError(f"{name}: expected {arguments.sizes(shape)}, a value for each token, got {list(value.shape)}")
     arguments.same_device(name, value, device)
@@ -60,6 +72,7 @@ def tensor(name: str, value: Any) -> None:
 def expanded(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """A value for each token, of one for each sequence perhaps, [B, 1]; raise where it is neither."""
     arguments.tensor(name, value)
+    arguments.floating(name, value)
     arguments.same_device(name, value, device)
     tensor_: Tensor = value
     of_sequences = len(shape) > 1 and tensor_.dim() == len(shape) and tensor_.shape[-1] == 1 and shape[-1] != 1

@@ -17,6 +17,7 @@ from compiled_loss.engine import user_losses
 from compiled_loss.engine.gemm import opaque_copy
 from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.traced_losses import Input, Signature
 from compiled_loss.engine.transforms import traced
 from compiled_loss.planner.chunking import Chunking
 
@@ -45,6 +46,7 @@ class Keywords(NamedTuple):
     mask_weighs: bool = True  # or only tells which tokens count
     token_loss: Callable[..., Tensor] | None = None  # the user's own
     inputs: tuple[Any, ...] = ()  # its own, a value a token or a number
+    of_logits: bool = False  # whether it takes a token's logits, and not its statistics
 
     def checked(self) -> Keywords:
         """Raise unless each that is no tensor of numbers is in its range; numbers come back as numbers."""
@@ -55,7 +57,7 @@ class Keywords(NamedTuple):
         label_smoothing, z_loss = checks.terms(self.label_smoothing, self.z_loss)
         shift, ignore_index = checks.alignment(self.shift, self.ignore_index, 1)
         if self.token_loss is not None:
-            checks.functions.function(self.token_loss)
+            checks.functions.function("logits_loss" if self.of_logits else "token_loss", self.token_loss)
         return self._replace(
             softcap=softcap,
             logit_scale=checks.positive("logit_scale", self.logit_scale),
@@ -109,7 +111,7 @@ class Keywords(NamedTuple):
             dtype=dtype,
         )
 
-    def named(self, dims: int, dtype: torch.dtype, device: torch.device) -> Named | None:
+    def named(self, dims: int, dtype: torch.dtype, device: torch.device, vocab: int) -> Named | None:
         """The user's loss of tokens [...], so many dimensions, as the token strategy takes it; None where it cannot."""
         if self.token_loss is None or traced() or not user_losses.may_be_named(self.token_loss):
             return None
@@ -117,14 +119,15 @@ class Keywords(NamedTuple):
         inputs = []
         for value in self.inputs:
             if isinstance(value, Tensor) and value.dim():
-                shape = tuple([int(n) for n in value.shape[dims:]])
-                inputs.append(user_losses.Input(value.dtype, shape, enabled and value.requires_grad))
+                shape = tuple([len(range(n)) for n in value.shape[dims:]])  # not a symbol any longer
+                inputs.append(Input(value.dtype, shape, enabled and value.requires_grad))
             else:
-                inputs.append(user_losses.Input(wide, None, wants_gradient=False))
+                inputs.append(Input(wide, None, wants_gradient=False))
         mask = self.mask if self.mask_weighs else None
         weights = [v for v in (mask, self.token_weights) if v is not None and v.dtype != torch.bool]
         weight = enabled and any([v.requires_grad for v in weights])
-        signature = user_losses.Signature(tuple(inputs), wide, device, bool(weights), weight)
+        of = vocab if self.of_logits else None
+        signature = Signature(tuple(inputs), wide, device, bool(weights), weight, of)
         return user_losses.named(self.token_loss, signature)
 
     def scales(self, like: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ from compiled_loss.engine import token_chunks, vocab_chunks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.gradients import Needs
 from compiled_loss.engine.math import row_losses
+from compiled_loss.engine.math.bodies import transformed
 from compiled_loss.engine.math.problem import Head, Problem
 from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import (
@@ -155,7 +156,7 @@ class LinearCall(NamedTuple):
         """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         (problem, classes), group = self._engine(), self.vocabulary.group
         scalar, own = self.keywords.reduction != "none", self.keywords.token_loss
-        if scalar and any(self.needs) and not traced():
+        if ((scalar and any(self.needs)) or self.keywords.of_logits) and not traced():
             with without_autocast(self.hidden.device):
                 if self.strategy == "tokens":
                     return token_chunks.summed(
@@ -179,6 +180,8 @@ class LinearCall(NamedTuple):
                         group,
                         with_statistics=with_statistics,
                     )
+        if self.keywords.of_logits:
+            return self._plain_logits_loss(coefficients, divisor), None
         total, entropy = coefficients.total is not None, with_entropy
         if own is not None:
             total, used = (True, True) if self.token_loss is None else row_losses.uses(self.token_loss)
@@ -191,6 +194,28 @@ class LinearCall(NamedTuple):
         if scalar:
             (losses,) = divisor.divide(self.tokens.active, losses.sum())
         return losses, rows if with_statistics else None
+
+    def _plain_logits_loss(self, coefficients: Coefficients, divisor: Divisor) -> Tensor:
+        """A loss of logits under functorch's transforms, which holds them."""
+        (problem, classes), own = self._engine(), self.keywords.token_loss
+        assert own is not None
+        logits = torch.where(self.tokens.active.unsqueeze(1), self.hidden, 0.0) @ self.weight.t()
+        z, _ = transformed(logits, self.head)
+        with without_autocast(self.hidden.device):
+            losses = own(z, *self._clean_inputs())
+        checks.functions.result("logits_loss", losses, z.shape[:1])
+        active, weight = self.tokens.active, coefficients.label_weight(problem.labels, classes, z.dtype)
+        losses = torch.where(active, losses.to(z.dtype), 0.0) * torch.where(active, weight, 0.0)
+        (total,) = divisor.divide(active, losses.sum())
+        return total
+
+    def _clean_inputs(self) -> list[Tensor]:
+        """The inputs of the user's loss, 0 where a token does not count."""
+        active = self.tokens.active
+        return [
+            torch.where(active.view(-1, *[1] * (v.dim() - 1)), v, 0.0) if v.dim() and v.is_floating_point() else v
+            for v in self.keywords.inputs
+        ]
 
     def _row_loss(self, coefficients: Coefficients) -> tuple[Named, token_chunks.Inputs]:
         """What the token strategy sums, and its operands."""
@@ -205,24 +230,21 @@ class LinearCall(NamedTuple):
 
     def _evaluated(self, own: Callable[..., Tensor], rows: RowStatistics, weight: Tensor) -> Tensor:
         """The user's loss of all rows, [N], 0 for those that do not count, whose inputs may hold anything."""
-        active = self.tokens.active
-        inputs = [
-            torch.where(active.view(-1, *[1] * (v.dim() - 1)), v, 0.0) if v.dim() and v.is_floating_point() else v
-            for v in self.keywords.inputs
-        ]
+        active, inputs = self.tokens.active, self._clean_inputs()
         mean = None if rows.total is None else rows.total / self.vocabulary.size
         statistics = TokenStatistics(-rows.nll, rows.lse, cast(Tensor, rows.entropy), rows.correct, mean)
-        losses = own(statistics, *inputs)
-        checks.functions.result(losses, rows.nll.shape)
-        return torch.where(active, losses.to(weight.dtype) * weight, 0.0)
+        with without_autocast(self.hidden.device):
+            losses = own(statistics, *inputs)
+        checks.functions.result("token_loss", losses, rows.nll.shape)
+        return torch.where(active, losses.to(weight.dtype), 0.0) * torch.where(active, weight, 0.0)
 
 
 def linear_call(
-    hidden: Tensor, weight: Tensor, labels: Tensor, keywords: Keywords, *, statistics: bool = False
+    hidden: Tensor, weight: Tensor, labels: Tensor | None, keywords: Keywords, *, statistics: bool = False
 ) -> LinearCall:
     """Check, plan, take a rank's own, and cast: once, outside the chunk loop. Then ask it for what is wanted.
 
-    `statistics` says that they are to be differentiable.
+    `statistics` says that they are to be differentiable. Without labels every token has one, the first class.
     """
     keywords = keywords.checked()
     bias, chunking = keywords.bias, keywords.chunking
@@ -231,7 +253,7 @@ def linear_call(
     dtype = computed_dtype(hidden, weight)
     enabled = torch.is_grad_enabled()
     needs = Needs(*[enabled and v is not None and v.requires_grad for v in (hidden, weight, bias)])
-    token_loss = keywords.named(len(shape) - 1, dtype, hidden.device)
+    token_loss = keywords.named(len(shape) - 1, dtype, hidden.device, part.size)
     tokens = prod(shape[:-1])
     rows = chunking.rows(tokens)
     strategy, how = lengths(
@@ -244,6 +266,8 @@ def linear_call(
         ranks=part.ranks,
         strategies=_strategies(keywords, needs, statistics=statistics, token_loss=token_loss),
     )
+    if labels is None:
+        labels = torch.zeros(shape[:-1], dtype=torch.int64, device=hidden.device)
     labels, keywords = keywords.own(labels, part)
     part.check_equal(labels)
     counted = keywords.tokens(labels, part.size, dtype)
@@ -254,13 +278,18 @@ def linear_call(
     return LinearCall(hidden, weight, head, counted, part, keywords, needs, strategy, how, token_loss)
 
 
-def check_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, keywords: Keywords) -> tuple[Vocabulary, torch.Size]:
+def check_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor | None, keywords: Keywords
+) -> tuple[Vocabulary, torch.Size]:
     """As `check_head`, and of the hidden states a rank has; raise unless labels fit them."""
     part = check_head(hidden, weight, keywords)
     shape = dtensor.own_shape(hidden, part)
-    checks.tensor("labels", labels)
-    dtensor.check_rows("labels", labels)
-    checks.tokens(dtensor.own_shape(labels, part), labels, "hidden", shape, hidden.device, weight)
+    if labels is not None:
+        checks.tensor("labels", labels)
+        dtensor.check_rows("labels", labels)
+        checks.tokens(dtensor.own_shape(labels, part), labels, "hidden", shape, hidden.device, weight)
+    if keywords.of_logits:
+        checks.functions.whole_rows(part.group, keywords.chunking.strategy, keywords.reduction)
     return part, shape
 
 
@@ -290,6 +319,10 @@ def _strategies(
 ) -> tuple[Strategy, ...]:
     """Those that can do what is asked, the best first."""
     chunking, unnamed = keywords.chunking, keywords.token_loss is not None and token_loss is None
+    if keywords.of_logits:
+        if unnamed and not traced():
+            checks.functions.closes_over("logits_loss")
+        return ("tokens",)
     if not any(needs) or traced() or not (statistics or unnamed or keywords.reduction == "none"):
         return ("tokens", "vocab")
     if chunking.strategy == "tokens":

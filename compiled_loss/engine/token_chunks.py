@@ -226,7 +226,7 @@ def _form(
     for chunk, z in chunks(hidden, weight, lengths):
         rows, out = of_chunk(chunk, labels, *linear, *others), of_chunk(chunk, losses, *d_inputs, *known)
         execution.run(
-            bodies.fold_and_gradient,
+            bodies.logits_loss_and_gradient if loss.of_logits else bodies.fold_and_gradient,
             z,
             rows,
             (*head, *inputs.numbers),

@@ -16,7 +16,7 @@ from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import check_tokens, linear_call
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.engine.math.statistics import TokenStatistics, statistics_dtype
 from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
 from compiled_loss.functional.statistics import of_tokens
 from compiled_loss.functional.weights import means_of_sequences
@@ -28,10 +28,10 @@ KL = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
 
 
 class PolicyMetrics(NamedTuple):
-    """What trainers log: means over the tokens that count, [] each, detached; None for what was not asked for.
+    """What trainers log: means over a rank's tokens that count, [] each, detached; None for what was not asked for.
 
-    `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio exp(logprob - old_logprob).
-    `kl_to_old`: r - 1 - log r of that ratio, an estimate of KL(old || new) that is never negative.
+    `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio, a token's own or its sequence's.
+    `kl_to_old`: r - 1 - log r of r = exp(logprob - old_logprob), an estimate of KL(old || new), never negative.
     `clipped_low`: the fraction of tokens whose ratio is below its bound while their advantage is negative.
     `clipped_high`: the fraction of tokens whose ratio is above its bound while their advantage is positive.
     `kl_to_reference`: the estimate that the loss adds.
@@ -118,7 +118,8 @@ def policy_loss(
         correction: multiplies each token's policy term [...], such as a truncated ratio between trainer and sampler.
         entropy_coefficient: multiplies the entropy's mean, which is subtracted; >= 0.
         entropy_weights: how much each token's entropy weighs; like `token_weights` unless given.
-        segment_ids: which sequence each token is of [...], int64, for packed tokens and `importance="sequence"`.
+        segment_ids: which sequence each token is of [...], int64 from 0 to the number of tokens - 1 where tokens count,
+            for packed tokens and `importance="sequence"`.
 
     Returns:
         :class:`PolicyLoss`. All are tensors: nothing waits for a device.
@@ -145,7 +146,8 @@ def policy_loss(
         (tensor(-0.4317), tensor([-0.3333,  0.0000,  0.3016]), tensor(0.3333))
 
     """
-    checks.policy.tensor("logprob", logprob)
+    checks.policy.of_tokens("logprob", logprob, logprob.shape, logprob.device, floating=True)
+    logprob = logprob.to(statistics_dtype(logprob.dtype))
     terms, rows, numbers = _options(
         logprob.shape,
         logprob.device,
@@ -169,7 +171,7 @@ def policy_loss(
     if entropy is not None:
         checks.policy.of_tokens("entropy", entropy, logprob.shape, logprob.device)
     mask = checks.policy.broadcast("mask", mask, logprob.shape, logprob.device)
-    checks.policy.segments(segment_ids, logprob.shape, logprob.device)
+    checks.policy.segments(segment_ids, logprob.shape, logprob.device, mask)
     if terms.entropy:
         checks.policy.needed("entropy", entropy, "entropy_coefficient is not 0")
     counts = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask != 0
@@ -178,14 +180,16 @@ def policy_loss(
     given = None if entropy is None else torch.where(counts, entropy, 0.0)
     compared = rows
     if importance == "sequence":
-        compared = rows._replace(old_logprob=_of_sequences(logprob.detach(), rows.old_logprob, counts, segment_ids))
+        old = _of_sequences(logprob.detach(), rows.old_logprob.detach(), counts, segment_ids)
+        compared = rows._replace(old_logprob=old)
     one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
     statistics = TokenStatistics(logprob, logprob, logprob if given is None else given, counts)
     losses = token_loss(terms)(statistics, *inputs_of(compared, Numbers(*[one * v for v in numbers])))
     loss = torch.where(counts, losses, 0.0).sum()
     if rows.weight is None:
         loss = loss / counts.sum().clamp(min=1)
-    metrics = _metrics(terms, logprob.detach(), rows, numbers, counts, None if given is None else given.detach())
+    given = None if given is None else given.detach()
+    metrics = _metrics(terms, logprob.detach(), rows, compared.old_logprob, numbers, counts, given)
     return PolicyLoss(loss, metrics, logprob.detach())
 
 
@@ -321,13 +325,21 @@ def linear_policy_loss(
         token_loss=token_loss(terms),
         inputs=inputs_of(rows, numbers),
     )
+    if rows.weight is not None and entropy_weights is None:  # a weight of all: the engine's, which scales for fp16
+        own_terms = terms._replace(weighted=False)
+        without = rows._replace(weight=None, entropy_weight=None)
+        keywords = keywords._replace(
+            token_weights=rows.weight, token_loss=token_loss(own_terms), inputs=inputs_of(without, numbers)
+        )
+        rows = without
     call = linear_call(hidden, weight, labels, keywords)
     loss, found = call.loss_and_statistics(entropy=terms.entropy)
-    counts, logprob = call.tokens.active, -found.nll.detach()
-    given = None if found.entropy is None else found.entropy.detach()
+    counts, statistics = call.tokens.active, of_tokens(found.map(Tensor.detach), call.tokens)
     own = list(call.keywords.inputs)  # a rank's
-    rows = rows.map(lambda _: torch.where(counts, own.pop(0).detach(), 0.0))
-    return PolicyLoss(loss, _metrics(terms, logprob, rows, numbers, counts, given), logprob)
+    rows = rows.map(lambda _: torch.where(counts, own.pop(0), 0.0))
+    entropy = statistics.entropy if terms.entropy else None
+    metrics = _metrics(terms, statistics.logprob, rows, rows.old_logprob, numbers, counts, entropy)
+    return PolicyLoss(loss, metrics, statistics.logprob)
 
 
 def _options(
@@ -364,13 +376,15 @@ def _options(
         checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
     )
     advantages = checks.policy.expanded("advantages", advantages, shape, device)
-    checks.policy.of_tokens("old_logprob", old_logprob, shape, device)
+    checks.policy.of_tokens("old_logprob", old_logprob, shape, device, floating=True)
     for name, value in (("reference_logprob", reference_logprob), ("correction", correction)):
         if value is not None:
-            checks.policy.of_tokens(name, value, shape, device)
+            checks.policy.of_tokens(name, value, shape, device, floating=True)
     token_weights = checks.policy.broadcast("token_weights", token_weights, shape, device)
     entropy_weights = checks.policy.broadcast("entropy_weights", entropy_weights, shape, device)
-    bonus = not checks.policy.is_zero(entropy_coefficient)
+    bonus = not checks.policy.is_zero(numbers.entropy_coefficient)
+    if reference_logprob is None and not checks.policy.is_zero(numbers.kl_coefficient):
+        checks.policy.needed("reference_logprob", None, "kl_coefficient is not 0")
     if entropy_weights is not None:
         checks.policy.needed("token_weights", token_weights, "entropy_weights are given")
     elif bonus:
@@ -395,15 +409,23 @@ def _of_sequences(logprob: Tensor, old_logprob: Tensor, counts: Tensor, segment_
 
 
 def _metrics(
-    terms: Terms, logprob: Tensor, rows: Rows, numbers: Numbers, counts: Tensor, entropy: Tensor | None
+    terms: Terms,
+    logprob: Tensor,
+    rows: Rows,
+    compared: Tensor,
+    numbers: Numbers,
+    counts: Tensor,
+    entropy: Tensor | None,
 ) -> PolicyMetrics:
+    """Of the ratio to `compared`, which the loss takes; of the tokens' own to old log-probabilities the KL."""
+    rows, compared = rows.map(Tensor.detach), compared.detach()
     number = counts.sum().clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(counts, values, 0.0).sum() / number
 
     log_ratio = torch.where(counts, logprob - rows.old_logprob, 0.0)
-    ratio = log_ratio.exp()
+    ratio = torch.where(counts, logprob - compared, 0.0).exp()
     low = high = None
     if terms.kind in ("clip", "cispo_two_sided"):
         low = mean(((ratio < 1 - numbers.clip_low) & (rows.advantages < 0)).to(ratio.dtype))
@@ -417,7 +439,7 @@ def _metrics(
         ratio_mean=mean(ratio),
         ratio_min=torch.where(counts, ratio, torch.inf).amin() if ratio.numel() else ratio.new_zeros(()),
         ratio_max=torch.where(counts, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_zeros(()),
-        kl_to_old=mean(ratio - 1 - log_ratio),
+        kl_to_old=mean(log_ratio.expm1() - log_ratio),
         clipped_low=low,
         clipped_high=high,
         kl_to_reference=reference,

@@ -1,4 +1,4 @@
-"""A loss of the user's own on a linear head, in chunks.
+"""Losses of the user's own on a linear head, in chunks.
 
 N tokens (any leading shape), H width, V vocabulary, C tokens of a chunk.
 """
@@ -49,7 +49,8 @@ def linear_token_loss(
             alone. What it does not look at is not computed.
         inputs: what else it is given: tensors [..., *] with a value for each token of `hidden`, in any dtype, or
             numbers, Python's or tensors [] without gradient. Per-token inputs may want gradients. They belong to the
-            places of `hidden`, as statistics do, also where `shift` is not 0.
+            places of `hidden`, as statistics do, also where `shift` is not 0. A small factor, such as 1 / tokens,
+            belongs into `token_weights` or `num_label_tokens`: fp16 loses it elsewhere.
         bias: added to the logits [V], any floating dtype.
         mask, token_weights, ignore_index, softcap, logit_scale, temperature, shift, reduction, num_label_tokens: see
             :func:`cross_entropy`. "mean" divides by the sum of the tokens' weights.
@@ -106,3 +107,82 @@ def linear_token_loss(
         inputs=inputs,
     )
     return linear_call(hidden, weight, labels, keywords).loss()
+
+
+def linear_logits_loss(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    logits_loss: Callable[..., Tensor],
+    *inputs: Tensor | float,  # [..., *]
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+    chunking: Chunking = Chunking(),
+) -> Tensor:
+    r"""The reduction of `logits_loss(logits, *inputs)` over tokens, a chunk of logits [C, V] at a time.
+
+    For what :func:`linear_token_loss` cannot say: anything that a row of logits gives. The token strategy alone, three
+    GEMMs; whether a chunk needs more than one kernel, and more than one [C, V], is up to the function.
+
+    Args:
+        hidden: hidden states [..., H]; fp32, bf16, fp16 or fp64.
+        weight: the head's weight [V, H], in the dtype of `hidden`; under autocast both are cast, once. All of the
+            vocabulary: a rank's part is refused.
+        logits_loss: a function of z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature,
+            [C, V] in fp32 (fp64 for fp64 inputs), and of `inputs`, [C, ...] each, that returns the losses [C]. What it
+            may do is what a `token_loss` may do. Under torch.compile it closes over nothing.
+        inputs: see :func:`linear_token_loss`; labels are one.
+        bias, mask, token_weights, softcap, logit_scale, temperature, num_label_tokens: see :func:`cross_entropy`.
+        reduction: "mean" or "sum".
+        chunking: see :class:`Chunking`; not the vocab strategy.
+
+    Returns:
+        A scalar; fp32 (fp64 for fp64 inputs).
+
+    Memory:
+        As :func:`linear_cross_entropy` in the token strategy, and what the function needs beside its logits.
+
+    Raises:
+        ValueError: a shape, device, number or name is off, or `logits_loss` does what it must not, see
+            :func:`linear_token_loss`.
+        TypeError: a dtype is off, or `logits_loss` cannot be called.
+        RuntimeError: a second derivative is asked for, outside functorch transforms.
+
+    Example:
+        The margin by which a label beats the best other class:
+
+        >>> import torch
+        >>> from compiled_loss import linear_logits_loss
+        >>> def margin(logits, label):
+        ...     is_label = torch.arange(logits.shape[1]) == label.unsqueeze(1)
+        ...     best = logits.masked_fill(is_label, -torch.inf).amax(1)
+        ...     return torch.relu(1 + best - torch.where(is_label, logits, 0.0).sum(1))
+        >>> hidden = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> loss = linear_logits_loss(hidden, weight, margin, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> loss.detach(), hidden.grad
+        (tensor(1.), tensor([[0.0000, 0.0000],
+                [0.0000, 0.5000]]))
+
+    """
+    keywords = Keywords(
+        bias=bias,
+        mask=mask,
+        token_weights=token_weights,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        reduction=reduction,
+        num_label_tokens=num_label_tokens,
+        chunking=chunking,
+        token_loss=logits_loss,
+        inputs=inputs,
+        of_logits=True,
+    )
+    return linear_call(hidden, weight, None, keywords).loss()

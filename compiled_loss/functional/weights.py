@@ -90,10 +90,15 @@ def _sums_of_sequences(values: Tensor, segment_ids: Tensor | None) -> Tensor:
     if segment_ids is None:
         return values.sum(-1, keepdim=True).expand_as(values)
     flat, segments = values.reshape(-1), segment_ids.reshape(-1)
-    return torch.zeros_like(flat).index_add(0, segments, flat)[segments].view(values.shape)
+    inside = (segments >= 0) & (segments < flat.shape[0])  # what does not count may be of no sequence
+    segments = torch.where(inside, segments, 0)
+    sums = torch.zeros_like(flat).index_add(0, segments, torch.where(inside, flat, 0.0))[segments]
+    return torch.where(inside, sums, 0.0).view(values.shape)
 
 
 def _reciprocal(value: int | Tensor, like: Tensor) -> Tensor:
     """1 / value, 0 where it is 0."""
-    number = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    number = (
+        torch.ones((), dtype=like.dtype, device=like.device) * value
+    )  # keywords.py, `scales`, says why no as_tensor
     return torch.where(number > 0, 1 / number.clamp(min=1e-30), 0.0)

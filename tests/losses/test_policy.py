@@ -245,6 +245,12 @@ ERRORS = {
     r"correction: expected \[3, 7\], a value for each token, got \[7\]": {"correction": torch.zeros(7)},
     "token_weights: expected a Tensor where entropy_weights are given, got None": {"entropy_weights": torch.ones(B, S)},
     "segment_ids: expected int64, got torch.float32": {"segment_ids": torch.zeros(B, S)},
+    r"segment_ids: expected from 0 to the number of tokens - 1, 20, got 21": {
+        "segment_ids": torch.full((B, S), 21),
+        "importance": "sequence",
+    },
+    "reference_logprob: expected a Tensor where kl_coefficient is not 0, got None": {"kl_coefficient": 0.1},
+    "correction: expected float32, .* got torch.complex64": {"correction": torch.zeros(B, S, dtype=torch.complex64)},
     r"mask: expected to broadcast to the labels' \[3, 7\], got \[3\]": {"mask": torch.ones(3)},
 }
 
@@ -280,3 +286,80 @@ def test_few_tokens_a_chunk(chunk, dtype):
     eps = torch.finfo(dtype).eps
     for mine, theirs in zip(torch.autograd.grad(found.loss, inputs), torch.autograd.grad(expected, exact), strict=True):
         assert (mine.double() - theirs).norm() <= 8 * eps * theirs.norm()
+
+
+def test_a_small_weight_in_fp16():
+    """The gradients of logits at 1e-7 would flush to zero; a weight of all tokens scales them."""
+    hidden, weight, labels, old, advantages = batch(torch.float32)
+    half = hidden.detach().half().requires_grad_()
+    weights = torch.full((B, S), 1e-7)
+    found = linear_policy_loss(half, weight.detach().half(), labels, old, advantages, token_weights=weights)
+    (mine,) = torch.autograd.grad(found.loss / 1e-7, half)
+    exact = [half.detach().double().requires_grad_(), weight.detach().half().double()]
+    rows = (labels, old.double(), advantages.double())
+    expected = truth(token_weights=torch.ones(B, S, dtype=torch.float64))(*exact, *rows)
+    (theirs,) = torch.autograd.grad(expected, exact[0])
+    assert (mine.double() - theirs).norm() <= 8 * torch.finfo(torch.float16).eps * theirs.norm()
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_invalid_labels_are_nan_where_they_are_not_read(importance):
+    hidden, weight, labels, old, advantages = batch()
+    labels[0, 0] = VOCAB + 3
+    run = torch.compile(
+        lambda h: linear_policy_loss(h, weight, labels, old, advantages, importance=importance),
+        backend="eager",
+        fullgraph=True,
+    )
+    found = run(hidden)
+    assert found.loss.isnan()
+    assert found.logprob.isnan().nonzero().tolist() == [[0, 0]]
+    assert found.metrics.ratio_mean.isnan()
+
+
+def test_what_is_logged_has_no_gradient():
+    logprob = torch.tensor([[-1.0, -2.0, -3.0]])
+    old, ours = logprob.clone().requires_grad_(), logprob.clone().requires_grad_()
+    found = policy_loss(ours, old, torch.ones(1, 3), importance="sequence")
+    found.loss.backward()
+    assert old.grad is None
+    assert not any(value.requires_grad for value in found.metrics if value is not None)
+
+
+def test_clipped_is_what_the_loss_clips():
+    """A sequence's ratio is 1 where its tokens' are not."""
+    logprob = torch.tensor([[-1.0, -2.0, -3.0]])
+    old = logprob + torch.tensor([[0.3, -0.3, 0.0]])
+    options = {"clip_low": 0.01, "clip_high": 0.01}
+    for sign in (-1, 1):
+        of_sequence = policy_loss(logprob, old, sign * torch.ones(1, 3), importance="sequence", **options).metrics
+        assert of_sequence.clipped_low == of_sequence.clipped_high == 0
+    of_tokens = policy_loss(logprob, old, torch.tensor([[-1.0, 1.0, 1.0]]), **options).metrics
+    torch.testing.assert_close((of_tokens.clipped_low, of_tokens.clipped_high), (torch.tensor(1 / 3),) * 2)
+
+
+def test_padding_is_of_no_sequence():
+    logprob, advantages = torch.tensor([[-1.0, -2.0, -3.0]] * 2), torch.ones(2, 3)
+    mask, segments = torch.tensor([[1, 1, 0]] * 2), torch.tensor([[0, 0, -1], [1, 1, -1]])
+    options = {"importance": "sequence", "mask": mask}
+    found = policy_loss(logprob, logprob - 0.1, advantages, segment_ids=segments, **options)
+    torch.testing.assert_close(found, policy_loss(logprob, logprob - 0.1, advantages, **options))
+    torch.testing.assert_close(
+        make_token_weights(mask, "sequence_mean", segment_ids=segments), make_token_weights(mask, "sequence_mean")
+    )
+
+
+def test_half_precision_is_computed_in_single():
+    logprob = torch.tensor([-1.0, -2.0]).half()
+    found = policy_loss(logprob, logprob, torch.ones(2), entropy_coefficient=torch.tensor(0.0))
+    assert found.loss.dtype == found.metrics.ratio_mean.dtype == found.logprob.dtype == torch.float32
+
+
+def test_counts_that_change_compile_nothing():
+    counter = CompileCounter()
+    run = torch.compile(lambda mask, n: make_token_weights(mask, num_tokens=n), backend=counter, fullgraph=True)
+    for count in range(3, 20):
+        torch.testing.assert_close(run(torch.ones(7), count), torch.full((7,), 1 / count))
+    assert counter.frame_count == 2
+    with pytest.raises(ValueError, match=r"^num_tokens: expected a number >= 0, got -4"):
+        make_token_weights(torch.ones(3), num_tokens=-4)

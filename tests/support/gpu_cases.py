@@ -97,12 +97,15 @@ def clipped(statistics, old_logprob, advantage, low, high):
 
 def clipped_with_entropy(statistics, old_logprob, advantage, low, high):
     """The same with a bonus."""
-    return clipped(statistics, old_logprob, advantage, low, high) - 0.01 * statistics.entropy
+    ratio = (statistics.logprob - old_logprob).exp()
+    clipped = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    return -clipped - 0.01 * statistics.entropy
 
 
 def of_everything(statistics, old_logprob, advantage, low, high):
     """Whatever a loss can look at."""
-    losses = clipped_with_entropy(statistics, old_logprob, advantage, low, high)
+    ratio = (statistics.logprob - old_logprob).exp()
+    losses = -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage) - 0.01 * statistics.entropy
     return losses + 1e-4 * statistics.logsumexp.square() - 0.1 * statistics.mean_logit * statistics.correct
 
 

@@ -208,6 +208,20 @@ def fold_and_gradient(
     return tuple(returned)
 
 
+def logits_loss_and_gradient(
+    logits: Tensor, *operands: Tensor | None, classes: Classes, loss: str, group: str | None = None
+) -> Output:
+    """Of a row loss of logits: (labels, *Head, *numbers, *inputs) -> (d, loss, *d_inputs)."""
+    assert group is None
+    (labels,), head, rest = unpack(operands, Labels, Head)
+    of = row_losses.of(loss)
+    z, slope = _scaled(_biased(logits, head.unpacked()), head)
+    losses, d, d_inputs = of.evaluate(z, labels, classes, rest[: of.numbers], rest[of.numbers :])
+    d = d if slope is None else d * slope
+    d = torch.where(classes.active(labels).unsqueeze(-1), d, 0.0)
+    return d.to(logits.dtype), losses, *d_inputs
+
+
 def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """Z of logits that exist, and its slope; None for 1."""
     return _scaled(_biased(logits, head), head)

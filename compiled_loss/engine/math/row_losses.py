@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,16 +39,19 @@ class Evaluated(NamedTuple):
 class RowLoss(NamedTuple):
     """A loss of rows.
 
-    `evaluate` takes the statistics, labels, `Classes`, numbers ([] tensors) and inputs ([rows, ...] tensors).
+    `evaluate` takes the statistics, labels, `Classes`, numbers ([] tensors) and inputs ([rows, ...] tensors), and
+    returns `Evaluated`. One `of_logits` takes z, [rows, V], instead of statistics, and returns losses, d of z and
+    `d_inputs`.
     """
 
-    evaluate: Callable[[RowStatistics, Tensor, Classes, Sequence[Tensor], Sequence[Tensor]], Evaluated]
+    evaluate: Callable[..., Any]
     with_total: bool
     with_entropy: bool
     numbers: int
     linear: int  # so many inputs, the first ones, in which it is linear
     wanted: tuple[int, ...]  # the inputs that want a gradient
     computed: bool  # whether its gradients are more than operands: bodies.py, NOTE [Few reads]
+    of_logits: bool
 
 
 class Named(NamedTuple):
@@ -123,6 +126,7 @@ def _cross_entropy(coefficients: str) -> RowLoss:
         linear=sum(there),
         wanted=_wanted(coefficients),
         computed=False,
+        of_logits=False,
     )
 
 
