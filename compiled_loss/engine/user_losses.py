@@ -95,6 +95,8 @@ def _values(value: Any, inside: tuple[int, ...] = ()) -> _Values | None:
     """Of a plain function, a partial of one, or a constant; None for all else, which is traced in every call."""
     if isinstance(value, _CONSTANTS):
         return _Values((type(value), value), changing=True)
+    if isinstance(value, types.BuiltinFunctionType):
+        return _Values((value,), changing=True)
     if id(value) in inside:
         return None
     inside = (*inside, id(value))
@@ -112,11 +114,14 @@ def _of_function(function: types.FunctionType, inside: tuple[int, ...]) -> _Valu
     if names is None:
         return None
     found = [function.__globals__[name] for name in names if name in function.__globals__]
-    others = [one for one in found if not (isinstance(one, types.ModuleType) and _is_fixed(one.__name__))]
+    modules = [one.__name__ for one in found if isinstance(one, types.ModuleType)]
+    if not all([_is_fixed(name) for name in modules]):
+        return None
+    others = [one for one in found if not isinstance(one, types.ModuleType)]
     cells = [_content(cell) for cell in function.__closure__ or ()]
     defaults = [*(function.__defaults__ or ()), *[v for _, v in sorted((function.__kwdefaults__ or {}).items())]]
     parts = [_values(part, inside) for part in (*cells, *defaults, *others)]
-    own = (function.__code__, len(cells), len(defaults), *names)
+    own = (function.__code__, len(cells), len(defaults), *names, *modules)
     return _joined(own, parts) if parts else _Values(own, changing=False)
 
 
