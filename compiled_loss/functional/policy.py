@@ -272,7 +272,9 @@ def linear_policy_loss(
         chunking=chunking,
         mask_weighs=False,
     )
-    check_tokens(hidden, weight, labels, keywords)
+    part, _ = check_tokens(hidden, weight, labels, keywords)
+    if part.token_mesh_dims and token_weights is None:
+        checks.policy.needed("token_weights", None, "tokens are sharded over ranks: make_token_weights(num_tokens=...)")
     terms, rows, numbers = _options(
         labels.shape,
         labels.device,

@@ -124,6 +124,16 @@ def refused(mesh):
             ),
             "num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over",
         ),
+        "a mean of a policy loss over other tokens": (
+            lambda: cl.linear_policy_loss(
+                distribute_tensor(hidden, mesh, [Shard(0)]), weight, labels[:3], torch.zeros(3), torch.zeros(3)
+            ),
+            "token_weights: expected a Tensor where tokens are sharded over ranks: make_token_weights(num_tokens=...)",
+        ),
+        "a loss of a rank's logits": (
+            lambda: cl.linear_logits_loss(hidden, vocab, lambda logits: logits.amax(1)),
+            "weight: expected all classes of the vocabulary, got a rank's: a logits_loss needs whole rows",
+        ),
         "weights of other positions": (
             lambda: cl.masked_soft_cross_entropy(
                 logits, logits, torch.ones(N), token_weights=(torch.arange(N) != rank).float()
