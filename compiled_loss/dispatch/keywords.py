@@ -127,7 +127,7 @@ class Keywords(NamedTuple):
         weights = [v for v in (mask, self.token_weights) if v is not None and v.dtype != torch.bool]
         weight = enabled and any([v.requires_grad for v in weights])
         of = vocab if self.of_logits else None
-        signature = Signature(tuple(inputs), wide, device, bool(weights), weight, of)
+        signature = Signature(tuple(inputs), wide, device, len(weights) > 0, weight, of)
         return user_losses.named(self.token_loss, signature)
 
     def scales(self, like: Tensor) -> Tensor | None:
