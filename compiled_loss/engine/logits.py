@@ -98,5 +98,6 @@ class _Logits(torch.autograd.Function):
                 lambda: [torch.empty_like(logits)],
                 compile=options.compile,
                 classes=options.classes,
+                moved=ctx.moved or None,
             )
             return *none(Given)._replace(logits=d), *none(_Options)

@@ -114,15 +114,26 @@ def _seen(z: Tensor, is_target: Tensor, head: Head, maximum: Tensor, *, total: b
 
 
 def _gradient(
-    z: Tensor, slope: Tensor | None, active: Tensor, is_target: Tensor, head: Head, maximum: Tensor, upstream: Upstream
+    z: Tensor,
+    slope: Tensor | None,
+    active: Tensor,
+    is_target: Tensor,
+    head: Head,
+    maximum: Tensor,
+    upstream: Upstream,
+    *,
+    moved: bool = False,
 ) -> Tensor:
     """Gradient of the statistics with respect to the raw logits, in fp32."""
     shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
         row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
-    # Not one `where` of both, which would lie as the comparison does and not as the logits.
-    d = shifted.exp() * torch.where(is_target, 0.0, row) + torch.where(is_target, upstream.target.unsqueeze(-1), 0.0)
+    target = upstream.target.unsqueeze(-1)
+    if moved:  # one `where` of both would lie as the comparison does and not as the logits
+        d = shifted.exp() * torch.where(is_target, 0.0, row) + torch.where(is_target, target, 0.0)
+    else:
+        d = torch.where(is_target, target, shifted.exp() * row)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
         d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
@@ -156,12 +167,13 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     return maximum, *[_by_row(past + new) for past, new in sums]
 
 
-def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes) -> Output:
-    """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like them."""
+def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: bool = False) -> Output:
+    """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like them; `moved`: not contiguous."""
     (labels,), head, (maximum, *rest) = unpack(operands, Labels, Head)
     head, upstream = head.unpacked(), Upstream(*rest)
     z, slope = _scaled(_biased(logits, head), head)
-    d = _gradient(z, slope, classes.active(labels), _is_target(z, labels, head), head, maximum, upstream)
+    is_target = _is_target(z, labels, head)
+    d = _gradient(z, slope, classes.active(labels), is_target, head, maximum, upstream, moved=moved)
     return (d.to(logits.dtype),)
 
 
