@@ -504,3 +504,19 @@ def test_a_loss_that_is_nan_where_a_token_is_ignored(strategy):
     import compiled_loss
 
     assert_matches(of(compiled_loss, chunking=cases.CHUNKINGS[strategy]), of(reference), (hidden, weight, weights))
+
+
+def test_autocast_leaves_the_function_alone():
+    """The head is cast, what the function multiplies is not, in either strategy."""
+    hidden, weight, labels, _, *_ = batch({}, torch.float32)
+    several = torch.randn(TOKENS, 64)
+
+    def multiplied(statistics, several):
+        return statistics.logprob * torch.bmm(several.unsqueeze(1), several.unsqueeze(2)).flatten()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [
+            linear_token_loss(hidden, weight, labels, multiplied, several, chunking=cases.CHUNKINGS[strategy])
+            for strategy in ("tokens", "vocab")
+        ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
