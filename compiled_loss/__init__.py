@@ -56,12 +56,8 @@ from compiled_loss.functional.multi_token import (  # noqa: E402
     multi_token_prediction,
     multi_token_targets,
 )
-from compiled_loss.functional.policy import (  # noqa: E402
-    PolicyLoss,
-    PolicyMetrics,
-    linear_policy_loss,
-    policy_loss,
-)
+from compiled_loss.functional.policy import linear_policy_loss, policy_loss  # noqa: E402
+from compiled_loss.functional.policy_evaluation import PolicyLoss, PolicyMetrics  # noqa: E402
 from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,

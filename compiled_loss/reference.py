@@ -213,15 +213,7 @@ def linear_token_loss(
             counts = counts * factor.to(z.dtype).expand(labels.shape)
     valid = (labels != ignore_index) & (True if mask is None else (mask != 0).expand(labels.shape))
     valid, counts = aligned(valid, shift, False), aligned(counts, shift, 0.0)
-    counts = torch.where(valid, counts, 0.0)
-    losses = torch.where(valid, losses * counts, 0.0)
-    if reduction == "none":
-        return losses
-    if reduction == "mean":
-        return _ratio(losses.sum(), counts.sum())
-    if num_label_tokens is None:
-        return losses.sum()
-    return _ratio(losses.sum(), torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
+    return _weighed(losses, counts, valid, reduction, num_label_tokens)
 
 
 def linear_logits_loss(
@@ -246,12 +238,7 @@ def linear_logits_loss(
     for factor in (mask, token_weights):
         if factor is not None:
             counts = counts * factor.to(z.dtype).expand(losses.shape)
-    total = torch.where(counts != 0, losses * counts, 0.0).sum()
-    if reduction == "mean":
-        return _ratio(total, counts.sum())
-    if num_label_tokens is None:
-        return total
-    return _ratio(total, torch.as_tensor(num_label_tokens, dtype=z.dtype, device=z.device))
+    return _weighed(losses, counts, counts != 0, reduction, num_label_tokens)
 
 
 def policy_loss(

@@ -6,7 +6,7 @@ H width, V vocabulary. Log-probabilities, KL and entropies are in nats.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,49 +16,15 @@ from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import check_tokens, linear_call
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import TokenStatistics, statistics_dtype
-from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
+from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.functional.policy_evaluation import Policy, PolicyLoss
+from compiled_loss.functional.policy_terms import inputs_of, token_loss
 from compiled_loss.functional.statistics import of_tokens
-from compiled_loss.functional.weights import means_of_sequences
 from compiled_loss.planner.chunking import Chunking
 
 Kind = Literal["clip", "cispo", "cispo_two_sided", "sapo", "reinforce"]
 Importance = Literal["token", "sequence"]
 KL = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
-
-
-class PolicyMetrics(NamedTuple):
-    """What trainers log: means over a rank's tokens that count, [] each, detached; None for what was not asked for.
-
-    `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio, a token's own or its sequence's.
-    `kl_to_old`: r - 1 - log r of r = exp(logprob - old_logprob), an estimate of KL(old || new), never negative.
-    `clipped_low`: the fraction of tokens whose ratio is below its bound while their advantage is negative.
-    `clipped_high`: the fraction of tokens whose ratio is above its bound while their advantage is positive.
-    `kl_to_reference`: the estimate that the loss adds.
-    `entropy`: of the policy.
-    """
-
-    ratio_mean: Tensor
-    ratio_min: Tensor
-    ratio_max: Tensor
-    kl_to_old: Tensor
-    clipped_low: Tensor | None
-    clipped_high: Tensor | None
-    kl_to_reference: Tensor | None
-    entropy: Tensor | None
-
-
-class PolicyLoss(NamedTuple):
-    """What a policy loss returns.
-
-    `loss`: a scalar.
-    `metrics`: what to log.
-    `logprob`: the log-probabilities of the same pass [...], detached.
-    """
-
-    loss: Tensor
-    metrics: PolicyMetrics
-    logprob: Tensor
 
 
 def policy_loss(
@@ -148,13 +114,14 @@ def policy_loss(
     """
     checks.policy.of_tokens("logprob", logprob, logprob.shape, logprob.device, floating=True)
     logprob = logprob.to(statistics_dtype(logprob.dtype))
-    terms, rows, numbers = _options(
+    policy = Policy.of(
         logprob.shape,
         logprob.device,
         old_logprob=old_logprob,
         advantages=advantages,
         token_weights=token_weights,
         kind=kind,
+        importance=importance,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
@@ -167,30 +134,14 @@ def policy_loss(
         entropy_coefficient=entropy_coefficient,
         entropy_weights=entropy_weights,
     )
-    checks.policy.one_of("importance", importance, ("token", "sequence"))
     if entropy is not None:
         checks.policy.of_tokens("entropy", entropy, logprob.shape, logprob.device)
     mask = checks.policy.broadcast("mask", mask, logprob.shape, logprob.device)
     checks.policy.segments(segment_ids, logprob.shape, logprob.device, mask)
-    if terms.entropy:
+    if policy.terms.entropy:
         checks.policy.needed("entropy", entropy, "entropy_coefficient is not 0")
     counts = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask != 0
-    rows = rows.map(lambda v: torch.where(counts, v, 0.0))
-    logprob = torch.where(counts, logprob, 0.0)
-    given = None if entropy is None else torch.where(counts, entropy, 0.0)
-    compared = rows
-    if importance == "sequence":
-        old = _of_sequences(logprob.detach(), rows.old_logprob.detach(), counts, segment_ids)
-        compared = rows._replace(old_logprob=old)
-    one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
-    statistics = TokenStatistics(logprob, logprob, logprob if given is None else given, counts)
-    losses = token_loss(terms)(statistics, *inputs_of(compared, Numbers(*[one * v for v in numbers])))
-    loss = torch.where(counts, losses, 0.0).sum()
-    if rows.weight is None:
-        loss = loss / counts.sum().clamp(min=1)
-    given = None if given is None else given.detach()
-    metrics = _metrics(terms, logprob.detach(), rows, compared.old_logprob, numbers, counts, given)
-    return PolicyLoss(loss, metrics, logprob.detach())
+    return policy.loss(logprob, entropy, counts, segment_ids)
 
 
 def linear_policy_loss(
@@ -275,13 +226,14 @@ def linear_policy_loss(
     part, _ = check_tokens(hidden, weight, labels, keywords)
     if part.token_mesh_dims and token_weights is None:
         checks.policy.needed("token_weights", None, "tokens are sharded over ranks: make_token_weights(num_tokens=...)")
-    terms, rows, numbers = _options(
+    policy = Policy.of(
         labels.shape,
         labels.device,
         old_logprob=old_logprob,
         advantages=advantages,
         token_weights=token_weights,
         kind=kind,
+        importance=importance,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
@@ -294,156 +246,27 @@ def linear_policy_loss(
         entropy_coefficient=entropy_coefficient,
         entropy_weights=entropy_weights,
     )
-    checks.policy.one_of("importance", importance, ("token", "sequence"))
     checks.policy.segments(segment_ids, labels.shape, labels.device)
     if importance == "sequence":
         call = linear_call(hidden, weight, labels, keywords, statistics=True)
-        statistics = of_tokens(call.statistics(entropy=terms.entropy), call.tokens)
-        rows = rows.map(lambda v: dtensor.rows(v, call.vocabulary))
-        return policy_loss(
-            statistics.logprob,
-            rows.old_logprob,
-            rows.advantages,
-            entropy=statistics.entropy if terms.entropy else None,
-            mask=call.tokens.active,
-            token_weights=rows.weight,
-            kind=kind,
-            importance=importance,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            temperature_positive=temperature_positive,
-            temperature_negative=temperature_negative,
-            reference_logprob=rows.reference_logprob,
-            kl=kl,
-            kl_coefficient=kl_coefficient,
-            correction=rows.correction,
-            entropy_coefficient=entropy_coefficient,
-            entropy_weights=rows.entropy_weight,
-            segment_ids=None if segment_ids is None else dtensor.rows(segment_ids, call.vocabulary),
-        )
+        statistics = of_tokens(call.statistics(entropy=policy.terms.entropy), call.tokens)
+        own = policy._replace(rows=policy.rows.map(lambda v: dtensor.rows(v, call.vocabulary)))
+        segments = None if segment_ids is None else dtensor.rows(segment_ids, call.vocabulary)
+        entropy = statistics.entropy if policy.terms.entropy else None
+        return own.loss(statistics.logprob, entropy, call.tokens.active, segments)
+    if entropy_weights is None:
+        policy, token_weights = policy.without_weights()
     keywords = keywords._replace(
-        reduction="mean" if rows.weight is None else "sum",
-        token_loss=token_loss(terms),
-        inputs=inputs_of(rows, numbers),
+        token_weights=token_weights if entropy_weights is None else None,
+        reduction="mean" if token_weights is None else "sum",
+        token_loss=token_loss(policy.terms),
+        inputs=inputs_of(policy.rows, policy.numbers),
     )
-    if rows.weight is not None and entropy_weights is None:  # a weight of all: the engine's, which scales for fp16
-        own_terms = terms._replace(weighted=False)
-        without = rows._replace(weight=None, entropy_weight=None)
-        keywords = keywords._replace(
-            token_weights=rows.weight, token_loss=token_loss(own_terms), inputs=inputs_of(without, numbers)
-        )
-        rows = without
     call = linear_call(hidden, weight, labels, keywords)
-    loss, found = call.loss_and_statistics(entropy=terms.entropy)
+    loss, found = call.loss_and_statistics(entropy=policy.terms.entropy)
     counts, statistics = call.tokens.active, of_tokens(found.map(Tensor.detach), call.tokens)
-    own = list(call.keywords.inputs)  # a rank's
-    rows = rows.map(lambda _: torch.where(counts, own.pop(0), 0.0))
-    entropy = statistics.entropy if terms.entropy else None
-    metrics = _metrics(terms, statistics.logprob, rows, rows.old_logprob, numbers, counts, entropy)
+    inputs = list(call.keywords.inputs)  # a rank's
+    rows = policy.rows.map(lambda _: torch.where(counts, inputs.pop(0), 0.0))
+    entropy = statistics.entropy if policy.terms.entropy else None
+    metrics = policy._replace(rows=rows).metrics(statistics.logprob, rows.old_logprob, counts, entropy)
     return PolicyLoss(loss, metrics, statistics.logprob)
-
-
-def _options(
-    shape: torch.Size,
-    device: torch.device,
-    *,
-    old_logprob: Tensor,
-    advantages: Tensor,
-    token_weights: Tensor | None,
-    kind: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    temperature_positive: float,
-    temperature_negative: float,
-    reference_logprob: Tensor | None,
-    kl: str,
-    kl_coefficient: float,
-    correction: Tensor | None,
-    entropy_coefficient: float,
-    entropy_weights: Tensor | None,
-) -> tuple[Terms, Rows, Numbers]:
-    """Checked: which terms there are, what each token has, and the numbers."""
-    checks.policy.one_of("kind", kind, KINDS)
-    checks.policy.one_of("kl", kl, KLS)
-    dual = checks.policy.dual_clip(dual_clip, kind)
-    numbers = Numbers(
-        checks.policy.at_least_zero("clip_low", clip_low),
-        checks.policy.at_least_zero("clip_high", clip_high),
-        0.0 if dual is None else dual,
-        checks.policy.positive("temperature_positive", temperature_positive),
-        checks.policy.positive("temperature_negative", temperature_negative),
-        checks.policy.at_least_zero("kl_coefficient", kl_coefficient),
-        checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
-    )
-    advantages = checks.policy.expanded("advantages", advantages, shape, device)
-    checks.policy.of_tokens("old_logprob", old_logprob, shape, device, floating=True)
-    for name, value in (("reference_logprob", reference_logprob), ("correction", correction)):
-        if value is not None:
-            checks.policy.of_tokens(name, value, shape, device, floating=True)
-    token_weights = checks.policy.broadcast("token_weights", token_weights, shape, device)
-    entropy_weights = checks.policy.broadcast("entropy_weights", entropy_weights, shape, device)
-    bonus = not checks.policy.is_zero(numbers.entropy_coefficient)
-    if reference_logprob is None and not checks.policy.is_zero(numbers.kl_coefficient):
-        checks.policy.needed("reference_logprob", None, "kl_coefficient is not 0")
-    if entropy_weights is not None:
-        checks.policy.needed("token_weights", token_weights, "entropy_weights are given")
-    elif bonus:
-        entropy_weights = token_weights
-    if not bonus:
-        entropy_weights = None
-    terms = Terms(
-        kind=kind,
-        dual=dual is not None,
-        kl=None if reference_logprob is None else kl,
-        entropy=bonus,
-        corrected=correction is not None,
-        weighted=token_weights is not None,
-    )
-    rows = Rows(old_logprob, advantages, token_weights, reference_logprob, correction, entropy_weights)
-    return terms, rows, numbers
-
-
-def _of_sequences(logprob: Tensor, old_logprob: Tensor, counts: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """Old log-probabilities to which each token has its sequence's mean ratio."""
-    return logprob - means_of_sequences(logprob - old_logprob, counts, segment_ids)
-
-
-def _metrics(
-    terms: Terms,
-    logprob: Tensor,
-    rows: Rows,
-    compared: Tensor,
-    numbers: Numbers,
-    counts: Tensor,
-    entropy: Tensor | None,
-) -> PolicyMetrics:
-    """Of the ratio to `compared`, which the loss takes; of the tokens' own to old log-probabilities the KL."""
-    rows, compared = rows.map(Tensor.detach), compared.detach()
-    number = counts.sum().clamp(min=1)
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(counts, values, 0.0).sum() / number
-
-    log_ratio = torch.where(counts, logprob - rows.old_logprob, 0.0)
-    ratio = torch.where(counts, logprob - compared, 0.0).exp()
-    low = high = None
-    if terms.kind in ("clip", "cispo_two_sided"):
-        low = mean(((ratio < 1 - numbers.clip_low) & (rows.advantages < 0)).to(ratio.dtype))
-        high = mean(((ratio > 1 + numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
-    elif terms.kind == "cispo":
-        high = mean(((ratio > numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
-    reference = None
-    if terms.kl is not None and rows.reference_logprob is not None:
-        reference = mean(kl_of(terms.kl, logprob, rows.reference_logprob))
-    return PolicyMetrics(
-        ratio_mean=mean(ratio),
-        ratio_min=torch.where(counts, ratio, torch.inf).amin() if ratio.numel() else ratio.new_zeros(()),
-        ratio_max=torch.where(counts, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_zeros(()),
-        kl_to_old=mean(log_ratio.expm1() - log_ratio),
-        clipped_low=low,
-        clipped_high=high,
-        kl_to_reference=reference,
-        entropy=None if entropy is None else mean(entropy),
-    )

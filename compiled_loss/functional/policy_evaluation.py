@@ -1,0 +1,175 @@
+"""The options of a policy loss, checked, and what it makes of log-probabilities that exist: the loss, what to log.
+
+Tokens have any leading shape [...].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
+from compiled_loss.functional.weights import means_of_sequences
+
+
+class PolicyMetrics(NamedTuple):
+    """What trainers log: means over a rank's tokens that count, [] each, detached; None for what was not asked for.
+
+    `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio, a token's own or its sequence's.
+    `kl_to_old`: r - 1 - log r of r = exp(logprob - old_logprob), an estimate of KL(old || new), never negative.
+    `clipped_low`: the fraction of tokens whose ratio is below its bound while their advantage is negative.
+    `clipped_high`: the fraction of tokens whose ratio is above its bound while their advantage is positive.
+    `kl_to_reference`: the estimate that the loss adds.
+    `entropy`: of the policy.
+    """
+
+    ratio_mean: Tensor
+    ratio_min: Tensor
+    ratio_max: Tensor
+    kl_to_old: Tensor
+    clipped_low: Tensor | None
+    clipped_high: Tensor | None
+    kl_to_reference: Tensor | None
+    entropy: Tensor | None
+
+
+class PolicyLoss(NamedTuple):
+    """What a policy loss returns.
+
+    `loss`: a scalar.
+    `metrics`: what to log.
+    `logprob`: the log-probabilities of the same pass [...], detached.
+    """
+
+    loss: Tensor
+    metrics: PolicyMetrics
+    logprob: Tensor
+
+
+class Policy(NamedTuple):
+    """The options of a policy loss."""
+
+    terms: Terms
+    rows: Rows  # [...] each
+    numbers: Numbers
+    importance: str
+
+    @staticmethod
+    def of(
+        shape: torch.Size,
+        device: torch.device,
+        *,
+        old_logprob: Tensor,
+        advantages: Tensor,
+        token_weights: Tensor | None,
+        kind: str,
+        importance: str,
+        clip_low: float,
+        clip_high: float,
+        dual_clip: float | None,
+        temperature_positive: float,
+        temperature_negative: float,
+        reference_logprob: Tensor | None,
+        kl: str,
+        kl_coefficient: float,
+        correction: Tensor | None,
+        entropy_coefficient: float,
+        entropy_weights: Tensor | None,
+    ) -> Policy:
+        """Checked: which terms there are, what each token has, and the numbers."""
+        checks.policy.one_of("kind", kind, KINDS)
+        checks.policy.one_of("kl", kl, KLS)
+        checks.policy.one_of("importance", importance, ("token", "sequence"))
+        dual = checks.policy.dual_clip(dual_clip, kind)
+        numbers = Numbers(
+            checks.policy.at_least_zero("clip_low", clip_low),
+            checks.policy.at_least_zero("clip_high", clip_high),
+            0.0 if dual is None else dual,
+            checks.policy.positive("temperature_positive", temperature_positive),
+            checks.policy.positive("temperature_negative", temperature_negative),
+            checks.policy.at_least_zero("kl_coefficient", kl_coefficient),
+            checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
+        )
+        advantages = checks.policy.expanded("advantages", advantages, shape, device)
+        checks.policy.of_tokens("old_logprob", old_logprob, shape, device, floating=True)
+        for name, value in (("reference_logprob", reference_logprob), ("correction", correction)):
+            if value is not None:
+                checks.policy.of_tokens(name, value, shape, device, floating=True)
+        token_weights = checks.policy.broadcast("token_weights", token_weights, shape, device)
+        entropy_weights = checks.policy.broadcast("entropy_weights", entropy_weights, shape, device)
+        bonus = not checks.policy.is_zero(numbers.entropy_coefficient)
+        if reference_logprob is None and not checks.policy.is_zero(numbers.kl_coefficient):
+            checks.policy.needed("reference_logprob", None, "kl_coefficient is not 0")
+        if entropy_weights is not None:
+            checks.policy.needed("token_weights", token_weights, "entropy_weights are given")
+        elif bonus:
+            entropy_weights = token_weights
+        if not bonus:
+            entropy_weights = None
+        terms = Terms(
+            kind=kind,
+            dual=dual is not None,
+            kl=None if reference_logprob is None else kl,
+            entropy=bonus,
+            corrected=correction is not None,
+            weighted=token_weights is not None,
+        )
+        rows = Rows(old_logprob, advantages, token_weights, reference_logprob, correction, entropy_weights)
+        return Policy(terms, rows, numbers, importance)
+
+    def without_weights(self) -> tuple[Policy, Tensor | None]:
+        """The same of tokens that weigh 1, and their weights, which the entropy's are, too."""
+        rows = self.rows._replace(weight=None, entropy_weight=None)
+        return self._replace(terms=self.terms._replace(weighted=False), rows=rows), self.rows.weight
+
+    def loss(self, logprob: Tensor, entropy: Tensor | None, counts: Tensor, segment_ids: Tensor | None) -> PolicyLoss:
+        """Of the tokens that count; what the others have is not looked at."""
+        rows = self.rows.map(lambda v: torch.where(counts, v, 0.0))
+        logprob = torch.where(counts, logprob, 0.0)
+        entropy = None if entropy is None else torch.where(counts, entropy, 0.0)
+        detached, old = logprob.detach(), rows.old_logprob
+        if self.importance == "sequence":  # each token has its sequence's mean ratio to these
+            old = detached - means_of_sequences(detached - old.detach(), counts, segment_ids)
+        one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
+        statistics = TokenStatistics(logprob, logprob, logprob if entropy is None else entropy, counts)
+        inputs = inputs_of(rows._replace(old_logprob=old), Numbers(*[one * v for v in self.numbers]))
+        loss = torch.where(counts, token_loss(self.terms)(statistics, *inputs), 0.0).sum()
+        if rows.weight is None:
+            loss = loss / counts.sum().clamp(min=1)
+        entropy = None if entropy is None else entropy.detach()
+        return PolicyLoss(loss, self._replace(rows=rows).metrics(detached, old, counts, entropy), detached)
+
+    def metrics(self, logprob: Tensor, compared: Tensor, counts: Tensor, entropy: Tensor | None) -> PolicyMetrics:
+        """Of the ratio to `compared`, which the loss takes; of the tokens' own to old log-probabilities the KL."""
+        terms, numbers = self.terms, self.numbers
+        rows, compared = self.rows.map(Tensor.detach), compared.detach()
+        number = counts.sum().clamp(min=1)
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(counts, values, 0.0).sum() / number
+
+        log_ratio = torch.where(counts, logprob - rows.old_logprob, 0.0)
+        ratio = torch.where(counts, logprob - compared, 0.0).exp()
+        low = high = None
+        if terms.kind in ("clip", "cispo_two_sided"):
+            low = mean(((ratio < 1 - numbers.clip_low) & (rows.advantages < 0)).to(ratio.dtype))
+            high = mean(((ratio > 1 + numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
+        elif terms.kind == "cispo":
+            high = mean(((ratio > numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
+        reference = None
+        if terms.kl is not None and rows.reference_logprob is not None:
+            reference = mean(kl_of(terms.kl, logprob, rows.reference_logprob))
+        return PolicyMetrics(
+            ratio_mean=mean(ratio),
+            ratio_min=torch.where(counts, ratio, torch.inf).amin() if ratio.numel() else ratio.new_zeros(()),
+            ratio_max=torch.where(counts, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_zeros(()),
+            kl_to_old=mean(log_ratio.expm1() - log_ratio),
+            clipped_low=low,
+            clipped_high=high,
+            kl_to_reference=reference,
+            entropy=None if entropy is None else mean(entropy),
+        )
