@@ -205,7 +205,7 @@ class LinearCall(NamedTuple):
             losses = own(z, *self._clean_inputs())
         checks.functions.result("logits_loss", losses, z.shape[:1])
         active, weight = self.tokens.active, coefficients.label_weight(problem.labels, classes, z.dtype)
-        losses = torch.where(active, losses.to(z.dtype), 0.0) * torch.where(active, weight, 0.0)
+        losses = torch.where(active, losses.to(z.dtype), 0.0) * weight
         (total,) = divisor.divide(active, losses.sum())
         return total
 
@@ -236,7 +236,7 @@ class LinearCall(NamedTuple):
         with without_autocast(self.hidden.device):
             losses = own(statistics, *inputs)
         checks.functions.result("token_loss", losses, rows.nll.shape)
-        return torch.where(active, losses.to(weight.dtype), 0.0) * torch.where(active, weight, 0.0)
+        return torch.where(active, losses.to(weight.dtype), 0.0) * weight
 
 
 def linear_call(
