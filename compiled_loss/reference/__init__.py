@@ -1,0 +1,43 @@
+"""The full-logits definition of every loss: the specification. Imports torch only, shares no code with the fast paths.
+
+Written for the reader, in the order of the formulas; ordinary autograd, every [N, V] tensor held. Statistics and losses
+in fp32, or fp64 for fp64 inputs. Arguments are those of the functions of the same names in `compiled_loss`.
+"""
+
+from compiled_loss.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from compiled_loss.reference.distillation import (
+    distillation,
+    linear_distillation,
+    linear_soft_cross_entropy,
+    masked_soft_cross_entropy,
+)
+from compiled_loss.reference.multi_token import multi_token_prediction, multi_token_targets
+from compiled_loss.reference.policy import policy_loss
+from compiled_loss.reference.statistics import (
+    Statistics,
+    linear_logits_loss,
+    linear_token_loss,
+    linear_token_statistics,
+    token_statistics,
+)
+from compiled_loss.reference.tokens import aligned, token_logits, transformed
+
+__all__ = [
+    "Statistics",
+    "aligned",
+    "cross_entropy",
+    "distillation",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_logits_loss",
+    "linear_soft_cross_entropy",
+    "linear_token_loss",
+    "linear_token_statistics",
+    "masked_soft_cross_entropy",
+    "multi_token_prediction",
+    "multi_token_targets",
+    "policy_loss",
+    "token_logits",
+    "token_statistics",
+    "transformed",
+]

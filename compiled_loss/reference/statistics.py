@@ -1,0 +1,122 @@
+"""Statistics of tokens, and the losses that users make of them or of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss.reference.tokens import aligned, token_logits, transformed, weighed
+
+
+class Statistics(NamedTuple):
+    """Those of each token."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    correct: Tensor
+    mean_logit: Tensor | None = None
+
+
+def token_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    shift: int = 0,
+    class_dim: int = -1,
+) -> Statistics:
+    """Log-probability, log-sum-exp, entropy and correctness of each token."""
+    z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature, logit_scale)
+    valid = labels != ignore_index
+    if mask is not None:
+        valid = valid & (mask != 0).expand(labels.shape)
+    labels, valid = aligned(labels, shift, ignore_index), aligned(valid, shift, False)
+    target = torch.where(valid, labels, 0)
+    log_p = torch.log_softmax(z, dim=-1)
+    logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    correct = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) == z.amax(-1)
+    logprob, lse, entropy = (torch.where(valid, v, 0.0) for v in (logprob, torch.logsumexp(z, dim=-1), entropy))
+    return Statistics(logprob, lse, entropy, correct & valid)
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    **keywords: object,
+) -> Statistics:
+    """`token_statistics` of the head's logits."""
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
+    return token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: Callable[..., Tensor],
+    *inputs: Tensor | float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    shift: int = 0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """`token_loss` of the tokens' statistics, the rows of `inputs` beside them, weighted like cross-entropy."""
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
+    more = {"mask": mask, "ignore_index": ignore_index, "shift": shift}
+    statistics = token_statistics(z, labels, **more)  # type: ignore[arg-type]
+    flat = [v.reshape(-1) for v in (*statistics[:4], z.mean(-1))]
+    rows = [v.flatten(0, labels.dim() - 1) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
+    losses = token_loss(Statistics(*flat), *rows).reshape(labels.shape)
+    counts = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
+    for factor in (mask, token_weights):
+        if factor is not None:
+            counts = counts * factor.to(z.dtype).expand(labels.shape)
+    valid = (labels != ignore_index) & (True if mask is None else (mask != 0).expand(labels.shape))
+    valid, counts = aligned(valid, shift, False), aligned(counts, shift, 0.0)
+    return weighed(losses, counts, valid, reduction, num_label_tokens)
+
+
+def linear_logits_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    logits_loss: Callable[..., Tensor],
+    *inputs: Tensor | float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_label_tokens: int | Tensor | None = None,
+) -> Tensor:
+    """`logits_loss` of all logits at once, weighted like cross-entropy."""
+    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
+    rows = [v.flatten(0, z.dim() - 2) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
+    losses = logits_loss(z.flatten(0, -2), *rows).reshape(z.shape[:-1])
+    counts = torch.ones_like(losses)
+    for factor in (mask, token_weights):
+        if factor is not None:
+            counts = counts * factor.to(z.dtype).expand(losses.shape)
+    return weighed(losses, counts, counts != 0, reduction, num_label_tokens)
