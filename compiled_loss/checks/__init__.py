@@ -1,6 +1,16 @@
 """Every error text of a loss, a file a subject: each names the argument, what was expected and what came."""
 
-from compiled_loss.checks import chunking, functions, heads, modules, multi_token, policy, sharding, targets
+from compiled_loss.checks import (
+    chunking,
+    functions,
+    heads,
+    modules,
+    multi_token,
+    policy,
+    sharding,
+    targets,
+    temperatures,
+)
 from compiled_loss.checks.arguments import (
     UnsupportedTorchError,
     alignment,
@@ -71,6 +81,7 @@ __all__ = [
     "sizes",
     "statistics_wanted",
     "targets",
+    "temperatures",
     "tensor",
     "terms",
     "tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,7 @@ class Keywords(NamedTuple):
     mask_weighs: bool = True  # or only tells which tokens count
     token_loss: Callable[..., Tensor] | None = None  # the user's own
     inputs: tuple[Any, ...] = ()  # its own, a value a token or a number
+    token_temperature: Tensor | None = None  # what `temperature` was, where it is no number
     of_logits: bool = False  # whether it takes a token's logits, and not its statistics
 
     def checked(self) -> Keywords:
@@ -53,7 +55,10 @@ class Keywords(NamedTuple):
         checks.instance("chunking", self.chunking, Chunking)
         checks.chunking.compiles(self.compile)
         checks.reduction(self.reduction)
-        softcap, temperature = checks.transform(self.softcap, self.temperature)
+        temperature, by_token = self.temperature, self.token_temperature
+        if isinstance(temperature, Tensor) and checks.temperatures.of_tokens(temperature):
+            temperature, by_token = 1.0, temperature
+        softcap, temperature = checks.transform(self.softcap, temperature)
         label_smoothing, z_loss = checks.terms(self.label_smoothing, self.z_loss)
         shift, ignore_index = checks.alignment(self.shift, self.ignore_index, 1)
         if self.token_loss is not None:
@@ -62,6 +67,7 @@ class Keywords(NamedTuple):
             softcap=softcap,
             logit_scale=checks.positive("logit_scale", self.logit_scale),
             temperature=temperature,
+            token_temperature=by_token,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             shift=shift,
@@ -71,6 +77,10 @@ class Keywords(NamedTuple):
 
     def check_tensors(self, shape: torch.Size, part: Vocabulary, device: torch.device) -> None:
         """Raise unless those that are tensors fit the vocabulary, and labels of which a rank has this shape."""
+        if self.token_temperature is not None:
+            dtensor.check_rows("temperature", self.token_temperature)
+            own = dtensor.own_shape(self.token_temperature, part)
+            checks.temperatures.given(self.token_temperature, own, shape, device)
         for name, value in (("mask", self.mask), ("token_weights", self.token_weights)):
             if value is not None:
                 checks.tensor(name, value)
@@ -88,12 +98,14 @@ class Keywords(NamedTuple):
 
     def own(self, labels: Tensor, part: Vocabulary) -> tuple[Tensor, Keywords]:
         """The labels and the keywords of a rank."""
-        mask, token_weights = (None if v is None else dtensor.rows(v, part) for v in (self.mask, self.token_weights))
+        of_tokens = (self.mask, self.token_weights, self.token_temperature)
+        mask, token_weights, temperature = (None if v is None else dtensor.rows(v, part) for v in of_tokens)
         if mask is not None and not self.mask_weighs:
             mask = mask != 0
         return dtensor.rows(labels, part), self._replace(
             mask=mask,
             token_weights=token_weights,
+            token_temperature=temperature,
             inputs=tuple([dtensor.rows(v, part) if isinstance(v, Tensor) else v for v in self.inputs]),
             class_weights=dtensor.whole(self.class_weights),
             num_label_tokens=dtensor.whole(self.num_label_tokens),
@@ -129,6 +141,16 @@ class Keywords(NamedTuple):
         of = vocab if self.of_logits else None
         signature = Signature(tuple(inputs), wide, device, len(weights) > 0, weight, of)
         return user_losses.named(self.token_loss, signature)
+
+    def inverse_temperature(self, tokens: reductions.Tokens, dtype: torch.dtype) -> Tensor | None:
+        """Of each token [...], where they have temperatures of their own; NaN of one that is not above 0."""
+        if self.token_temperature is None:
+            return None
+        active, temperature = tokens.active, self.token_temperature.detach().to(statistics_dtype(dtype))
+        if numbers.can_read_values(temperature):
+            checks.temperatures.positive(temperature.expand(active.shape)[active])
+        inverse = torch.where(temperature > 0, temperature, math.nan).reciprocal()
+        return torch.where(active, inverse, 1.0)
 
     def scales(self, like: Tensor) -> Tensor | None:
         """The `scales` of the engine's `Head`."""

@@ -46,6 +46,7 @@ class LinearCall(NamedTuple):
     hidden: Tensor
     weight: Tensor
     head: Head
+    inverse_temperature: Tensor | None  # [...]
     tokens: reduction.Tokens
     vocabulary: Vocabulary
     keywords: Keywords
@@ -93,9 +94,14 @@ class LinearCall(NamedTuple):
 
     def _gathered(self, compact: Compaction | None) -> LinearCall:
         """Of the tokens that count, [N]."""
-        flat = self._replace(tokens=self.tokens.map(lambda v: v.reshape(-1)))
+        inverse = self.inverse_temperature
+        inverse = None if inverse is None else inverse.reshape(-1)
+        flat = self._replace(tokens=self.tokens.map(lambda v: v.reshape(-1)), inverse_temperature=inverse)
         if compact is not None:
-            flat = flat._replace(hidden=compact.gathered(self.hidden), tokens=flat.tokens.gathered(compact))
+            inverse = None if inverse is None else compact.gathered(inverse)
+            flat = flat._replace(
+                hidden=compact.gathered(self.hidden), tokens=flat.tokens.gathered(compact), inverse_temperature=inverse
+            )
         if self.keywords.inputs:
             flat = flat._replace(keywords=self.keywords._replace(inputs=self._inputs(compact)))
         return flat
@@ -132,7 +138,8 @@ class LinearCall(NamedTuple):
     def _engine(self) -> tuple[Problem, Classes]:
         """What the engine is given: labels are counted from the rank's first class."""
         labels, start = self.vocabulary.labels(self.tokens.labels), self.vocabulary.start
-        return Problem.of(self.hidden, self.weight, self.head, labels), self.tokens.classes.counted_from(start)
+        problem = Problem.of(self.hidden, self.weight, self.head, labels, self.inverse_temperature)
+        return problem, self.tokens.classes.counted_from(start)
 
     def _statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
         """Masked statistics of all rows that there are, [N]."""
@@ -140,7 +147,9 @@ class LinearCall(NamedTuple):
         if traced():
             hidden = torch.where(active.unsqueeze(1), self.hidden, 0.0)
             logits = hidden @ self.weight.t()
-            rows = logits_pass.plain_statistics(logits, problem.labels, self.head, total=total, entropy=entropy)
+            rows = logits_pass.plain_statistics(
+                logits, problem.labels, self.head, self.inverse_temperature, total=total, entropy=entropy
+            )
         else:
             asked = token_chunks.Asked(total, entropy, self.vocabulary.group)
             with without_autocast(self.hidden.device):
@@ -200,7 +209,7 @@ class LinearCall(NamedTuple):
         (problem, classes), own = self._engine(), self.keywords.token_loss
         assert own is not None
         logits = torch.where(self.tokens.active.unsqueeze(1), self.hidden, 0.0) @ self.weight.t()
-        z, _ = transformed(logits, self.head)
+        z, _ = transformed(logits, self.head, self.inverse_temperature)
         with without_autocast(self.hidden.device):
             losses = own(z, *self._clean_inputs())
         checks.functions.result("logits_loss", losses, z.shape[:1])
@@ -275,7 +284,8 @@ def linear_call(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = Head(bias, part.own(keywords.class_weights), keywords.scales(hidden))
     hidden = hidden.reshape(-1, shape[-1])
-    return LinearCall(hidden, weight, head, counted, part, keywords, needs, strategy, how, token_loss)
+    inverse = keywords.inverse_temperature(counted, dtype)
+    return LinearCall(hidden, weight, head, inverse, counted, part, keywords, needs, strategy, how, token_loss)
 
 
 def check_tokens(

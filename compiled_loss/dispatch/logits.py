@@ -27,6 +27,7 @@ class LogitsCall(NamedTuple):
 
     logits: Tensor
     scales: Tensor | None
+    inverse_temperature: Tensor | None  # [...]
     tokens: reduction.Tokens
     vocabulary: Vocabulary
     keywords: Keywords
@@ -59,10 +60,13 @@ class LogitsCall(NamedTuple):
         if traced():
             logits = torch.where(tokens.active.unsqueeze(-1), logits, 0.0)
             head = Head(None, class_weights, self.scales)
-            rows = logits_pass.plain_statistics(logits, own, head, total=total, entropy=entropy)
+            inverse = self.inverse_temperature
+            rows = logits_pass.plain_statistics(logits, own, head, inverse, total=total, entropy=entropy)
         else:
             (source,) = merged(logits)
-            given = Given(source, class_weights, self.scales, own.reshape(source.shape[:-1]))
+            rows_of, inverse = source.shape[:-1], self.inverse_temperature
+            inverse = None if inverse is None else inverse.reshape(rows_of)
+            given = Given(source, class_weights, self.scales, own.reshape(rows_of), inverse)
             classes = tokens.classes.counted_from(vocabulary.start)
             with without_autocast(logits.device):
                 rows = logits_pass.statistics(
@@ -86,4 +90,5 @@ def logits_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: i
     part.check_equal(labels)
     tokens = keywords.tokens(labels, part.size, logits.dtype)
     own = classes_last("logits", dtensor.own(logits), class_dim)
-    return LogitsCall(own, keywords.scales(own), tokens, part, keywords)
+    inverse = keywords.inverse_temperature(tokens, logits.dtype)
+    return LogitsCall(own, keywords.scales(own), inverse, tokens, part, keywords)

@@ -29,6 +29,7 @@ def probability_cross_entropy(
     """What `cross_entropy` gives of floating labels: sum_v c_v ((1 - e) p_v + e / V) (lse - z_v) at each position."""
     checks.targets.no_ignore_index(keywords.ignore_index)
     keywords = keywords.checked()
+    checks.temperatures.one(keywords.token_temperature, "labels are probabilities")
     dim = check_class_dim("logits", logits, class_dim)
     check_class_dim("labels", probabilities, class_dim)
     part = dtensor.logits_layout("logits", logits, dim, keywords.vocab_shard)

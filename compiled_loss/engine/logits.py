@@ -24,6 +24,7 @@ class Given(NamedTuple):
     class_weights: Tensor | None  # [V]
     scales: Tensor | None
     labels: Tensor  # [...]
+    inverse_temperature: Tensor | None  # [...]
 
     @property
     def head(self) -> Head:
@@ -48,10 +49,12 @@ def statistics(
     return RowStatistics(*_Logits.apply(*given, *_Options(classes, total, entropy, group, compile)))
 
 
-def plain_statistics(logits: Tensor, labels: Tensor, head: Head, *, total: bool, entropy: bool) -> RowStatistics:
+def plain_statistics(
+    logits: Tensor, labels: Tensor, head: Head, inverse_temperature: Tensor | None, *, total: bool, entropy: bool
+) -> RowStatistics:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
     state = initial_state(logits, labels.shape, total=total, entropy=entropy)
-    return finish(state.replaced(bodies.fold(logits, labels, *head, *state)))
+    return finish(state.replaced(bodies.fold(logits, labels, *head, inverse_temperature, *state)))
 
 
 class _Logits(torch.autograd.Function):
@@ -63,7 +66,7 @@ class _Logits(torch.autograd.Function):
         found = execution.given(
             bodies.fold,
             logits,
-            (labels, *state),
+            (labels, given.inverse_temperature, *state),
             given.head,
             lambda: state.map(torch.empty_like).present(),
             compile=options.compile,
@@ -93,7 +96,7 @@ class _Logits(torch.autograd.Function):
             (d,) = execution.given(
                 bodies.gradient,
                 logits,
-                (given.labels, state.maximum, *upstream),
+                (given.labels, given.inverse_temperature, state.maximum, *upstream),
                 given.head,
                 lambda: [torch.empty_like(logits)],
                 compile=options.compile,

@@ -139,7 +139,8 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
     found, head = state.map(torch.empty_like), problem.head.packed()
     for chunk, z in chunks(problem.hidden, problem.weight, lengths):
-        rows, out = of_chunk(chunk, problem.labels, *state), of_chunk(chunk, *found.present())
+        rows = of_chunk(chunk, problem.labels, problem.inverse_temperature, *state)
+        out = of_chunk(chunk, *found.present())
         execution.run(bodies.fold, z, rows, head, out, compiled=lengths.compiled)
     return list(finish(found.all_reduced(group)).present())
 
@@ -224,7 +225,8 @@ def _form(
         static |= {"statistics": True, "entropy": forming.with_entropy}
     active = classes.active(labels)
     for chunk, z in chunks(hidden, weight, lengths):
-        rows, out = of_chunk(chunk, labels, *linear, *others), of_chunk(chunk, losses, *d_inputs, *known)
+        rows = of_chunk(chunk, labels, problem.inverse_temperature, *linear, *others)
+        out = of_chunk(chunk, losses, *d_inputs, *known)
         execution.run(
             bodies.logits_loss_and_gradient if loss.of_logits else bodies.fold_and_gradient,
             z,

@@ -125,7 +125,8 @@ def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> State:
     state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
     for _, _, head, z in _chunks(problem, lengths):
         found = state.map(torch.empty_like)
-        execution.run(bodies.fold, z, (problem.labels, *state), head, found.present(), compiled=lengths.compiled)
+        rows = (problem.labels, problem.inverse_temperature, *state)
+        execution.run(bodies.fold, z, rows, head, found.present(), compiled=lengths.compiled)
         state = found
     return state.all_reduced(group)
 
@@ -228,7 +229,7 @@ def _gradients(
     accumulate_dtype = lengths.plan("vocab", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, hidden_dtype=accumulate_dtype)
     active = classes.active(problem.labels)
-    rows = (problem.labels, state.maximum, *upstream)
+    rows = (problem.labels, problem.inverse_temperature, state.maximum, *upstream)
     for start, columns, head, z in _chunks(problem, lengths):
         execution.run(bodies.gradient, z, rows, head, [z], compiled=lengths.compiled, classes=classes)
         gemm.accumulate_gradients(*gradients, z, hidden, columns, active, 0, start, scale)

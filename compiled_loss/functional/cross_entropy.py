@@ -39,7 +39,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
@@ -70,7 +70,8 @@ def cross_entropy(
         z_loss: weight of lse squared (PaLM, section 5), >= 0.
         softcap: bound of the scaled logits (Gemma 2, section 2), > 0; None for none.
         logit_scale: multiplies the logits before the softcap (Cohere's; the reciprocal of Granite's), > 0.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
+            tokens that have temperatures of their own.
         shift: logits[..., t] predict labels[..., t + shift]; the mask and weights are the label's; the last `shift`
             positions are ignored. 1 for a causal model's unshifted labels.
         reduction: "mean" divides the cross-entropy by the sum of w c_y, of probabilities by the sum of w, and the
@@ -158,7 +159,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
@@ -250,7 +251,7 @@ def linear_cross_entropy_with_statistics(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,

@@ -105,7 +105,7 @@ def multi_token_prediction(
     bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
@@ -185,7 +185,7 @@ def multi_token_losses(
     bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> MultiTokenLosses:
@@ -260,7 +260,14 @@ def multi_token_losses(
     scale = (share * (scaling_factor / len(hidden))).reshape(-1, *(1,) * len(rows))
     if isinstance(chunking.max_label_tokens, int):  # of each depth
         chunking = replace(chunking, max_label_tokens=chunking.max_label_tokens * len(hidden))
-    call = keywords._replace(mask=None, token_weights=scale * counted, num_label_tokens=None, chunking=chunking)
+    temperature_ = keywords.token_temperature
+    call = keywords._replace(
+        mask=None,
+        token_weights=scale * counted,
+        token_temperature=None if temperature_ is None else temperature_.expand(labels.shape).reshape(rows),
+        num_label_tokens=None,
+        chunking=chunking,
+    )
     linear = linear_call(states, weight, stacked, call)
     loss, found = linear.loss_and_statistics()
     logprob = of_tokens(found, linear.tokens).logprob.detach() * counted.detach()

@@ -157,7 +157,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     kind: Kind = "clip",
     importance: Importance = "token",
     clip_low: float = 0.2,
@@ -184,7 +184,8 @@ def linear_policy_loss(
     Args:
         hidden, weight, labels, bias, ignore_index, softcap, logit_scale, vocab_shard, chunking: see
             :func:`linear_cross_entropy`; `labels` are the tokens that were sampled.
-        temperature: divides the logits, > 0: that of the sampler, or the ratios are biased.
+        temperature: divides the logits, > 0: that of the sampler, or the ratios are biased. A tensor that broadcasts to
+            the labels, such as [B, 1], says it of each sequence or token.
         old_logprob, advantages, mask, token_weights, kind, importance, clip_low, clip_high, dual_clip,
             temperature_positive, temperature_negative, reference_logprob, kl, kl_coefficient, correction,
             entropy_coefficient, entropy_weights, segment_ids: see :func:`policy_loss`. The numbers may change from call

@@ -47,7 +47,7 @@ def token_statistics(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     class_dim: int = -1,
     wanted: Collection[str] = WANTED,
@@ -63,7 +63,8 @@ def token_statistics(
         ignore_index: label of tokens to ignore.
         softcap: bound of the scaled logits, > 0; None for none.
         logit_scale: multiplies the logits before the softcap, > 0.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
+            tokens that have temperatures of their own.
         shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
         wanted: names of the statistics to return; the others are None, and the entropy and the mean logit then cost
@@ -124,7 +125,7 @@ def linear_token_statistics(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     wanted: Collection[str] = WANTED,
     vocab_shard: VocabShard | None = None,
@@ -143,7 +144,8 @@ def linear_token_statistics(
         ignore_index: label of tokens to ignore.
         softcap: bound of the scaled logits, > 0; None for none.
         logit_scale: multiplies the logits before the softcap, > 0.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
+            tokens that have temperatures of their own.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
         wanted: names of the statistics to return; the others are None, and the entropy and the mean logit then cost
             nothing.

@@ -20,7 +20,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
@@ -83,7 +83,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **keywords: object,
 ) -> Tensor:
     """`cross_entropy` of the head's logits."""

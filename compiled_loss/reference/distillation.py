@@ -18,7 +18,7 @@ def distillation(
     token_weights: Tensor | None = None,
     divergence: str = "forward_kl",
     jsd_weight: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
@@ -102,7 +102,7 @@ def masked_soft_cross_entropy(
     token_weights: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
@@ -131,7 +131,7 @@ def linear_soft_cross_entropy(
     teacher_bias: Tensor | None = None,
     teacher_softcap: float | None = None,
     teacher_logit_scale: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **keywords: object,
 ) -> Tensor:
     """`masked_soft_cross_entropy` of the draft head's logits and its teacher's distribution."""

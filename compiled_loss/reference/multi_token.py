@@ -54,7 +54,7 @@ def multi_token_prediction(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """scaling_factor / D times the sum over the depths."""
     total = torch.zeros((), dtype=hidden[0].dtype)

@@ -29,7 +29,7 @@ def token_statistics(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     class_dim: int = -1,
 ) -> Statistics:
@@ -56,7 +56,7 @@ def linear_token_statistics(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **keywords: object,
 ) -> Statistics:
     """`token_statistics` of the head's logits."""
@@ -76,7 +76,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: int = 0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
@@ -107,7 +107,7 @@ def linear_logits_loss(
     token_weights: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:

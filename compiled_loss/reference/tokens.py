@@ -11,7 +11,7 @@ def token_logits(
     weight: Tensor,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
 ) -> Tensor:
     """Z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
@@ -19,7 +19,7 @@ def token_logits(
 
 
 def transformed(
-    logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float, logit_scale: float = 1.0
+    logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float | Tensor, logit_scale: float = 1.0
 ) -> Tensor:
     """Z of raw logits."""
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -28,6 +28,8 @@ def transformed(
     z = logit_scale * z
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.unsqueeze(-1)  # a token's own
     return z / temperature
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math import row_losses
-from compiled_loss.engine.math.problem import Head, Labels
+from compiled_loss.engine.math.problem import Head, Labels, Temperature
 from compiled_loss.engine.math.statistics import (
     Classes,
     State,
@@ -84,8 +84,17 @@ def _biased(logits: Tensor, head: Head) -> Tensor:
     return raw if head.bias is None else raw + head.bias.to(raw.dtype)
 
 
-def _scaled(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Z of the raw logits, and its slope; None for 1."""
+def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Z of the raw logits, [rows, columns] or [rows], and its slope; None for 1."""
+    z, slope = _of_head(raw, head)
+    if inverse is None:
+        return z, slope
+    inverse = inverse if raw.dim() == inverse.dim() else inverse.unsqueeze(-1)
+    return z * inverse, inverse if slope is None else slope * inverse
+
+
+def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """The same, but for the rows' temperatures."""
     if head.scales is None:
         return raw, None
     if head.scales.dim() == 0:
@@ -155,10 +164,10 @@ def _by_row(value: Tensor) -> Tensor:
 
 
 def fold(logits: Tensor, *operands: Tensor | None) -> Output:
-    """Fold a chunk into the rows' state: (labels, *Head, *State) -> its parts."""
-    (labels,), head, state, _ = unpack(operands, Labels, Head, State)
+    """Fold a chunk into the rows' state: (labels, *Head, temperature, *State) -> its parts."""
+    (labels,), head, (inverse,), state, _ = unpack(operands, Labels, Head, Temperature, State)
     head = head.unpacked()
-    z, _ = _scaled(_biased(logits, head), head)
+    z, _ = _scaled(_biased(logits, head), head, inverse)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
     is_target = _is_target(z, labels, head)
@@ -168,10 +177,10 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: bool = False) -> Output:
-    """Gradient of a chunk's logits: (labels, *Head, maximum, *Upstream) -> (d,), like them; `moved`: not contiguous."""
-    (labels,), head, (maximum, *rest) = unpack(operands, Labels, Head)
+    """Gradient of a chunk's logits: (labels, *Head, temperature, maximum, *Upstream) -> (d,), like them; `moved`: not contiguous."""
+    (labels,), head, (inverse,), (maximum, *rest) = unpack(operands, Labels, Head, Temperature)
     head, upstream = head.unpacked(), Upstream(*rest)
-    z, slope = _scaled(_biased(logits, head), head)
+    z, slope = _scaled(_biased(logits, head), head, inverse)
     is_target = _is_target(z, labels, head)
     d = _gradient(z, slope, classes.active(labels), is_target, head, maximum, upstream, moved=moved)
     return (d.to(logits.dtype),)
@@ -186,19 +195,20 @@ def fold_and_gradient(
     entropy: bool = False,
     group: str | None = None,
 ) -> Output:
-    """Both, for rows whole or over a group: (labels, *Head, *numbers, *inputs) -> (d, loss, *d_inputs, ...).
+    """Both, whole or over a group: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs, ...).
 
     `loss` names a row loss, of those numbers and inputs; d is the gradient of the sum of the losses. With `statistics`,
     `RowStatistics` follow; with `entropy` they have it. What comes last is returned for NOTE [Few reads] alone.
     """
     (labels,), head, rest = unpack(operands, Labels, Head)
     head, of = head.unpacked(), row_losses.of(loss)
+    numbers, (inverse, *inputs) = rest[: of.numbers], rest[of.numbers :]
     biased = _biased(logits, head)
-    z, slope = _scaled(biased, head)
+    z, slope = _scaled(biased, head, inverse)
     # A softcap keeps the order, so a row's largest is found before it: a tanh less for each logit. Not where statistics
     # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
     exact = statistics or of.computed
-    maximum = largest(z) if exact else _scaled(largest(biased), head)[0]
+    maximum = largest(z) if exact else _scaled(largest(biased), head, inverse)[0]
     maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
     softcap = head.scales is not None and head.scales.dim() > 0
     if softcap:
@@ -207,7 +217,7 @@ def fold_and_gradient(
     state = _seen(z, is_target, head, maximum, total=of.with_total, entropy=entropy or of.with_entropy)
     state = state.all_reduced(group)
     known = finish(state)
-    found = of.evaluate(known, labels, classes, rest[: of.numbers], rest[of.numbers :])
+    found = of.evaluate(known, labels, classes, numbers, inputs)
     upstream = Upstream.of(state, *found.gradients)
     upstream = upstream._replace(row=depends_on(upstream.row, *state))
     d = _gradient(z, slope, classes.active(labels), is_target, head, state.maximum, upstream).to(logits.dtype)
@@ -223,17 +233,18 @@ def fold_and_gradient(
 def logits_loss_and_gradient(
     logits: Tensor, *operands: Tensor | None, classes: Classes, loss: str, group: str | None = None
 ) -> Output:
-    """Of a row loss of logits: (labels, *Head, *numbers, *inputs) -> (d, loss, *d_inputs)."""
+    """Of a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
     assert group is None
     (labels,), head, rest = unpack(operands, Labels, Head)
     of = row_losses.of(loss)
-    z, slope = _scaled(_biased(logits, head.unpacked()), head)
-    losses, d, d_inputs = of.evaluate(z, labels, classes, rest[: of.numbers], rest[of.numbers :])
+    numbers, (inverse, *inputs) = rest[: of.numbers], rest[of.numbers :]
+    z, slope = _scaled(_biased(logits, head.unpacked()), head, inverse)
+    losses, d, d_inputs = of.evaluate(z, labels, classes, numbers, inputs)
     d = d if slope is None else d * slope
     d = torch.where(classes.active(labels).unsqueeze(-1), d, 0.0)
     return d.to(logits.dtype), losses, *d_inputs
 
 
-def transformed(logits: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+def transformed(logits: Tensor, head: Head, inverse: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Z of logits that exist, and its slope; None for 1."""
-    return _scaled(_biased(logits, head), head)
+    return _scaled(_biased(logits, head), head, inverse)

@@ -45,6 +45,12 @@ class Labels(NamedTuple):
     labels: Tensor  # [rows]
 
 
+class Temperature(NamedTuple):
+    """What a row's z is multiplied by at last, where rows have temperatures of their own: the `Head` has the others."""
+
+    inverse: Tensor | None  # [rows]
+
+
 class Problem(NamedTuple):
     """Logits that nobody holds: N tokens' hidden states, a head of V classes, and labels."""
 
@@ -54,11 +60,12 @@ class Problem(NamedTuple):
     class_weights: Tensor | None
     scales: Tensor | None
     labels: Tensor  # [N], counted from the first of the classes
+    inverse_temperature: Tensor | None  # [N]
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor) -> Problem:
+    def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor, inverse_temperature: Tensor | None) -> Problem:
         """With these parts."""
-        return Problem(hidden, weight, *head[:3], labels)
+        return Problem(hidden, weight, *head[:3], labels, inverse_temperature)
 
     @property
     def head(self) -> Head:

@@ -1,0 +1,36 @@
+"""The errors of temperatures that each token has for itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_loss.checks import arguments, numbers
+
+
+def of_tokens(value: Any) -> bool:
+    """Whether it is a tensor with a value for each token, and no number."""
+    return isinstance(value, Tensor) and value.dim() > 0 and not numbers.holds(value.numel() == 1, otherwise=False)
+
+
+def one(value: Tensor | None, where: str) -> None:
+    """Raise where tokens have their own and a loss takes only one."""
+    if value is not None:
+        raise ValueError(f"temperature: expected a number where {where}, got a tensor {list(value.shape)}")
+
+
+def given(value: Tensor, own: torch.Size, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless the temperatures, of which the rank has `own`, fit labels of this shape."""
+    arguments.floating("temperature", value)
+    if value.requires_grad:
+        raise ValueError("temperature: expected tensor without gradient, got requires_grad=True: use .detach()")
+    arguments.per_token("temperature", value, own, shape, device)
+
+
+def positive(values: Tensor) -> None:
+    """Raise unless all of the tokens that count are. Reads the tensor: for eager CPU code alone."""
+    wrong = ~((values > 0) & values.isfinite())
+    if wrong.any():
+        raise ValueError(f"temperature: expected numbers > 0 where tokens count, got {values[wrong][0].item()}")
