@@ -57,7 +57,7 @@ class Keywords(NamedTuple):
         checks.reduction(self.reduction)
         temperature, by_token = self.temperature, self.token_temperature
         if isinstance(temperature, Tensor) and checks.temperatures.of_tokens(temperature):
-            temperature, by_token = 1.0, temperature
+            by_token, temperature = temperature, 1.0
         softcap, temperature = checks.transform(self.softcap, temperature)
         label_smoothing, z_loss = checks.terms(self.label_smoothing, self.z_loss)
         shift, ignore_index = checks.alignment(self.shift, self.ignore_index, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from compiled_loss.engine.math.statistics import (
     Coefficients,
     Divisor,
     RowStatistics,
-    TokenStatistics,
+    Wanted,
     combine,
     masked,
+    of_rows,
     statistics_dtype,
 )
 from compiled_loss.engine.transforms import autocast_dtype, traced, without_autocast
@@ -65,10 +66,10 @@ class LinearCall(NamedTuple):
         assert rows is not None
         return loss, rows
 
-    def statistics(self, *, total: bool = False, entropy: bool = True) -> RowStatistics:
+    def statistics(self, wanted: Wanted) -> RowStatistics:
         """Masked statistics [...], differentiable."""
         compact = reduction.compacted(self.tokens.active, self.keywords.chunking)
-        rows = self._gathered(compact)._statistics(total=total, entropy=entropy)
+        rows = self._gathered(compact)._statistics(wanted)
         return self._back(rows, compact, self._factor(compact, rows.nll))
 
     def _loss_and_rows(self, *, with_statistics: bool, with_entropy: bool) -> tuple[Tensor, RowStatistics | None]:
@@ -141,17 +142,16 @@ class LinearCall(NamedTuple):
         problem = Problem.of(self.hidden, self.weight, self.head, labels, self.inverse_temperature)
         return problem, self.tokens.classes.counted_from(start)
 
-    def _statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
+    def _statistics(self, wanted: Wanted) -> RowStatistics:
         """Masked statistics of all rows that there are, [N]."""
         (problem, classes), active = self._engine(), self.tokens.active
         if traced():
             hidden = torch.where(active.unsqueeze(1), self.hidden, 0.0)
             logits = hidden @ self.weight.t()
-            rows = logits_pass.plain_statistics(
-                logits, problem.labels, self.head, self.inverse_temperature, total=total, entropy=entropy
-            )
+            inverse = self.inverse_temperature
+            rows = logits_pass.plain_statistics(logits, problem.labels, self.head, inverse, wanted)
         else:
-            asked = token_chunks.Asked(total, entropy, self.vocabulary.group)
+            asked = token_chunks.Asked(*wanted, self.vocabulary.group)
             with without_autocast(self.hidden.device):
                 if self.strategy == "vocab":
                     rows = vocab_chunks.statistics(problem, classes, asked, self.lengths)
@@ -191,11 +191,11 @@ class LinearCall(NamedTuple):
                     )
         if self.keywords.of_logits:
             return self._plain_logits_loss(coefficients, divisor), None
-        total, entropy = coefficients.total is not None, with_entropy
+        wanted = Wanted(total=coefficients.total is not None, entropy=with_entropy)
         if own is not None:
-            total, used = (True, True) if self.token_loss is None else row_losses.uses(self.token_loss)
-            entropy = entropy or used
-        rows = self._statistics(total=total, entropy=entropy)
+            every = Wanted(*(True,) * len(Wanted._fields))
+            wanted = wanted.union(every if self.token_loss is None else row_losses.uses(self.token_loss))
+        rows = self._statistics(wanted)
         if own is None:
             losses = combine(rows, coefficients, problem.labels, classes)
         else:
@@ -240,8 +240,7 @@ class LinearCall(NamedTuple):
     def _evaluated(self, own: Callable[..., Tensor], rows: RowStatistics, weight: Tensor) -> Tensor:
         """The user's loss of all rows, [N], 0 for those that do not count, whose inputs may hold anything."""
         active, inputs = self.tokens.active, self._clean_inputs()
-        mean = None if rows.total is None else rows.total / self.vocabulary.size
-        statistics = TokenStatistics(-rows.nll, rows.lse, cast(Tensor, rows.entropy), rows.correct, mean)
+        statistics = of_rows(rows, self.tokens.labels, self.vocabulary.size)
         with without_autocast(self.hidden.device):
             losses = own(statistics, *inputs)
         checks.functions.result("token_loss", losses, rows.nll.shape)

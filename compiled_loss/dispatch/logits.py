@@ -18,7 +18,7 @@ from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import logits as logits_pass
 from compiled_loss.engine.logits import Given
 from compiled_loss.engine.math.problem import Head
-from compiled_loss.engine.math.statistics import RowStatistics, combine, masked, statistics_dtype
+from compiled_loss.engine.math.statistics import RowStatistics, Wanted, combine, masked, statistics_dtype
 from compiled_loss.engine.transforms import traced, without_autocast
 
 
@@ -39,21 +39,21 @@ class LogitsCall(NamedTuple):
         coefficients, divisor = reduction.normalised(
             tokens, terms, keywords.reduction, keywords.num_label_tokens, dtype
         )
-        rows = self._statistics(total=coefficients.total is not None, entropy=False)
+        rows = self._statistics(Wanted(total=coefficients.total is not None))
         loss = combine(rows, coefficients, tokens.labels, tokens.classes)
         if keywords.reduction != "none":
             (loss,) = divisor.divide(tokens.active, loss.sum())
         return self.vocabulary.nan_unless_equal(loss, tokens.labels, loss)
 
-    def statistics(self, *, total: bool = False, entropy: bool = True) -> RowStatistics:
+    def statistics(self, wanted: Wanted) -> RowStatistics:
         """Masked statistics [...], differentiable; NaN where ranks have other labels."""
-        rows = self._statistics(total=total, entropy=entropy)
+        rows = self._statistics(wanted)
         if self.vocabulary.group is None:
             return rows
         factor = self.vocabulary.nan_unless_equal(rows.nll.new_ones(()), self.tokens.labels, rows.nll)
         return rows.map(lambda v: v * factor if v.is_floating_point() else v)
 
-    def _statistics(self, *, total: bool, entropy: bool) -> RowStatistics:
+    def _statistics(self, wanted: Wanted) -> RowStatistics:
         logits, tokens, vocabulary = self.logits, self.tokens, self.vocabulary
         own = vocabulary.labels(tokens.labels)
         class_weights = vocabulary.own(self.keywords.class_weights)
@@ -61,7 +61,7 @@ class LogitsCall(NamedTuple):
             logits = torch.where(tokens.active.unsqueeze(-1), logits, 0.0)
             head = Head(None, class_weights, self.scales)
             inverse = self.inverse_temperature
-            rows = logits_pass.plain_statistics(logits, own, head, inverse, total=total, entropy=entropy)
+            rows = logits_pass.plain_statistics(logits, own, head, inverse, wanted)
         else:
             (source,) = merged(logits)
             rows_of, inverse = source.shape[:-1], self.inverse_temperature
@@ -69,9 +69,7 @@ class LogitsCall(NamedTuple):
             given = Given(source, class_weights, self.scales, own.reshape(rows_of), inverse)
             classes = tokens.classes.counted_from(vocabulary.start)
             with without_autocast(logits.device):
-                rows = logits_pass.statistics(
-                    given, classes, vocabulary.group, total=total, entropy=entropy, compile=self.keywords.compile
-                )
+                rows = logits_pass.statistics(given, classes, wanted, vocabulary.group, self.keywords.compile)
         return masked(rows.map(lambda v: v.reshape(tokens.labels.shape)), tokens.active)
 
 

@@ -12,7 +12,7 @@ from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Upstream
 from compiled_loss.engine.math.problem import Head
-from compiled_loss.engine.math.statistics import Classes, RowStatistics, State, finish, initial_state
+from compiled_loss.engine.math.statistics import Classes, RowStatistics, State, Wanted, finish, initial_state
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast
 
@@ -36,24 +36,21 @@ class _Options(NamedTuple):
     """What is no tensor."""
 
     classes: Classes
-    with_total: bool
-    with_entropy: bool
+    wanted: Wanted
     group: str | None
     compile: bool | str
 
 
-def statistics(
-    given: Given, classes: Classes, group: str | None, *, total: bool, entropy: bool, compile: bool | str
-) -> RowStatistics:
+def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None, compile: bool | str) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
-    return RowStatistics(*_Logits.apply(*given, *_Options(classes, total, entropy, group, compile)))
+    return RowStatistics(*_Logits.apply(*given, *_Options(classes, wanted, group, compile)))
 
 
 def plain_statistics(
-    logits: Tensor, labels: Tensor, head: Head, inverse_temperature: Tensor | None, *, total: bool, entropy: bool
+    logits: Tensor, labels: Tensor, head: Head, inverse_temperature: Tensor | None, wanted: Wanted
 ) -> RowStatistics:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
-    state = initial_state(logits, labels.shape, total=total, entropy=entropy)
+    state = initial_state(logits, labels.shape, wanted)
     return finish(state.replaced(bodies.fold(logits, labels, *head, inverse_temperature, *state)))
 
 
@@ -62,7 +59,7 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         given, options, _ = unpack(args, Given, _Options)
         logits, labels = given.logits, given.labels
-        state = initial_state(logits, labels.shape, total=options.with_total, entropy=options.with_entropy)
+        state = initial_state(logits, labels.shape, options.wanted)
         found = execution.given(
             bodies.fold,
             logits,
@@ -84,13 +81,14 @@ class _Logits(torch.autograd.Function):
         g_lse: Tensor | None,
         g_total: Tensor | None,
         g_entropy: Tensor | None,
-        _correct: None,
+        g_squares: Tensor | None,
+        *_constants: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         given, state, _ = unpack(ctx.saved_tensors, Given, State)
         logits, options = given.logits, ctx.options
         with without_autocast(logits.device):  # whatever backward's caller is in
-            upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy)
+            upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy, g_squares)
             if ctx.moved:  # or Inductor writes a long expression out twice, in its layout and in theirs
                 upstream = upstream.map(lambda v: gemm.opaque_copy(v, []))
             (d,) = execution.given(

@@ -23,6 +23,7 @@ from compiled_loss.engine.math.statistics import (
     Classes,
     Divisor,
     RowStatistics,
+    Wanted,
     finish,
     initial_state,
     statistics_dtype,
@@ -33,11 +34,18 @@ from compiled_loss.planner.plan import Lengths
 
 
 class Asked(NamedTuple):
-    """Which of the statistics are asked for beside nll and lse, and over which ranks."""
+    """Which statistics are asked for, as `Wanted` says it, and over which ranks."""
 
     with_total: bool
     with_entropy: bool
+    with_squares: bool
+    with_argmax: bool
     group: str | None
+
+    @property
+    def wanted(self) -> Wanted:
+        """Without the ranks."""
+        return Wanted(*self[:4])
 
 
 class Inputs(NamedTuple):
@@ -64,6 +72,10 @@ class _Forming(NamedTuple):
     with_statistics: bool
     with_entropy: bool  # among the statistics
 
+    def wanted(self) -> Wanted:
+        """The statistics that are returned."""
+        return Wanted(total=row_losses.of(self.loss).uses.total, entropy=self.with_entropy)
+
 
 class _Options(NamedTuple):
     """What is no tensor."""
@@ -76,7 +88,7 @@ class _Options(NamedTuple):
 
 def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> RowStatistics:
     """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
-    return RowStatistics.of(_fold(problem, asked, lengths), total=asked.with_total, entropy=asked.with_entropy)
+    return RowStatistics.of(_fold(problem, asked, lengths), asked.wanted)
 
 
 def summed(
@@ -101,7 +113,7 @@ def summed(
 def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = None) -> list[Tensor]:
     """`RowStatistics` without data."""
     dtype = statistics_dtype(problem.hidden.dtype)
-    dtypes = [dtype] * (2 + asked.with_total + asked.with_entropy) + [torch.bool]
+    dtypes = RowStatistics.dtypes(dtype, asked.wanted)
     return [problem.labels.new_empty(problem.labels.shape, dtype=d) for d in dtypes]
 
 
@@ -135,14 +147,13 @@ def of_chunk(chunk: slice, *rows: Tensor | None) -> list[Tensor | None]:
 @operator("fold_token_chunks", Problem, Asked, Lengths, like=statistics_like, operations=fold_operations)
 def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     """The statistics of every row."""
-    total, entropy, group = asked
-    state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
+    state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
     found, head = state.map(torch.empty_like), problem.head.packed()
     for chunk, z in chunks(problem.hidden, problem.weight, lengths):
         rows = of_chunk(chunk, problem.labels, problem.inverse_temperature, *state)
         out = of_chunk(chunk, *found.present())
         execution.run(bodies.fold, z, rows, head, out, compiled=lengths.compiled)
-    return list(finish(found.all_reduced(group)).present())
+    return list(finish(found.all_reduced(asked.group)).present())
 
 
 def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
@@ -154,7 +165,7 @@ def _known_like(problem: Problem, forming: _Forming) -> list[Tensor]:
     """The statistics that are wanted, without data."""
     if not forming.with_statistics:
         return []
-    return statistics_like(problem, Asked(row_losses.of(forming.loss).with_total, forming.with_entropy, forming.group))
+    return statistics_like(problem, Asked(*forming.wanted(), forming.group))
 
 
 def _inputs_like(inputs: Inputs, forming: _Forming) -> list[Tensor]:
@@ -267,8 +278,7 @@ class _TokenChunks(torch.autograd.Function):
         d_inputs, rest = rest[: len(loss.wanted)], rest[len(loss.wanted) :]
         known = none(RowStatistics)
         if options.forming.with_statistics:
-            entropy = options.forming.with_entropy
-            known = RowStatistics.of(rest, total=len(rest) > 3 + entropy, entropy=entropy)
+            known = RowStatistics.of(rest, options.forming.wanted())
         again = (*problem, divisor.divisor, *flat)
         if torch.compiler.is_compiling():
             again = (None,) * len(again)

@@ -16,7 +16,7 @@ from compiled_loss.checks import functions as checks
 from compiled_loss.engine.kernels import symbolic_rows
 from compiled_loss.engine.math import row_losses
 from compiled_loss.engine.math.row_losses import Evaluated, RowGradients, RowLoss
-from compiled_loss.engine.math.statistics import Classes, RowStatistics, TokenStatistics
+from compiled_loss.engine.math.statistics import Classes, RowStatistics, TokenStatistics, Wanted, of_rows, wanted
 from compiled_loss.engine.transforms import without_autocast
 
 _ROWS = 5  # of the example on which a function is tried
@@ -45,8 +45,8 @@ class Signature(NamedTuple):
         """What comes before the inputs."""
         if self.vocab is not None:
             return [Input(self.dtype, (self.vocab,), wants_gradient=True)]
-        correct = Input(torch.bool, (), wants_gradient=False)
-        return [correct if kind == "correct" else Input(self.dtype, (), wants_gradient=True) for kind in _STATISTICS]
+        constant = {"correct": torch.bool, "first_argmax": torch.int64}
+        return [Input(constant.get(kind, self.dtype), (), kind not in constant) for kind in _STATISTICS]
 
     def name(self) -> str:
         """Of the argument that the function is."""
@@ -70,10 +70,10 @@ def traced(function: Callable[..., Tensor], signature: Signature) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if signature.vocab is None:
         used = dict(zip(_STATISTICS, uses, strict=True))
-        name = row_losses.user_name(digest, total=used["mean_logit"], entropy=used["entropy"])
+        name = row_losses.user_name(digest, wanted(used))
         row_losses.define(name, _of_statistics(gradients, used, signature))
     else:
-        name = row_losses.user_name(digest, total=False, entropy=False)
+        name = row_losses.user_name(digest, Wanted())
         row_losses.define(name, _of_logits(gradients, signature))
     return name
 
@@ -183,21 +183,22 @@ def _compare_rows(
 
 
 def _of_statistics(graph: torch.fx.GraphModule, used: dict[str, bool], signature: Signature) -> RowLoss:
-    differentiated = [kind for kind in _STATISTICS if used[kind] and kind != "correct"]
+    first = zip(_STATISTICS, signature.first(), strict=True)
+    differentiated = [kind for kind, one in first if used[kind] and one.wants_gradient]
 
     def evaluate(
         known: RowStatistics, labels: Tensor, classes: Classes, numbers: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> Evaluated:
         size = classes.last - classes.first
-        mean = None if known.total is None else known.total / size
-        first = (-known.nll, known.lse, known.entropy, known.correct, mean)
-        loss, gradients, d_inputs = _evaluated(graph, signature, first, labels, classes, numbers, inputs)
+        statistics = of_rows(known, labels - classes.first, size)
+        loss, gradients, d_inputs = _evaluated(graph, signature, statistics, labels, classes, numbers, inputs)
         d = dict(zip(differentiated, gradients, strict=True))
         d_nll = -d["logprob"] if "logprob" in d else known.nll.new_zeros(known.nll.shape)
-        d_total = None if mean is None else d["mean_logit"] / size
-        return Evaluated(loss, RowGradients(d_nll, d.get("logsumexp"), d_total, d.get("entropy")), d_inputs)
+        d_total = d["mean_logit"] / size if "mean_logit" in d else None
+        others = d.get("entropy"), d.get("log_sum_sq_probs")
+        return Evaluated(loss, RowGradients(d_nll, d.get("logsumexp"), d_total, *others), d_inputs)
 
-    return _row_loss(evaluate, signature, total=used["mean_logit"], entropy=used["entropy"])
+    return _row_loss(evaluate, signature, wanted(used))
 
 
 def _of_logits(graph: torch.fx.GraphModule, signature: Signature) -> RowLoss:
@@ -207,7 +208,7 @@ def _of_logits(graph: torch.fx.GraphModule, signature: Signature) -> RowLoss:
         loss, gradients, d_inputs = _evaluated(graph, signature, (logits,), labels, classes, numbers, inputs)
         return loss, gradients[0] if gradients else torch.zeros_like(logits), d_inputs
 
-    return _row_loss(evaluate, signature, total=False, entropy=False)
+    return _row_loss(evaluate, signature, Wanted())
 
 
 def _evaluated(
@@ -234,13 +235,12 @@ def _like(rows: Tensor, value: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (value.dim() - 1))
 
 
-def _row_loss(evaluate: Callable[..., Any], signature: Signature, *, total: bool, entropy: bool) -> RowLoss:
+def _row_loss(evaluate: Callable[..., Any], signature: Signature, uses: Wanted) -> RowLoss:
     wants = [signature.weight_wants_gradient] if signature.weighted else []
     wants += [one.wants_gradient for one in signature.of_rows()]
     return RowLoss(
         evaluate,
-        with_total=total,
-        with_entropy=entropy,
+        uses=uses,
         numbers=len(signature.inputs) - len(signature.of_rows()),
         linear=int(signature.weighted),
         wanted=tuple([i for i, one in enumerate(wants) if one]),

@@ -24,6 +24,7 @@ from compiled_loss.engine.math.statistics import (
     Divisor,
     RowStatistics,
     State,
+    Wanted,
     combine,
     finish,
     initial_state,
@@ -45,12 +46,13 @@ class _Sought(NamedTuple):
     d_total: Tensor | None
     d_square: Tensor | None
     d_entropy: Tensor | None
+    d_squares: Tensor | None
     g: Tensor | None
     factor: Tensor | None
 
     def upstream(self, state: State, labels: Tensor, classes: Classes) -> Upstream:
         """Of the logits."""
-        nll, lse, total, square, entropy, g, factor = self
+        nll, lse, total, square, entropy, squares, g, factor = self
         if square is not None:  # of lse squared
             square = 2 * square * finish(state).lse
             lse = square if lse is None else lse + square
@@ -58,7 +60,7 @@ class _Sought(NamedTuple):
             nll = Coefficients(nll, None, None, None).label_weight(labels, classes, factor.dtype)
             by = g * factor
             nll, lse, total = (None if v is None else v * by for v in (nll, lse, total))
-        return Upstream.of(state, nll, lse, total, entropy)
+        return Upstream.of(state, nll, lse, total, entropy, squares)
 
 
 class _Options(NamedTuple):
@@ -85,7 +87,8 @@ def weighted_sum(
     with_statistics: bool,
 ) -> tuple[Tensor, RowStatistics | None]:
     """sum(combine(statistics, coefficients)) / divisor, differentiable; if wanted the masked statistics, detached."""
-    options = _Options(classes, Asked(coefficients.total is not None, with_statistics, group), lengths)
+    wanted = Wanted(total=coefficients.total is not None, entropy=with_statistics)
+    options = _Options(classes, Asked(*wanted, group), lengths)
     loss, *rest = _WeightedSum.apply(*problem, *coefficients, *divisor, *options)
     return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
 
@@ -110,25 +113,23 @@ def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, H
 
 def _state_like(problem: Problem, asked: Asked) -> list[Tensor]:
     rows = problem.labels.new_empty(problem.labels.shape, dtype=statistics_dtype(problem.hidden.dtype))
-    return [torch.empty_like(rows) for _ in range(3 + asked.with_total + asked.with_entropy)]
+    return [torch.empty_like(rows) for _ in range(3 + sum(asked.wanted))]
 
 
 def _pop_state(found: list[Tensor], asked: Asked) -> State:
     """The state, from the front of a list of what there is."""
-    parts = [found.pop(0) for _ in range(3 + asked.with_total + asked.with_entropy)]
-    return State.of(parts, total=asked.with_total, entropy=asked.with_entropy)
+    return State.of([found.pop(0) for _ in range(3 + sum(asked.wanted))], asked.wanted)
 
 
 def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> State:
     """The state of every row."""
-    total, entropy, group = asked
-    state = initial_state(problem.hidden, problem.labels.shape, total=total, entropy=entropy)
+    state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
     for _, _, head, z in _chunks(problem, lengths):
         found = state.map(torch.empty_like)
         rows = (problem.labels, problem.inverse_temperature, *state)
         execution.run(bodies.fold, z, rows, head, found.present(), compiled=lengths.compiled)
         state = found
-    return state.all_reduced(group)
+    return state.all_reduced(asked.group)
 
 
 def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[Tensor]:
@@ -261,7 +262,7 @@ class _Statistics(torch.autograd.Function):
         ctx.save_for_backward(*problem, *state)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return tuple(RowStatistics.of(found, total=asked.with_total, entropy=asked.with_entropy))
+        return tuple(RowStatistics.of(found, asked.wanted))
 
     @staticmethod
     def backward(
@@ -270,11 +271,12 @@ class _Statistics(torch.autograd.Function):
         g_lse: Tensor | None,
         g_total: Tensor | None,
         g_entropy: Tensor | None,
-        _correct: None,
+        g_squares: Tensor | None,
+        *_constants: None,
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         problem, state, _ = unpack(ctx.saved_tensors, Problem, State)
-        sought = _Sought(g_nll, g_lse, g_total, None, g_entropy, None, None)
+        sought = _Sought(g_nll, g_lse, g_total, None, g_entropy, g_squares, None, None)
         return *_d_problem(ctx, problem, state, sought, ctx.options), *none(_Options)
 
 
@@ -290,7 +292,7 @@ class _WeightedSum(torch.autograd.Function):
         factor, loss, *rest = found
         known = none(RowStatistics)
         if rest:
-            known = RowStatistics.of(rest, total=asked.with_total, entropy=asked.with_entropy)
+            known = RowStatistics.of(rest, asked.wanted)
         rows = (known.nll, known.lse, known.total) if any(wanted) else (None, None, None)
         ctx.save_for_backward(*problem, *state, *coefficients, factor, *rows)
         ctx.set_materialize_grads(False)
@@ -306,7 +308,7 @@ class _WeightedSum(torch.autograd.Function):
         found = unpack(ctx.saved_tensors, Problem, State, Coefficients)
         problem, state, coefficients, (factor, nll, lse, total) = found
         nll_, lse_, total_, square = coefficients
-        sought = _Sought(nll_, lse_, total_, square, None, g, factor)
+        sought = _Sought(nll_, lse_, total_, square, None, None, g, factor)
         d_problem = _d_problem(ctx, problem, state, sought, ctx.options)
         _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Coefficients)
         if any(wanted):

@@ -16,7 +16,7 @@ from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import check_tokens, linear_call
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.math.statistics import Wanted, statistics_dtype
 from compiled_loss.functional.policy_evaluation import Policy, PolicyLoss
 from compiled_loss.functional.policy_terms import inputs_of, token_loss
 from compiled_loss.functional.statistics import of_tokens
@@ -250,7 +250,7 @@ def linear_policy_loss(
     checks.policy.segments(segment_ids, labels.shape, labels.device)
     if importance == "sequence":
         call = linear_call(hidden, weight, labels, keywords, statistics=True)
-        statistics = of_tokens(call.statistics(entropy=policy.terms.entropy), call.tokens)
+        statistics = of_tokens(call.statistics(Wanted(entropy=policy.terms.entropy)), call.tokens)
         own = policy._replace(rows=policy.rows.map(lambda v: dtensor.rows(v, call.vocabulary)))
         segments = None if segment_ids is None else dtensor.rows(segment_ids, call.vocabulary)
         entropy = statistics.entropy if policy.terms.entropy else None

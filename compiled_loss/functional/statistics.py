@@ -6,8 +6,9 @@ N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in n
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, cast
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from compiled_loss import checks, reduction
@@ -15,28 +16,28 @@ from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import RowStatistics, TokenStatistics
+from compiled_loss.engine.math.statistics import RowStatistics, TokenStatistics, Wanted, of_rows
+from compiled_loss.engine.math.statistics import wanted as row_statistics
 from compiled_loss.planner.chunking import Chunking
 
-WANTED = ("logprob", "logsumexp", "entropy", "correct")
+WANTED = ("logprob", "logsumexp", "entropy", "correct")  # unless said
 
 
 def of_tokens(
     rows: RowStatistics, tokens: reduction.Tokens, wanted: Collection[str] = TokenStatistics._fields
 ) -> TokenStatistics:
     """Rows' statistics as a user sees them: NaN and False where the label is no class, None where nobody wants them."""
-    nan_if_invalid = tokens.classes.nan_if_invalid(tokens.labels, rows.nll.dtype)
-    logprob, mean = -rows.nll * nan_if_invalid, None
-    if rows.total is not None:
-        mean = rows.total / (tokens.classes.last - tokens.classes.first) * nan_if_invalid
-    found = TokenStatistics(
-        logprob,
-        rows.lse * nan_if_invalid,
-        cast(Tensor, None if rows.entropy is None else rows.entropy * nan_if_invalid),
-        rows.correct & ~logprob.isnan(),
-        mean,
-    )
+    classes, labels = tokens.classes, tokens.labels
+    nan_if_invalid = classes.nan_if_invalid(labels, rows.nll.dtype)
+    rows = rows.map(lambda v: v * nan_if_invalid if v.is_floating_point() else v)
+    found = of_rows(rows, torch.where(tokens.active, labels, 0), classes.last - classes.first)
+    found = found._replace(correct=found.correct & ~rows.nll.isnan())
     return TokenStatistics(*[v if name in wanted else None for name, v in found._asdict().items()])  # type: ignore[arg-type]
+
+
+def _of_rows(names: Collection[str]) -> Wanted:
+    checks.statistics_wanted(names, TokenStatistics._fields)
+    return row_statistics({name: name in names for name in TokenStatistics._fields})
 
 
 def token_statistics(
@@ -67,14 +68,14 @@ def token_statistics(
             tokens that have temperatures of their own.
         shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
-        wanted: names of the statistics to return; the others are None, and the entropy and the mean logit then cost
-            nothing.
+        wanted: names of the statistics to return; the others are None, and all but the first two and `correct` then
+            cost nothing.
         vocab_shard: see :func:`cross_entropy`.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
     Returns:
-        :class:`TokenStatistics`, all but `correct` differentiable.
+        :class:`TokenStatistics`, all but `correct` and `first_argmax` differentiable.
 
     Memory:
         Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
@@ -109,9 +110,9 @@ def token_statistics(
         vocab_shard=vocab_shard,
         compile=compile,
     )
-    checks.statistics_wanted(wanted, TokenStatistics._fields)
+    asked = _of_rows(wanted)
     call = logits_call(logits, labels, keywords, class_dim)
-    rows = call.statistics(total="mean_logit" in wanted, entropy="entropy" in wanted)
+    rows = call.statistics(asked)
     return of_tokens(rows, call.tokens, wanted)
 
 
@@ -147,13 +148,13 @@ def linear_token_statistics(
         temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
             tokens that have temperatures of their own.
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
-        wanted: names of the statistics to return; the others are None, and the entropy and the mean logit then cost
-            nothing.
+        wanted: names of the statistics to return; the others are None, and all but the first two and `correct` then
+            cost nothing.
         vocab_shard: see :func:`linear_cross_entropy`.
         chunking: see :class:`Chunking`. Gradients need the vocab strategy.
 
     Returns:
-        :class:`TokenStatistics`, all but `correct` differentiable.
+        :class:`TokenStatistics`, all but `correct` and `first_argmax` differentiable.
 
     Memory:
         Creates no [N, V] tensor: a chunk of logits, and O(N) kept for backward, which runs in chunks as well.
@@ -190,7 +191,7 @@ def linear_token_statistics(
         vocab_shard=vocab_shard,
         chunking=chunking,
     )
-    checks.statistics_wanted(wanted, TokenStatistics._fields)
+    asked = _of_rows(wanted)
     call = linear_call(hidden, weight, labels, keywords, statistics=True)
-    rows = call.statistics(total="mean_logit" in wanted, entropy="entropy" in wanted)
+    rows = call.statistics(asked)
     return of_tokens(rows, call.tokens, wanted)

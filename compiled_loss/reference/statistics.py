@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ class Statistics(NamedTuple):
     entropy: Tensor
     correct: Tensor
     mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    first_argmax: Tensor | None = None
 
 
 def token_statistics(
@@ -32,8 +34,9 @@ def token_statistics(
     temperature: float | Tensor = 1.0,
     shift: int = 0,
     class_dim: int = -1,
+    wanted: Collection[str] = ("logprob", "logsumexp", "entropy", "correct"),
 ) -> Statistics:
-    """Log-probability, log-sum-exp, entropy and correctness of each token."""
+    """All statistics of each token."""
     z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature, logit_scale)
     valid = labels != ignore_index
     if mask is not None:
@@ -44,8 +47,12 @@ def token_statistics(
     logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     correct = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) == z.amax(-1)
-    logprob, lse, entropy = (torch.where(valid, v, 0.0) for v in (logprob, torch.logsumexp(z, dim=-1), entropy))
-    return Statistics(logprob, lse, entropy, correct & valid)
+    lse, squares = torch.logsumexp(z, dim=-1), torch.logsumexp(2 * log_p, dim=-1)
+    ordered = torch.arange(z.shape[-1], device=z.device).expand(z.shape)
+    first = torch.where(z == z.amax(-1, keepdim=True), ordered, z.shape[-1]).amin(-1)
+    every = (logprob, lse, entropy, correct, z.mean(-1), squares, first)
+    masked = [v & valid if v.dtype == torch.bool else torch.where(valid, v, 0) for v in every]
+    return Statistics(*[v if name in wanted else None for name, v in zip(Statistics._fields, masked, strict=True)])  # type: ignore[arg-type]
 
 
 def linear_token_statistics(
@@ -83,9 +90,9 @@ def linear_token_loss(
 ) -> Tensor:
     """`token_loss` of the tokens' statistics, the rows of `inputs` beside them, weighted like cross-entropy."""
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
-    more = {"mask": mask, "ignore_index": ignore_index, "shift": shift}
+    more = {"mask": mask, "ignore_index": ignore_index, "shift": shift, "wanted": Statistics._fields}
     statistics = token_statistics(z, labels, **more)  # type: ignore[arg-type]
-    flat = [v.reshape(-1) for v in (*statistics[:4], z.mean(-1))]
+    flat = [v.reshape(-1) for v in statistics]  # type: ignore[union-attr]
     rows = [v.flatten(0, labels.dim() - 1) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
     losses = token_loss(Statistics(*flat), *rows).reshape(labels.shape)
     counts = torch.ones(labels.shape, dtype=z.dtype, device=z.device)

@@ -7,7 +7,7 @@ import torch
 from comparing import TIGHT, assert_matches
 from torch.autograd.graph import saved_tensors_hooks
 
-from compiled_loss import Chunking, linear_token_statistics, reference, token_statistics
+from compiled_loss import Chunking, TokenStatistics, linear_token_statistics, reference, token_statistics
 from compiled_loss.testing import head_inputs
 
 KEYWORDS = {
@@ -96,31 +96,89 @@ def test_torch_func_transforms():
             torch.testing.assert_close(mine, theirs, **TIGHT)
 
 
-@pytest.mark.parametrize("form", ["logits", "tokens", "vocab"])
-def test_only_what_is_wanted(form):
-    """The mean logit, which the default lacks; None for the rest."""
-    hidden, weight, labels, _ = head_inputs(11, 5, 17, dtype=torch.float64, ignored=0.2)
-    inputs = (hidden, weight) if form == "vocab" else (hidden.detach(), weight)
-    chunking = Chunking() if form == "logits" else Chunking(strategy=form, chunk_size=4)
+EVERY = TokenStatistics._fields
 
-    def statistics(hidden, weight, wanted):
-        if form == "logits":
-            return token_statistics(hidden @ weight.t(), labels, softcap=3.0, wanted=wanted)
-        weight = weight if form == "vocab" else weight.detach()
-        return linear_token_statistics(hidden, weight, labels, softcap=3.0, wanted=wanted, chunking=chunking)
 
-    found = statistics(*inputs, ("mean_logit", "logprob"))
-    assert found.entropy is found.logsumexp is found.correct is None
-
-    def means(hidden, weight):
-        z = reference.token_logits(hidden, weight, softcap=3.0)
-        return torch.where(labels != -100, z.mean(-1), 0.0)
-
+def of_form(form, hidden, weight, labels, wanted):
+    """The statistics of logits, or of a head by one of the strategies; that of tokens without a gradient."""
+    keywords = {"softcap": 3.0, "wanted": wanted}
+    if form == "logits":
+        return token_statistics(hidden @ weight.t(), labels, **keywords)
     if form == "tokens":
-        torch.testing.assert_close(found.mean_logit, means(*inputs).detach())
+        hidden, weight = hidden.detach(), weight.detach()
+    return linear_token_statistics(
+        hidden, weight, labels, chunking=Chunking(strategy=form, chunk_size=4, max_label_tokens=10), **keywords
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mean_logit", "log_sum_sq_probs", "first_argmax", "all"])
+@pytest.mark.parametrize("form", ["logits", "tokens", "vocab"])
+def test_what_is_wanted(form, name, backend):
+    """The statistics that the default lacks, alone and all together; None for the rest."""
+    hidden, weight, labels, _ = head_inputs(11, 5, 17, dtype=torch.float64, ignored=0.2)
+    names = EVERY if name == "all" else (name, "logprob")
+
+    def truth(hidden, weight):
+        return reference.linear_token_statistics(hidden, weight, labels, softcap=3.0, wanted=names)
+
+    def run(hidden, weight):
+        return of_form(form, hidden, weight, labels, names)
+
+    if backend is not None:
+        run = torch.compile(run, fullgraph=True, backend=backend)
+    if form == "tokens":
+        found, expected = run(hidden, weight), truth(hidden, weight)
+        assert [v is None for v in found] == [v is None for v in expected]
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, None if theirs is None else theirs.detach(), **TIGHT)
     else:
-        assert_matches(lambda *v: statistics(*v, ("mean_logit",)).mean_logit, means, inputs)
+        assert_matches(run, truth, (hidden, weight))
+
+
+def test_errors_of_wanted():
+    logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"^wanted: expected some of 'logprob', .*got 'perplexity'"):
-        statistics(*inputs, ("perplexity",))
+        token_statistics(logits, labels, wanted=("perplexity",))
     with pytest.raises(TypeError, match=r"^wanted: expected some of .* in a tuple, got 'entropy'"):
-        statistics(*inputs, "entropy")
+        token_statistics(logits, labels, wanted="entropy")
+
+
+@pytest.mark.parametrize("form", ["logits", "tokens", "vocab"])
+def test_the_first_of_equal_logits(form):
+    """In another chunk than its equal, behind the label, before it, and where all are equal."""
+    weight = torch.tensor([[0.0], [2.0], [1.0], [0.0], [0.0], [0.0], [2.0], [0.0], [2.0]])
+    hidden, labels = torch.tensor([[1.0], [1.0], [1.0], [0.0], [-1.0]]), torch.tensor([0, 8, 1, 5, 3])
+    found = of_form(form, hidden, weight, labels, ("first_argmax", "correct"))
+    assert found.first_argmax.tolist() == [1, 1, 1, 0, 0]
+    assert found.correct.tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("form", ["logits", "tokens", "vocab"])
+@pytest.mark.parametrize("margin", [3.0, 12.0, 30.0, 60.0])
+def test_the_sum_of_squares_of_a_confident_token_keeps_its_digits(form, margin):
+    """About -2 (V - 1) exp(-margin), which in fp32 is lost in 1 - p past 16 nats."""
+    logits = torch.zeros(1, 7, dtype=torch.float64)
+    logits[0, 4] = margin
+    others = 6 * torch.exp(torch.tensor(-margin, dtype=torch.float64))
+    squares = others * torch.exp(torch.tensor(-margin, dtype=torch.float64))
+    expected = torch.log1p(squares) - 2 * torch.log1p(others)
+    inputs = (torch.ones(1, 1), logits.float().t().contiguous(), torch.tensor([4]))
+    if form == "logits":
+        found = token_statistics(logits.float().requires_grad_(), inputs[2], wanted=("log_sum_sq_probs",))
+    else:
+        chunking = Chunking(strategy=form, chunk_size=3)
+        found = linear_token_statistics(*inputs, wanted=("log_sum_sq_probs",), chunking=chunking)
+    torch.testing.assert_close(found.log_sum_sq_probs.double(), expected.reshape(1), rtol=1e-6, atol=0)
+
+
+def test_the_gradient_of_a_confident_tokens_sum_of_squares_keeps_its_digits():
+    logits = torch.zeros(1, 7)
+    logits[0, 4] = 40.0
+    logits.requires_grad_()
+    found = token_statistics(logits, torch.tensor([4]), wanted=("log_sum_sq_probs",)).log_sum_sq_probs
+    (d,) = torch.autograd.grad(found, logits)
+    p = torch.exp(torch.tensor(-40.0, dtype=torch.float64))  # of each other class; the gradient's sum is 0
+    expected = torch.full((1, 7), -2.0 * p.item(), dtype=torch.float64)
+    expected[0, 4] = 12 * p
+    torch.testing.assert_close(d.double(), expected, rtol=1e-6, atol=0)

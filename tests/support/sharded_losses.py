@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import Chunking, reference
+from compiled_loss import Chunking, TokenStatistics, reference
 
 B, S, H = 2, 6, 5
 ROWS = Chunking(strategy="tokens", chunk_size=5)
@@ -38,8 +38,10 @@ def counted(t: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
-    rows = lib.linear_token_statistics(t["hidden"], t["weight"], t["labels"], bias=t["bias"], **more)
-    return (rows[0] * 0.3 + rows[1] * 0.2 - rows[2] * 0.7).sum() / t["count"] + rows[3].sum() * 0
+    wanted = TokenStatistics._fields
+    rows = lib.linear_token_statistics(t["hidden"], t["weight"], t["labels"], bias=t["bias"], wanted=wanted, **more)
+    sums = rows[0] * 0.3 + rows[1] * 0.2 - rows[2] * 0.7 + rows.log_sum_sq_probs * 0.4 * (1 + rows.first_argmax % 3)
+    return sums.sum() / t["count"] + rows[3].sum() * 0
 
 
 def user_loss(statistics_: Any, old: Tensor, advantages: Tensor, clip: Any) -> Tensor:
@@ -47,6 +49,7 @@ def user_loss(statistics_: Any, old: Tensor, advantages: Tensor, clip: Any) -> T
     ratio = (statistics_.logprob - old).exp()
     losses = -torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - clip, 1 + clip) * advantages)
     further = 1e-2 * statistics_.logsumexp.square() - 0.2 * statistics_.mean_logit * ~statistics_.correct
+    further = further + 0.3 * statistics_.log_sum_sq_probs * (1 + statistics_.first_argmax % 3)
     return losses - 0.1 * statistics_.entropy + further
 
 

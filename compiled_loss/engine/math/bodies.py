@@ -24,6 +24,7 @@ from compiled_loss.engine.math.problem import Head, Labels, Temperature
 from compiled_loss.engine.math.statistics import (
     Classes,
     State,
+    Wanted,
     depends_on,
     finish,
     statistics_dtype,
@@ -34,7 +35,9 @@ Output = tuple[Tensor, ...]
 
 
 class Upstream(NamedTuple):
-    """What a row's gradient is made of: exp(z - m) (row - moment (z - m)), at the label `target`, and c total.
+    """What a row's gradient is made of: e (row - moment (z - m) + square e), at the label `target`, and c total.
+
+    Where e is exp(z - m).
 
     NOTE [Few reads]
     Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors, and then no
@@ -49,6 +52,7 @@ class Upstream(NamedTuple):
     target: Tensor
     total: Tensor | None
     moment: Tensor | None
+    square: Tensor | None
 
     @staticmethod
     def of(
@@ -57,11 +61,12 @@ class Upstream(NamedTuple):
         lse: Tensor | None,
         total: Tensor | None,
         entropy: Tensor | None,
+        squares: Tensor | None,
     ) -> Upstream:
         """From autograd's gradients of the rows' statistics, each of which may be missing."""
         softmax, dtype = state.softmax(), state.others.dtype
         nll = torch.zeros_like(state.others) if nll is None else nll.to(dtype)
-        row, target, moment = nll, -nll * state.others, None
+        row, target, moment, square = nll, -nll * state.others, None, None
         if lse is not None:
             row, target = row + lse, target + lse * softmax.target
         if entropy is not None:
@@ -69,13 +74,19 @@ class Upstream(NamedTuple):
             row = row + entropy * softmax.moment
             target = target + entropy * (softmax.moment - softmax.gap.clamp(min=-1e4)) * softmax.target
             moment = entropy / softmax.total
+        if squares is not None:
+            assert softmax.squares is not None and state.squares is not None
+            square = 2 * squares / softmax.squares
+            row = row - 2 * squares
+            # p**2 / sum(p**2) - p, in which nothing is lost where p is near 1
+            target = target + square * softmax.target * (softmax.target * state.others - state.squares)
         total = None if total is None else total.to(dtype)
-        return Upstream(row / softmax.total, target / softmax.total, total, moment)
+        return Upstream(row / softmax.total, target / softmax.total, total, moment, square)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
         """Each changed; what is None stays None."""
-        total, moment = (None if v is None else change(v) for v in (self.total, self.moment))
-        return Upstream(change(self.row), change(self.target), total, moment)
+        rest = [None if v is None else change(v) for v in (self.total, self.moment, self.square)]
+        return Upstream(change(self.row), change(self.target), *rest)
 
 
 def _biased(logits: Tensor, head: Head) -> Tensor:
@@ -104,12 +115,16 @@ def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     return outer * capped, (inner * outer) * (1 - capped * capped)
 
 
-def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _columns(z: Tensor, head: Head) -> Tensor:
     columns = torch.arange(z.shape[-1], device=z.device)
-    return (columns if head.start is None else columns + head.start) == labels.unsqueeze(-1)
+    return columns if head.start is None else columns + head.start
 
 
-def _seen(z: Tensor, is_target: Tensor, head: Head, maximum: Tensor, *, total: bool, entropy: bool) -> State:
+def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
+    return _columns(z, head) == labels.unsqueeze(-1)
+
+
+def _seen(z: Tensor, labels: Tensor, is_target: Tensor, head: Head, maximum: Tensor, wanted: Wanted) -> State:
     """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
     shifted = z - maximum.unsqueeze(-1)
     others = shifted.exp().masked_fill(is_target, 0.0)
@@ -117,9 +132,23 @@ def _seen(z: Tensor, is_target: Tensor, head: Head, maximum: Tensor, *, total: b
         maximum=maximum,
         others=others.sum(-1),
         target_logit=torch.where(is_target, z, 0.0).sum(-1),
-        total=(z if head.class_weights is None else z * head.class_weights.to(z.dtype)).sum(-1) if total else None,
-        moment=(others * shifted.clamp(min=-1e4)).sum(-1) if entropy else None,  # exp is 0 long before the clamp
+        total=_weighted(z, head).sum(-1) if wanted.total else None,
+        moment=(others * shifted.clamp(min=-1e4)).sum(-1) if wanted.entropy else None,  # exp is 0 long before the clamp
+        squares=(others * others).sum(-1) if wanted.squares else None,
+        argmax=_argmax(z, labels, head, maximum) if wanted.argmax else None,
     )
+
+
+def _weighted(z: Tensor, head: Head) -> Tensor:
+    return z if head.class_weights is None else z * head.class_weights.to(z.dtype)
+
+
+def _argmax(z: Tensor, labels: Tensor, head: Head, maximum: Tensor) -> Tensor:
+    """How many columns behind the label's the first is that equals the maximum; infinity where none does."""
+    behind = (_columns(z, head) - labels.unsqueeze(-1)).to(z.dtype)
+    if z.shape[-1] == 0:
+        return torch.full_like(maximum, math.inf)
+    return torch.where(z == maximum.unsqueeze(-1), behind, math.inf).amin(-1)
 
 
 def _gradient(
@@ -138,6 +167,8 @@ def _gradient(
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
         row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
+    if upstream.square is not None:
+        row = row + upstream.square.unsqueeze(-1) * shifted.exp()
     target = upstream.target.unsqueeze(-1)
     if moved:  # one `where` of both would lie as the comparison does and not as the logits
         d = shifted.exp() * torch.where(is_target, 0.0, row) + torch.where(is_target, target, 0.0)
@@ -171,13 +202,13 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
     maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
     is_target = _is_target(z, labels, head)
-    seen = _seen(z, is_target, head, maximum, total=state.total is not None, entropy=state.moment is not None)
-    sums = zip(state.rescaled(maximum).present()[1:], seen.present()[1:], strict=True)
-    return maximum, *[_by_row(past + new) for past, new in sums]
+    wanted = Wanted(*[v is not None for v in state[3:]])
+    folded = state.rescaled(maximum).with_(_seen(z, labels, is_target, head, maximum, wanted))
+    return maximum, *[_by_row(v) for v in folded.present()[1:]]
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: bool = False) -> Output:
-    """Gradient of a chunk's logits: (labels, *Head, temperature, maximum, *Upstream) -> (d,), like them; `moved`: not contiguous."""
+    """Gradient of logits, perhaps not contiguous: (labels, *Head, temperature, maximum, *Upstream) -> (d,)."""
     (labels,), head, (inverse,), (maximum, *rest) = unpack(operands, Labels, Head, Temperature)
     head, upstream = head.unpacked(), Upstream(*rest)
     z, slope = _scaled(_biased(logits, head), head, inverse)
@@ -214,7 +245,8 @@ def fold_and_gradient(
     if softcap:
         maximum = _by_row(maximum)
     is_target = _is_target(z, labels, head)
-    state = _seen(z, is_target, head, maximum, total=of.with_total, entropy=entropy or of.with_entropy)
+    wanted = Wanted(total=of.uses.total, entropy=entropy)
+    state = _seen(z, labels, is_target, head, maximum, of.uses.union(wanted))
     state = state.all_reduced(group)
     known = finish(state)
     found = of.evaluate(known, labels, classes, numbers, inputs)
@@ -223,7 +255,7 @@ def fold_and_gradient(
     d = _gradient(z, slope, classes.active(labels), is_target, head, state.maximum, upstream).to(logits.dtype)
     returned = [d, _by_row(found.loss), *found.d_inputs]
     if statistics:
-        returned += (known if entropy else known._replace(entropy=None)).present()
+        returned += known.only(wanted).present()
     returned += [v for v in upstream if v is not None] if of.computed else [upstream.row, upstream.target]
     if softcap and group is None:  # then the maximum is no number that was read; a group's is written out as it is
         returned.append(maximum)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss.engine.math.statistics import Classes, Coefficients, RowStatistics, combine
+from compiled_loss.engine.math.statistics import Classes, Coefficients, RowStatistics, Wanted, combine
 
 
 class RowGradients(NamedTuple):
@@ -26,6 +26,7 @@ class RowGradients(NamedTuple):
     d_lse: Tensor | None
     d_total: Tensor | None
     d_entropy: Tensor | None
+    d_squares: Tensor | None
 
 
 class Evaluated(NamedTuple):
@@ -45,8 +46,7 @@ class RowLoss(NamedTuple):
     """
 
     evaluate: Callable[..., Any]
-    with_total: bool
-    with_entropy: bool
+    uses: Wanted
     numbers: int
     linear: int  # so many inputs, the first ones, in which it is linear
     wanted: tuple[int, ...]  # the inputs that want a gradient
@@ -88,15 +88,15 @@ def _wanted(coefficients: str) -> tuple[int, ...]:
     return tuple([i for i, kind in enumerate(coefficients.replace("-", "")) if kind == "d"])
 
 
-def user_name(digest: str, *, total: bool, entropy: bool) -> str:
-    """The name of a user's loss, which says what `uses` tells."""
-    return f"user{' total' * total}{' entropy' * entropy}:{digest}"
+def user_name(digest: str, uses: Wanted) -> str:
+    """The name of a user's loss."""
+    return " ".join(["user", *[name for name, used in zip(Wanted._fields, uses, strict=True) if used]]) + f":{digest}"
 
 
-def uses(loss: Named) -> tuple[bool, bool]:
-    """Whether a user's loss looks at the logits' total and at the entropy."""
-    kind, _, _ = loss.name.partition(":")
-    return " total" in kind, " entropy" in kind
+def uses(loss: Named) -> Wanted:
+    """What a user's loss looks at, as its name says."""
+    _, *names = loss.name.partition(":")[0].split(" ")
+    return Wanted(*[name in names for name in Wanted._fields])
 
 
 @functools.cache
@@ -113,15 +113,14 @@ def _cross_entropy(coefficients: str) -> RowLoss:
         if by.square is not None:
             of_square = 2 * by.square * known.lse
             lse = of_square if lse is None else lse + of_square
-        gradients = RowGradients(by.label_weight(labels, classes, known.nll.dtype), lse, by.total, None)
+        gradients = RowGradients(by.label_weight(labels, classes, known.nll.dtype), lse, by.total, None, None)
         values = (known.nll, known.lse, known.total, known.lse.square())
         d_inputs = [_of_rows(v, labels, classes) for v, wanted in zip(values, wants, strict=True) if wanted]
         return Evaluated(combine(known, by, labels, classes), gradients, tuple(d_inputs))
 
     return RowLoss(
         evaluate,
-        with_total=there[2],
-        with_entropy=False,
+        uses=Wanted(total=there[2]),
         numbers=0,
         linear=sum(there),
         wanted=_wanted(coefficients),

@@ -12,16 +12,17 @@ z at the end, and keeps the other classes apart from the label's: with g = z[lab
     entropy = log s - sum(exp(z - m) * (z - m)) / s             of softmax(z)
     lse     = m + log s
     total   = sum(c * z)                                        c the class weights, or 1
+    squares = log1p(sum(exp(z - m)**2) exp(-2 g)) - 2 nll       log sum(softmax(z)**2), the sum without the label
 
-The gradient of nll is p, and at the label -o / s, which is p - 1 with all its digits. Those of the others are
--p * (log p + entropy), p and c.
+The gradient of nll is p, and at the label -o / s, which is p - 1 with all its digits. Those of the others are p,
+-p * (log p + entropy), c and 2 (p**2 / sum(p**2) - p).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -57,14 +58,29 @@ class Classes(NamedTuple):
         return Classes(self.ignored - start, self.first - start, self.last - start)
 
 
+class Wanted(NamedTuple):
+    """Which statistics are wanted beside nll, lse and `correct`."""
+
+    total: bool = False
+    entropy: bool = False
+    squares: bool = False
+    argmax: bool = False
+
+    def union(self, other: Wanted) -> Wanted:
+        """What one of both wants."""
+        return Wanted(*[mine or theirs for mine, theirs in zip(self, other, strict=True)])
+
+
 class State(NamedTuple):
-    """What a loop carries from chunk to chunk; `total` and `moment` are None where nobody asked for them."""
+    """What a loop carries from chunk to chunk; None where nobody asked for it."""
 
     maximum: Tensor
     others: Tensor  # sum(exp(z - m)) without the label
     target_logit: Tensor
     total: Tensor | None
     moment: Tensor | None  # sum(exp(z - m) * (z - m)) without the label
+    squares: Tensor | None  # sum(exp(z - m)**2) without the label
+    argmax: Tensor | None  # how many columns behind the label's the first maximum is
 
     def present(self) -> tuple[Tensor, ...]:
         """The parts that somebody asked for."""
@@ -75,32 +91,50 @@ class State(NamedTuple):
         return self.replaced([change(v) for v in self.present()])
 
     @staticmethod
-    def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> State:
+    def of(present: Iterable[Tensor], wanted: Wanted) -> State:
         """From `present()`."""
-        maximum, others, target_logit, *rest = present
-        return State(maximum, others, target_logit, rest[0] if total else None, rest[-1] if entropy else None)
+        return State(*_in_place(present, (True, True, True, *wanted)))
 
-    def replaced(self, present: Sequence[Tensor]) -> State:
+    def replaced(self, present: Iterable[Tensor]) -> State:
         """The same parts with other values."""
-        values = list(present)
-        total = None if self.total is None else values[3]
-        return State(values[0], values[1], values[2], total, None if self.moment is None else values[-1])
+        return State(*_in_place(present, [v is not None for v in self]))
 
     def all_reduced(self, group: str | None) -> State:
-        """The state of rows whose columns are spread over the ranks of a group: two collectives."""
+        """The state of rows whose columns are spread over the ranks of a group: two collectives, or three."""
         if group is None:
             return self
         (maximum,) = all_reduced([self.maximum], "max", group)
-        return self.replaced([maximum, *all_reduced(self.rescaled(maximum).present()[1:], "sum", group)])
+        mine = self.rescaled(maximum)._replace(argmax=None)
+        reduced = mine.replaced([maximum, *all_reduced(mine.present()[1:], "sum", group)])
+        if self.argmax is None:
+            return reduced
+        first = torch.where(self.maximum == maximum, self.argmax, math.inf)
+        return reduced._replace(argmax=-all_reduced([-first], "max", group)[0])
 
     def rescaled(self, maximum: Tensor) -> State:
         """The same relative to a maximum at least as large; the clamp keeps 0 * -inf from becoming NaN."""
         by = self.maximum - maximum
         rescale = by.exp()
-        moment = self.moment
+        moment, squares, argmax = self.moment, self.squares, self.argmax
         if moment is not None:
             moment = (moment + self.others * by.clamp(min=-1e4)) * rescale
-        return self._replace(maximum=maximum, others=self.others * rescale, moment=moment)
+        if squares is not None:
+            squares = squares * (rescale * rescale)
+        if argmax is not None:
+            argmax = torch.where(by == 0, argmax, math.inf)
+        others = self.others * rescale
+        return self._replace(maximum=maximum, others=others, moment=moment, squares=squares, argmax=argmax)
+
+    def with_(self, seen: State) -> State:
+        """Both, relative to one maximum; the parts behind it."""
+        return self._replace(
+            others=self.others + seen.others,
+            target_logit=self.target_logit + seen.target_logit,
+            total=_sum(self.total, seen.total),
+            moment=_sum(self.moment, seen.moment),
+            squares=_sum(self.squares, seen.squares),
+            argmax=None if self.argmax is None or seen.argmax is None else torch.minimum(self.argmax, seen.argmax),
+        )
 
     def softmax(self) -> Softmax:
         """Of rows whose every column has been seen."""
@@ -108,7 +142,8 @@ class State(NamedTuple):
         target = gap.exp()
         total = self.others + target
         moment = None if self.moment is None else (self.moment + target * gap.clamp(min=-1e4)) / total
-        return Softmax(gap, target, total, moment)
+        squares = None if self.squares is None else self.squares + target * target
+        return Softmax(gap, target, total, moment, squares)
 
 
 class Softmax(NamedTuple):
@@ -118,15 +153,22 @@ class Softmax(NamedTuple):
     target: Tensor  # its exponential
     total: Tensor  # sum(exp(z - m))
     moment: Tensor | None  # mean of z - m
+    squares: Tensor | None  # sum(exp(z - m)**2)
 
 
 class RowStatistics(NamedTuple):
-    """The statistics of NOTE [Relative statistics]; `correct` is True where the label's logit equals the maximum."""
+    """The statistics of NOTE [Relative statistics].
+
+    `correct` is True where the label's logit equals the maximum. `argmax` is int64: how many columns behind the label's
+    the first maximum is, so that it does not depend on where a rank's columns start.
+    """
 
     nll: Tensor
     lse: Tensor
     total: Tensor | None
     entropy: Tensor | None
+    squares: Tensor | None
+    argmax: Tensor | None
     correct: Tensor
 
     def present(self) -> tuple[Tensor, ...]:
@@ -134,15 +176,35 @@ class RowStatistics(NamedTuple):
         return tuple([v for v in self if v is not None])
 
     @staticmethod
-    def of(present: Sequence[Tensor], *, total: bool, entropy: bool) -> RowStatistics:
+    def of(present: Iterable[Tensor], wanted: Wanted) -> RowStatistics:
         """From `present()`."""
-        nll, lse, *rest, correct = present
-        return RowStatistics(nll, lse, rest[0] if total else None, rest[-1] if entropy else None, correct)
+        return RowStatistics(*_in_place(present, (True, True, *wanted, True)))
+
+    @staticmethod
+    def dtypes(dtype: torch.dtype, wanted: Wanted) -> list[torch.dtype]:
+        """Those of `present()`, where the statistics' is `dtype`."""
+        every = [dtype] * 5 + [torch.int64, torch.bool]
+        return [d for d, there in zip(every, (True, True, *wanted, True), strict=True) if there]
+
+    def only(self, wanted: Wanted) -> RowStatistics:
+        """What of it is wanted."""
+        optional = zip(self[2:6], wanted, strict=True)
+        total, entropy, squares, argmax = [v if one else None for v, one in optional]
+        return RowStatistics(self.nll, self.lse, total, entropy, squares, argmax, self.correct)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Each statistic changed; what is None stays None."""
-        total, entropy = (None if v is None else change(v) for v in (self.total, self.entropy))
-        return RowStatistics(change(self.nll), change(self.lse), total, entropy, change(self.correct))
+        return RowStatistics(*[None if v is None else change(v) for v in self])  # type: ignore[arg-type]
+
+
+def _in_place(present: Iterable[Tensor], there: Iterable[bool]) -> list[Any]:
+    """The values, and None where there is none."""
+    left = list(present)
+    return [left.pop(0) if one else None for one in there]
+
+
+def _sum(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    return None if mine is None or theirs is None else mine + theirs
 
 
 class TokenStatistics(NamedTuple):
@@ -153,6 +215,8 @@ class TokenStatistics(NamedTuple):
     `entropy`: of softmax(z), from 0 to log V.
     `correct`: bool, whether the label's logit equals the largest one. Ties count, so it depends on no order of columns.
     `mean_logit`: sum(z) / V.
+    `log_sum_sq_probs`: log sum softmax(z)**2, from -log V to 0: minus the Renyi entropy of order 2.
+    `first_argmax`: int64, the class whose logit is the largest, the first of equal ones.
 
     What was not wanted is None.
     """
@@ -162,6 +226,27 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     correct: Tensor
     mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    first_argmax: Tensor | None = None
+
+
+def wanted(names: Mapping[str, bool]) -> Wanted:
+    """What of the rows token statistics of these names are made of, where they are True."""
+    pairs = zip(Wanted._fields, ("mean_logit", "entropy", "log_sum_sq_probs", "first_argmax"), strict=True)
+    return Wanted(**{field: names[name] for field, name in pairs})
+
+
+def of_rows(rows: RowStatistics, labels: Tensor, size: int) -> TokenStatistics:
+    """The token statistics of rows' of `size` classes; labels are counted from the first of all."""
+    return TokenStatistics(
+        -rows.nll,
+        rows.lse,
+        cast(Tensor, rows.entropy),
+        rows.correct,
+        None if rows.total is None else rows.total / size,
+        rows.squares,
+        None if rows.argmax is None else rows.argmax + labels,
+    )
 
 
 class Coefficients(NamedTuple):
@@ -217,36 +302,40 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def initial_state(like: Tensor, shape: tuple[int, ...], *, total: bool, entropy: bool) -> State:
+def initial_state(like: Tensor, shape: tuple[int, ...], wanted: Wanted) -> State:
     """A state that has seen no column. The maximum starts finite: -inf - -inf would be NaN."""
     dtype = statistics_dtype(like.dtype)
-
-    def full(value: float) -> Tensor:
-        return torch.full(shape, value, dtype=dtype, device=like.device)
-
-    return State(
-        full(torch.finfo(dtype).min), full(0.0), full(0.0), full(0.0) if total else None, full(0.0) if entropy else None
-    )
+    every = (torch.finfo(dtype).min, 0.0, 0.0, 0.0, 0.0, 0.0, math.inf)
+    there = (True, True, True, *wanted)
+    values = [value for value, one in zip(every, there, strict=True) if one]
+    return State.of([torch.full(shape, value, dtype=dtype, device=like.device) for value in values], wanted)
 
 
 def finish(state: State) -> RowStatistics:
     """Statistics of rows whose every column has been seen."""
-    gap, _, total, moment = state.softmax()
+    gap, _, total, moment, squares = state.softmax()
     near = gap > -1
-    nll = torch.log1p(state.others * (-gap.clamp(min=-1)).exp())
+    up = (-gap.clamp(min=-1)).exp()
+    nll = torch.log1p(state.others * up)
     log_sum = torch.where(near, nll + gap, total.log())
+    if squares is not None and state.squares is not None:
+        squares = torch.where(near, torch.log1p(state.squares * (up * up)) - 2 * nll, squares.log() - 2 * log_sum)
     return RowStatistics(
         nll=torch.where(near, nll, log_sum - gap),
         lse=state.maximum + log_sum,
         total=state.total,
         entropy=None if moment is None else log_sum - moment,
+        squares=squares,
+        argmax=None
+        if state.argmax is None
+        else torch.where(state.argmax.isfinite(), state.argmax, 0.0).to(torch.int64),
         correct=state.target_logit == state.maximum,
     )
 
 
 def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
     """0 and False for inactive rows, whatever their logits hold: 0 * NaN would be NaN."""
-    return statistics.map(lambda v: v & active if v.dtype == torch.bool else torch.where(active, v, 0.0))
+    return statistics.map(lambda v: v & active if v.dtype == torch.bool else torch.where(active, v, 0))
 
 
 def depends_on(value: Tensor, *reductions: Tensor | None) -> Tensor:
