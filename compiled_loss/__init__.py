@@ -42,7 +42,7 @@ from compiled_loss.config import (  # noqa: E402
 )
 from compiled_loss.distributed.vocab_shard import VocabShard  # noqa: E402
 from compiled_loss.engine import flops as _flops  # noqa: E402
-from compiled_loss.engine.math.statistics import TokenStatistics  # noqa: E402
+from compiled_loss.engine.math.statistics import TokenStatistics, TopK  # noqa: E402
 from compiled_loss.functional.cross_entropy import (  # noqa: E402
     LossAndStatistics,
     cross_entropy,
@@ -50,6 +50,7 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy_with_statistics,
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
+from compiled_loss.functional.ids import pad_ids  # noqa: E402
 from compiled_loss.functional.multi_token import (  # noqa: E402
     MultiTokenLosses,
     multi_token_losses,
@@ -100,6 +101,7 @@ __all__ = [
     "TEParallelCEConfig",
     "TEParallelCrossEntropy",
     "TokenStatistics",
+    "TopK",
     "VocabShard",
     "build_loss_config",
     "build_loss_module",
@@ -122,6 +124,7 @@ __all__ = [
     "multi_token_losses",
     "multi_token_prediction",
     "multi_token_targets",
+    "pad_ids",
     "plan",
     "policy_loss",
     "register_loss_config",

@@ -25,7 +25,7 @@ def given(value: Tensor, own: torch.Size, shape: torch.Size, device: torch.devic
     """Raise unless the temperatures, of which the rank has `own`, fit labels of this shape."""
     arguments.floating("temperature", value)
     if value.requires_grad:
-        raise ValueError("temperature: expected tensor without gradient, got requires_grad=True: use .detach()")
+        raise ValueError("temperature: expected a tensor without gradient, got requires_grad=True: use .detach()")
     arguments.per_token("temperature", value, own, shape, device)
 
 

@@ -47,6 +47,9 @@ class Keywords(NamedTuple):
     mask_weighs: bool = True  # or only tells which tokens count
     token_loss: Callable[..., Tensor] | None = None  # the user's own
     inputs: tuple[Any, ...] = ()  # its own, a value a token or a number
+    kept_ids: Tensor | None = None  # [..., K], those of all classes that a sampler kept
+    ids: Tensor | None = None  # [..., K] or [K], whose log-probabilities are asked for
+    top_k: int | None = None
     token_temperature: Tensor | None = None  # what `temperature` was, where it is no number
     of_logits: bool = False  # whether it takes a token's logits, and not its statistics
 
@@ -91,6 +94,12 @@ class Keywords(NamedTuple):
             if isinstance(value, Tensor) and value.dim():
                 dtensor.check_rows(f"inputs[{i}]", value)
                 checks.functions.of_tokens(f"inputs[{i}]", value, dtensor.own_shape(value, part), shape, device)
+        for name, value in (("kept_ids", self.kept_ids), ("ids", self.ids)):
+            if value is not None:
+                checks.tensor(name, value)
+                dtensor.check_rows(name, value)
+                checks.ids.given(name, value, dtensor.own_shape(value, part), shape, device, shared=name == "ids")
+        checks.ids.top(self.top_k, part.size)
         checks.class_weights(self.class_weights, part.size, device)
         checks.count_device(self.num_label_tokens, device)
         checks.shift_fits(self.shift, len(shape))
@@ -102,11 +111,15 @@ class Keywords(NamedTuple):
         mask, token_weights, temperature = (None if v is None else dtensor.rows(v, part) for v in of_tokens)
         if mask is not None and not self.mask_weighs:
             mask = mask != 0
-        return dtensor.rows(labels, part), self._replace(
+        labels = dtensor.rows(labels, part)
+        kept_ids, ids = (None if v is None else dtensor.rows(v, part) for v in (self.kept_ids, self.ids))
+        return labels, self._replace(
             mask=mask,
             token_weights=token_weights,
             token_temperature=temperature,
             inputs=tuple([dtensor.rows(v, part) if isinstance(v, Tensor) else v for v in self.inputs]),
+            kept_ids=kept_ids,
+            ids=ids,
             class_weights=dtensor.whole(self.class_weights),
             num_label_tokens=dtensor.whole(self.num_label_tokens),
         )

@@ -29,6 +29,14 @@ def all_reduced(parts: Sequence[Tensor], how: Literal["max", "sum"], group: str 
     return [torch.ops._c10d_functional.wait_tensor(part) for part in received]
 
 
+def all_gathered(part: Tensor, ranks: int, group: str) -> Tensor:
+    """The parts [rows, k] of all ranks, side by side."""
+    sent = part.contiguous()
+    received = torch.ops._c10d_functional.all_gather_into_tensor(sent, ranks, group)
+    gathered: Tensor = torch.ops._c10d_functional.wait_tensor(received)
+    return gathered.view(ranks, *part.shape).transpose(0, 1).reshape(part.shape[0], -1)
+
+
 def largest(values: Tensor) -> Tensor:
     """Of each row; the smallest number there is where a rank has no column."""
     if values.shape[-1] == 0:

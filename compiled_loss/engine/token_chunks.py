@@ -30,6 +30,7 @@ from compiled_loss.engine.math.statistics import (
     unit_scale,
 )
 from compiled_loss.engine.operators import none, operator, unpack
+from compiled_loss.engine.top import Top, top
 from compiled_loss.planner.plan import Lengths
 
 
@@ -41,10 +42,11 @@ class Asked(NamedTuple):
     with_squares: bool
     with_argmax: bool
     group: str | None
+    top_k: int = 0
 
     @property
     def wanted(self) -> Wanted:
-        """Without the ranks."""
+        """Those of one value a row."""
         return Wanted(*self[:4])
 
 
@@ -86,9 +88,15 @@ class _Options(NamedTuple):
     lengths: Lengths
 
 
-def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> RowStatistics:
+def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[RowStatistics, Top | None]:
     """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
-    return RowStatistics.of(_fold(problem, asked, lengths), asked.wanted)
+    return found_statistics(_fold(problem, asked, lengths), asked)
+
+
+def found_statistics(found: list[Tensor], asked: Asked) -> tuple[RowStatistics, Top | None]:
+    """From what a fold returns."""
+    count = 3 + sum(asked.wanted)
+    return RowStatistics.of(found[:count], asked.wanted), Top(*found[count:]) if asked.top_k else None
 
 
 def summed(
@@ -111,10 +119,10 @@ def summed(
 
 
 def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = None) -> list[Tensor]:
-    """`RowStatistics` without data."""
+    """`RowStatistics`, and `Top` if it is asked for, without data."""
     dtype = statistics_dtype(problem.hidden.dtype)
-    dtypes = RowStatistics.dtypes(dtype, asked.wanted)
-    return [problem.labels.new_empty(problem.labels.shape, dtype=d) for d in dtypes]
+    labels, dtypes = problem.labels, RowStatistics.dtypes(dtype, asked.wanted)
+    return [*[labels.new_empty(labels.shape, dtype=d) for d in dtypes], *Top.like(labels, asked.top_k, dtype)]
 
 
 def fold_operations(problem: Problem, *_rest: Any) -> int:
@@ -149,11 +157,17 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     """The statistics of every row."""
     state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
     found, head = state.map(torch.empty_like), problem.head.packed()
+    tops = Top.like(problem.labels, asked.top_k, problem.hidden.dtype)
     for chunk, z in chunks(problem.hidden, problem.weight, lengths):
+        if tops:
+            of_rows = top(z, problem.bias, problem.labels[chunk], None, asked.top_k)
+            for whole, part in zip(tops, of_rows, strict=True):
+                whole[chunk].copy_(part)
         rows = of_chunk(chunk, problem.labels, problem.inverse_temperature, *state)
         out = of_chunk(chunk, *found.present())
         execution.run(bodies.fold, z, rows, head, out, compiled=lengths.compiled)
-    return list(finish(found.all_reduced(asked.group)).present())
+    present = finish(found.all_reduced(asked.group)).present()
+    return [*present, *(Top(*tops).of_ranks(lengths.ranks, asked.group) if tops else ())]
 
 
 def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:

@@ -16,11 +16,10 @@ from compiled_loss.checks import functions as checks
 from compiled_loss.engine.kernels import symbolic_rows
 from compiled_loss.engine.math import row_losses
 from compiled_loss.engine.math.row_losses import Evaluated, RowGradients, RowLoss
-from compiled_loss.engine.math.statistics import Classes, RowStatistics, TokenStatistics, Wanted, of_rows, wanted
+from compiled_loss.engine.math.statistics import NAMES, Classes, RowStatistics, TokenStatistics, Wanted, of_rows, wanted
 from compiled_loss.engine.transforms import without_autocast
 
 _ROWS = 5  # of the example on which a function is tried
-_STATISTICS = TokenStatistics._fields
 
 
 class Input(NamedTuple):
@@ -46,7 +45,7 @@ class Signature(NamedTuple):
         if self.vocab is not None:
             return [Input(self.dtype, (self.vocab,), wants_gradient=True)]
         constant = {"correct": torch.bool, "first_argmax": torch.int64}
-        return [Input(constant.get(kind, self.dtype), (), kind not in constant) for kind in _STATISTICS]
+        return [Input(constant.get(kind, self.dtype), (), kind not in constant) for kind in NAMES]
 
     def name(self) -> str:
         """Of the argument that the function is."""
@@ -69,7 +68,7 @@ def traced(function: Callable[..., Tensor], signature: Signature) -> str:
     text = f"{gradients.code}{uses}{signature}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if signature.vocab is None:
-        used = dict(zip(_STATISTICS, uses, strict=True))
+        used = dict(zip(NAMES, uses, strict=True))
         name = row_losses.user_name(digest, wanted(used))
         row_losses.define(name, _of_statistics(gradients, used, signature))
     else:
@@ -92,8 +91,9 @@ def _loss_of(function: Callable[..., Tensor], signature: Signature) -> tuple[tor
 
 def _called(function: Callable[..., Tensor], operands: Sequence[Tensor], signature: Signature) -> Tensor:
     if signature.vocab is None:
-        count = len(_STATISTICS)
-        loss = function(TokenStatistics(*operands[:count]), *operands[count:])
+        count = len(NAMES)
+        first = dict(zip(NAMES, operands[:count], strict=True))
+        loss = function(TokenStatistics(**first), *operands[count:])  # type: ignore[arg-type]
     else:
         loss = function(*operands)
     checks.result(signature.name(), loss, operands[0].shape[:1])
@@ -183,14 +183,15 @@ def _compare_rows(
 
 
 def _of_statistics(graph: torch.fx.GraphModule, used: dict[str, bool], signature: Signature) -> RowLoss:
-    first = zip(_STATISTICS, signature.first(), strict=True)
+    first = zip(NAMES, signature.first(), strict=True)
     differentiated = [kind for kind, one in first if used[kind] and one.wants_gradient]
 
     def evaluate(
         known: RowStatistics, labels: Tensor, classes: Classes, numbers: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> Evaluated:
         size = classes.last - classes.first
-        statistics = of_rows(known, labels - classes.first, size)
+        named = of_rows(known, labels - classes.first, size)
+        statistics = [getattr(named, name) for name in NAMES]
         loss, gradients, d_inputs = _evaluated(graph, signature, statistics, labels, classes, numbers, inputs)
         d = dict(zip(differentiated, gradients, strict=True))
         d_nll = -d["logprob"] if "logprob" in d else known.nll.new_zeros(known.nll.shape)

@@ -33,7 +33,8 @@ from compiled_loss.engine.math.statistics import (
     unit_scale,
 )
 from compiled_loss.engine.operators import none, operator, unpack
-from compiled_loss.engine.token_chunks import Asked, fold_operations, product, statistics_like
+from compiled_loss.engine.token_chunks import Asked, fold_operations, found_statistics, product, statistics_like
+from compiled_loss.engine.top import Top, top
 from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import Lengths
 
@@ -71,9 +72,14 @@ class _Options(NamedTuple):
     lengths: Lengths
 
 
-def statistics(problem: Problem, classes: Classes, asked: Asked, lengths: Lengths) -> RowStatistics:
-    """The statistics of NOTE [Relative statistics], all but `correct` differentiable. Over a group: NOTE [Ranks]."""
-    return RowStatistics(*_Statistics.apply(*problem, *_Options(classes, asked, lengths)))
+def statistics(problem: Problem, classes: Classes, asked: Asked, lengths: Lengths) -> tuple[RowStatistics, Top | None]:
+    """The statistics of NOTE [Relative statistics], those that are floating differentiable. Over a group: NOTE [Ranks].
+
+    The top is detached.
+    """
+    found = list(_Statistics.apply(*problem, *_Options(classes, asked, lengths)))
+    rows, top_ = found[: len(RowStatistics._fields)], found[len(RowStatistics._fields) :]
+    return RowStatistics(*rows), Top(*[v.detach() for v in top_]) if top_ else None
 
 
 def weighted_sum(
@@ -121,15 +127,19 @@ def _pop_state(found: list[Tensor], asked: Asked) -> State:
     return State.of([found.pop(0) for _ in range(3 + sum(asked.wanted))], asked.wanted)
 
 
-def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> State:
-    """The state of every row."""
+def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[State, Top | None]:
+    """The state of every row, and its top if it is asked for."""
     state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
+    best: Top | None = None
     for _, _, head, z in _chunks(problem, lengths):
+        if asked.top_k:
+            of_chunk = top(z, head.bias, problem.labels, head.start, asked.top_k)
+            best = of_chunk if best is None else best.merged(of_chunk)
         found = state.map(torch.empty_like)
         rows = (problem.labels, problem.inverse_temperature, *state)
         execution.run(bodies.fold, z, rows, head, found.present(), compiled=lengths.compiled)
         state = found
-    return state.all_reduced(asked.group)
+    return state.all_reduced(asked.group), None if best is None else best.of_ranks(lengths.ranks, asked.group)
 
 
 def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[Tensor]:
@@ -139,8 +149,9 @@ def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[
 @operator("fold_vocab_chunks", Problem, Asked, Lengths, like=_statistics_like, operations=fold_operations)
 def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     """The state of every row, and its statistics."""
-    state = _folded(problem, asked, lengths)
-    return [*state.present(), *(v.clone() if v is state.total else v for v in finish(state).present())]
+    state, best = _folded(problem, asked, lengths)
+    rows = [v.clone() if v is state.total else v for v in finish(state).present()]
+    return [*state.present(), *rows, *(() if best is None else best)]
 
 
 class _Summing(NamedTuple):
@@ -185,7 +196,7 @@ def _sum(
     lengths: Lengths,
 ) -> list[Tensor]:
     """The state of every row, by what to multiply its gradients, the loss, and statistics if wanted, masked."""
-    labels, state = problem.labels, _folded(problem, asked, lengths)
+    labels, (state, _) = problem.labels, _folded(problem, asked, lengths)
     known = finish(state)
     loss = combine(known, coefficients, labels, classes).sum()
     active = classes.active(labels)
@@ -262,7 +273,8 @@ class _Statistics(torch.autograd.Function):
         ctx.save_for_backward(*problem, *state)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return tuple(RowStatistics.of(found, asked.wanted))
+        rows, top_ = found_statistics(found, asked)
+        return *rows, *(() if top_ is None else top_)
 
     @staticmethod
     def backward(

@@ -14,6 +14,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import check_tokens, linear_call
+from compiled_loss.dispatch.support import row_statistics
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.engine.math.statistics import Wanted, statistics_dtype
@@ -172,6 +173,7 @@ def linear_policy_loss(
     entropy_coefficient: float = 0.0,
     entropy_weights: Tensor | None = None,
     segment_ids: Tensor | None = None,  # [...]
+    kept_ids: Tensor | None = None,  # [..., K]
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> PolicyLoss:
@@ -190,6 +192,9 @@ def linear_policy_loss(
             temperature_positive, temperature_negative, reference_logprob, kl, kl_coefficient, correction,
             entropy_coefficient, entropy_weights, segment_ids: see :func:`policy_loss`. The numbers may change from call
             to call; nothing is compiled again for them. The entropy is computed where its coefficient is not 0.
+        kept_ids: the classes that the sampler kept for each token (top-k, top-p, min-p), as
+            :func:`linear_token_statistics` takes them: log-probabilities and entropy are over them and the label alone,
+            and no GEMM over V is done. Those of the sampler and of a reference have to be over the same.
 
     Returns:
         :class:`PolicyLoss`. The log-probabilities are those that a later call takes as `old_logprob`.
@@ -222,6 +227,7 @@ def linear_policy_loss(
         temperature=temperature,
         vocab_shard=vocab_shard,
         chunking=chunking,
+        kept_ids=kept_ids,
         mask_weighs=False,
     )
     part, _ = check_tokens(hidden, weight, labels, keywords)
@@ -248,9 +254,9 @@ def linear_policy_loss(
         entropy_weights=entropy_weights,
     )
     checks.policy.segments(segment_ids, labels.shape, labels.device)
-    if importance == "sequence":
+    if importance == "sequence" or kept_ids is not None:
         call = linear_call(hidden, weight, labels, keywords, statistics=True)
-        statistics = of_tokens(call.statistics(Wanted(entropy=policy.terms.entropy)), call.tokens)
+        statistics = of_tokens(row_statistics(call, Wanted(entropy=policy.terms.entropy)), call.tokens)
         own = policy._replace(rows=policy.rows.map(lambda v: dtensor.rows(v, call.vocabulary)))
         segments = None if segment_ids is None else dtensor.rows(segment_ids, call.vocabulary)
         entropy = statistics.entropy if policy.terms.entropy else None

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks, reduction
+from compiled_loss.dispatch import support
 from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
 from compiled_loss.dispatch.linear import linear_call
 from compiled_loss.dispatch.logits import logits_call
 from compiled_loss.distributed.vocab_shard import VocabShard
-from compiled_loss.engine.math.statistics import RowStatistics, TokenStatistics, Wanted, of_rows
-from compiled_loss.engine.math.statistics import wanted as row_statistics
+from compiled_loss.engine.math.statistics import NAMES, RowStatistics, TokenStatistics, Wanted, of_rows
+from compiled_loss.engine.math.statistics import wanted as wanted_of_rows
 from compiled_loss.planner.chunking import Chunking
 
 WANTED = ("logprob", "logsumexp", "entropy", "correct")  # unless said
 
 
-def of_tokens(
-    rows: RowStatistics, tokens: reduction.Tokens, wanted: Collection[str] = TokenStatistics._fields
-) -> TokenStatistics:
+def of_tokens(rows: RowStatistics, tokens: reduction.Tokens, wanted: Collection[str] = NAMES) -> TokenStatistics:
     """Rows' statistics as a user sees them: NaN and False where the label is no class, None where nobody wants them."""
     classes, labels = tokens.classes, tokens.labels
     nan_if_invalid = classes.nan_if_invalid(labels, rows.nll.dtype)
@@ -36,8 +35,8 @@ def of_tokens(
 
 
 def _of_rows(names: Collection[str]) -> Wanted:
-    checks.statistics_wanted(names, TokenStatistics._fields)
-    return row_statistics({name: name in names for name in TokenStatistics._fields})
+    checks.statistics_wanted(names, NAMES)
+    return wanted_of_rows({name: name in names for name in NAMES})
 
 
 def token_statistics(
@@ -129,6 +128,9 @@ def linear_token_statistics(
     temperature: float | Tensor = 1.0,
     shift: int = 0,
     wanted: Collection[str] = WANTED,
+    ids: Tensor | None = None,  # [..., K] or [K]
+    top_k: int | None = None,
+    kept_ids: Tensor | None = None,  # [..., K]
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
@@ -150,6 +152,12 @@ def linear_token_statistics(
         shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
         wanted: names of the statistics to return; the others are None, and all but the first two and `correct` then
             cost nothing.
+        ids: int64, classes whose log-probabilities are wanted as well, K of each token or the same K of all; a negative
+            one is padding, of log-probability -inf.
+        top_k: how many of the most probable classes are wanted as well, from 1 to V.
+        kept_ids: int64, the classes that a sampler kept for each token, each once, negative ones padding. All
+            statistics are then those of the softmax over them and the label, renormalised, and no GEMM over V is done.
+            `mean_logit` is not among them.
         vocab_shard: see :func:`linear_cross_entropy`.
         chunking: see :class:`Chunking`. Gradients need the vocab strategy.
 
@@ -158,7 +166,8 @@ def linear_token_statistics(
 
     Memory:
         Creates no [N, V] tensor: a chunk of logits, and O(N) kept for backward, which runs in chunks as well.
-        Under functorch transforms the logits are materialised.
+        Under functorch transforms the logits are materialised. `ids` and `kept_ids` gather rows of the weight, 64 MiB
+        at a time, and form their own dW in fp32.
 
     Raises:
         ValueError: a shape, device or number is off, `strategy="tokens"` where a gradient is wanted, or, in eager CPU
@@ -188,10 +197,21 @@ def linear_token_statistics(
         logit_scale=logit_scale,
         temperature=temperature,
         shift=shift,
+        ids=ids,
+        kept_ids=kept_ids,
+        top_k=top_k,
         vocab_shard=vocab_shard,
         chunking=chunking,
     )
     asked = _of_rows(wanted)
+    checks.ids.over_kept(kept_ids, wanted, top_k)
     call = linear_call(hidden, weight, labels, keywords, statistics=True)
-    rows = call.statistics(asked)
-    return of_tokens(rows, call.tokens, wanted)
+    top = None
+    if top_k is None:
+        rows = support.row_statistics(call, asked)
+    else:
+        rows, top = call.statistics_and_top(asked, top_k)
+    return of_tokens(rows, call.tokens, wanted)._replace(
+        ids_logprob=None if ids is None else support.logprobs(call, rows),
+        top_k=None if top is None else support.top_k(call, rows, top),
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Statistics(NamedTuple):
     mean_logit: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     first_argmax: Tensor | None = None
+    ids_logprob: Tensor | None = None
+    top_k: tuple[Tensor, Tensor] | None = None
 
 
 def token_statistics(
@@ -45,14 +48,14 @@ def token_statistics(
     target = torch.where(valid, labels, 0)
     log_p = torch.log_softmax(z, dim=-1)
     logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -(log_p.exp() * torch.where(log_p == -math.inf, 0.0, log_p)).sum(-1)
     correct = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) == z.amax(-1)
     lse, squares = torch.logsumexp(z, dim=-1), torch.logsumexp(2 * log_p, dim=-1)
     ordered = torch.arange(z.shape[-1], device=z.device).expand(z.shape)
     first = torch.where(z == z.amax(-1, keepdim=True), ordered, z.shape[-1]).amin(-1)
     every = (logprob, lse, entropy, correct, z.mean(-1), squares, first)
     masked = [v & valid if v.dtype == torch.bool else torch.where(valid, v, 0) for v in every]
-    return Statistics(*[v if name in wanted else None for name, v in zip(Statistics._fields, masked, strict=True)])  # type: ignore[arg-type]
+    return Statistics(*[v if name in wanted else None for name, v in zip(Statistics._fields, masked, strict=False)])  # type: ignore[arg-type]
 
 
 def linear_token_statistics(
@@ -64,11 +67,34 @@ def linear_token_statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    ids: Tensor | None = None,
+    top_k: int | None = None,
+    kept_ids: Tensor | None = None,
     **keywords: object,
 ) -> Statistics:
-    """`token_statistics` of the head's logits."""
-    z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
-    return token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
+    """`token_statistics` of the head's logits, without those of the classes that were not kept."""
+    z = every = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
+    if kept_ids is not None:
+        z = torch.where(_kept(kept_ids, labels, z.shape[-1]), z, -math.inf)
+    found = token_statistics(z, labels, **keywords)  # type: ignore[arg-type]
+    active = torch.ne(labels, keywords.get("ignore_index", -100)).unsqueeze(-1)  # type: ignore[call-overload]
+    if ids is not None:
+        rows = ids.expand(*labels.shape, -1)
+        log_p = every - torch.logsumexp(z, -1, keepdim=True)
+        chosen = torch.where(rows < 0, -math.inf, log_p.gather(-1, rows.clamp(min=0)))
+        found = found._replace(ids_logprob=torch.where(active, chosen, 0.0))
+    if top_k is not None:
+        values, order = torch.log_softmax(z.detach(), -1).topk(top_k, -1)
+        found = found._replace(top_k=(torch.where(active, values, 0.0), torch.where(active, order, 0)))
+    return found
+
+
+def _kept(kept_ids: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    """Which classes are [..., V]."""
+    ids = torch.cat([kept_ids, labels.unsqueeze(-1)], -1)
+    ids = torch.where(ids < 0, vocab, ids)
+    none = torch.zeros(*labels.shape, vocab + 1, dtype=torch.bool, device=ids.device)
+    return none.scatter(-1, ids, True)[..., :vocab]
 
 
 def linear_token_loss(
@@ -92,7 +118,7 @@ def linear_token_loss(
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     more = {"mask": mask, "ignore_index": ignore_index, "shift": shift, "wanted": Statistics._fields}
     statistics = token_statistics(z, labels, **more)  # type: ignore[arg-type]
-    flat = [v.reshape(-1) for v in statistics]  # type: ignore[union-attr]
+    flat: list[Any] = [v.reshape(-1) for v in statistics[:7]]  # type: ignore[union-attr]
     rows = [v.flatten(0, labels.dim() - 1) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
     losses = token_loss(Statistics(*flat), *rows).reshape(labels.shape)
     counts = torch.ones(labels.shape, dtype=z.dtype, device=z.device)

@@ -11,6 +11,7 @@ from torch import float16, float32, float64, int32, int64
 
 import compiled_loss
 from compiled_loss import Chunking
+from compiled_loss.engine.math.statistics import NAMES
 from compiled_loss.functional import policy_terms
 
 N, H, V = 3, 4, 5
@@ -42,7 +43,8 @@ def label(value):
     return torch.tensor([1, value, 2])
 
 
-STATISTICS = ", ".join(map(repr, compiled_loss.TokenStatistics._fields))
+STATISTICS = ", ".join(map(repr, NAMES))
+FLOATING = "float32, bfloat16, float16 or float64"
 KINDS, KLS = (", ".join(map(repr, names)) for names in (policy_terms.KINDS, policy_terms.KLS))
 # What is passed instead, the error, the whole text. Each is tried on every function that has these parameters.
 CASES = [
@@ -244,6 +246,36 @@ CASES = [
     ({"temperature": 0}, ValueError, "temperature: expected a number > 0, got 0"),
     ({"temperature": -1.0}, ValueError, "temperature: expected a number > 0, got -1.0"),
     ({"temperature": float("nan")}, ValueError, "temperature: expected a number > 0, got nan"),
+    ({"temperature": zeros(2)}, ValueError, "temperature: expected to broadcast to the labels' [3], got [2]"),
+    ({"temperature": zeros(N, dtype=int64)}, TypeError, f"temperature: expected {FLOATING}, got torch.int64"),
+    (
+        {"temperature": zeros(N).requires_grad_()},
+        ValueError,
+        "temperature: expected a tensor without gradient, got requires_grad=True: use .detach()",
+    ),
+    ({"top_k": 0}, ValueError, "top_k: expected from 1 to V = 5, or None, got 0"),
+    ({"top_k": 6}, ValueError, "top_k: expected from 1 to V = 5, or None, got 6"),
+    ({"top_k": "all"}, TypeError, "top_k: expected an int or None, got str"),
+    ({"top_k": 2, "kept_ids": zeros(N, 2, dtype=int64)}, ValueError, "top_k: expected None beside kept_ids, got 2"),
+    ({"ids": [1]}, TypeError, "ids: expected a Tensor, got list"),
+    ({"ids": zeros(N, 2)}, TypeError, "ids: expected int64, got torch.float32"),
+    (
+        {"ids": zeros(2, 2, dtype=int64)},
+        ValueError,
+        "ids: expected [3, K] or [K], classes for each token, got [2, 2]",
+    ),
+    ({"kept_ids": zeros(N, 2, dtype=int32)}, TypeError, "kept_ids: expected int64, got torch.int32"),
+    ({"kept_ids": zeros(4, dtype=int64)}, ValueError, "kept_ids: expected [3, K], classes for each token, got [4]"),
+    (
+        {"kept_ids": zeros(N, 2, dtype=int64, device="meta")},
+        ValueError,
+        "kept_ids: expected on cpu like the first argument, got meta",
+    ),
+    (
+        {"kept_ids": zeros(N, 2, dtype=int64), "wanted": ("mean_logit",)},
+        ValueError,
+        "wanted: expected no 'mean_logit' beside kept_ids, got ('mean_logit',)",
+    ),
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got -0.1"),
     ({"label_smoothing": 1.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got 1.1"),
     ({"z_loss": -1e-4}, ValueError, "z_loss: expected a number >= 0, got -0.0001"),

@@ -46,6 +46,7 @@ EXCEPTIONS = {
 WITHOUT_A_MODULE = {
     "multi_token_targets": "makes targets, not a loss",
     "make_token_weights": "makes weights, not a loss",
+    "pad_ids": "lays ids side by side, not a loss",
     "linear_token_loss": "its function is no plain value",
     "linear_logits_loss": "its function is no plain value",
     "masked_soft_cross_entropy": "the other code base has a function; its linear form has a Module",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import Chunking, TokenStatistics, reference
+from compiled_loss import Chunking, reference
+from compiled_loss.engine.math.statistics import NAMES
 
 B, S, H = 2, 6, 5
 ROWS = Chunking(strategy="tokens", chunk_size=5)
@@ -38,10 +39,26 @@ def counted(t: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
-    wanted = TokenStatistics._fields
+    wanted = NAMES
     rows = lib.linear_token_statistics(t["hidden"], t["weight"], t["labels"], bias=t["bias"], wanted=wanted, **more)
     sums = rows[0] * 0.3 + rows[1] * 0.2 - rows[2] * 0.7 + rows.log_sum_sq_probs * 0.4 * (1 + rows.first_argmax % 3)
     return sums.sum() / t["count"] + rows[3].sum() * 0
+
+
+def a_few_classes(kept: bool) -> Loss:
+    """Statistics over the classes that were kept, or log-probabilities of some beside the model's own top."""
+
+    def call(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
+        ids, temperature = t["top_indices"], t["token_weights"].detach() + 0.5
+        few = {"kept_ids": ids} if kept else {"ids": ids, "top_k": 2}
+        given = {"bias": t["bias"], "softcap": 3.0, "temperature": temperature, **few}
+        rows = lib.linear_token_statistics(t["hidden"], t["weight"], t["labels"], **given, **more)
+        if kept:
+            return (rows.logprob - 0.3 * rows.entropy).sum() / t["count"]
+        logprobs, chosen = rows.top_k
+        return (rows.ids_logprob.exp().sum(-1) * (logprobs * (1 + chosen % 3)).sum(-1)).sum() / t["count"]
+
+    return Loss(call, ("hidden", "weight", "bias"), ("labels", "top_indices", "token_weights"), COLUMNS)
 
 
 def user_loss(statistics_: Any, old: Tensor, advantages: Tensor, clip: Any) -> Tensor:
@@ -246,6 +263,8 @@ LOSSES = {
     "linear_policy_loss, token": policy("token"),
     "linear_policy_loss, sequence": policy("sequence"),
     "linear_token_statistics": Loss(statistics, ("hidden", "weight", "bias"), chunking=COLUMNS),
+    "linear_token_statistics, kept": a_few_classes(kept=True),
+    "linear_token_statistics, ids and top": a_few_classes(kept=False),
     "linear_cross_entropy_with_statistics": Loss(with_statistics, ("hidden", "weight"), chunking=ROWS),
     "cross_entropy": Loss(
         lambda lib, t, how: lib.cross_entropy(t["logits"], t["labels"], **counted(t), **how), ("logits",)

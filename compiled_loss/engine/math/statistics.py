@@ -207,6 +207,19 @@ def _sum(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
     return None if mine is None or theirs is None else mine + theirs
 
 
+class TopK(NamedTuple):
+    """The classes that each token gives the most, the first the largest, [..., k] each: 0 where ignored.
+
+    What `teacher_topk` of :func:`compiled_loss.linear_distillation` takes, of a pass at its temperature.
+
+    `logprob`: log softmax(z) there, detached.
+    `ids`: int64.
+    """
+
+    logprob: Tensor
+    ids: Tensor
+
+
 class TokenStatistics(NamedTuple):
     """Statistics of each token, shaped like the labels; 0 and False where ignored.
 
@@ -217,6 +230,8 @@ class TokenStatistics(NamedTuple):
     `mean_logit`: sum(z) / V.
     `log_sum_sq_probs`: log sum softmax(z)**2, from -log V to 0: minus the Renyi entropy of order 2.
     `first_argmax`: int64, the class whose logit is the largest, the first of equal ones.
+    `ids_logprob`: log-probabilities of the classes that were asked for, [..., K].
+    `top_k`: the most probable classes.
 
     What was not wanted is None.
     """
@@ -228,6 +243,11 @@ class TokenStatistics(NamedTuple):
     mean_logit: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     first_argmax: Tensor | None = None
+    ids_logprob: Tensor | None = None
+    top_k: TopK | None = None
+
+
+NAMES = ("logprob", "logsumexp", "entropy", "correct", "mean_logit", "log_sum_sq_probs", "first_argmax")  # one a token
 
 
 def wanted(names: Mapping[str, bool]) -> Wanted:

@@ -1,0 +1,96 @@
+"""Statistics of a few classes of each token: log-probabilities of given ones, or all statistics over those kept.
+
+N tokens (any leading shape), K classes of each, V vocabulary. See engine/gathered_head.py.
+
+NOTE [Kept classes]
+A sampler that keeps the top of a distribution draws from it renormalised. Its log-probabilities are those over what it
+kept, and the importance ratios of a trainer that takes them over V are biased. So the kept classes of a token, and its
+label, are the whole support: z - log sum(exp(z)) over them. A negative id is padding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_loss import checks
+from compiled_loss.dispatch.linear_loss import LinearCall
+from compiled_loss.engine.gathered_head import Gathered, gathered_logits
+from compiled_loss.engine.logits import plain_statistics
+from compiled_loss.engine.math.bodies import transformed
+from compiled_loss.engine.math.problem import Head
+from compiled_loss.engine.math.statistics import RowStatistics, TopK, Wanted, masked
+from compiled_loss.engine.top import Top
+from compiled_loss.engine.transforms import without_autocast
+
+
+def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
+    """Masked statistics [...], differentiable, over all classes or those that are kept."""
+    if call.keywords.kept_ids is None:
+        return call.statistics(wanted)
+    kept = _rows("kept_ids", call.keywords.kept_ids, call, once=True)
+    shape, active = call.tokens.labels.shape, call.tokens.active.reshape(-1)
+    labels = call.tokens.labels.reshape(-1, 1)
+    chosen = _Chosen.of(call, torch.cat([torch.where(kept == labels, -1, kept), labels], -1))
+    z = torch.where(chosen.there, chosen.z, -math.inf)
+    with without_autocast(z.device):
+        last = torch.full_like(labels[:, 0], z.shape[1] - 1)
+        rows = plain_statistics(z, last, Head(None, None, None), None, wanted._replace(argmax=False))
+    if wanted.argmax:
+        first = torch.where(z == z.amax(-1, keepdim=True), chosen.ids, call.vocabulary.size).amin(-1)
+        rows = rows._replace(argmax=first - labels[:, 0])
+    rows = rows.map(lambda v: v * chosen.nan if v.is_floating_point() else v)
+    return masked(rows, active).map(lambda v: v.reshape(shape))
+
+
+def logprobs(call: LinearCall, rows: RowStatistics) -> Tensor:
+    """Of the classes that were asked for, [..., K]: -inf of padding, 0 where a token does not count."""
+    tokens = call.tokens
+    assert call.keywords.ids is not None
+    ids = _rows("ids", call.keywords.ids, call, once=False)
+    chosen = _Chosen.of(call, ids)
+    found = torch.where(chosen.there, chosen.z - rows.lse.reshape(-1, 1), -math.inf) * chosen.nan.unsqueeze(-1)
+    found = torch.where(tokens.active.reshape(-1, 1), found, 0.0)
+    return found.reshape(*tokens.labels.shape, ids.shape[-1])
+
+
+def _rows(name: str, ids: Tensor, call: LinearCall, *, once: bool) -> Tensor:
+    """[N, K], of all tokens or of each."""
+    active = call.tokens.active.reshape(-1)
+    ids = ids.reshape(-1, ids.shape[-1]).expand(active.shape[0], -1)
+    checks.ids.classes(name, ids, active, call.vocabulary.size, once=once)
+    return ids
+
+
+def top_k(call: LinearCall, rows: RowStatistics, top: Top) -> TopK:
+    """The most probable classes of each token."""
+    tokens, inverse = call.tokens, call.inverse_temperature
+    z, _ = transformed(top.logits, Head(None, None, call.head.scales), inverse)
+    active = tokens.active.unsqueeze(-1)
+    logprob = torch.where(active, z - rows.lse.detach().unsqueeze(-1), 0.0)
+    return TopK(logprob, torch.where(active, top.behind + tokens.labels.unsqueeze(-1), 0))
+
+
+class _Chosen(NamedTuple):
+    """Some classes of each token."""
+
+    ids: Tensor  # [N, K]
+    there: Tensor  # [N, K] bool, False for padding
+    z: Tensor  # [N, K]
+    nan: Tensor  # [N], NaN where one is no class
+
+    @staticmethod
+    def of(call: LinearCall, ids: Tensor) -> _Chosen:
+        """Of ids [N, K], which count from the first of all classes."""
+        head, vocabulary = call.head, call.vocabulary
+        active = call.tokens.active.reshape(-1)
+        own = vocabulary.labels(ids)  # of padding none of ours, whatever a rank starts with
+        gathered = Gathered(call.hidden, call.weight, head.bias, torch.where(ids < 0, -1, own), active)
+        inverse = call.inverse_temperature
+        inverse = None if inverse is None else inverse.reshape(-1)
+        z, _ = transformed(gathered_logits(gathered, vocabulary.group), Head(None, None, head.scales), inverse)
+        outside = (ids >= vocabulary.size).any(-1) & active
+        return _Chosen(ids, ids >= 0, z, torch.ones_like(z[:, 0]).masked_fill(outside, math.nan))
