@@ -8,6 +8,7 @@ import torch
 
 import compiled_loss
 from compiled_loss import Chunking
+from compiled_loss.engine.math.statistics import NAMES
 from compiled_loss.planner.plan import MIN_ROWS
 
 SHAPES = {"8B": (8192, 4096, 131072), "Gemma": (8192, 2304, 256000), "N < H": (2048, 4096, 131072)}
@@ -89,6 +90,17 @@ def with_bias(function, hidden, weight, labels, bias, **options):
     return function(hidden, weight, labels, bias=bias, **options)
 
 
+def with_temperature(function, hidden, weight, labels, temperature, **options):
+    return function(hidden, weight, labels, temperature=temperature, **options)
+
+
+def of_temperatures(strategy, shape, **options):
+    """With a temperature a token."""
+    case = linear(strategy, shape, **options)
+    call = functools.partial(with_temperature, case.call.func, **case.call.keywords)
+    return replace(case, call=call, inputs=(*case.inputs, f"fp32[{shape[0]}]"))
+
+
 def clipped(statistics, old_logprob, advantage, low, high):
     """A clipped policy gradient."""
     ratio = (statistics.logprob - old_logprob).exp()
@@ -107,6 +119,13 @@ def of_everything(statistics, old_logprob, advantage, low, high):
     ratio = (statistics.logprob - old_logprob).exp()
     losses = -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage) - 0.01 * statistics.entropy
     return losses + 1e-4 * statistics.logsumexp.square() - 0.1 * statistics.mean_logit * statistics.correct
+
+
+def of_further_statistics(statistics, old_logprob, advantage, low, high):
+    """What a policy gradient's control variate looks at: 1 - 2 p + sum(p^2), where the largest is not the label."""
+    ratio = (statistics.logprob - old_logprob).exp().clamp(1 - low, 1 + high)
+    norm = 1 - 2 * statistics.logprob.exp() + statistics.log_sum_sq_probs.exp()
+    return -ratio * advantage * norm * (1 + statistics.first_argmax % 2)
 
 
 def user_loss(token_loss, hidden, weight, labels, old_logprob, advantage, token_weights, **options):
@@ -215,12 +234,17 @@ def cases(shape):
         found[f"{strategy}, frozen weight"] = linear(strategy, shape, grad="h")
         with_statistics = linear(strategy, shape, function="linear_cross_entropy_with_statistics")
         found[f"{strategy}, with statistics"] = with_statistics
+        found[f"{strategy}, temperatures"] = of_temperatures(strategy, shape, softcap=30.0)
     found["tokens, statistics"] = linear("tokens", shape, function="linear_token_statistics", grad="")
     found["vocab, statistics"] = linear("vocab", shape, function="linear_token_statistics")
+    found["vocab, all statistics"] = linear(
+        "vocab", shape, function="linear_token_statistics", softcap=30.0, wanted=NAMES
+    )
     found["vocab, none"] = linear("vocab", shape, reduction="none")
     for strategy in ("tokens", "vocab"):
         found[f"{strategy}, policy"] = of_user(strategy, shape, clipped_with_entropy)
     found["tokens, user's everything"] = of_user("tokens", shape, of_everything, softcap=30.0)
+    found["tokens, user's further"] = of_user("tokens", shape, of_further_statistics, softcap=30.0)
     everything = {k: v for k, v in keywords(tokens, vocab)["everything"].items() if k != "bias"}
     found["logits, plain"] = on_logits(shape)
     found["logits, none"] = on_logits(shape, reduction="none")
