@@ -126,6 +126,12 @@ def dual_clip(value: Any, kind: str) -> Any:
     return number
 
 
+def sequences_alone(kind: str, importance: str) -> None:
+    """Raise unless a kind that is of sequences is taken of them."""
+    if kind == "gmpo" and importance != "sequence":
+        raise ValueError(f"importance: expected 'sequence' beside kind='gmpo', got {importance!r}")
+
+
 def needed(name: str, value: object, reason: str) -> None:
     """Raise unless it is given."""
     if value is None:

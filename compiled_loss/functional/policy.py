@@ -23,7 +23,7 @@ from compiled_loss.functional.policy_terms import inputs_of, token_loss
 from compiled_loss.functional.statistics import of_tokens
 from compiled_loss.planner.chunking import Chunking
 
-Kind = Literal["clip", "cispo", "cispo_two_sided", "sapo", "reinforce"]
+Kind = Literal["clip", "cispo", "cispo_two_sided", "sapo", "gmpo", "reinforce"]
 Importance = Literal["token", "sequence"]
 KL = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
 
@@ -60,6 +60,7 @@ def policy_loss(
     "cispo"            -sg(min(r, high)) A logprob                 MiniMax-M1 as TRL and Liger read it
     "cispo_two_sided"  -sg(clip(r, 1 - low, 1 + high)) A logprob   the same as verl reads it
     "sapo"             -sigmoid(t (r - 1)) 4 / t A                 SAPO; t by the sign of A
+    "gmpo"             -exp(mean of min(log r, high)) A            GMPO; max(log r, -low) where A < 0; by "sequence"
     "reinforce"        -A logprob                                  REINFORCE, GPG, RLOO
     =================  ==========================================  ==================================================
 
@@ -74,7 +75,8 @@ def policy_loss(
         kind: see above.
         importance: "token", or "sequence" for the geometric mean of a sequence's ratios, whose gradient at a token is
             the token's own (GSPO).
-        clip_low, clip_high: bounds of the ratio, >= 0; of "cispo", `clip_high` is the bound itself.
+        clip_low, clip_high: bounds of the ratio, >= 0; of "cispo", `clip_high` is the bound itself; of "gmpo", both are
+            of each token's log-ratio.
         dual_clip: of "clip", bounds the loss by -dual_clip A where A < 0; > 1, or None.
         temperature_positive, temperature_negative: of "sapo", > 0.
         reference_logprob: the same tokens under a reference policy [...]. With it the loss adds `kl_coefficient` times
@@ -101,7 +103,8 @@ def policy_loss(
     Source:
         Schulman et al., 2017, arXiv:1707.06347; Shao et al., 2024, arXiv:2402.03300 (GRPO); Yu et al., 2025,
         arXiv:2503.14476 (DAPO); Zheng et al., 2025, arXiv:2507.18071 (GSPO); MiniMax, 2025, arXiv:2506.13585 (CISPO);
-        Ye et al., 2020, arXiv:1912.09729 (dual clip); Schulman, 2020, joschu.net/blog/kl-approx.html (k1, k2, k3).
+        Ye et al., 2020, arXiv:1912.09729 (dual clip); Zhao et al., 2025, arXiv:2507.20673 (GMPO); Schulman, 2020,
+        joschu.net/blog/kl-approx.html (k1, k2, k3).
 
     Example:
         >>> import torch

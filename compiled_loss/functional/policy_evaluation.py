@@ -84,6 +84,7 @@ class Policy(NamedTuple):
         checks.policy.one_of("kind", kind, KINDS)
         checks.policy.one_of("kl", kl, KLS)
         checks.policy.one_of("importance", importance, ("token", "sequence"))
+        checks.policy.sequences_alone(kind, importance)
         dual = checks.policy.dual_clip(dual_clip, kind)
         numbers = Numbers(
             checks.policy.at_least_zero("clip_low", clip_low),
@@ -133,7 +134,12 @@ class Policy(NamedTuple):
         entropy = None if entropy is None else torch.where(counts, entropy, 0.0)
         detached, old = logprob.detach(), rows.old_logprob
         if self.importance == "sequence":  # each token has its sequence's mean ratio to these
-            old = detached - means_of_sequences(detached - old.detach(), counts, segment_ids)
+            log_ratio = detached - old.detach()
+            free = self.free(log_ratio, rows.advantages)
+            if free is not None:  # the others are at their bound, without a gradient
+                log_ratio = torch.where(free, log_ratio, self.bound(rows.advantages))
+            old = detached if free is None else torch.where(free, detached, logprob)
+            old = old - means_of_sequences(log_ratio, counts, segment_ids)
         one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
         statistics = TokenStatistics(logprob, logprob, logprob if entropy is None else entropy, counts)
         inputs = inputs_of(rows._replace(old_logprob=old), Numbers(*[one * v for v in self.numbers]))
@@ -142,6 +148,18 @@ class Policy(NamedTuple):
             loss = loss / counts.sum().clamp(min=1)
         entropy = None if entropy is None else entropy.detach()
         return PolicyLoss(loss, self._replace(rows=rows).metrics(detached, old, counts, entropy), detached)
+
+    def bound(self, advantages: Tensor) -> Tensor:
+        """Of each token's log-ratio, of "gmpo": from above or, where the advantage is negative, from below."""
+        by = self.numbers
+        return torch.where(advantages < 0, -by.clip_low, torch.ones_like(advantages) * by.clip_high)
+
+    def free(self, log_ratio: Tensor, advantages: Tensor) -> Tensor | None:
+        """Which log-ratios are within it; None but for "gmpo"."""
+        if self.terms.kind != "gmpo":
+            return None
+        bound = self.bound(advantages)
+        return torch.where(advantages < 0, log_ratio >= bound, log_ratio <= bound)
 
     def metrics(self, logprob: Tensor, compared: Tensor, counts: Tensor, entropy: Tensor | None) -> PolicyMetrics:
         """Of the ratio to `compared`, which the loss takes; of the tokens' own to old log-probabilities the KL."""
@@ -158,6 +176,10 @@ class Policy(NamedTuple):
         if terms.kind in ("clip", "cispo_two_sided"):
             low = mean(((ratio < 1 - numbers.clip_low) & (rows.advantages < 0)).to(ratio.dtype))
             high = mean(((ratio > 1 + numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
+        elif terms.kind == "gmpo":
+            free = self.free(log_ratio, rows.advantages)
+            assert free is not None
+            low, high = (mean((~free & sign).to(ratio.dtype)) for sign in (rows.advantages < 0, rows.advantages > 0))
         elif terms.kind == "cispo":
             high = mean(((ratio > numbers.clip_high) & (rows.advantages > 0)).to(ratio.dtype))
         reference = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiled_loss.engine.math.statistics import TokenStatistics
 
-KINDS = ("clip", "cispo", "cispo_two_sided", "sapo", "reinforce")
+KINDS = ("clip", "cispo", "cispo_two_sided", "sapo", "gmpo", "reinforce")
 KLS = ("k1", "k2", "k3", "k1_straight_through", "k3_straight_through")
 
 
@@ -78,6 +78,8 @@ def _surrogate(terms: Terms, logprob: Tensor, old_logprob: Tensor, advantages: T
     if terms.kind == "reinforce":
         return -logprob * advantages
     ratio = (logprob - old_logprob).exp()
+    if terms.kind == "gmpo":  # of sequences, whose mean has been clipped
+        return -ratio * advantages
     if terms.kind == "cispo":
         return -torch.minimum(ratio, by.clip_high).detach() * advantages * logprob
     if terms.kind == "cispo_two_sided":

@@ -36,8 +36,12 @@ def policy_loss(
     for b, s in valid.nonzero().tolist():
         ratio = (logprob[b, s] - old_logprob[b, s]).exp()
         if importance == "sequence":
-            mean = (logprob[b] - old_logprob[b])[valid[b]].mean().detach()
-            ratio = (mean + logprob[b, s] - logprob[b, s].detach()).exp()
+            own = logprob[b] - old_logprob[b]
+            if kind == "gmpo":
+                low = advantages[b].expand(own.shape) < 0
+                own = torch.where(low, own.clamp(min=-clip_low), own.clamp(max=clip_high))
+            mean = own[valid[b]].mean().detach()
+            ratio = (mean + own[s] - own[s].detach()).exp()
         advantage = advantages.expand(logprob.shape)[b, s]
         if kind == "clip":
             loss = -min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -47,6 +51,8 @@ def policy_loss(
             loss = -min(ratio.item(), clip_high) * advantage * logprob[b, s]
         elif kind == "cispo_two_sided":
             loss = -min(max(ratio.item(), 1 - clip_low), 1 + clip_high) * advantage * logprob[b, s]
+        elif kind == "gmpo":
+            loss = -ratio * advantage
         elif kind == "sapo":
             temperature = temperature_positive if advantage > 0 else temperature_negative
             loss = -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage

@@ -77,6 +77,7 @@ KINDS = {
     "cispo": {"kind": "cispo", "clip_high": 1.2},
     "cispo_two_sided": {"kind": "cispo_two_sided"},
     "sapo": {"kind": "sapo", "temperature_positive": 1.5, "temperature_negative": 2.5},
+    "gmpo": {"kind": "gmpo", "clip_low": 0.1, "clip_high": 0.3, "importance": "sequence"},
     "reinforce": {"kind": "reinforce"},
 }
 
@@ -86,7 +87,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_the_reference(kind, importance, everything):
     inputs = batch()
-    options = {**KINDS[kind], "importance": importance, **(more(inputs[3]) if everything else {})}
+    options = {"importance": importance, **KINDS[kind], **(more(inputs[3]) if everything else {})}
+    importance = options["importance"]
     assert_matches(plain(**options), truth(**options), inputs)
     for name in ("tokens", "vocab") if importance == "token" else ("vocab",):
         assert_matches(fused(chunking=cases.CHUNKINGS[name], **options), truth(**options), inputs)
