@@ -42,6 +42,10 @@ EXCEPTIONS = {
         "Module",
         "a tensor, the same for all batches: a buffer; no config has it, as it is no plain value",
     ),
+    "temperature": (
+        "config",
+        "a number, the same for all batches; only the function takes a value a token",
+    ),
 }
 WITHOUT_A_MODULE = {
     "multi_token_targets": "makes targets, not a loss",
@@ -93,7 +97,10 @@ def drift(module, config, function):
         if wanted == "call" and called is None:
             found.append(f"{module.__name__}.forward lacks {name}")
         for mine in (kept, called):
-            if mine is not None and (mine.kind, mine.default, mine.annotation) != (p.kind, p.default, p.annotation):
+            if mine is None:
+                continue
+            narrower = name in EXCEPTIONS and mine.annotation in typing.get_args(p.annotation)
+            if (mine.kind, mine.default) != (p.kind, p.default) or not (narrower or mine.annotation == p.annotation):
                 found.append(f"{module.__name__}: {mine}, but {function.__name__}: {p}")
         if name in fields and fields[name] != p.default:
             found.append(f"{config.__name__}: {name} = {fields[name]}, but {function.__name__}: {p}")
