@@ -7,6 +7,12 @@ from compiled_loss import checks as _checks
 _checks.torch_version(_torch.__version__)
 
 from compiled_loss import nn as nn  # noqa: E402, not in __all__: a star import would take torch.nn's name
+from compiled_loss.compat.calculate import (  # noqa: E402
+    MTPLosses,
+    calculate_loss,
+    calculate_mtp_loss,
+    calculate_mtp_losses,
+)
 from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy  # noqa: E402
 from compiled_loss.compat.modules import (  # noqa: E402
     FusedLinearCrossEntropy,
@@ -14,13 +20,7 @@ from compiled_loss.compat.modules import (  # noqa: E402
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
 )
-from compiled_loss.compat.pipeline import (  # noqa: E402
-    MTPLosses,
-    PipelineCausalLMLoss,
-    calculate_loss,
-    calculate_mtp_loss,
-    calculate_mtp_losses,
-)
+from compiled_loss.compat.pipeline import PipelineCausalLMLoss  # noqa: E402
 from compiled_loss.config import (  # noqa: E402
     LOSS_CONFIG_REGISTRY,
     CrossEntropyConfig,

@@ -39,7 +39,7 @@ GROUPS = {  # of what is imported from the root, by the module that defines it, 
     "Sharded vocabularies": ("distributed.vocab_shard",),
     "Modules": ("compat.modules",),
     "Configs": ("config.base", "config.losses", "config.registry"),
-    "Pipelines": ("compat.pipeline",),
+    "Pipelines": ("compat.calculate", "compat.pipeline"),
 }
 NOTE = re.compile(r"NOTE \[([^\]]+)\]")
 ROLE = re.compile(r":(\w+):`([^`]+)`")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy
-from compiled_loss.distributed import dtensor
+from compiled_loss.distributed.materialize import materialize
 from compiled_loss.distributed.vocab_shard import Ranks, VocabShard
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
@@ -144,7 +144,7 @@ class FusedLinearCrossEntropy(FusedLinearCrossEntropyOptions, Loss):
         weight's: a mixed-precision policy's `param_dtype`, which is that of the hidden states.
         """
         checks.sharding.group_of("grad_reduce_group", grad_reduce_group)
-        return dtensor.materialize(lm_weight, grad_reduce_group, dtype)
+        return materialize(lm_weight, grad_reduce_group, dtype)
 
 
 @dataclass(eq=False, repr=False)

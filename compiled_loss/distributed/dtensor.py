@@ -17,7 +17,6 @@ it for: the rank's own.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +30,6 @@ from compiled_loss.engine.transforms import traced
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def vocabulary(weight: Tensor, vocab_shard: VocabShard | None, name: str = "weight") -> Vocabulary:
@@ -96,7 +93,7 @@ def own_shape(value: Tensor, part: Vocabulary) -> torch.Size:
     if not is_sharded(value):
         return value.shape
     shape, mesh = list(value.shape), value.device_mesh
-    for i, (members, placement) in enumerate(zip(_groups(value), value.placements, strict=True)):
+    for i, (members, placement) in enumerate(zip(mesh_groups(value), value.placements, strict=True)):
         if members != part.members and isinstance(placement, dist.tensor.Shard):
             start, stop = even(shape[placement.dim], mesh.get_local_rank(i), mesh.size(i))
             shape[placement.dim] = stop - start
@@ -145,7 +142,7 @@ def check_rows(name: str, value: Tensor) -> None:
     if is_sharded(value):
         for i, placement in enumerate(value.placements):
             if placement.is_partial():
-                checks.sharding.placement(name, placement, _dimension(value, i), "Shard or Replicate")
+                checks.sharding.placement(name, placement, mesh_dimension(value, i), "Shard or Replicate")
 
 
 def rows(value: Tensor, part: Vocabulary) -> Tensor:
@@ -154,7 +151,7 @@ def rows(value: Tensor, part: Vocabulary) -> Tensor:
         return value
     placements = [
         dist.tensor.Replicate() if members == part.members else placement
-        for members, placement in zip(_groups(value), value.placements, strict=True)
+        for members, placement in zip(mesh_groups(value), value.placements, strict=True)
     ]
     return value.redistribute(placements=placements).to_local(grad_placements=placements)
 
@@ -168,57 +165,13 @@ def replicated(value: Tensor, part: Vocabulary) -> Tensor:
     """A DTensor of hidden states, gathered over the ranks that share the vocabulary; others as they are."""
     if not is_sharded(value):
         return value
-    placements = zip(_groups(value), value.placements, strict=True)
+    placements = zip(mesh_groups(value), value.placements, strict=True)
     return value.redistribute(placements=[dist.tensor.Replicate() if g == part.members else p for g, p in placements])
 
 
 def whole(value: Any) -> Any:
     """The whole of a tensor without gradient; what is no DTensor as it is."""
     return value.full_tensor() if is_sharded(value) else value
-
-
-def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A weight that fully_shard holds, gathered over `group`, or over all its mesh; its gradient the ranks' mean.
-
-    One gather and, in backward, one reduce-scatter, however many losses take the result. In `dtype` where it is
-    narrower: gathered so, and reduced in the weight's own.
-    """
-    if not isinstance(weight, Tensor):
-        return weight
-    narrow = weight.dtype
-    if dtype in _COMPUTED and narrow.is_floating_point and dtype.itemsize < narrow.itemsize:
-        narrow = dtype
-    if not is_sharded(weight):
-        return weight.to(narrow)
-    groups = _groups(weight)
-    members = {*()} if group is None else {*dist.get_process_group_ranks(group)}
-    gathered = [group is None or {*theirs} <= members for theirs in groups]
-    sizes = [len(theirs) for theirs, here in zip(groups, gathered, strict=True) if here]
-    if group is not None and (not any(gathered) or math.prod(sizes) != len(members)):
-        if not any(gathered) and all(len({*theirs} & members) == 1 for theirs in groups):
-            return weight.to(narrow)  # gathered before
-        checks.sharding.mesh(
-            "grad_reduce_group", [_dimension(weight, i) for i in range(len(groups))], tuple(sorted(members))
-        )
-    placements = [dist.tensor.Replicate() if here else p for here, p in zip(gathered, weight.placements, strict=True)]
-    gradients = [dist.tensor.Partial("avg") if here else p for here, p in zip(gathered, weight.placements, strict=True)]
-    if narrow == weight.dtype:
-        whole = weight.redistribute(placements=placements)
-    else:
-        whole = weight.redistribute(placements=placements, forward_dtype=narrow, backward_dtype=weight.dtype)
-    left = [i for i, here in enumerate(gathered) if not here]
-    local = whole.to_local(grad_placements=gradients)
-    if not left:
-        return local
-    mesh = weight.device_mesh[tuple(_dimension(weight, i) for i in left)]
-    return dist.tensor.DTensor.from_local(
-        local,
-        mesh,
-        [weight.placements[i] for i in left],
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )
 
 
 class _Replicated(torch.autograd.Function):
@@ -235,13 +188,13 @@ class _Replicated(torch.autograd.Function):
         return all_reduced([g], "sum", ctx.group)[0], None
 
 
-def _groups(value: DTensor) -> list[tuple[int, ...]]:
+def mesh_groups(value: DTensor) -> list[tuple[int, ...]]:
     """The ranks of the groups along a mesh; names would tell equal meshes apart."""
     mesh = value.device_mesh
     return [tuple(dist.get_process_group_ranks(mesh.get_group(i))) for i in range(mesh.ndim)]
 
 
-def _dimension(value: DTensor, i: int) -> str:
+def mesh_dimension(value: DTensor, i: int) -> str:
     """What a mesh calls its dimension."""
     names = value.device_mesh.mesh_dim_names
     return str(i) if names is None else names[i]
@@ -272,22 +225,22 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None, *,
         if mesh.size(i) == 1 or placement.is_replicate():
             continue
         if placement.is_partial():
-            checks.sharding.placement(name, placement, _dimension(value, i), "Shard or Replicate")
+            checks.sharding.placement(name, placement, mesh_dimension(value, i), "Shard or Replicate")
         if type(placement) is not dist.tensor.Shard:
             checks.sharding.strided(name)
         elif placement.dim == dim:
             sharded.append(i)
         elif of_head:
             checks.sharding.placement(
-                name, placement, _dimension(value, i), "Shard(0), over the vocabulary, or Replicate"
+                name, placement, mesh_dimension(value, i), "Shard(0), over the vocabulary, or Replicate"
             )
     if len(sharded) > 1:
-        checks.sharding.one_dimension(name, [_dimension(value, i) for i in sharded])
+        checks.sharding.one_dimension(name, [mesh_dimension(value, i) for i in sharded])
     if not sharded:
         return Vocabulary(size, 0, size)
     (i,) = sharded
     start, stop = even(size, mesh.get_local_rank(i), mesh.size(i))
-    return Vocabulary(size, start, stop, mesh.get_group(i).group_name, _groups(value)[i])
+    return Vocabulary(size, start, stop, mesh.get_group(i).group_name, mesh_groups(value)[i])
 
 
 def _states(hidden: Tensor, part: Vocabulary) -> Tensor:
@@ -295,7 +248,7 @@ def _states(hidden: Tensor, part: Vocabulary) -> Tensor:
     if not is_sharded(hidden):
         return hidden if part.group is None else _Replicated.apply(hidden, part.group)
     placements, gradients = list(hidden.placements), list(hidden.placements)
-    for i, theirs in enumerate(_groups(hidden)):
+    for i, theirs in enumerate(mesh_groups(hidden)):
         if theirs == part.members:
             placements[i], gradients[i] = dist.tensor.Replicate(), dist.tensor.Partial()
     return hidden.redistribute(placements=placements).to_local(grad_placements=gradients)
@@ -307,8 +260,8 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, classes: int | None) ->
     `classes` is the dimension of logits that is V.
     """
     whole = value.dim() - 1 if classes is None else classes
-    groups = _groups(value)
-    dimensions = [_dimension(value, i) for i in range(len(groups))]
+    groups = mesh_groups(value)
+    dimensions = [mesh_dimension(value, i) for i in range(len(groups))]
     if part.group is not None and part.members not in groups:
         checks.sharding.mesh(name, dimensions, part.members)
     over: dict[tuple[int, ...], str] = {}
@@ -330,7 +283,7 @@ def _own(value: Tensor, token_groups: tuple[tuple[int, ...], ...]) -> Tensor:
         return value
     gradients = [
         dist.tensor.Partial() if group in token_groups else placement
-        for group, placement in zip(_groups(value), value.placements, strict=True)
+        for group, placement in zip(mesh_groups(value), value.placements, strict=True)
     ]
     return value.to_local(grad_placements=gradients)
 
