@@ -419,7 +419,7 @@ def test_nothing_is_cast_before_an_error(changed):
 def test_every_parameter_has_an_error_case(name):
     tried = {next(iter(case.values[1])) for case in ALL if case.values[0] is FUNCTIONS[name]}
     parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
-    assert tried >= {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}  # test_token_loss.py has those
+    assert tried >= {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}  # test_token_functions.py has those
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
