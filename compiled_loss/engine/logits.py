@@ -11,7 +11,7 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Upstream
-from compiled_loss.engine.math.problem import Head
+from compiled_loss.engine.math.problem import Head, slack
 from compiled_loss.engine.math.statistics import Classes, RowStatistics, State, Wanted, finish, initial_state
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast
@@ -72,7 +72,7 @@ class _Logits(torch.autograd.Function):
         ctx.save_for_backward(*given, *state)
         ctx.set_materialize_grads(False)
         ctx.moved, ctx.options = not logits.is_contiguous(), options
-        return tuple(finish(state))
+        return tuple(finish(state, slack(given.head, given.inverse_temperature)))
 
     @staticmethod
     def backward(

@@ -17,7 +17,7 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
 from compiled_loss.engine.math import bodies, row_losses
-from compiled_loss.engine.math.problem import Problem
+from compiled_loss.engine.math.problem import Problem, slack
 from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import (
     Classes,
@@ -166,7 +166,7 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
         rows = of_chunk(chunk, problem.labels, problem.inverse_temperature, *state)
         out = of_chunk(chunk, *found.present())
         execution.run(bodies.fold, z, rows, head, out, compiled=lengths.compiled)
-    present = finish(found.all_reduced(asked.group)).present()
+    present = finish(found.all_reduced(asked.group), slack(head, problem.inverse_temperature)).present()
     return [*present, *(Top(*tops).of_ranks(lengths.ranks, asked.group) if tops else ())]
 
 

@@ -17,7 +17,7 @@ from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Upstream
-from compiled_loss.engine.math.problem import Head, Problem
+from compiled_loss.engine.math.problem import Head, Problem, slack
 from compiled_loss.engine.math.statistics import (
     Classes,
     Coefficients,
@@ -117,6 +117,10 @@ def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, H
         yield start, weight[part], head._replace(bias=bias, class_weights=class_weights, start=starts[i : i + 1]), z
 
 
+def _finished(problem: Problem, state: State) -> RowStatistics:
+    return finish(state, slack(problem.head, problem.inverse_temperature))
+
+
 def _state_like(problem: Problem, asked: Asked) -> list[Tensor]:
     rows = problem.labels.new_empty(problem.labels.shape, dtype=statistics_dtype(problem.hidden.dtype))
     return [torch.empty_like(rows) for _ in range(3 + sum(asked.wanted))]
@@ -150,7 +154,7 @@ def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[
 def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     """The state of every row, and its statistics."""
     state, best = _folded(problem, asked, lengths)
-    rows = [v.clone() if v is state.total else v for v in finish(state).present()]
+    rows = [v.clone() if v is state.total else v for v in _finished(problem, state).present()]
     return [*state.present(), *rows, *(() if best is None else best)]
 
 
@@ -197,7 +201,7 @@ def _sum(
 ) -> list[Tensor]:
     """The state of every row, by what to multiply its gradients, the loss, and statistics if wanted, masked."""
     labels, (state, _) = problem.labels, _folded(problem, asked, lengths)
-    known = finish(state)
+    known = _finished(problem, state)
     loss = combine(known, coefficients, labels, classes).sum()
     active = classes.active(labels)
     loss, factor = divisor.divide(active, loss, torch.ones_like(loss))

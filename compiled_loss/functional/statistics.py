@@ -211,7 +211,17 @@ def linear_token_statistics(
         rows = support.row_statistics(call, asked)
     else:
         rows, top = call.statistics_and_top(asked, top_k)
-    return of_tokens(rows, call.tokens, wanted)._replace(
-        ids_logprob=None if ids is None else support.logprobs(call, rows),
-        top_k=None if top is None else support.top_k(call, rows, top),
+    found = of_tokens(rows, call.tokens, wanted)
+    if ids is None and top is None:
+        return found
+    return TokenStatistics(  # not _replace, of which Dynamo 2.11 returns nothing
+        found.logprob,
+        found.logsumexp,
+        found.entropy,
+        found.correct,
+        found.mean_logit,
+        found.log_sum_sq_probs,
+        found.first_argmax,
+        None if ids is None else support.logprobs(call, rows),
+        None if top is None else support.top_k(call, rows, top),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math import row_losses
-from compiled_loss.engine.math.problem import Head, Labels, Temperature
+from compiled_loss.engine.math.problem import Head, Labels, Temperature, slack
 from compiled_loss.engine.math.statistics import (
     Classes,
     State,
@@ -124,9 +124,11 @@ def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
     return _columns(z, head) == labels.unsqueeze(-1)
 
 
-def _seen(z: Tensor, labels: Tensor, is_target: Tensor, head: Head, maximum: Tensor, wanted: Wanted) -> State:
+def _seen(
+    z: Tensor, labels: Tensor, is_target: Tensor, head: Head, inverse: Tensor | None, maximum: Tensor, wanted: Wanted
+) -> State:
     """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
-    shifted = z - maximum.unsqueeze(-1)
+    shifted, near = z - maximum.unsqueeze(-1), slack(head, inverse)
     others = shifted.exp().masked_fill(is_target, 0.0)
     return State(
         maximum=maximum,
@@ -135,7 +137,7 @@ def _seen(z: Tensor, labels: Tensor, is_target: Tensor, head: Head, maximum: Ten
         total=_weighted(z, head).sum(-1) if wanted.total else None,
         moment=(others * shifted.clamp(min=-1e4)).sum(-1) if wanted.entropy else None,  # exp is 0 long before the clamp
         squares=(others * others).sum(-1) if wanted.squares else None,
-        argmax=_argmax(z, labels, head, maximum) if wanted.argmax else None,
+        argmax=_argmax(z, labels, head, maximum if near is None else maximum - near) if wanted.argmax else None,
     )
 
 
@@ -143,12 +145,12 @@ def _weighted(z: Tensor, head: Head) -> Tensor:
     return z if head.class_weights is None else z * head.class_weights.to(z.dtype)
 
 
-def _argmax(z: Tensor, labels: Tensor, head: Head, maximum: Tensor) -> Tensor:
-    """How many columns behind the label's the first is that equals the maximum; infinity where none does."""
+def _argmax(z: Tensor, labels: Tensor, head: Head, least: Tensor) -> Tensor:
+    """How many columns behind the label's the first is that is as large as the maximum; infinity where none is."""
     behind = (_columns(z, head) - labels.unsqueeze(-1)).to(z.dtype)
     if z.shape[-1] == 0:
-        return torch.full_like(maximum, math.inf)
-    return torch.where(z == maximum.unsqueeze(-1), behind, math.inf).amin(-1)
+        return torch.full_like(least, math.inf)
+    return torch.where(z >= least.unsqueeze(-1), behind, math.inf).amin(-1)
 
 
 def _gradient(
@@ -203,7 +205,7 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
     is_target = _is_target(z, labels, head)
     wanted = Wanted(*[v is not None for v in state[3:]])
-    folded = state.rescaled(maximum).with_(_seen(z, labels, is_target, head, maximum, wanted))
+    folded = state.rescaled(maximum).with_(_seen(z, labels, is_target, head, inverse, maximum, wanted))
     return maximum, *[_by_row(v) for v in folded.present()[1:]]
 
 
@@ -246,9 +248,9 @@ def fold_and_gradient(
         maximum = _by_row(maximum)
     is_target = _is_target(z, labels, head)
     wanted = Wanted(total=of.uses.total, entropy=entropy)
-    state = _seen(z, labels, is_target, head, maximum, of.uses.union(wanted))
+    state = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted))
     state = state.all_reduced(group)
-    known = finish(state)
+    known = finish(state, slack(head, inverse))
     found = of.evaluate(known, labels, classes, numbers, inputs)
     upstream = Upstream.of(state, *found.gradients)
     upstream = upstream._replace(row=depends_on(upstream.row, *state))

@@ -39,6 +39,18 @@ class Head(NamedTuple):
         return self._replace(bias=bias, class_weights=class_weights)
 
 
+def slack(head: Head, inverse_temperature: Tensor | None) -> Tensor | None:
+    """How far a logit that equals the largest of its row may be from it; None for not at all.
+
+    On a CPU with a softcap four units in the last place of the bound: there Inductor's tanh of several numbers at a
+    time is another than that of one, and which of them a loop takes depends on what else is in it.
+    """
+    if head.scales is None or head.scales.dim() == 0 or head.scales.device.type != "cpu":
+        return None
+    outer = head.scales[1] * (4 * torch.finfo(head.scales.dtype).eps)
+    return outer if inverse_temperature is None else outer * inverse_temperature
+
+
 class Labels(NamedTuple):
     """The first operand of every body."""
 
