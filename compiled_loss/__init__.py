@@ -50,6 +50,8 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy_with_statistics,
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
+from compiled_loss.functional.kto import kto_loss, linear_kto_loss  # noqa: E402
+from compiled_loss.functional.kto_evaluation import KTOLoss, KTOMetrics  # noqa: E402
 from compiled_loss.functional.multi_token import (  # noqa: E402
     MultiTokenLosses,
     multi_token_losses,
@@ -58,6 +60,9 @@ from compiled_loss.functional.multi_token import (  # noqa: E402
 )
 from compiled_loss.functional.policy import linear_policy_loss, policy_loss  # noqa: E402
 from compiled_loss.functional.policy_evaluation import PolicyLoss, PolicyMetrics  # noqa: E402
+from compiled_loss.functional.preference import linear_preference_loss, preference_loss  # noqa: E402
+from compiled_loss.functional.preference_evaluation import PreferenceLoss, PreferenceMetrics  # noqa: E402
+from compiled_loss.functional.reward import RewardLoss, RewardMetrics, bradley_terry_loss  # noqa: E402
 from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
@@ -82,6 +87,8 @@ __all__ = [
     "FusedLinearCrossEntropy",
     "KDLoss",
     "KDLossConfig",
+    "KTOLoss",
+    "KTOMetrics",
     "LinearCrossEntropyConfig",
     "LinearDistillationConfig",
     "LinearSoftCrossEntropyConfig",
@@ -97,10 +104,15 @@ __all__ = [
     "PipelineCausalLMLoss",
     "PolicyLoss",
     "PolicyMetrics",
+    "PreferenceLoss",
+    "PreferenceMetrics",
+    "RewardLoss",
+    "RewardMetrics",
     "TEParallelCEConfig",
     "TEParallelCrossEntropy",
     "TokenStatistics",
     "VocabShard",
+    "bradley_terry_loss",
     "build_loss_config",
     "build_loss_module",
     "calculate_loss",
@@ -108,11 +120,14 @@ __all__ = [
     "calculate_mtp_losses",
     "cross_entropy",
     "distillation",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
+    "linear_kto_loss",
     "linear_logits_loss",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_soft_cross_entropy",
     "linear_token_loss",
     "linear_token_statistics",
@@ -124,6 +139,7 @@ __all__ = [
     "multi_token_targets",
     "plan",
     "policy_loss",
+    "preference_loss",
     "register_loss_config",
     "token_statistics",
 ]

@@ -1,6 +1,6 @@
 """Every error text of a loss, a file a subject: each names the argument, what was expected and what came."""
 
-from compiled_loss.checks import chunking, functions, heads, modules, multi_token, policy, sharding, targets
+from compiled_loss.checks import chunking, functions, heads, modules, multi_token, policy, preference, sharding, targets
 from compiled_loss.checks.arguments import (
     UnsupportedTorchError,
     alignment,
@@ -63,6 +63,7 @@ __all__ = [
     "per_token",
     "policy",
     "positive",
+    "preference",
     "reduction",
     "same_device",
     "same_dtype",
