@@ -147,6 +147,9 @@ def test_a_cached_reference():
             hidden, weight, labels, reference_logprob=first.reference_sequence_logprob, **options
         )
         torch.testing.assert_close(again, first)
+    theirs = compared.clone().requires_grad_()
+    linear_preference_loss(hidden, weight, labels, reference_logprob=theirs).loss.backward()
+    assert theirs.grad is None
     own = linear_preference_loss(hidden, weight, labels)
     at_start = linear_preference_loss(hidden, weight, labels, reference_logprob=own.sequence_logprob)
     torch.testing.assert_close(at_start.loss, torch.tensor(2.0, dtype=torch.float64).log())
@@ -176,17 +179,12 @@ def test_shifted_labels():
     found = linear_preference_loss(hidden, weight, labels, mask=mask, shift=1)
     expected = linear_preference_loss(hidden[:, :-1], weight, labels[:, 1:], mask=mask[:, 1:])
     torch.testing.assert_close(found.loss, expected.loss)
-    segments = torch.arange(2 * P).repeat_interleave(S)
-    starts = torch.arange(S).expand(2 * P, S) > 0  # nothing predicts the first token of an answer
-    packed = linear_preference_loss(
-        hidden.flatten(0, 1),
-        weight,
-        labels.flatten(),
-        mask=(mask & starts).flatten(),
-        shift=1,
-        segment_ids=segments,
-        num_pairs=P,
-    )
+    random = torch.Generator().manual_seed(8)
+    flat = [hidden.flatten(0, 1), labels.flatten()]
+    segments = torch.randint(0, 2 * P, (2 * P * S,), generator=random)  # of labels, whatever predicts them
+    packed = linear_preference_loss(flat[0], weight, flat[1], shift=1, segment_ids=segments, num_pairs=P)
+    expected = linear_preference_loss(flat[0][:-1], weight, flat[1][1:], segment_ids=segments[1:], num_pairs=P)
+    torch.testing.assert_close(packed.sequence_logprob, expected.sequence_logprob)
     torch.testing.assert_close(packed.loss, expected.loss)
 
 
@@ -276,11 +274,13 @@ def test_answers_without_tokens(kind):
     hidden, weight, labels, compared = batch()
     options = {key: v for key, v in options_of(kind).items() if key not in ("pair_weights", "num_chosen_tokens")}
     given = {} if kind == "orpo" else {"reference_logprob": compared}
-    labels[0] = -100
-    found = linear_preference_loss(hidden, weight, labels, **given, **options)
-    if kind != "orpo":  # whose odds of nothing are bounded by the dtype
-        torch.testing.assert_close(found.loss, truth(**options)(hidden, weight, labels, compared))
-    assert all(g.isfinite().all() for g in torch.autograd.grad(found.loss, (hidden, weight)))
+    for empty in (0, P + 1):
+        fewer = labels.index_fill(0, torch.tensor([empty]), -100)
+        found = linear_preference_loss(hidden, weight, fewer, **given, **options)
+        if kind != "orpo":  # whose odds of nothing are bounded by the dtype
+            torch.testing.assert_close(found.loss, truth(**options)(hidden, weight, fewer, compared))
+        gradients = torch.autograd.grad(found.loss, (hidden, weight))
+        assert all(v.isfinite().all() for v in (found.loss, *gradients))
     none = linear_preference_loss(hidden, weight, torch.full_like(labels, -100), **given, **options)
     assert none.loss == 0
     assert not any(g.any() for g in torch.autograd.grad(none.loss, (hidden, weight)))
