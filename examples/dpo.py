@@ -102,7 +102,7 @@ def loss_of(policy, chosen, rejected, **options):
 
 
 def preferences(policy, device):
-    """(chosen, rejected, log-probabilities under the policy [P, 2]) of prompts whose continuations differ in quality."""
+    """(chosen, rejected, their log-probabilities [P, 2]) of prompts whose continuations differ in quality."""
     prompts = windows(POOL, device)[:, :PROMPT]
     (one, first), (other, second) = sample(policy, prompts), sample(policy, prompts)
     differ = first != second
