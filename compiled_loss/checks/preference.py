@@ -14,17 +14,19 @@ from compiled_loss.checks.policy import at_least_zero, needed, of_tokens, one_of
 def smoothing(value: Any, kind: str, smoothed: tuple[str, ...]) -> Any:
     """The number that a kind takes; raise where it takes none."""
     number = numbers.number("label_smoothing", value)
-    low, high = {"robust": (0, 0.5), "exo": (0, 1)}.get(kind, (0, 1))
-    if isinstance(number, Tensor) and kind in smoothed:
-        return number
     if kind not in smoothed:
         zero("label_smoothing", number, kind)
-    elif kind == "exo" and not low < number < high:
-        raise ValueError(f"label_smoothing: expected a number between 0 and 1 beside kind='exo', got {value!r}")
-    elif kind == "robust" and not low <= number < high:
-        raise ValueError(f"label_smoothing: expected a number >= 0 and < 0.5 beside kind='robust', got {value!r}")
-    elif not low <= number <= high:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {value!r}")
+        return number
+    if isinstance(number, Tensor):
+        return number
+    if kind == "robust":
+        fits, expected = 0 <= number < 0.5, ">= 0 and < 0.5 beside kind='robust'"
+    elif kind == "exo":
+        fits, expected = 0 < number < 1, "between 0 and 1 beside kind='exo'"
+    else:
+        fits, expected = 0 <= number <= 1, "from 0 to 1"
+    if not fits:
+        raise ValueError(f"label_smoothing: expected a number {expected}, got {value!r}")
     return number
 
 

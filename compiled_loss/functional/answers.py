@@ -42,9 +42,7 @@ class Reference(NamedTuple):
             return self.logprob
         weight, keywords = self._head(weight, keywords)
         with torch.no_grad():
-            call = checks.modules.calling(
-                _NAMES, linear_call, self.hidden, weight, labels, keywords, statistics=True
-            )  # fmt: skip
+            call = checks.modules.calling(_NAMES, linear_call, self.hidden, weight, labels, keywords, statistics=True)
             return of_tokens(call.statistics(entropy=False), call.tokens, ("logprob",)).logprob
 
     def _head(self, weight: Tensor, keywords: Keywords) -> tuple[Tensor, Keywords]:

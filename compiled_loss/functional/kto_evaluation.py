@@ -86,9 +86,7 @@ class Unpaired(NamedTuple):
         """Checked, but for `desirable`, which is."""
         found = checked_numbers(kind=kind, **numbers)
         checks.preference.baseline(kl, kind, desirable.device)
-        checks.preference.of_each(
-            "sequence_weights", sequence_weights, desirable.shape[0], "answer", desirable.device
-        )  # fmt: skip
+        checks.preference.of_each("sequence_weights", sequence_weights, desirable.shape[0], "answer", desirable.device)
         return Unpaired(kind, found, desirable, kl, sequence_weights)
 
     def loss(self, logprob: Tensor, reference_logprob: Tensor | None, counts: Tensor, sequences: Sequences) -> KTOLoss:

@@ -112,9 +112,7 @@ class Preference(NamedTuple):
         **numbers: Any,
     ) -> Preference:
         """Checked."""
-        found = checked_numbers(
-            kind=kind, f_divergence=f_divergence, length_normalised=length_normalised, **numbers
-        )  # fmt: skip
+        found = checked_numbers(kind=kind, f_divergence=f_divergence, length_normalised=length_normalised, **numbers)
         checks.preference.of_each("pair_margins", pair_margins, pairs, "pair", device)
         checks.preference.of_each("pair_weights", pair_weights, pairs, "pair", device)
         if pair_margins is not None and kind not in MARGINED:

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Kind = Literal[
-    "sigmoid", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down", "orpo"
-]  # fmt: skip
+Kind = Literal["sigmoid", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down", "orpo"]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 KINDS, DIVERGENCES = get_args(Kind), get_args(Divergence)
 MARGINED = ("sigmoid", "robust", "hinge", "exo")  # losses of beta (score difference) - margin

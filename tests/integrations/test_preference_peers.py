@@ -8,7 +8,6 @@ values differ by the roundings of sums over a few answers.
 """
 
 import collections
-import contextlib
 import types
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from compiled_loss import bradley_terry_loss, linear_kto_loss, linear_preference_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # transformers', of TRL
+EXPERIMENTAL = pytest.mark.filterwarnings("ignore::UserWarning:trl")  # as its experimental modules are imported
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}  # 8 answers of some 40 nats: 2^-24 of each sum, times the slope of a loss
 P, S, VOCAB, WIDTH = 4, 12, 61, 16
 PROMPT = 4
@@ -125,7 +125,7 @@ def dpo(trl, models, name, **attributes):
     return trl.DPOTrainer._compute_loss(me, policy, inputs, False), me._metrics["train"]
 
 
-def ours(models, labels_of=None, **options):
+def ours(models, **options):
     policy, reference = models
     tokens, there, answers = batch()
     labels = tokens.masked_fill(answers == 0, -100)
@@ -264,32 +264,22 @@ def without_reference(models, **options):
     return linear_preference_loss(hidden_of(policy, tokens, there), policy.lm_head.weight, labels, shift=1, **options)
 
 
-@contextlib.contextmanager
-def experimental():
-    """TRL's experimental modules warn when they are imported."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
+@EXPERIMENTAL
 @pytest.mark.parametrize("name", CPO)
 def test_cpo_of_trl(trl, models, name):
-    with experimental():
-        cpo = pytest.importorskip("trl.experimental.cpo", exc_type=ImportError)
+    cpo = pytest.importorskip("trl.experimental.cpo", exc_type=ImportError)
     theirs, options = CPO[name]
     settings = {"loss_type": name.split(",")[0], "cpo_alpha": 1.0, "alpha": 0.0, **theirs}
     loss = paired(cpo.CPOTrainer, models, **settings)
     assert_alike(without_reference(models, **options).loss, loss, [models[0].lm_head.weight])
 
 
+@EXPERIMENTAL
 def test_orpo_of_trl(trl, models):
     """But for its likelihood, which is of prompts too: ours is of answers, and the other is one more loss."""
     from compiled_loss import linear_cross_entropy
 
-    with experimental():
-        orpo = pytest.importorskip("trl.experimental.orpo", exc_type=ImportError)
+    orpo = pytest.importorskip("trl.experimental.orpo", exc_type=ImportError)
     loss = paired(orpo.ORPOTrainer, models)
     policy, _ = models
     tokens, there, _ = batch()
