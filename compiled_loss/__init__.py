@@ -23,18 +23,25 @@ from compiled_loss.compat.modules import (  # noqa: E402
 from compiled_loss.compat.pipeline import PipelineCausalLMLoss  # noqa: E402
 from compiled_loss.config import (  # noqa: E402
     LOSS_CONFIG_REGISTRY,
+    BradleyTerryLossConfig,
     CrossEntropyConfig,
     DistillationConfig,
     FusedLinearCEConfig,
     KDLossConfig,
+    KTOLossConfig,
     LinearCrossEntropyConfig,
     LinearDistillationConfig,
+    LinearKTOLossConfig,
+    LinearPolicyLossConfig,
+    LinearPreferenceLossConfig,
     LinearSoftCrossEntropyConfig,
     LossConfig,
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     MTPLossConfig,
     MultiTokenPredictionConfig,
+    PolicyLossConfig,
+    PreferenceLossConfig,
     TEParallelCEConfig,
     build_loss_config,
     build_loss_module,
@@ -51,6 +58,8 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
 from compiled_loss.functional.ids import pad_ids  # noqa: E402
+from compiled_loss.functional.kto import kto_loss, linear_kto_loss  # noqa: E402
+from compiled_loss.functional.kto_evaluation import KTOLoss, KTOMetrics  # noqa: E402
 from compiled_loss.functional.multi_token import (  # noqa: E402
     MultiTokenLosses,
     multi_token_losses,
@@ -59,6 +68,9 @@ from compiled_loss.functional.multi_token import (  # noqa: E402
 )
 from compiled_loss.functional.policy import linear_policy_loss, policy_loss  # noqa: E402
 from compiled_loss.functional.policy_evaluation import PolicyLoss, PolicyMetrics  # noqa: E402
+from compiled_loss.functional.preference import linear_preference_loss, preference_loss  # noqa: E402
+from compiled_loss.functional.preference_evaluation import PreferenceLoss, PreferenceMetrics  # noqa: E402
+from compiled_loss.functional.reward import RewardLoss, RewardMetrics, bradley_terry_loss  # noqa: E402
 from compiled_loss.functional.soft_cross_entropy import (  # noqa: E402
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
@@ -75,6 +87,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LOSS_CONFIG_REGISTRY",
+    "BradleyTerryLossConfig",
     "Chunking",
     "CrossEntropyConfig",
     "DistillationConfig",
@@ -83,8 +96,14 @@ __all__ = [
     "FusedLinearCrossEntropy",
     "KDLoss",
     "KDLossConfig",
+    "KTOLoss",
+    "KTOLossConfig",
+    "KTOMetrics",
     "LinearCrossEntropyConfig",
     "LinearDistillationConfig",
+    "LinearKTOLossConfig",
+    "LinearPolicyLossConfig",
+    "LinearPreferenceLossConfig",
     "LinearSoftCrossEntropyConfig",
     "LossAndStatistics",
     "LossConfig",
@@ -97,12 +116,19 @@ __all__ = [
     "MultiTokenPredictionConfig",
     "PipelineCausalLMLoss",
     "PolicyLoss",
+    "PolicyLossConfig",
     "PolicyMetrics",
+    "PreferenceLoss",
+    "PreferenceLossConfig",
+    "PreferenceMetrics",
+    "RewardLoss",
+    "RewardMetrics",
     "TEParallelCEConfig",
     "TEParallelCrossEntropy",
     "TokenStatistics",
     "TopK",
     "VocabShard",
+    "bradley_terry_loss",
     "build_loss_config",
     "build_loss_module",
     "calculate_loss",
@@ -110,11 +136,14 @@ __all__ = [
     "calculate_mtp_losses",
     "cross_entropy",
     "distillation",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
+    "linear_kto_loss",
     "linear_logits_loss",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_soft_cross_entropy",
     "linear_token_loss",
     "linear_token_statistics",
@@ -127,6 +156,7 @@ __all__ = [
     "pad_ids",
     "plan",
     "policy_loss",
+    "preference_loss",
     "register_loss_config",
     "token_statistics",
 ]

@@ -76,7 +76,7 @@ def tokens(
         for factor in factors:
             weight = weight * torch.where(active, factor.to(dtype), 0.0)
     if shift:
-        labels, weight = _shifted(labels, shift, ignore_index), None if weight is None else _shifted(weight, shift, 0)
+        labels, weight = shifted(labels, shift, ignore_index), None if weight is None else shifted(weight, shift, 0)
     if vocab is not None and numbers.can_read_values(labels):
         checks.labels_in_range(classes.invalid(labels), labels, vocab, ignore_index)
     return Tokens(labels, weight, classes)
@@ -159,7 +159,7 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else rows.sum()
 
 
-def _shifted(values: Tensor, shift: int, fill: float) -> Tensor:
+def shifted(values: Tensor, shift: int, fill: float) -> Tensor:
     """values[..., t + shift] at t, `fill` at the last `shift` positions."""
     shift = min(shift, values.shape[-1])
     return torch.nn.functional.pad(values[..., shift:], (0, shift), value=fill)

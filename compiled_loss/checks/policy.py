@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,18 +41,27 @@ def segments(segment_ids: Any, shape: torch.Size, device: torch.device, mask: Te
     """Raise unless they say of each token which sequence it is of; what they are is read in eager CPU code alone."""
     if segment_ids is None:
         return
+    segment_tensor(segment_ids, shape, device)
+    counts = None if mask is None else mask != 0
+    segments_in_range(segment_ids, counts, segment_ids.numel(), "the number of tokens")
+
+
+def segment_tensor(segment_ids: Any, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless it has an integer for each token."""
     arguments.tensor("segment_ids", segment_ids)
     if segment_ids.dtype != torch.int64:
         raise TypeError(f"segment_ids: expected int64, got {segment_ids.dtype}")
     of_tokens("segment_ids", segment_ids, shape, device)
+
+
+def segments_in_range(segment_ids: Tensor, counts: Tensor | None, number: int, of: str) -> None:
+    """Raise where a token that counts is of no sequence, as far as may be read; `of` says what there are so many of."""
     if numbers.can_read_values(segment_ids):
-        outside = (segment_ids < 0) | (segment_ids >= segment_ids.numel())
-        outside = outside if mask is None else outside & (mask != 0)
+        outside = (segment_ids < 0) | (segment_ids >= number)
+        outside = outside if counts is None else outside & counts
         if outside.any():
             first = segment_ids[outside].reshape(-1)[0].item()
-            raise ValueError(
-                f"segment_ids: expected from 0 to the number of tokens - 1, {segment_ids.numel() - 1}, got {first}"
-            )
+            raise ValueError(f"segment_ids: expected from 0 to {of} - 1, {number - 1}, got {first}")
 
 
 def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device, *, floating: bool = False) -> None:
@@ -96,6 +106,14 @@ def broadcast(name: str, value: Any, shape: torch.Size, device: torch.device) ->
 def is_zero(value: Any) -> bool:
     """Whether a number is known to be 0."""
     return numbers.known(value, 0)
+
+
+def number(name: str, value: Any) -> Any:
+    """The number, any that is finite."""
+    found = numbers.number(name, value)
+    if not isinstance(found, Tensor) and not -math.inf < found < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return found
 
 
 def positive(name: str, value: Any) -> Any:

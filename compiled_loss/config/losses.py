@@ -18,7 +18,10 @@ from compiled_loss.compat.pipeline import PipelineCausalLMLoss
 from compiled_loss.config.base import LossConfig, Typed
 from compiled_loss.nn.cross_entropy import CrossEntropyOptions, LinearCrossEntropyOptions
 from compiled_loss.nn.distillation import DistillationOptions, LinearDistillationOptions
+from compiled_loss.nn.heads import AnswersHeadOptions, HeadOptions
 from compiled_loss.nn.multi_token import MultiTokenOptions
+from compiled_loss.nn.policy import PolicyOptions
+from compiled_loss.nn.preference import BradleyTerryOptions, KTOOptions, PreferenceOptions
 from compiled_loss.nn.soft_cross_entropy import LinearSoftCrossEntropyOptions
 
 
@@ -96,6 +99,55 @@ class MultiTokenPredictionConfig(MultiTokenOptions, LossConfig):
     """The config of `nn.MultiTokenPrediction`; see :func:`compiled_loss.multi_token_prediction`."""
 
     module: ClassVar[type[nn.Module] | None] = ours.MultiTokenPrediction
+
+
+@dataclass
+class PolicyLossConfig(PolicyOptions, LossConfig):
+    """The config of `nn.PolicyLoss`; see :func:`compiled_loss.policy_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.PolicyLoss
+
+
+@dataclass
+class LinearPolicyLossConfig(HeadOptions, PolicyOptions, LossConfig):
+    """The config of `nn.LinearPolicyLoss`; see :func:`compiled_loss.linear_policy_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.LinearPolicyLoss
+
+
+@dataclass
+class PreferenceLossConfig(PreferenceOptions, LossConfig):
+    """The config of `nn.PreferenceLoss`; see :func:`compiled_loss.preference_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.PreferenceLoss
+
+
+@dataclass
+class LinearPreferenceLossConfig(AnswersHeadOptions, PreferenceOptions, LossConfig):
+    """The config of `nn.LinearPreferenceLoss`; see :func:`compiled_loss.linear_preference_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.LinearPreferenceLoss
+
+
+@dataclass
+class KTOLossConfig(KTOOptions, LossConfig):
+    """The config of `nn.KTOLoss`; see :func:`compiled_loss.kto_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.KTOLoss
+
+
+@dataclass
+class LinearKTOLossConfig(AnswersHeadOptions, KTOOptions, LossConfig):
+    """The config of `nn.LinearKTOLoss`; see :func:`compiled_loss.linear_kto_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.LinearKTOLoss
+
+
+@dataclass
+class BradleyTerryLossConfig(BradleyTerryOptions, LossConfig):
+    """The config of `nn.BradleyTerryLoss`; see :func:`compiled_loss.bradley_terry_loss`."""
+
+    module: ClassVar[type[nn.Module] | None] = ours.BradleyTerryLoss
 
 
 @dataclass

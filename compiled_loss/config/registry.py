@@ -61,6 +61,13 @@ for _config in (
     losses.LinearDistillationConfig,
     losses.LinearSoftCrossEntropyConfig,
     losses.MultiTokenPredictionConfig,
+    losses.PolicyLossConfig,
+    losses.LinearPolicyLossConfig,
+    losses.PreferenceLossConfig,
+    losses.LinearPreferenceLossConfig,
+    losses.KTOLossConfig,
+    losses.LinearKTOLossConfig,
+    losses.BradleyTerryLossConfig,
 ):
     assert _config.module is not None
     register_loss_config(_config.module.__name__, _config)

@@ -5,7 +5,7 @@ Tokens have any leading shape [...].
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,36 @@ class PolicyLoss(NamedTuple):
     logprob: Tensor
 
 
+def checked_numbers(
+    *,
+    kind: str,
+    importance: str,
+    clip_low: Any,
+    clip_high: Any,
+    dual_clip: Any,
+    temperature_positive: Any,
+    temperature_negative: Any,
+    kl: str,
+    kl_coefficient: Any,
+    entropy_coefficient: Any,
+) -> Numbers:
+    """The numbers of options that go together; raise where they do not."""
+    checks.policy.one_of("kind", kind, KINDS)
+    checks.policy.one_of("kl", kl, KLS)
+    checks.policy.one_of("importance", importance, ("token", "sequence"))
+    checks.policy.sequences_alone(kind, importance)
+    dual = checks.policy.dual_clip(dual_clip, kind)
+    return Numbers(
+        checks.policy.at_least_zero("clip_low", clip_low),
+        checks.policy.at_least_zero("clip_high", clip_high),
+        0.0 if dual is None else dual,
+        checks.policy.positive("temperature_positive", temperature_positive),
+        checks.policy.positive("temperature_negative", temperature_negative),
+        checks.policy.at_least_zero("kl_coefficient", kl_coefficient),
+        checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
+    )
+
+
 class Policy(NamedTuple):
     """The options of a policy loss."""
 
@@ -66,35 +96,13 @@ class Policy(NamedTuple):
         old_logprob: Tensor,
         advantages: Tensor,
         token_weights: Tensor | None,
-        kind: str,
-        importance: str,
-        clip_low: float,
-        clip_high: float,
-        dual_clip: float | None,
-        temperature_positive: float,
-        temperature_negative: float,
         reference_logprob: Tensor | None,
-        kl: str,
-        kl_coefficient: float,
         correction: Tensor | None,
-        entropy_coefficient: float,
         entropy_weights: Tensor | None,
+        **options: Any,
     ) -> Policy:
         """Checked: which terms there are, what each token has, and the numbers."""
-        checks.policy.one_of("kind", kind, KINDS)
-        checks.policy.one_of("kl", kl, KLS)
-        checks.policy.one_of("importance", importance, ("token", "sequence"))
-        checks.policy.sequences_alone(kind, importance)
-        dual = checks.policy.dual_clip(dual_clip, kind)
-        numbers = Numbers(
-            checks.policy.at_least_zero("clip_low", clip_low),
-            checks.policy.at_least_zero("clip_high", clip_high),
-            0.0 if dual is None else dual,
-            checks.policy.positive("temperature_positive", temperature_positive),
-            checks.policy.positive("temperature_negative", temperature_negative),
-            checks.policy.at_least_zero("kl_coefficient", kl_coefficient),
-            checks.policy.at_least_zero("entropy_coefficient", entropy_coefficient),
-        )
+        numbers = checked_numbers(**options)
         advantages = checks.policy.expanded("advantages", advantages, shape, device)
         checks.policy.of_tokens("old_logprob", old_logprob, shape, device, floating=True)
         for name, value in (("reference_logprob", reference_logprob), ("correction", correction)):
@@ -112,15 +120,15 @@ class Policy(NamedTuple):
         if not bonus:
             entropy_weights = None
         terms = Terms(
-            kind=kind,
-            dual=dual is not None,
-            kl=None if reference_logprob is None else kl,
+            kind=options["kind"],
+            dual=options["dual_clip"] is not None,
+            kl=None if reference_logprob is None else options["kl"],
             entropy=bonus,
             corrected=correction is not None,
             weighted=token_weights is not None,
         )
         rows = Rows(old_logprob, advantages, token_weights, reference_logprob, correction, entropy_weights)
-        return Policy(terms, rows, numbers, importance)
+        return Policy(terms, rows, numbers, options["importance"])
 
     def without_weights(self) -> tuple[Policy, Tensor | None]:
         """The same of tokens that weigh 1, and their weights, which the entropy's are, too."""

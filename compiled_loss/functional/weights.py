@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.functional.sequences import Sequences
 
 Normalisation = Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length", "sum"]
 
@@ -89,11 +90,8 @@ def _sums_of_sequences(values: Tensor, segment_ids: Tensor | None) -> Tensor:
     """At each token the sum over its sequence."""
     if segment_ids is None:
         return values.sum(-1, keepdim=True).expand_as(values)
-    flat, segments = values.reshape(-1), segment_ids.reshape(-1)
-    inside = (segments >= 0) & (segments < flat.shape[0])  # what does not count may be of no sequence
-    segments = torch.where(inside, segments, 0)
-    sums = torch.zeros_like(flat).index_add(0, segments, torch.where(inside, flat, 0.0))[segments]
-    return torch.where(inside, sums, 0.0).view(values.shape)
+    sequences = Sequences(values.numel(), segment_ids)
+    return sequences.at_tokens(sequences.sums(values))
 
 
 def _reciprocal(value: int | Tensor, like: Tensor) -> Tensor:

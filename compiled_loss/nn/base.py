@@ -54,7 +54,7 @@ del ClassWeighted.class_weights  # the default, an attribute of the class, would
 _Class = TypeVar("_Class", bound=type[Loss])
 
 
-def loss_module(function: Callable[..., Tensor] | None = None) -> Callable[[_Class], _Class]:
+def loss_module(function: Callable[..., Any] | None = None) -> Callable[[_Class], _Class]:
     """Let the constructor of a dataclass make a Module, and `forward` call a function with the fields, if one is given.
 
     See NOTE [Kept keywords].
@@ -79,10 +79,10 @@ def loss_module(function: Callable[..., Tensor] | None = None) -> Callable[[_Cla
     return decorate
 
 
-def _forward(cls: type[Loss], function: Callable[..., Tensor], kept: tuple[str, ...]) -> Callable[..., Tensor]:
+def _forward(cls: type[Loss], function: Callable[..., Any], kept: tuple[str, ...]) -> Callable[..., Any]:
     """What calls the function; its signature is that of the function, without the fields."""
 
-    def forward(self: Loss, *tensors: Any, **call: Any) -> Tensor:
+    def forward(self: Loss, *tensors: Any, **call: Any) -> Any:  # a Tensor, or a record that has the loss
         return function(*tensors, **call, **{name: getattr(self, name) for name in kept})
 
     signature = inspect.signature(function, eval_str=True)

@@ -13,6 +13,7 @@ from compiled_loss.reference.distillation import (
 )
 from compiled_loss.reference.multi_token import multi_token_prediction, multi_token_targets
 from compiled_loss.reference.policy import policy_loss
+from compiled_loss.reference.preference import bradley_terry_loss, kto_loss, preference_loss
 from compiled_loss.reference.statistics import (
     Statistics,
     linear_logits_loss,
@@ -25,8 +26,10 @@ from compiled_loss.reference.tokens import aligned, token_logits, transformed
 __all__ = [
     "Statistics",
     "aligned",
+    "bradley_terry_loss",
     "cross_entropy",
     "distillation",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_logits_loss",
@@ -37,6 +40,7 @@ __all__ = [
     "multi_token_prediction",
     "multi_token_targets",
     "policy_loss",
+    "preference_loss",
     "token_logits",
     "token_statistics",
     "transformed",

@@ -130,6 +130,16 @@ def refused(mesh):
             ),
             "token_weights: expected a Tensor where tokens are sharded over ranks: make_token_weights(num_tokens=...)",
         ),
+        "answers divided between ranks": (
+            lambda: cl.linear_preference_loss(
+                distribute_tensor(hidden, mesh, [Shard(0)]),
+                weight,
+                labels[:3],
+                segment_ids=torch.tensor([0, 0, 1]),
+                num_pairs=1,
+            ),
+            "hidden: expected all tokens of each answer on one rank, got them sharded over ",
+        ),
         "a loss of a rank's logits": (
             lambda: cl.linear_logits_loss(hidden, vocab, lambda logits: logits.amax(1)),
             "weight: expected all classes of the vocabulary, got a rank's: a logits_loss needs whole rows",

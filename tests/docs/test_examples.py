@@ -22,6 +22,12 @@ PROMISED = {
         r" +1 +\d\.\d{3} +\d\.\d{4} +\d\.\d{3} +\d\.\d{3}",
         r"mean reward of the first and of the last tenth of the steps: \d\.\d{3}, \d\.\d{3}",
     ],
+    "dpo": [
+        r"\d+ pairs of 256 prompts",
+        r"step  chosen  rejected  margin  accuracy    loss",
+        r" +1 +-?\d\.\d{3} +-?\d\.\d{3} +-?\d\.\d{3} +\d\.\d{3} +\d\.\d{4}",
+        r"mean quality of continuations before and after: \d\.\d{3}, \d\.\d{3}",
+    ],
     "gradient_accumulation": [
         r"sums / num_label_tokens +\d\.\de-0[6-9]",
         r"mean of means +\d\.\de-0[12]",

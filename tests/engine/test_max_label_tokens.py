@@ -40,7 +40,7 @@ def cross_entropy(reduction, strategy):
 
 
 def statistics(where, h, w, b, t, y, **how):
-    logprob, lse, entropy, correct, _ = where.linear_token_statistics(h, w, y, bias=b, **how)
+    logprob, lse, entropy, correct, *_ = where.linear_token_statistics(h, w, y, bias=b, **how)
     return (logprob + 2 * lse + 3 * entropy) * t + correct
 
 

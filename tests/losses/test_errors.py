@@ -12,7 +12,7 @@ from torch import float16, float32, float64, int32, int64
 import compiled_loss
 from compiled_loss import Chunking
 from compiled_loss.engine.math.statistics import NAMES
-from compiled_loss.functional import policy_terms
+from compiled_loss.functional import policy_terms, preference_terms
 
 N, H, V = 3, 4, 5
 FUNCTIONS = {  # of labels alone; two distributions are in test_divergence_errors.py, depths in test_multi_token.py
@@ -32,7 +32,12 @@ def arguments(function):
     """Valid tensors for every one of its positional parameters."""
     valid = {"logits": zeros(N, V), "hidden": zeros(N, H), "weight": zeros(V, H), "labels": zeros(N, dtype=int64)}
     valid |= {"old_logprob": zeros(N), "advantages": zeros(N), "token_loss": logprob}
-    return {name: value for name, value in valid.items() if name in inspect.signature(function).parameters}
+    valid |= {"desirable": zeros(2, dtype=torch.bool), "segment_ids": torch.tensor([0, 0, 1]), "num_pairs": 1}
+    valid["kl"] = zeros()
+    parameters = inspect.signature(function).parameters
+    if not {"desirable", "num_pairs"} & parameters.keys():  # tokens are no answers
+        valid = {name: value for name, value in valid.items() if name not in ("segment_ids", "kl")}
+    return {name: value for name, value in valid.items() if name in parameters}
 
 
 def logprob(statistics):
@@ -45,7 +50,9 @@ def label(value):
 
 STATISTICS = ", ".join(map(repr, NAMES))
 FLOATING = "float32, bfloat16, float16 or float64"
-KINDS, KLS = (", ".join(map(repr, names)) for names in (policy_terms.KINDS, policy_terms.KLS))
+KINDS, KLS, PAIR_KINDS = (
+    ", ".join(map(repr, names)) for names in (policy_terms.KINDS, policy_terms.KLS, preference_terms.KINDS)
+)
 # What is passed instead, the error, the whole text. Each is tried on every function that has these parameters.
 CASES = [
     ({"vocab_shard": 3}, TypeError, "vocab_shard: expected a VocabShard, got int"),
@@ -59,17 +66,67 @@ CASES = [
     ),
     ({"old_logprob": None}, TypeError, "old_logprob: expected a Tensor, got NoneType"),
     ({"advantages": zeros(2)}, ValueError, "advantages: expected [3], a value for each token, got [2]"),
-    ({"kind": "ppo"}, ValueError, f"kind: expected one of {KINDS}, got 'ppo'"),
-    ({"kl": "k4"}, ValueError, f"kl: expected one of {KLS}, got 'k4'"),
+    ({"kind": "ppo", "importance": "token"}, ValueError, f"kind: expected one of {KINDS}, got 'ppo'"),
+    ({"kind": "dpo", "margin": 0.0}, ValueError, f"kind: expected one of {PAIR_KINDS}, got 'dpo'"),
+    (
+        {"kind": "bco", "desirable_weight": 1.0},
+        ValueError,
+        "kind: expected one of 'kto', 'apo_zero_unpaired', got 'bco'",
+    ),
+    ({"beta": -0.1}, ValueError, "beta: expected a number > 0, got -0.1"),
+    ({"margin": -0.5}, ValueError, "margin: expected a number >= 0, got -0.5"),
+    ({"pair_margins": zeros(2)}, ValueError, "pair_margins: expected [1], one for each pair, got [2]"),
+    ({"pair_weights": 1.0}, TypeError, "pair_weights: expected a Tensor, got float"),
+    ({"length_normalised": None}, TypeError, "length_normalised: expected True or False, got NoneType"),
+    (
+        {"f_divergence": "kl"},
+        ValueError,
+        "f_divergence: expected one of 'reverse_kl', 'forward_kl', 'js', 'alpha', got 'kl'",
+    ),
+    ({"alpha": float("inf")}, ValueError, "alpha: expected a finite number, got inf"),
+    ({"sft_coefficient": -1}, ValueError, "sft_coefficient: expected a number >= 0, got -1"),
+    ({"num_chosen_tokens": -1}, ValueError, "num_chosen_tokens: expected a number >= 0, got -1"),
+    ({"num_pairs": 1.5}, TypeError, "num_pairs: expected an int, got float"),
+    ({"num_pairs": -1}, ValueError, "num_pairs: expected an int >= 0, got -1"),
+    (
+        {"reference_hidden": zeros(N, H + 2)},
+        ValueError,
+        "reference_hidden: expected [..., H] with H = 4, the width of reference_weight, got [3, 6]",
+    ),
+    (
+        {"reference_weight": zeros(V, H)},
+        ValueError,
+        "reference_hidden: expected a Tensor where reference_weight is given, got None",
+    ),
+    (
+        {"reference_bias": zeros(V)},
+        ValueError,
+        "reference_weight: expected a Tensor where reference_bias is given, got None",
+    ),
+    ({"desirable": zeros(2)}, TypeError, "desirable: expected bool, got torch.float32"),
+    ({"desirable_weight": -1}, ValueError, "desirable_weight: expected a number >= 0, got -1"),
+    ({"undesirable_weight": None}, TypeError, "undesirable_weight: expected a number, got NoneType"),
+    ({"sequence_weights": zeros(3)}, ValueError, "sequence_weights: expected [2], one for each answer, got [3]"),
+    (
+        {"kl": zeros(0), "desirable_weight": 1.0},
+        ValueError,
+        "kl: expected [K], a log-ratio for each mismatched answer, or their mean [], got [0]",
+    ),
+    ({"kl": "k4", "importance": "token"}, ValueError, f"kl: expected one of {KLS}, got 'k4'"),
     ({"importance": "turn"}, ValueError, "importance: expected one of 'token', 'sequence', got 'turn'"),
-    ({"kind": "gmpo"}, ValueError, "importance: expected 'sequence' beside kind='gmpo', got 'token'"),
+    ({"kind": "gmpo", "importance": "token"}, ValueError, "importance: expected 'sequence' beside kind='gmpo', got 'token'"),
     ({"clip_low": -0.1}, ValueError, "clip_low: expected a number >= 0, got -0.1"),
     ({"clip_high": "0.2"}, TypeError, "clip_high: expected a number, got str"),
     ({"dual_clip": 1}, ValueError, "dual_clip: expected a number > 1 or None, got 1"),
     ({"temperature_positive": 0}, ValueError, "temperature_positive: expected a number > 0, got 0"),
     ({"temperature_negative": -1.0}, ValueError, "temperature_negative: expected a number > 0, got -1.0"),
     (
-        {"reference_logprob": zeros(1)},
+        {"reference_logprob": zeros(1), "importance": "token"},
+        ValueError,
+        "reference_logprob: expected [3], a value for each token, got [1]",
+    ),
+    (
+        {"reference_logprob": zeros(1), "reference_hidden": None},
         ValueError,
         "reference_logprob: expected [3], a value for each token, got [1]",
     ),

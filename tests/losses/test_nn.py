@@ -27,6 +27,13 @@ OTHERS = {
     nn.LinearDistillation: compiled_loss.linear_distillation,
     nn.LinearSoftCrossEntropy: compiled_loss.linear_soft_cross_entropy,
     nn.MultiTokenPrediction: compiled_loss.multi_token_prediction,
+    nn.PolicyLoss: compiled_loss.policy_loss,
+    nn.LinearPolicyLoss: compiled_loss.linear_policy_loss,
+    nn.PreferenceLoss: compiled_loss.preference_loss,
+    nn.LinearPreferenceLoss: compiled_loss.linear_preference_loss,
+    nn.KTOLoss: compiled_loss.kto_loss,
+    nn.LinearKTOLoss: compiled_loss.linear_kto_loss,
+    nn.BradleyTerryLoss: compiled_loss.bradley_terry_loss,
 }
 FUNCTIONS = SHELLS | OTHERS
 CONFIGS = {config.module: config for config in LOSS_CONFIG_REGISTRY.values()}
@@ -38,6 +45,7 @@ N, H, V = 13, 6, 17
 # rest comes with the call. The exceptions, with where the keyword is instead, and why:
 EXCEPTIONS = {
     "compile": ("call", "nn.Module.compile is a method"),
+    "num_pairs": ("call", "belongs to the segment_ids of a batch"),
     "class_weights": (
         "Module",
         "a tensor, the same for all batches: a buffer; no config has it, as it is no plain value",
@@ -53,6 +61,8 @@ WITHOUT_A_MODULE = {
     "pad_ids": "lays ids side by side, not a loss",
     "linear_token_loss": "its function is no plain value",
     "linear_logits_loss": "its function is no plain value",
+    "token_statistics": "gives statistics, not a loss",
+    "linear_token_statistics": "gives statistics, not a loss",
     "masked_soft_cross_entropy": "the other code base has a function; its linear form has a Module",
 }
 SAME = {  # functions that return more than another with the same keywords
@@ -130,8 +140,8 @@ def test_every_loss_has_a_module_or_nothing_to_keep():
         if getattr(function, "__module__", "").startswith("compiled_loss.functional") and not inspect.isclass(function):
             signature = inspect.signature(function, eval_str=True)
             kept = [p.name for p in signature.parameters.values() if place(p) != "call"]
-            served = function in FUNCTIONS.values() or name in WITHOUT_A_MODULE
-            assert served or signature.return_annotation is not torch.Tensor or not kept, f"{name} keeps {kept}"
+            served = function in FUNCTIONS.values() or function in SAME or name in WITHOUT_A_MODULE
+            assert served or not kept, f"{name} keeps {kept}"
 
 
 @pytest.mark.parametrize(("function", "other"), SAME.items())
@@ -163,8 +173,8 @@ def replaced(which, **changes):
 @pytest.mark.parametrize("module", FUNCTIONS)
 def test_a_new_keyword_is_missed_by_name(module):
     function, config = FUNCTIONS[module], CONFIGS[module]
-    new = changed(function, with_("margin"))
-    assert drift(module, config, new) == [f"{module.__name__} lacks margin", f"{config.__name__} lacks margin"]
+    new = changed(function, with_("sharpness"))
+    assert drift(module, config, new) == [f"{module.__name__} lacks sharpness", f"{config.__name__} lacks sharpness"]
     new = changed(function, with_("positions", annotation=torch.Tensor | None))
     assert drift(module, config, new) == [f"{module.__name__}.forward lacks positions"]
     assert drift(loss_module(new)(type(module.__name__, (module,), {})), config, new) == []  # when it is made again
@@ -236,6 +246,10 @@ BAD = {
 }
 BAD |= {"ignore_index": "pad", "softcap": 0.0, "hard_label_weight": 2.0, "jsd_weight": 1.0, "chunk_size": -1}
 BAD |= {"fp32_upcast": 1, "class_dim": "classes", "label_smoothing": 2.0, "z_loss": -1.0, "shift": -1}
+BAD |= {"kind": "vote", "importance": "turn", "clip_low": -0.1, "clip_high": "0.2", "dual_clip": 1.0, "kl": "k4"}
+BAD |= {"temperature_positive": 0.0, "temperature_negative": -1.0, "kl_coefficient": -1, "entropy_coefficient": None}
+BAD |= {"beta": 0.0, "margin": -1.0, "length_normalised": 1, "f_divergence": "kl", "alpha": float("nan")}
+BAD |= {"sft_coefficient": -1.0, "desirable_weight": -1.0, "undesirable_weight": "1", "center_coefficient": -0.1}
 BAD |= {"class_weights": torch.ones(2, requires_grad=True), "logit_softcapping": -1.0, "tp_group": "tp"}
 
 

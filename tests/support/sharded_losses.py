@@ -99,6 +99,32 @@ def policy(importance: str) -> Loss:
     return Loss(call, ("hidden", "weight"), others, ROWS if importance == "token" else COLUMNS)
 
 
+def preference(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+    """A pair, and a reference of its own head; the answers' own likelihood beside it."""
+    options = {"kind": "robust", "label_smoothing": 0.1, "sft_coefficient": 0.3}
+    given, theirs = (t["hidden"], t["weight"], t["labels"]), (t["teacher_hidden"], t["teacher_weight"])
+    if lib is not reference:
+        more = {"reference_hidden": theirs[0], "reference_weight": theirs[1], "bias": t["bias"], **how}
+        return lib.linear_preference_loss(*given, mask=t["mask"], **more, **options).loss
+    keywords = {"mask": t["mask"] != 0}
+    logprob = lib.linear_token_statistics(*given, bias=t["bias"], **keywords)[0]
+    compared = lib.linear_token_statistics(*theirs, t["labels"], **keywords)[0].detach()
+    mask = (t["labels"] != -100) & (t["mask"] != 0)
+    return lib.preference_loss(logprob, reference_logprob=compared, mask=mask, **options)
+
+
+def kto(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+    """Packed answers of which tokens alternate."""
+    desirable, kl = torch.tensor([True, False]), torch.tensor(0.2, dtype=torch.float64)
+    given = (t["hidden"], t["weight"], t["labels"])
+    if lib is not reference:
+        return lib.linear_kto_loss(*given, desirable, segment_ids=t["segments"], kl=kl, **how).loss
+    logprob, counts = lib.linear_token_statistics(*given)[0], t["labels"] != -100
+    rows = [torch.stack([v.flatten(), v.flatten()]) for v in (logprob, counts)]
+    own = t["segments"].flatten() == torch.arange(2).unsqueeze(1)
+    return lib.kto_loss(rows[0], desirable, mask=rows[1] & own, kl=kl)
+
+
 def with_statistics(lib: ModuleType, t: dict[str, Tensor], more: dict[str, Any]) -> Tensor:
     if lib is reference:
         return lib.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], **counted(t))
@@ -262,6 +288,14 @@ LOSSES = {
     "linear_token_loss, vocab": own_loss(COLUMNS),
     "linear_policy_loss, token": policy("token"),
     "linear_policy_loss, sequence": policy("sequence"),
+    "linear_preference_loss": Loss(
+        preference,
+        ("hidden", "weight", "bias"),
+        ("labels", "mask", "teacher_hidden", "teacher_weight"),
+        COLUMNS,
+        counted=False,
+    ),
+    "linear_kto_loss": Loss(kto, ("hidden", "weight"), ("labels", "segments"), COLUMNS, counted=False),
     "linear_token_statistics": Loss(statistics, ("hidden", "weight", "bias"), chunking=COLUMNS),
     "linear_token_statistics, kept": a_few_classes(kept=True),
     "linear_token_statistics, ids and top": a_few_classes(kept=False),
@@ -375,6 +409,7 @@ def problem(vocab: int, seed: int = 0) -> dict[str, Tensor]:
         "whole_teacher_weight": normal(2 * vocab, H + 2),
         "whole_teacher_bias": normal(2 * vocab),
         "draft_to_target": torch.randperm(2 * vocab, generator=random)[:vocab],
+        "segments": torch.arange(B * S).view(B, S) % 2,
         "count": torch.tensor(7),
         "old_logprob": -3 + 0.3 * normal(B, S),
         "advantages": normal(B, S),
