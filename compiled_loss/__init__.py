@@ -50,6 +50,12 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy_with_statistics,
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
+from compiled_loss.functional.distillation_statistics import (  # noqa: E402
+    DistillationLoss,
+    DistillationStatistics,
+    distillation_with_statistics,
+    linear_distillation_with_statistics,
+)
 from compiled_loss.functional.multi_token import (  # noqa: E402
     MultiTokenLosses,
     multi_token_losses,
@@ -77,6 +83,8 @@ __all__ = [
     "Chunking",
     "CrossEntropyConfig",
     "DistillationConfig",
+    "DistillationLoss",
+    "DistillationStatistics",
     "Explanation",
     "FusedLinearCEConfig",
     "FusedLinearCrossEntropy",
@@ -108,9 +116,11 @@ __all__ = [
     "calculate_mtp_losses",
     "cross_entropy",
     "distillation",
+    "distillation_with_statistics",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
+    "linear_distillation_with_statistics",
     "linear_logits_loss",
     "linear_policy_loss",
     "linear_soft_cross_entropy",

@@ -1,6 +1,16 @@
 """Every error text of a loss, a file a subject: each names the argument, what was expected and what came."""
 
-from compiled_loss.checks import chunking, functions, heads, modules, multi_token, policy, sharding, targets
+from compiled_loss.checks import (
+    chunking,
+    divergences,
+    functions,
+    heads,
+    modules,
+    multi_token,
+    policy,
+    sharding,
+    targets,
+)
 from compiled_loss.checks.arguments import (
     UnsupportedTorchError,
     alignment,
@@ -46,6 +56,7 @@ __all__ = [
     "count",
     "count_device",
     "differ",
+    "divergences",
     "first_derivative",
     "flag",
     "floating",
