@@ -20,32 +20,36 @@ from compiled_loss.planner.chunking import Chunking
 
 
 class DistillationStatistics(NamedTuple):
-    """What is known of each token's two distributions, [...] each, detached; 0 for tokens that do not count.
+    """What is known of each token's two distributions, p the teacher's and q the student's; [...] each, detached.
 
-    All are at the loss's temperature. Beside a cached top they are those of its classes and their tail, NOTE [Tail].
+    All are at the loss's temperature, 0 for tokens that do not count, and None where nobody wants them. Beside a cached
+    teacher they are those of the listed classes and all others as one.
+
+    `divergence`: that of the loss, or the weighted sum of several; without T^2 and the token's weight.
+    `student_entropy`: -sum(q log q), in nats.
+    `teacher_entropy`: -sum(p log p), in nats.
+    `acceptance`: sum(min(p, q)), the rate at which speculative decoding accepts the student's tokens.
+    `student_mass`: q of the classes that a cached teacher lists; None beside another teacher.
+    `teacher_mass`: p of them; None likewise.
     """
 
     divergence: Tensor | None
-    """The divergence, or the weighted sum of several, without T^2 and the token's weight."""
     student_entropy: Tensor | None
-    """-sum(q log q)."""
     teacher_entropy: Tensor | None
-    """-sum(p log p)."""
     acceptance: Tensor | None
-    """sum(min(p, q)), how often speculative decoding would accept the student's token: from 0 to 1."""
     student_mass: Tensor | None
-    """The student's probability of the classes that a cached top lists; None beside another teacher."""
     teacher_mass: Tensor | None
-    """The teacher's probability of them; None likewise."""
 
 
 class DistillationLoss(NamedTuple):
-    """A loss of distillation, and what the same pass saw of each token."""
+    """A loss of distillation, and what the same pass saw of each token.
+
+    `loss`: a scalar, or for "none" the shape of the labels.
+    `statistics`: of each token.
+    """
 
     loss: Tensor
-    """A scalar, or for "none" the shape of the labels."""
     statistics: DistillationStatistics
-    """Each [...], detached; None where nobody wants it."""
 
 
 WANTED = DistillationStatistics._fields
@@ -107,7 +111,7 @@ def distillation_with_statistics(
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]])
         >>> found = distillation_with_statistics(student, teacher, torch.tensor([0, 1]), divergence="acceptance")
         >>> found.loss, found.statistics.acceptance
-        (tensor(0.2402), tensor([0.6192, 1.0000]))
+        (tensor(0.2397), tensor([0.6192, 1.0000]))
 
     """
     checks.statistics_wanted(wanted, WANTED)
@@ -202,7 +206,7 @@ def linear_distillation_with_statistics(
         >>> given = (hidden, weight, torch.eye(2), teacher, torch.tensor([0, 1]))
         >>> loss, statistics = linear_distillation_with_statistics(*given, wanted=("acceptance",))
         >>> statistics.acceptance, statistics.student_entropy
-        (tensor([0.7892, 1.0000]), None)
+        (tensor([0.7891, 1.0000]), None)
 
     """
     checks.statistics_wanted(wanted, WANTED)

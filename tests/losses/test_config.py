@@ -40,7 +40,14 @@ FIELDS = {  # NeMo Automodel's, and `chunking`
         "chunking": Chunking(),
     },
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
-    KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
+    KDLossConfig: {
+        "ignore_index": -100,
+        "temperature": 1.0,
+        "fp32_upcast": True,
+        "tp_group": None,
+        "chunk_size": 0,
+        "temperature_squared": True,
+    },
     MTPLossConfig: {"scaling_factor": None, "ignore_index": -100},
 }
 LOSSES = list(LOSS_CONFIG_REGISTRY.values())
@@ -57,7 +64,8 @@ CHANGED |= {
     "softcap": 2.0,
     "shift": 1,
 }
-CHANGED |= {"class_dim": 1, "divergence": "jsd", "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
+CHANGED |= {"class_dim": 1, "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
+CHANGED |= {"divergence": {"jsd": 0.3, "lk": 0.5}, "lk_decay": 2.0, "temperature_squared": False}
 CHANGED |= {"chunking": Chunking(chunk_size=5, accumulate_dtype=torch.float64, compile=False)}
 
 
