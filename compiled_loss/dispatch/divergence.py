@@ -82,7 +82,7 @@ def on_logits(
     """Each active token's soft * divergence + hard * cross-entropy, [...], and what was found of each."""
     labels = None if weighted.labels is None else vocabulary.labels(weighted.labels)
     if traced():
-        logits, target = _looked_at(logits, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
+        logits, target = _looked_at(logits, target, kind, weighted.active)
         found = divergence_logits.plain_divergence(logits, target, labels, kind, pair)
         return weighted.of(found), found
     shape = logits.shape[:-1]
@@ -166,7 +166,7 @@ def _on_rows(
     if weighted.labels is not None:
         weighted = weighted._replace(labels=part.labels(weighted.labels))
     if traced():
-        hidden, target = _looked_at(hidden, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
+        hidden, target = _looked_at(hidden, target, kind, weighted.active)
         if target.weight is not None:
             target = Target(target.values @ target.weight.detach().t())
         logits = hidden @ weight.t()
@@ -186,9 +186,10 @@ def _on_rows(
         return divergence_chunks.weighted_sum(hidden, weight, target, kind, pair, weighted, how, group, needs)
 
 
-def _looked_at(rows: Tensor, active: Tensor) -> Tensor:
-    """Rows that count, 0 in all others."""
-    return torch.where(active.unsqueeze(-1), rows, 0)
+def _looked_at(rows: Tensor, target: Target, kind: Kind, active: Tensor) -> tuple[Tensor, Target]:
+    """Rows that count, and in all others what has a finite divergence."""
+    count, other = active.unsqueeze(-1), 1 if kind.probabilities else 0
+    return torch.where(count, rows, 0), target.map(lambda v: torch.where(count, v, other))
 
 
 def _rows(values: Tensor) -> Tensor:

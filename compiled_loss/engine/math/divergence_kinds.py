@@ -8,7 +8,7 @@ over the vocabulary whose gradient with respect to z is slope - q sum(slope):
     forward_kl        p (b - a)                                           -p
     reverse_kl        q (a - b)                                           q (a - b)
     jsd               w p (b - log m) + (1 - w) q (a - log m)             (1 - w) q (a - log m)
-    total_variation   |p - q| / 2                                         -q [q < p]
+    total_variation   |p - q| / 2                                         -q [q < p], or -q / 2 where they are equal
 
 NOTE [Mixtures]
 A divergence is a weighted sum of parts and of two functions of parts, with alpha = sum(min(p, q)), which is
@@ -260,7 +260,7 @@ def _terms(part: str, both: Distributions, pair: Pair) -> tuple[Tensor | None, T
     if part == "reverse_kl":
         return None, _times(q, a - b)
     if part == "total_variation":
-        return (p - q).abs() / 2, -torch.where(a < b, q, 0.0)
+        return (p - q).abs() / 2, -torch.where(q < p, q, torch.where(q == p, q / 2, 0.0))
     w = pair.jsd_weight
     assert w is not None
     return w * _times(p, _log_share(a - b, 1 - w)), (1 - w) * _times(q, _log_share(b - a, w))
