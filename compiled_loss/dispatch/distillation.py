@@ -65,7 +65,7 @@ class Options(NamedTuple):
 
     def kind(self, stored: Stored) -> Kind:
         """What the engine computes."""
-        return Kind.of(self.names, self.wanted, probabilities=stored.probabilities is not None)
+        return Kind.of(self.names, sorted(self.wanted), probabilities=stored.probabilities is not None)
 
     def weighted(
         self, tokens: reductions.Tokens, keywords: Keywords, dtype: torch.dtype, outside: Tensor | None

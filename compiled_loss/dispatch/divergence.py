@@ -23,6 +23,7 @@ from compiled_loss.engine.gradients import Needs
 from compiled_loss.engine.math.divergence_kinds import Kind, Pair
 from compiled_loss.engine.math.divergences import Found, Target
 from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.operators import none
 from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.planner.plan import Lengths, lengths
 
@@ -137,16 +138,18 @@ def on_head(
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.map(_rows)
     weighted = weighted.map(lambda v: v.reshape(-1))
     compact = reduction.compacted(weighted.active, keywords.chunking)
-    if compact is None:
-        loss, found = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
-        return loss if scalar else loss.reshape(shape), found.map(lambda v: v.reshape(shape))
-    hidden, target, weighted = compact.gathered(hidden), target.map(compact.gathered), weighted.map(compact.gathered)
+    if compact is not None:
+        hidden, target = compact.gathered(hidden), target.map(compact.gathered)
+        weighted = weighted.map(compact.gathered)
     loss, found = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
 
     def back(rows: Tensor) -> Tensor:
-        return compact.scattered(rows).reshape(shape) * compact.fits
+        return rows.reshape(shape) if compact is None else compact.scattered(rows).reshape(shape) * compact.fits
 
-    return loss * compact.fits if scalar else back(loss), found.map(back)
+    statistics = found.map(lambda v: back(v.detach())) if kind.statistics else none(Found)
+    if not scalar:
+        return back(loss), statistics
+    return loss if compact is None else loss * compact.fits, statistics
 
 
 def _on_rows(

@@ -62,7 +62,7 @@ def weighted_sum(
 ) -> tuple[Tensor, Found]:
     """The loss, differentiable with respect to hidden, weight, bias and coefficients, and what was found of each row.
 
-    Over a group: NOTE [Ranks]. Nothing is found where no statistic is wanted: no output of an operator is kept for it.
+    Over a group: NOTE [Ranks]. Beside gradients nothing is told of a row where no statistic is wanted.
     """
     problem, how = Problem(hidden, weight, *target, weighted.labels), How(*kind, group)
     if any(needs):
@@ -162,22 +162,21 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(*problem, *pair, *known)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        present = found.present()
-        ctx.mark_non_differentiable(*present[1 if problem.labels is None else 2 :])
-        return present
+        ctx.mark_non_differentiable(*found.statistics())
+        return found.present()
 
     @staticmethod
-    def backward(ctx: Any, g_soft: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         problem, pair, known, _ = unpack(ctx.saved_tensors, Problem, Pair, Rows)
         of_problem, of_pair, _ = unpack(ctx.needs_input_grad, Problem, Pair)
         needs = Needs(of_problem.hidden, of_problem.weight, of_pair.bias)
-        like = known.log_sum
-        soft = torch.zeros_like(like) if g_soft is None else g_soft.to(like.dtype)
+        how, _ = ctx.options
+        g, like = Found.of(gradients, how.kind, problem.labels, problem.indices), known.log_sum
+        soft = torch.zeros_like(like) if g.divergence is None else g.divergence.to(like.dtype)
         hard = None
         if problem.labels is not None:
-            g_hard = rest[0]
-            hard = torch.zeros_like(like) if g_hard is None else g_hard.to(like.dtype)
+            hard = torch.zeros_like(like) if g.cross_entropy is None else g.cross_entropy.to(like.dtype)
         upstream = RowGradients(soft, hard)
         counts = Counts(upstream.counts())
         with without_autocast(problem.hidden.device):  # whatever backward's caller is in

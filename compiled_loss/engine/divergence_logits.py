@@ -89,33 +89,32 @@ class _Divergence(torch.autograd.Function):
             group=group,
         )
         known, left = Rows.of(found, kind, labels, indices)
-        differentiable = 1 if labels is None else 2
-        ctx.mark_non_differentiable(*left[differentiable:])
+        ctx.mark_non_differentiable(*Found.of(left, kind, labels, indices).statistics())
         ctx.save_for_backward(*inputs, *pair, *known)
         ctx.set_materialize_grads(False)
         ctx.options = kind, group, compile
         return tuple(left)
 
     @staticmethod
-    def backward(ctx: Any, g_soft: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         inputs, pair, known, _ = unpack(ctx.saved_tensors, _Inputs, Pair, Rows)
         logits, target, indices, labels = inputs
         kind, group, compile = ctx.options
+        g = Found.of(gradients, kind, labels, indices)
         wanted, _ = unpack(ctx.needs_input_grad, _Inputs)
         d = d_target = hard = None
         like = known.log_sum
         given = functools.partial(execution.given, rest=pair, compile=compile)
         with without_autocast(logits.device):  # whatever backward's caller is in
-            soft = torch.zeros_like(like) if g_soft is None else g_soft.to(like.dtype)
+            soft = torch.zeros_like(like) if g.divergence is None else g.divergence.to(like.dtype)
             # Opaque copies, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
             known = known._replace(maximum=gemm.opaque_copy(known.maximum, [soft]))
             if known.target_maximum is not None:
                 known = known._replace(target_maximum=gemm.opaque_copy(known.target_maximum, [soft]))
             if wanted.logits:
                 if labels is not None:
-                    g_hard = rest[0]
-                    hard = torch.zeros_like(soft) if g_hard is None else g_hard.to(soft.dtype)
+                    hard = torch.zeros_like(soft) if g.cross_entropy is None else g.cross_entropy.to(soft.dtype)
                 bodies, _, beside, place = _beside(logits, Target(target, indices), pair, group, fold=False)
                 like_top = [] if place is None else [logits.new_empty(place.columns.shape)]
                 d, *d_top = given(

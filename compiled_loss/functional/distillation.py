@@ -95,7 +95,7 @@ def distillation(
         labels: [...], int64. Only which of them are `ignore_index` matters, unless `hard_label_weight` is given.
         teacher_topk: (values, indices), [..., k] each, floating and int64: NOTE [Cached teacher]. Gets no gradient.
         teacher_probabilities: [..., V] like the student's logits, any floating dtype: p itself, at the temperature that
-            it was made with. Zeros are right; what p sums to is not looked at. Gets no gradient.
+            it was made with. Zeros are right. It should sum to 1, which is not looked at. Gets no gradient.
         mask: broadcasts to the tokens, [...]; bool, int or float. 0 ignores a token, fractions weigh it.
         token_weights: broadcasts to the tokens; differentiable.
         divergence: a name of NOTE [Divergences], or weights by name, each >= 0, a number or a tensor of one element.

@@ -175,7 +175,7 @@ def linear_distillation_with_statistics(
     chunking: Chunking = Chunking(),
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""`linear_distillation`, and the statistics of each token from the same pass: no further GEMM, no further kernel.
+    r"""`linear_distillation`, and the statistics of each token from the same pass: no further GEMM, no kernel a chunk.
 
     Args:
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, bias, teacher_bias, teacher_topk,

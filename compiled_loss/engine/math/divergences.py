@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a pass finds of each row, [rows] each: what losses are made of, and statistics that are wanted."""
+    """What a pass finds of each row, [rows] each: first what losses are made of, then statistics that are wanted."""
 
     divergence: Tensor
     cross_entropy: Tensor | None = None  # where there are labels
@@ -83,6 +83,11 @@ class Found(NamedTuple):
     def present(self) -> Output:
         """Those that there are."""
         return tuple([v for v in self if v is not None])
+
+    def statistics(self) -> Output:
+        """Those of which no loss is made, and that have no gradient."""
+        _, _, *statistics = self
+        return tuple([v for v in statistics if v is not None])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Found:
         """Each changed; what is None stays None."""
