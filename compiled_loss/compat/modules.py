@@ -217,7 +217,7 @@ class KDLossOptions:
     """The tensor-parallel process group, which exists where the program runs."""
     chunk_size: int = 0
     """Kept for its callers, an int >= 0; without effect."""
-    temperature_squared: bool = True
+    temperature_squared: bool = field(default=True, kw_only=True)
     """Whether the loss is multiplied by the temperature's square."""
 
 

@@ -166,6 +166,14 @@ def test_acceptance_keeps_its_digits(gap, traced):
     torch.testing.assert_close(d.double(), d_truth, rtol=8 * eps * (1 + gap), atol=2 * eps)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_acceptance_of_equal_distributions_is_zero(compile):
+    """And not the rounding of a sum of 1009 probabilities, which may be more than 1."""
+    logits, labels = 3 * torch.randn(32, 1009), torch.zeros(32, dtype=torch.int64)
+    keywords = {"divergence": "acceptance", "reduction": "none", "compile": compile}
+    assert (distillation(logits, logits.clone(), labels, **keywords) == 0).all()
+
+
 @pytest.mark.parametrize("far", [95.0, 300.0, float("inf")])
 @pytest.mark.parametrize("compile", [False, True])
 def test_an_alpha_below_the_least_number_is_finite(far, compile):

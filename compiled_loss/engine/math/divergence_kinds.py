@@ -21,8 +21,9 @@ So its gradient is a sum of the parts' slopes, each times a coefficient of the r
 1 / alpha, l and 1 - l; alpha is one of the sums, and known before any slope is needed. A mixture reads each logit as
 often as a single divergence does.
 
-Near 1 the logarithm is that of 1 - total_variation, below 1/2 that of alpha itself: both keep their digits. An alpha
-below the least normal number counts as that number, so -log(alpha) is at most 87.3 in fp32, and its gradient is finite.
+Near 1 the logarithm is that of 1 - total_variation, which is 0 of equal distributions and never less; below 1/2 it is
+that of alpha itself, which keeps its digits. An alpha below the least normal number counts as that number, so
+-log(alpha) is at most 87.3 in fp32, and its gradient is finite.
 """
 
 from __future__ import annotations
