@@ -99,7 +99,7 @@ def distillation(
         mask: broadcasts to the tokens, [...]; bool, int or float. 0 ignores a token, fractions weigh it.
         token_weights: broadcasts to the tokens; differentiable.
         divergence: a name of NOTE [Divergences], or weights by name, each >= 0, a number or a tensor of one element.
-            A weight that changes from call to call compiles nothing.
+            A weight that changes from call to call compiles nothing. An infinite divergence times 0 is NaN.
         jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
         lk_decay: how fast "lk" turns from KL to total variation as alpha grows, >= 0.
         temperature: divides both logits, > 0.

@@ -8,7 +8,14 @@ from comparing import TIGHT, assert_accurate, assert_matches
 from divergence_cases import CHUNKS, DIVERGENCES, cached, heads
 from torch.nn import functional as F
 
-from compiled_loss import Chunking, distillation, linear_distillation, reference
+from compiled_loss import (
+    Chunking,
+    distillation,
+    distillation_with_statistics,
+    linear_distillation,
+    linear_distillation_with_statistics,
+    reference,
+)
 from compiled_loss.engine import execution
 from compiled_loss.testing import count_graphs
 
@@ -219,6 +226,25 @@ def test_other_weights_compile_nothing(of, head):
 
     calls = [(of(0.2), of(0.4)), (of(0.3), of(0.5)), (of(0.7), of(0.1)), (of(0.6), of(0.9))]
     assert count_graphs(loss, calls) <= (1 if of is torch.tensor else 2)  # a number is a constant until it changes
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_other_numbers_of_tokens_compile_once_more(head):
+    """The first is static, all others dynamic; statistics come along."""
+
+    def loss(hidden, weight, teacher, teacher_weight, labels):
+        keywords = {"divergence": MIXTURES["all"], **KEYWORDS}
+        if head:
+            given = (hidden, weight, teacher, teacher_weight, labels)
+            return linear_distillation_with_statistics(*given, chunking=CHUNKS, **keywords).statistics.acceptance
+        given = (hidden @ weight.t(), teacher @ teacher_weight.t(), labels)
+        return distillation_with_statistics(*given, **keywords).statistics.acceptance
+
+    calls = []
+    for tokens in (9, 7, 12, 5):
+        tensors, labels = heads((tokens,), 4, 6, 13, dtype=torch.float32)
+        calls.append((*tensors, labels))
+    assert count_graphs(loss, calls) == 2
 
 
 def test_other_weights_write_no_kernel():

@@ -119,11 +119,6 @@ class Distributions(NamedTuple):
         return self.p.log() if self.log_p is None else self.log_p
 
 
-def slopes(kind: Kind, both: Distributions, pair: Pair) -> dict[str, Tensor]:
-    """Each part's, by its name."""
-    return {part: _terms(part, both, pair)[1] for part in kind.parts()}
-
-
 def addends(kind: Kind, both: Distributions, pair: Pair) -> dict[str, Tensor]:
     """All that is summed over the vocabulary, by its name.
 
@@ -169,17 +164,17 @@ def divergence(kind: Kind, pair: Pair, sums: dict[str, Tensor]) -> Tensor:
 def slope_sum(kind: Kind, pair: Pair, sums: dict[str, Tensor]) -> Tensor:
     """The sum of all slopes of a row, [rows]."""
     return _combined(
-        {part: sums[_slope_of(part)] for part in kind.parts()}, coefficients(kind, pair, sums.get(OVERLAP))
+        {part: sums[_slope_of(part)] for part in kind.parts()}, _coefficients(kind, pair, sums.get(OVERLAP))
     )
 
 
 def slope(kind: Kind, both: Distributions, pair: Pair, overlap: Tensor | None) -> Tensor:
     """The slope of each column, [rows, V], of rows whose alpha is known where the kind depends on it."""
-    found = coefficients(kind, pair, None if overlap is None else overlap.unsqueeze(-1))
-    return _combined(slopes(kind, both, pair), found)
+    found = _coefficients(kind, pair, None if overlap is None else overlap.unsqueeze(-1))
+    return _combined({part: _terms(part, both, pair)[1] for part in kind.parts()}, found)
 
 
-def coefficients(kind: Kind, pair: Pair, overlap: Tensor | None) -> dict[str, Tensor | None]:
+def _coefficients(kind: Kind, pair: Pair, overlap: Tensor | None) -> dict[str, Tensor | None]:
     """What multiplies each part's slopes; None for 1. `overlap` is a row's alpha."""
     found: dict[str, Tensor | None] = {}
 
