@@ -57,6 +57,12 @@ from compiled_loss.functional.cross_entropy import (  # noqa: E402
     linear_cross_entropy_with_statistics,
 )
 from compiled_loss.functional.distillation import distillation, linear_distillation  # noqa: E402
+from compiled_loss.functional.distillation_statistics import (  # noqa: E402
+    DistillationLoss,
+    DistillationStatistics,
+    distillation_with_statistics,
+    linear_distillation_with_statistics,
+)
 from compiled_loss.functional.ids import pad_ids  # noqa: E402
 from compiled_loss.functional.kto import kto_loss, linear_kto_loss  # noqa: E402
 from compiled_loss.functional.kto_evaluation import KTOLoss, KTOMetrics  # noqa: E402
@@ -91,6 +97,8 @@ __all__ = [
     "Chunking",
     "CrossEntropyConfig",
     "DistillationConfig",
+    "DistillationLoss",
+    "DistillationStatistics",
     "Explanation",
     "FusedLinearCEConfig",
     "FusedLinearCrossEntropy",
@@ -136,10 +144,12 @@ __all__ = [
     "calculate_mtp_losses",
     "cross_entropy",
     "distillation",
+    "distillation_with_statistics",
     "kto_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_with_statistics",
     "linear_distillation",
+    "linear_distillation_with_statistics",
     "linear_kto_loss",
     "linear_logits_loss",
     "linear_policy_loss",

@@ -2,6 +2,7 @@
 
 from compiled_loss.checks import (
     chunking,
+    divergences,
     functions,
     heads,
     ids,
@@ -58,6 +59,7 @@ __all__ = [
     "count",
     "count_device",
     "differ",
+    "divergences",
     "first_derivative",
     "flag",
     "floating",

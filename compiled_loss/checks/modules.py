@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compiled_loss.checks import arguments, multi_token, numbers, targets
+from compiled_loss.checks import arguments, divergences, multi_token, numbers, targets
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -74,9 +74,11 @@ def kept(values: Mapping[str, Any], chunking: type) -> None:
     arguments.class_dim(given("class_dim", -1))
     multi_token.scaling(given("scaling_factor", 0.1))
     softcapping(given("logit_softcapping", 0.0))
-    targets.distillation(
-        given("divergence", "forward_kl"),
+    divergences.named(given("divergence", "forward_kl"))
+    divergences.options(
         given("jsd_weight", 0.5),
+        given("lk_decay", 3.0),
+        given("temperature_squared", True),
         given("hard_label_weight", 0.0),
     )
     targets.kept_for_callers(given("fp32_upcast", True), given("chunk_size", 0))

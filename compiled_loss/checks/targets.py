@@ -20,8 +20,6 @@ from compiled_loss.checks.arguments import (
     vocabulary_vector,
 )
 
-_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-
 
 def same_logits(
     name: str, value: Tensor, other: str, own: torch.Size, expected: torch.Size, device: torch.device
@@ -97,9 +95,9 @@ def no_teacher(beside: str, **others: object) -> None:
 
 
 def teacher_given(name: str, value: Tensor | None) -> Tensor:
-    """The teacher; raise where it is missing, and no cached one came instead."""
+    """The teacher; raise where it is missing, and none that is stored came instead."""
     if value is None:
-        raise ValueError(f"{name}: expected a Tensor, or teacher_topk, got neither")
+        raise ValueError(f"{name}: expected a Tensor, or teacher_topk or teacher_probabilities, got none of them")
     return value
 
 
@@ -137,19 +135,6 @@ def teacher_topk_values(values: Tensor, indices: Tensor, vocab: int) -> None:
             f"teacher_topk[0]: expected log-probabilities, got probabilities that sum to {total.max().item():.4g}: "
             "use (teacher_logits / temperature).log_softmax(-1).topk(k)"
         )
-
-
-def distillation(divergence: str, jsd_weight: Any, hard_label_weight: Any) -> tuple[Any, Any]:
-    """`jsd_weight` and `hard_label_weight` as numbers; raise unless each is in its range."""
-    if divergence not in _DIVERGENCES:
-        raise ValueError(f"divergence: expected one of {', '.join(map(repr, _DIVERGENCES))}, got {divergence!r}")
-    jsd_weight = numbers.number("jsd_weight", jsd_weight)
-    if not (isinstance(jsd_weight, Tensor) or 0 < jsd_weight < 1):
-        raise ValueError(f"jsd_weight: expected a number between 0 and 1, got {jsd_weight}")
-    hard_label_weight = numbers.number("hard_label_weight", hard_label_weight)
-    if not (isinstance(hard_label_weight, Tensor) or 0 <= hard_label_weight <= 1):
-        raise ValueError(f"hard_label_weight: expected a number from 0 to 1, got {hard_label_weight}")
-    return jsd_weight, hard_label_weight
 
 
 def kept_for_callers(fp32_upcast: bool, chunk_size: int) -> None:

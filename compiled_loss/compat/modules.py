@@ -210,13 +210,15 @@ class KDLossOptions:
     ignore_index: int = -100
     """Label of tokens to ignore."""
     temperature: float = 1.0
-    """Divides both logits, > 0; the loss is multiplied by its square."""
+    """Divides both logits, > 0."""
     fp32_upcast: bool = True
     """Kept for its callers; without effect."""
     tp_group: Any = None
     """The tensor-parallel process group, which exists where the program runs."""
     chunk_size: int = 0
     """Kept for its callers, an int >= 0; without effect."""
+    temperature_squared: bool = field(default=True, kw_only=True)
+    """Whether the loss is multiplied by the temperature's square."""
 
 
 @loss_module()
@@ -259,6 +261,7 @@ class KDLoss(KDLossOptions, Loss):
             beside(teacher_logits, labels),
             labels,
             temperature=self.temperature,
+            temperature_squared=self.temperature_squared,
             ignore_index=self.ignore_index,
             fp32_upcast=self.fp32_upcast,
             reduction="mean" if num_batch_labels is None else "sum",

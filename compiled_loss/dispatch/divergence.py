@@ -5,8 +5,9 @@ N tokens, H width, V vocabulary. The engine sees [N, H], [N, V] and [N].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import divergence_chunks, divergence_logits
 from compiled_loss.engine.divergence_chunks import Weighted
 from compiled_loss.engine.gradients import Needs
-from compiled_loss.engine.math.divergences import Kind, Pair, Target
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Found, Target
 from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.operators import none
 from compiled_loss.engine.transforms import traced, without_autocast
 from compiled_loss.planner.plan import Lengths, lengths
 
@@ -39,7 +42,9 @@ def pair(
     student: Transform,
     target: Transform = Transform(),
     *,
+    weights: Sequence[Any] | None = None,
     jsd_weight: Any = None,
+    lk_decay: Any = None,
     hard: bool = False,
 ) -> Pair:
     """The engine's `Pair`; `hard` where a cross-entropy with labels is wanted, which is at temperature 1."""
@@ -56,7 +61,9 @@ def pair(
 
     return Pair(
         one / temperature if hard and not numbers.known(temperature, 1) else None,
+        None if weights is None else torch.stack([one * weight for weight in weights]),
         None if jsd_weight is None else one * jsd_weight,
+        None if lk_decay is None else one * lk_decay,
         student.bias,
         *scalars(student, 1 if hard else temperature),
         target.bias,
@@ -67,25 +74,26 @@ def pair(
 def on_logits(
     logits: Tensor,  # [..., V]
     target: Target,  # [..., V] or [..., k]
-    kind: str,
+    kind: Kind,
     pair: Pair,
     weighted: Weighted,  # of [...]
     vocabulary: Vocabulary,
     compile: bool | str,
-) -> Tensor:
-    """Each active token's soft * divergence + hard * cross-entropy, [...]."""
-    kind = cast(Kind, kind)
+) -> tuple[Tensor, Found]:
+    """Each active token's soft * divergence + hard * cross-entropy, [...], and what was found of each."""
     labels = None if weighted.labels is None else vocabulary.labels(weighted.labels)
     if traced():
-        logits, target = _looked_at(logits, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
-        return weighted.of(*divergence_logits.plain_divergence(logits, target, labels, kind, pair))
+        logits, target = _looked_at(logits, target, kind, weighted.active)
+        found = divergence_logits.plain_divergence(logits, target, labels, kind, pair)
+        return weighted.of(found), found
     shape = logits.shape[:-1]
     logits, *present = merged(logits, *[v for v in target if v is not None])
     target = Target(*present)
     labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):
-        soft, hard = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group, compile)
-    return weighted.of(soft.reshape(shape), None if hard is None else hard.reshape(shape))
+        found = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group, compile)
+    found = found.map(lambda v: v.reshape(shape))
+    return weighted.of(found), found
 
 
 def planned(
@@ -118,53 +126,60 @@ def on_head(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
     target: Target,  # [..., V] probabilities, [..., H'] with a weight, or [..., k]
-    kind: str,
+    kind: Kind,
     pair: Pair,
     weighted: Weighted,  # of [...]
     part: Vocabulary,
     how: Lengths,
     keywords: Keywords,
-) -> Tensor:
-    """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum."""
+) -> tuple[Tensor, Found]:
+    """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum; and the statistics, [...]."""
     shape, scalar = hidden.shape[:-1], keywords.reduction != "none"
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.map(_rows)
     weighted = weighted.map(lambda v: v.reshape(-1))
     compact = reduction.compacted(weighted.active, keywords.chunking)
-    if compact is None:
-        loss = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
-        return loss if scalar else loss.reshape(shape)
-    hidden, target, weighted = compact.gathered(hidden), target.map(compact.gathered), weighted.map(compact.gathered)
-    loss = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
-    return (loss if scalar else compact.scattered(loss).reshape(shape)) * compact.fits
+    if compact is not None:
+        hidden, target = compact.gathered(hidden), target.map(compact.gathered)
+        weighted = weighted.map(compact.gathered)
+    loss, found = _on_rows(hidden, weight, target, kind, pair, weighted, part, how, scalar=scalar)
+
+    def back(rows: Tensor) -> Tensor:
+        return rows.reshape(shape) if compact is None else compact.scattered(rows).reshape(shape) * compact.fits
+
+    statistics = found.map(lambda v: back(v.detach())) if kind.statistics else none(Found)
+    if not scalar:
+        return back(loss), statistics
+    return loss if compact is None else loss * compact.fits, statistics
 
 
 def _on_rows(
     hidden: Tensor,  # [N, H]
     weight: Tensor,
     target: Target,
-    kind: str,
+    kind: Kind,
     pair: Pair,
     weighted: Weighted,  # of [N]
     part: Vocabulary,
     how: Lengths,
     *,
     scalar: bool,
-) -> Tensor:
+) -> tuple[Tensor, Found]:
     """`on_head`, [N], of all rows that there are."""
-    kind, group = cast(Kind, kind), part.group
+    group = part.group
     if weighted.labels is not None:
         weighted = weighted._replace(labels=part.labels(weighted.labels))
     if traced():
-        hidden, target = _looked_at(hidden, weighted.active), target.map(lambda v: _looked_at(v, weighted.active))
+        hidden, target = _looked_at(hidden, target, kind, weighted.active)
         if target.weight is not None:
             target = Target(target.values @ target.weight.detach().t())
         logits = hidden @ weight.t()
-        losses = weighted.of(*divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair))
-        return losses.sum() if scalar else losses
+        found = divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair)
+        losses = weighted.of(found)
+        return losses.sum() if scalar else losses, found
     with without_autocast(hidden.device):
         if not scalar:
-            rows = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, how, group)
-            return weighted.of(*rows)
+            found = divergence_chunks.divergence(hidden, weight, target, weighted.labels, kind, pair, how, group)
+            return weighted.of(found), found
         enabled, bias = torch.is_grad_enabled(), pair.bias
         needs = Needs(
             enabled and hidden.requires_grad,
@@ -174,9 +189,10 @@ def _on_rows(
         return divergence_chunks.weighted_sum(hidden, weight, target, kind, pair, weighted, how, group, needs)
 
 
-def _looked_at(rows: Tensor, active: Tensor) -> Tensor:
-    """Rows that count, 0 in all others."""
-    return torch.where(active.unsqueeze(-1), rows, 0)
+def _looked_at(rows: Tensor, target: Target, kind: Kind, active: Tensor) -> tuple[Tensor, Target]:
+    """Rows that count, and in all others what has a finite divergence."""
+    count, other = active.unsqueeze(-1), 1 if kind.probabilities else 0
+    return torch.where(count, rows, 0), target.map(lambda v: torch.where(count, v, other))
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss import reduction as reductions
 from compiled_loss.dispatch import divergence as two
-from compiled_loss.dispatch.distillation import Head, check_teacher, own_teacher
 from compiled_loss.dispatch.divergence import Transform
 from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.dispatch.linear import check_head, computed_dtype
+from compiled_loss.dispatch.teachers import Head, check_teacher, own_teacher
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine.divergence_chunks import Weighted
+from compiled_loss.engine.math.divergence_kinds import Kind
 from compiled_loss.engine.math.divergences import Target
 from compiled_loss.engine.math.statistics import statistics_dtype
 
@@ -49,7 +50,8 @@ def of_logits(logits: Tensor, target_probs: Tensor, position_mask: Tensor, keywo
     weighted, compared, keywords = _weighted(position_mask, rows, keywords, part, logits.dtype)
     logits, target = dtensor.own(logits), Target(dtensor.own(target_probs))
     pair = two.pair(logits, keywords.temperature, Transform(keywords.softcap, keywords.logit_scale))
-    losses = two.on_logits(logits, target, "probabilities", pair, weighted, part, keywords.compile)
+    kind = Kind("cross_entropy", probabilities=True)
+    losses, _ = two.on_logits(logits, target, kind, pair, weighted, part, keywords.compile)
     loss = losses if keywords.reduction == "none" else losses.sum()
     return part.nan_unless_equal(loss, compared, loss)
 
@@ -91,13 +93,13 @@ def of_heads(
     hidden, weight, bias = dtensor.own_head(hidden, weight, keywords.bias, part)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if target_probs is not None:
-        kind, target, teacher_bias = "probabilities", Target(dtensor.own(target_probs)), None
+        target, teacher_bias = Target(dtensor.own(target_probs)), None
     else:
-        kind = "cross_entropy"
         target, teacher_bias = own_teacher(head, weight if shared else None, part, draft_to_target)
     draft = Transform(keywords.softcap, keywords.logit_scale, bias)
     pair = two.pair(hidden, keywords.temperature, draft, Transform(softcap, logit_scale, teacher_bias))
-    loss = two.on_head(hidden, weight, target, kind, pair, weighted, part, how, keywords)
+    kind = Kind("cross_entropy", probabilities=target_probs is not None)
+    loss, _ = two.on_head(hidden, weight, target, kind, pair, weighted, part, how, keywords)
     return part.nan_unless_equal(loss, compared, loss)
 
 

@@ -9,7 +9,7 @@ backward, 8 N H V and 4 N H' V, and keeps O(N).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from compiled_loss.engine import divergence_operators as operators
 from compiled_loss.engine import gemm
 from compiled_loss.engine.divergence_operators import Counts, How, Problem
 from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
-from compiled_loss.engine.math.divergences import Kind, Pair, RowGradients, Rows, Target
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Found, RowGradients, Rows, Target
 from compiled_loss.engine.math.logit_maps import times
 from compiled_loss.engine.math.statistics import unit_scale
 from compiled_loss.engine.operators import none, unpack
@@ -40,11 +41,11 @@ class Weighted(NamedTuple):
         hard, labels = (None if v is None else change(v) for v in (self.hard, self.labels))
         return Weighted(change(self.soft), hard, labels, change(self.active))
 
-    def of(self, divergence: Tensor, cross_entropy: Tensor | None) -> Tensor:
+    def of(self, found: Found) -> Tensor:
         """Each token's loss. Of tokens that are not active neither is looked at: 0 * NaN would be NaN."""
-        losses = self.soft * torch.where(self.active, divergence, 0.0)
-        if cross_entropy is not None and self.hard is not None:
-            losses = losses + self.hard * torch.where(self.active, cross_entropy, 0.0)
+        losses = self.soft * torch.where(self.active, found.divergence, 0.0)
+        if found.cross_entropy is not None and self.hard is not None:
+            losses = losses + self.hard * torch.where(self.active, found.cross_entropy, 0.0)
         return losses
 
 
@@ -58,15 +59,19 @@ def weighted_sum(
     lengths: Lengths,
     group: str | None,
     needs: Needs,
-) -> Tensor:
-    """The loss, differentiable with respect to hidden, weight, bias and coefficients. Over a group: NOTE [Ranks]."""
-    problem, how = Problem(hidden, weight, *target, weighted.labels), How(kind, group)
+) -> tuple[Tensor, Found]:
+    """The loss, differentiable with respect to hidden, weight, bias and coefficients, and what was found of each row.
+
+    Over a group: NOTE [Ranks]. Beside gradients nothing is told of a row where no statistic is wanted.
+    """
+    problem, how = Problem(hidden, weight, *target, weighted.labels), How(*kind, group)
     if any(needs):
         upstream = RowGradients(weighted.soft, weighted.hard)
-        loss: Tensor = _WeightedSum.apply(*problem, *pair, *upstream, weighted.active, needs, how, lengths)
-        return loss
-    _, rows = _folded(problem, pair, how, lengths)
-    return weighted.of(*rows).sum()
+        args = (*problem, *pair, *upstream, weighted.active, needs, how, lengths)
+        loss, *seen = _WeightedSum.apply(*args)
+        return loss, Found.of(seen, kind, weighted.labels, target.indices) if seen else none(Found)
+    _, found = _folded(problem, pair, how, lengths)
+    return weighted.of(found).sum(), found
 
 
 def divergence(
@@ -78,36 +83,28 @@ def divergence(
     pair: Pair,
     lengths: Lengths,
     group: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Each row's divergence and, with labels, cross-entropy; differentiable with respect to hidden, weight and bias."""
+) -> Found:
+    """What is found of each row; divergence and cross-entropy are differentiable in hidden, weight and bias."""
     problem = Problem(hidden, weight, *target, labels)
-    soft, hard = _Divergence.apply(*problem, *pair, How(kind, group), lengths)
-    return soft, hard
+    return Found.of(_Divergence.apply(*problem, *pair, How(*kind, group), lengths), kind, labels, target.indices)
 
 
-class _Found(NamedTuple):
-    """What a pass finds of each row, [N] each; there is a cross-entropy where there are labels."""
-
-    divergence: Tensor
-    cross_entropy: Tensor | None = None
-
-
-def _folded(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[Rows, _Found]:
+def _folded(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[Rows, Found]:
     found = operators.fold(problem, pair, how, lengths)
-    rows, found = Rows.of(found, cast(Kind, how.kind), problem.labels, problem.indices)
-    return rows, _Found(*found)
+    rows, left = Rows.of(found, how.kind, problem.labels, problem.indices)
+    return rows, Found.of(left, how.kind, problem.labels, problem.indices)
 
 
 def _formed(
     problem: Problem, pair: Pair, upstream: RowGradients, counts: Counts, needs: Needs, how: How, lengths: Lengths
-) -> tuple[UnscaledGradients, _Found]:
+) -> tuple[UnscaledGradients, Found]:
     """The gradients, still to be multiplied by their scale, and what was found of each row."""
     of_logits = upstream.map(lambda g: times(g, pair.student.factor()))
     scale = unit_scale(problem.hidden.dtype, *of_logits)
     upstream = upstream.map(lambda g: torch.where(counts.active, g if scale is None else g / scale, 0.0))
     found = operators.form(problem, pair, upstream, counts, needs, how, lengths)
     gradients = Gradients.pop_from(found, needs, pair.bias)
-    return UnscaledGradients(gradients, scale), _Found(*found)
+    return UnscaledGradients(gradients, scale), Found.of(found, how.kind, problem.labels, problem.indices)
 
 
 class _Saved(NamedTuple):
@@ -123,25 +120,28 @@ class _Saved(NamedTuple):
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         problem, pair, upstream, counts, options = unpack(args, Problem, Pair, RowGradients, Counts)
         _, _, wanted, _ = unpack(ctx.needs_input_grad, Problem, Pair, RowGradients)
-        unscaled, found = _formed(problem, pair, upstream, counts, *options)
-        loss = Weighted(upstream.soft, upstream.hard, problem.labels, counts.active).of(*found).sum()
+        needs, how, lengths = options
+        unscaled, found = _formed(problem, pair, upstream, counts, needs, how, lengths)
+        loss = Weighted(upstream.soft, upstream.hard, problem.labels, counts.active).of(found).sum()
         ctx.dtypes = [None if v is None else v.dtype for v in (problem.hidden, problem.weight, pair.bias)]
         seen = none(RowGradients)
         if any(wanted):
-            seen = RowGradients(*found).map(lambda v: torch.where(counts.active, v, 0.0))
+            seen = RowGradients(found.divergence, found.cross_entropy).map(lambda v: torch.where(counts.active, v, 0.0))
         if torch.compiler.is_compiling():  # where there is no second backward
             problem, pair, upstream, counts = none(Problem), none(Pair), none(RowGradients), none(Counts)
         saved = _Saved(*unscaled.gradients, unscaled.scale, *seen)
         ctx.save_for_backward(*saved, *problem, *pair, *upstream, *counts)
         ctx.options, ctx.spent = options, False
         ctx.set_materialize_grads(False)
-        return loss
+        statistics = found.present() if how.statistics else ()
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         d_problem, d_pair, d_upstream = none(Problem), none(Pair), none(RowGradients)
         if g is not None:
@@ -156,25 +156,27 @@ class _WeightedSum(torch.autograd.Function):
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         problem, pair, options = unpack(args, Problem, Pair)
         known, found = _folded(problem, pair, *options)
         ctx.save_for_backward(*problem, *pair, *known)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return found.divergence, found.cross_entropy
+        ctx.mark_non_differentiable(*found.statistics())
+        return found.present()
 
     @staticmethod
-    def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         problem, pair, known, _ = unpack(ctx.saved_tensors, Problem, Pair, Rows)
         of_problem, of_pair, _ = unpack(ctx.needs_input_grad, Problem, Pair)
         needs = Needs(of_problem.hidden, of_problem.weight, of_pair.bias)
-        like = known.log_sum
-        soft = torch.zeros_like(like) if g_soft is None else g_soft.to(like.dtype)
+        how, _ = ctx.options
+        g, like = Found.of(gradients, how.kind, problem.labels, problem.indices), known.log_sum
+        soft = torch.zeros_like(like) if g.divergence is None else g.divergence.to(like.dtype)
         hard = None
         if problem.labels is not None:
-            hard = torch.zeros_like(like) if g_hard is None else g_hard.to(like.dtype)
+            hard = torch.zeros_like(like) if g.cross_entropy is None else g.cross_entropy.to(like.dtype)
         upstream = RowGradients(soft, hard)
         counts = Counts(upstream.counts())
         with without_autocast(problem.hidden.device):  # whatever backward's caller is in

@@ -12,7 +12,8 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import divergence_bodies
 from compiled_loss.engine.math.divergence_bodies import Bodies, Known, Top, Whole
-from compiled_loss.engine.math.divergences import Kind, Pair, RowGradients, Rows, Target
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Found, RowGradients, Rows, Target
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.math.top_divergences import Place, finite
 from compiled_loss.engine.operators import none, unpack
@@ -27,25 +28,22 @@ def divergence(
     pair: Pair,
     group: str | None,
     compile: bool | str,
-) -> tuple[Tensor, Tensor | None]:
-    """Each row's divergence from its target, and with labels its cross-entropy with them; differentiable."""
+) -> Found:
+    """What is found of each row; its divergence and, with labels, its cross-entropy are differentiable."""
     inputs = _Inputs(logits, target.values, target.indices, labels)
-    soft, hard = _Divergence.apply(*inputs, *pair, kind, group, compile)
-    return soft, hard
+    return Found.of(_Divergence.apply(*inputs, *pair, kind, group, compile), kind, labels, target.indices)
 
 
-def plain_divergence(
-    logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair
-) -> tuple[Tensor, Tensor | None]:
+def plain_divergence(logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair) -> Found:
     """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
-    beside = _beside(kind, logits, target, pair, None, fold=True)
-    found = beside.bodies.fold(beside.logits, labels, *pair, *beside.target)
-    _, (soft, *hard) = Rows.of(found, kind, labels, target.indices)
-    return soft, hard[0] if hard else None
+    beside = _beside(logits, target, pair, None, fold=True)
+    found = beside.bodies.fold(beside.logits, labels, *pair, *beside.target, kind=kind)
+    _, left = Rows.of(found, kind, labels, target.indices)
+    return Found.of(left, kind, labels, target.indices)
 
 
 class _Beside(NamedTuple):
-    """The bodies of a kind, and logits and target as they take them."""
+    """The bodies, and logits and target as they take them."""
 
     bodies: Bodies
     logits: Tensor
@@ -53,16 +51,16 @@ class _Beside(NamedTuple):
     place: Place | None
 
 
-def _beside(kind: Kind, logits: Tensor, target: Target, pair: Pair, group: str | None, *, fold: bool) -> _Beside:
+def _beside(logits: Tensor, target: Target, pair: Pair, group: str | None, *, fold: bool) -> _Beside:
     """For `fold` the logits are a copy without the target's top."""
     values, indices, _ = target
     if indices is None:
-        return _Beside(divergence_bodies.WHOLE[kind], logits, Whole(values), None)
+        return _Beside(divergence_bodies.WHOLE, logits, Whole(values), None)
     place = Place.of(indices, logits.shape[-1])
     top = place.take(logits, values, pair.student, group)
     if fold:
         logits = place.put(finite(logits, pair.student), torch.full_like(top, float("-inf")))
-    return _Beside(divergence_bodies.TOP[kind], logits, Top(indices, values, top), place)
+    return _Beside(divergence_bodies.TOP, logits, Top(indices, values, top), place)
 
 
 class _Inputs(NamedTuple):
@@ -74,11 +72,11 @@ class _Inputs(NamedTuple):
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         inputs, pair, (kind, group, compile) = unpack(args, _Inputs, Pair)
         logits, target, indices, labels = inputs
-        beside = _beside(kind, logits, Target(target, indices), pair, group, fold=True)
-        count = sum(Rows.there(kind, labels, indices)) + 1 + (labels is not None)
+        beside = _beside(logits, Target(target, indices), pair, group, fold=True)
+        count = sum(Rows.there(kind, labels, indices)) + sum(Found.there(kind, labels, indices))
         dtype = statistics_dtype(logits.dtype)
         found = execution.given(
             beside.bodies.fold,
@@ -87,45 +85,49 @@ class _Divergence(torch.autograd.Function):
             pair,
             lambda: [logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count)],
             compile=compile,
+            kind=kind,
             group=group,
         )
-        known, (soft, *hard) = Rows.of(found, kind, labels, indices)
+        known, left = Rows.of(found, kind, labels, indices)
+        ctx.mark_non_differentiable(*Found.of(left, kind, labels, indices).statistics())
         ctx.save_for_backward(*inputs, *pair, *known)
         ctx.set_materialize_grads(False)
         ctx.options = kind, group, compile
-        return soft, hard[0] if hard else None
+        return tuple(left)
 
     @staticmethod
-    def backward(ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         inputs, pair, known, _ = unpack(ctx.saved_tensors, _Inputs, Pair, Rows)
         logits, target, indices, labels = inputs
         kind, group, compile = ctx.options
+        g = Found.of(gradients, kind, labels, indices)
         wanted, _ = unpack(ctx.needs_input_grad, _Inputs)
         d = d_target = hard = None
         like = known.log_sum
         given = functools.partial(execution.given, rest=pair, compile=compile)
         with without_autocast(logits.device):  # whatever backward's caller is in
-            soft = torch.zeros_like(like) if g_soft is None else g_soft.to(like.dtype)
+            soft = torch.zeros_like(like) if g.divergence is None else g.divergence.to(like.dtype)
             # Opaque copies, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
             known = known._replace(maximum=gemm.opaque_copy(known.maximum, [soft]))
             if known.target_maximum is not None:
                 known = known._replace(target_maximum=gemm.opaque_copy(known.target_maximum, [soft]))
             if wanted.logits:
                 if labels is not None:
-                    hard = torch.zeros_like(soft) if g_hard is None else g_hard.to(soft.dtype)
-                bodies, _, beside, place = _beside(kind, logits, Target(target, indices), pair, group, fold=False)
+                    hard = torch.zeros_like(soft) if g.cross_entropy is None else g.cross_entropy.to(soft.dtype)
+                bodies, _, beside, place = _beside(logits, Target(target, indices), pair, group, fold=False)
                 like_top = [] if place is None else [logits.new_empty(place.columns.shape)]
                 d, *d_top = given(
                     bodies.gradient,
                     logits,
                     (labels, *beside, *known, *RowGradients(soft, hard)),
                     like=lambda: [torch.empty_like(logits), *like_top],
+                    kind=kind,
                     group=None if place is None else group,
                 )
                 if place is not None:
                     place.put_(d, d_top[0])
-            if wanted.target and kind == "probabilities":
+            if wanted.target and kind.probabilities:
                 rows = (None, *Whole(target), *Known(known.maximum, known.log_sum, soft))
                 body = divergence_bodies.target_gradient
                 (d_target,) = given(body, logits, rows, like=lambda: [torch.empty_like(target)])

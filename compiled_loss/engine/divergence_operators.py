@@ -7,7 +7,7 @@ plain loop inside. It holds the student's [C, V] and, where the target is a head
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs
 from compiled_loss.engine.math import divergence_bodies
 from compiled_loss.engine.math.divergence_bodies import Top, Whole
-from compiled_loss.engine.math.divergences import Kind, Pair, RowGradients, Rows
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Found, RowGradients, Rows
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.math.top_divergences import Place, finite_
 from compiled_loss.engine.operators import operator
@@ -38,8 +39,15 @@ class Problem(NamedTuple):
 class How(NamedTuple):
     """What is computed of each row, and over which ranks."""
 
-    kind: str
+    divergences: str  # of the `Kind`, whose fields come first
+    statistics: str
+    probabilities: bool
     group: str | None
+
+    @property
+    def kind(self) -> Kind:
+        """What is computed."""
+        return Kind(self.divergences, self.statistics, self.probabilities)
 
 
 class Counts(NamedTuple):
@@ -86,14 +94,14 @@ def _new_rows(problem: Problem, count: int) -> list[Tensor]:
     return [problem.hidden.new_empty(problem.hidden.shape[:1], dtype=dtype) for _ in range(count)]
 
 
-def _found_like(problem: Problem) -> list[Tensor]:
-    """Each row's divergence and, with labels, its cross-entropy, without data."""
-    return _new_rows(problem, 1 if problem.labels is None else 2)
+def _found_like(problem: Problem, how: How) -> list[Tensor]:
+    """`Found` without data."""
+    return _new_rows(problem, sum(Found.there(how.kind, problem.labels, problem.indices)))
 
 
 def _known_like(problem: Problem, how: How) -> list[Tensor]:
     """`Rows` without data."""
-    return _new_rows(problem, sum(Rows.there(cast(Kind, how.kind), problem.labels, problem.indices)))
+    return _new_rows(problem, sum(Rows.there(how.kind, problem.labels, problem.indices)))
 
 
 def _gradients_like(problem: Problem, pair: Pair, needs: Needs, lengths: Lengths) -> list[Tensor]:
@@ -109,9 +117,8 @@ def _operations(problem: Problem, needs: Needs | None = None) -> int:
     return 2 * int(tokens) * columns * int(vocab)
 
 
-def _bodies(problem: Problem, how: How) -> divergence_bodies.Bodies:
-    kinds = divergence_bodies.WHOLE if problem.indices is None else divergence_bodies.TOP
-    return kinds[cast(Kind, how.kind)]
+def _bodies(problem: Problem) -> divergence_bodies.Bodies:
+    return divergence_bodies.WHOLE if problem.indices is None else divergence_bodies.TOP
 
 
 @operator(
@@ -120,17 +127,17 @@ def _bodies(problem: Problem, how: How) -> divergence_bodies.Bodies:
     Pair,
     How,
     Lengths,
-    like=lambda problem, _pair, how, _lengths: [*_known_like(problem, how), *_found_like(problem)],
+    like=lambda problem, _pair, how, _lengths: [*_known_like(problem, how), *_found_like(problem, how)],
     operations=lambda problem, _pair, _how, _lengths: _operations(problem),
 )
 def fold(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> list[Tensor]:
-    """What is known of each row, its divergence and its cross-entropy."""
-    found = [*_known_like(problem, how), *_found_like(problem)]
-    body = _bodies(problem, how).fold
+    """What is known of each row, and what is found."""
+    found = [*_known_like(problem, how), *_found_like(problem, how)]
+    body = _bodies(problem).fold
     for rows, z, target, _ in _chunks(problem, pair, how.group, lengths, fold=True):
         operands = (*of_chunk(rows, problem.labels), *target)
         out = of_chunk(rows, *found)
-        execution.run(body, z, operands, pair, out, compiled=lengths.compiled, group=how.group)
+        execution.run(body, z, operands, pair, out, compiled=lengths.compiled, kind=how.kind, group=how.group)
     return found
 
 
@@ -143,17 +150,17 @@ def fold(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> list[Tenso
     Needs,
     How,
     Lengths,
-    like=lambda problem, pair, _upstream, _counts, needs, _how, lengths: [
+    like=lambda problem, pair, _upstream, _counts, needs, how, lengths: [
         *_gradients_like(problem, pair, needs, lengths),
-        *_found_like(problem),
+        *_found_like(problem, how),
     ],
     operations=lambda problem, _pair, _upstream, _counts, needs, _how, _lengths: _operations(problem, needs),
 )
 def form(
     problem: Problem, pair: Pair, upstream: RowGradients, counts: Counts, needs: Needs, how: How, lengths: Lengths
 ) -> list[Tensor]:
-    """The gradients that are wanted, and each row's divergence and cross-entropy."""
-    found = _found_like(problem)
+    """The gradients that are wanted, and what is found of each row."""
+    found = _found_like(problem, how)
     return [*_summed(problem, pair, upstream, counts, needs, how, lengths, None, found), *found]
 
 
@@ -201,7 +208,7 @@ def _summed(
     hidden, weight, bias = problem.hidden, problem.weight, pair.bias
     accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
-    bodies, group = _bodies(problem, how), how.group
+    bodies, group = _bodies(problem), how.group
     body = bodies.fold_and_gradient if known is None else bodies.gradient
     if known is not None and problem.indices is None:
         group = None  # nothing is reduced
@@ -210,7 +217,7 @@ def _summed(
         operands = (*of_chunk(rows, problem.labels), *target, *of_rows)
         d_top = [] if place is None else [z.new_empty(place.columns.shape)]
         out = [z, *d_top, *of_chunk(rows, *found)]
-        execution.run(body, z, operands, pair, out, compiled=lengths.compiled, group=group)
+        execution.run(body, z, operands, pair, out, compiled=lengths.compiled, kind=how.kind, group=group)
         if place is not None:
             place.put_(z, d_top[0])
         gemm.accumulate_gradients(*gradients, z, hidden[rows], weight, counts.active, rows.start, 0, None)

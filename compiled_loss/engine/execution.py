@@ -24,7 +24,7 @@ from compiled_loss.planner.chunking import is_compiled
 Output = tuple[Tensor, ...]
 Body = Callable[..., Output]
 Optional = Sequence[Tensor | None]
-Known = str | bool | tuple[int, ...] | None
+Known = str | bool | tuple[str | bool | int, ...] | None
 
 _BLOCK = 1 << 20  # logits of a block in eager code: 4 MiB a temporary in fp32
 

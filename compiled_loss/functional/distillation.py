@@ -9,12 +9,21 @@ With p = softmax of the teacher's z and q = softmax of the student's, where each
 
 and with one temperature T for both:
 
-    forward_kl   sum(p (log p - log q))                               Hinton et al. 2015, up to the teacher's entropy
-    reverse_kl   sum(q (log q - log p))                               Gu et al. 2023, MiniLLM
-    jsd          w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q        Agarwal et al. 2023, GKD, equation 1
+    forward_kl       sum(p (log p - log q))                           Hinton et al. 2015, up to the teacher's entropy
+    reverse_kl       sum(q (log q - log p))                           Gu et al. 2023, MiniLLM
+    jsd              w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q    Agarwal et al. 2023, GKD, equation 1
+    total_variation  sum(|p - q|) / 2 = 1 - alpha                     alpha = sum(min(p, q))
+    acceptance       -log(alpha)                                      Samarin et al. 2026, LK losses, arXiv 2602.23881
+    lk               l forward_kl + (1 - l) total_variation           the same, l = exp(-lk_decay alpha), detached
 
-A token's loss is (1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`. The cross-entropy
-is of the student's z at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1).
+alpha is the rate at which speculative decoding accepts the student's tokens. An alpha below the dtype's least normal
+number, 1.2e-38 in fp32, counts as that: the loss is then 87.3, and its gradient falls to 0. Where alpha stays that
+small, begin with "lk". The l of "lk" is each token's own.
+
+Several at once, {name: weight}, are their weighted sum, for one pass over the logits. A token's loss is
+(1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`. The cross-entropy is of the
+student's z at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1);
+`temperature_squared=False` leaves it away.
 
 NOTE [Cached teacher]
 `teacher_topk` is a teacher whose top alone was kept: values [..., k], log-probabilities, the largest of
@@ -30,6 +39,7 @@ be known: make it with the loss's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -37,6 +47,7 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.dispatch import distillation as dispatch
 from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
+from compiled_loss.dispatch.teachers import Head, Stored
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.planner.chunking import Chunking
 
@@ -47,11 +58,14 @@ def distillation(
     labels: Tensor,  # [...]
     *,
     teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
+    teacher_probabilities: Tensor | None = None,  # [..., V]
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: str | Mapping[str, float | Tensor] = "forward_kl",
     jsd_weight: float = 0.5,
+    lk_decay: float = 3.0,
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
@@ -76,20 +90,25 @@ def distillation(
 
     Args:
         student_logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
-        teacher_logits: the same shape, any of these dtypes, or None beside `teacher_topk`. Never written; gets no
-            gradient.
+        teacher_logits: the same shape, any of these dtypes, or None beside `teacher_topk` and `teacher_probabilities`.
+            Never written; gets no gradient.
         labels: [...], int64. Only which of them are `ignore_index` matters, unless `hard_label_weight` is given.
         teacher_topk: (values, indices), [..., k] each, floating and int64: NOTE [Cached teacher]. Gets no gradient.
+        teacher_probabilities: [..., V] like the student's logits, any floating dtype: p itself, at the temperature that
+            it was made with. Zeros are right. It should sum to 1, which is not looked at. Gets no gradient.
         mask: broadcasts to the tokens, [...]; bool, int or float. 0 ignores a token, fractions weigh it.
         token_weights: broadcasts to the tokens; differentiable.
-        divergence: "forward_kl", "reverse_kl" or "jsd".
+        divergence: a name of NOTE [Divergences], or weights by name, each >= 0, a number or a tensor of one element.
+            A weight that changes from call to call compiles nothing. An infinite divergence times 0 is NaN.
         jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
+        lk_decay: how fast "lk" turns from KL to total variation as alpha grows, >= 0.
         temperature: divides both logits, > 0.
+        temperature_squared: whether the divergence is multiplied by T^2.
         softcap: bound of the student's logits (Gemma 2, section 2), > 0. None for none, and for logits that a model
             has bounded already.
         logit_scale: multiplies the student's logits before the softcap, > 0; 1 for logits that a model has scaled.
         teacher_softcap, teacher_logit_scale: the same of the teacher's logits; None for none and for 1. Beside
-            `teacher_topk` both have to be None.
+            `teacher_topk` and `teacher_probabilities` both have to be None.
         hard_label_weight: from 0 to 1, the part of the labels' own cross-entropy, in the same pass.
         ignore_index: label of tokens to ignore.
         shift: both logits [..., t] belong to labels[..., t + shift]; the mask and weights are the label's; the last
@@ -132,7 +151,15 @@ def distillation(
 
     """
     checks.targets.kept_for_callers(fp32_upcast, chunk_size)
-    options = dispatch.Options(divergence, jsd_weight, hard_label_weight, teacher_softcap, teacher_logit_scale)
+    options = dispatch.Options(
+        divergence,
+        jsd_weight,
+        lk_decay,
+        temperature_squared,
+        hard_label_weight,
+        teacher_softcap,
+        teacher_logit_scale,
+    )
     keywords = Keywords(
         chunking=UNCHUNKED,
         mask=mask,
@@ -147,8 +174,9 @@ def distillation(
         vocab_shard=vocab_shard,
         compile=compile,
     )
-    given = (student_logits, teacher_logits, labels)
-    return dispatch.of_logits(*given, options, keywords, teacher_topk=teacher_topk, class_dim=class_dim)
+    stored = Stored(teacher_topk, teacher_probabilities)
+    given = (student_logits, teacher_logits, labels, stored)
+    return dispatch.of_logits(*given, options, keywords, class_dim=class_dim)[0]
 
 
 def linear_distillation(
@@ -161,11 +189,14 @@ def linear_distillation(
     bias: Tensor | None = None,  # [V]
     teacher_bias: Tensor | None = None,  # [V]
     teacher_topk: tuple[Tensor, Tensor] | None = None,  # [..., k] each
+    teacher_probabilities: Tensor | None = None,  # [..., V]
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: str | Mapping[str, float | Tensor] = "forward_kl",
     jsd_weight: float = 0.5,
+    lk_decay: float = 3.0,
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
@@ -185,13 +216,14 @@ def linear_distillation(
     Args:
         student_hidden: [..., H]; fp32, bf16, fp16 or fp64.
         student_weight: [V, H], in its dtype; under autocast both are cast, once.
-        teacher_hidden: [..., H']; the width may differ. Gets no gradient. None beside `teacher_topk`.
-        teacher_weight: [V, H'], in its dtype. Gets no gradient. None beside `teacher_topk`.
+        teacher_hidden: [..., H']; the width may differ. Gets no gradient. None beside `teacher_topk` and
+            `teacher_probabilities`.
+        teacher_weight: [V, H'], in its dtype. Gets no gradient. None likewise.
         bias: [V] of the student, any floating dtype; gets its gradient.
-        teacher_bias: [V], any floating dtype. Gets no gradient. None beside `teacher_topk`.
-        labels, teacher_topk, mask, token_weights, divergence, jsd_weight, temperature, softcap, logit_scale,
-            teacher_softcap, teacher_logit_scale, hard_label_weight, ignore_index, shift, reduction, num_label_tokens:
-            see :func:`distillation`.
+        teacher_bias: [V], any floating dtype. Gets no gradient. None likewise.
+        labels, teacher_topk, teacher_probabilities, mask, token_weights, divergence, jsd_weight, lk_decay, temperature,
+            temperature_squared, softcap, logit_scale, teacher_softcap, teacher_logit_scale, hard_label_weight,
+            ignore_index, shift, reduction, num_label_tokens: see :func:`distillation`.
         vocab_shard: which classes plain weights and biases of both have, where each rank has some: :class:`VocabShard`.
             DTensors say so themselves; hidden states and all else are alike on the group's ranks, and the student's
             gradient complete on each.
@@ -202,7 +234,7 @@ def linear_distillation(
 
     Memory:
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of both logits, 2 [C, V], or of
-        the student's alone beside `teacher_topk`; dH and dW from forward on. 6 N H V + 2 N H' V operations.
+        the student's alone where the teacher is no head; dH and dW from forward on. 6 N H V + 2 N H' V operations.
         reduction="none" goes through the chunks again in backward, 8 N H V + 4 N H' V, and keeps O(N) until then.
         Under functorch transforms the logits are held.
 
@@ -225,7 +257,15 @@ def linear_distillation(
         tensor(0.1120)
 
     """
-    options = dispatch.Options(divergence, jsd_weight, hard_label_weight, teacher_softcap, teacher_logit_scale)
+    options = dispatch.Options(
+        divergence,
+        jsd_weight,
+        lk_decay,
+        temperature_squared,
+        hard_label_weight,
+        teacher_softcap,
+        teacher_logit_scale,
+    )
     keywords = Keywords(
         bias=bias,
         mask=mask,
@@ -240,6 +280,6 @@ def linear_distillation(
         vocab_shard=vocab_shard,
         chunking=chunking,
     )
-    student = dispatch.Head(student_hidden, student_weight)
-    teacher = dispatch.Head(teacher_hidden, teacher_weight, teacher_bias)
-    return dispatch.of_heads(student, teacher, labels, options, keywords, teacher_topk=teacher_topk)
+    student, teacher = Head(student_hidden, student_weight), Head(teacher_hidden, teacher_weight, teacher_bias)
+    stored = Stored(teacher_topk, teacher_probabilities)
+    return dispatch.of_heads(student, teacher, labels, stored, options, keywords)[0]

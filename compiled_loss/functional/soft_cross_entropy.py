@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from compiled_loss.dispatch import soft_cross_entropy as dispatch
-from compiled_loss.dispatch.distillation import Head
 from compiled_loss.dispatch.keywords import UNCHUNKED, Keywords
+from compiled_loss.dispatch.teachers import Head
 from compiled_loss.distributed.vocab_shard import VocabShard
 from compiled_loss.planner.chunking import Chunking
 

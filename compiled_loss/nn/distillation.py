@@ -1,6 +1,9 @@
 """Modules of distillation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from compiled_loss.functional.distillation import distillation, linear_distillation
 from compiled_loss.nn.base import Loss, loss_module
@@ -11,12 +14,16 @@ from compiled_loss.planner.chunking import Chunking
 class TeacherOptions:
     """The keywords that distillation of logits and of heads share."""
 
-    divergence: str = "forward_kl"
-    """"forward_kl", "reverse_kl" or "jsd"."""
+    divergence: str | Mapping[str, float | Tensor] = "forward_kl"
+    """A name of :func:`compiled_loss.distillation`'s table, or weights by name."""
     jsd_weight: float = 0.5
     """Share of the teacher in the mixture of "jsd", between 0 and 1."""
+    lk_decay: float = 3.0
+    """How fast "lk" turns from KL to total variation, >= 0."""
     temperature: float = 1.0
     """Divides both logits, > 0."""
+    temperature_squared: bool = True
+    """Whether the divergence is multiplied by the temperature's square."""
     softcap: float | None = None
     """Bound of the student's scaled logits, > 0; None for none."""
     logit_scale: float = 1.0

@@ -7,6 +7,7 @@ in fp32, or fp64 for fp64 inputs. Arguments are those of the functions of the sa
 from compiled_loss.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from compiled_loss.reference.distillation import (
     distillation,
+    distillation_statistics,
     linear_distillation,
     linear_soft_cross_entropy,
     masked_soft_cross_entropy,
@@ -29,6 +30,7 @@ __all__ = [
     "bradley_terry_loss",
     "cross_entropy",
     "distillation",
+    "distillation_statistics",
     "kto_loss",
     "linear_cross_entropy",
     "linear_distillation",

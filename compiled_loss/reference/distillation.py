@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,14 @@ def distillation(
     labels: Tensor,
     *,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
+    teacher_probabilities: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: str | Mapping[str, float | Tensor] = "forward_kl",
     jsd_weight: float = 0.5,
+    lk_decay: float = 3.0,
     temperature: float | Tensor = 1.0,
+    temperature_squared: bool = True,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
@@ -34,22 +39,14 @@ def distillation(
     A cached teacher's distribution has one more class, all those that are not in its top.
     """
     z = transformed(student_logits, None, softcap, 1.0, logit_scale)
-    log_q = torch.log_softmax(z / temperature, dim=-1)
-    if teacher_topk is None:
-        assert teacher_logits is not None
-        scale = 1.0 if teacher_logit_scale is None else teacher_logit_scale
-        teacher = transformed(teacher_logits.detach(), None, teacher_softcap, temperature, scale)
-        log_p = torch.log_softmax(teacher.to(z.dtype), dim=-1)
-    else:
-        log_p, log_q = _topped(*teacher_topk, log_q)
-    p, q = log_p.exp(), log_q.exp()
-    if divergence == "forward_kl":
-        rows = (p * (log_p - log_q)).sum(-1)
-    elif divergence == "reverse_kl":
-        rows = (q * (log_q - log_p)).sum(-1)
-    else:
-        log_m = (jsd_weight * p + (1 - jsd_weight) * q).log()
-        rows = jsd_weight * (p * (log_p - log_m)).sum(-1) + (1 - jsd_weight) * (q * (log_q - log_m)).sum(-1)
+    scale = 1.0 if teacher_logit_scale is None else teacher_logit_scale
+    log_p, log_q = distributions(
+        z / temperature, teacher_logits, teacher_topk, teacher_probabilities, teacher_softcap, temperature, scale
+    )
+    weights = divergence if isinstance(divergence, Mapping) else {divergence: 1.0}
+    rows = torch.zeros(labels.shape, dtype=z.dtype, device=z.device)
+    for name, of_divergence in weights.items():
+        rows = rows + of_divergence * _divergence(name, log_p, log_q, jsd_weight, lk_decay)
     valid = labels != ignore_index
     weight = torch.ones(labels.shape, dtype=z.dtype, device=z.device)
     for factor in (mask, token_weights):
@@ -59,11 +56,80 @@ def distillation(
         valid = valid & (mask != 0).expand(labels.shape)
     labels, weight = aligned(labels, shift, ignore_index), aligned(weight, shift, 0.0)
     valid = aligned(valid, shift, False)
-    rows = (1 - hard_label_weight) * temperature**2 * rows
+    rows = (1 - hard_label_weight) * (temperature**2 if temperature_squared else 1) * rows
     if hard_label_weight:
         target = torch.where(valid, labels, 0).unsqueeze(-1)
         rows = rows - hard_label_weight * torch.log_softmax(z, dim=-1).gather(-1, target).squeeze(-1)
     return weighed(rows, weight, valid, reduction, num_label_tokens)
+
+
+def distillation_statistics(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
+    teacher_probabilities: Tensor | None = None,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """Entropies and acceptance of each token, and with a cached teacher the masses of the classes that it lists."""
+    stored = (teacher_topk, teacher_probabilities)
+    log_p, log_q = distributions(student_logits / temperature, teacher_logits, *stored, None, temperature, 1.0)
+    p, q = log_p.exp(), log_q.exp()
+    found = {
+        "student_entropy": -_times(q, log_q).sum(-1),
+        "teacher_entropy": -_times(p, log_p).sum(-1),
+        "acceptance": torch.minimum(p, q).sum(-1),
+    }
+    if teacher_topk is not None:
+        k = teacher_topk[1].shape[-1]
+        found |= {"student_mass": q[..., :k].sum(-1), "teacher_mass": p[..., :k].sum(-1)}
+    return found
+
+
+def distributions(
+    z: Tensor,
+    teacher_logits: Tensor | None,
+    teacher_topk: tuple[Tensor, Tensor] | None,
+    teacher_probabilities: Tensor | None,
+    teacher_softcap: float | None,
+    temperature: float,
+    teacher_logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the teacher and of the student, whose z is over the temperature."""
+    log_q = torch.log_softmax(z, dim=-1)
+    if teacher_topk is not None:
+        return _topped(*teacher_topk, log_q)
+    if teacher_probabilities is not None:
+        return teacher_probabilities.detach().to(z.dtype).log(), log_q
+    assert teacher_logits is not None
+    teacher = transformed(teacher_logits.detach(), None, teacher_softcap, temperature, teacher_logit_scale)
+    return torch.log_softmax(teacher.to(z.dtype), dim=-1), log_q
+
+
+def _divergence(name: str, log_p: Tensor, log_q: Tensor, jsd_weight: float, lk_decay: float) -> Tensor:
+    """Of each token's two distributions."""
+    p, q = log_p.exp(), log_q.exp()
+    if name == "forward_kl":
+        return _times(p, log_p - log_q).sum(-1)
+    if name == "reverse_kl":
+        return _times(q, log_q - log_p).sum(-1)
+    if name == "jsd":
+        log_m = (jsd_weight * p + (1 - jsd_weight) * q).log()
+        of_teacher, of_student = _times(p, log_p - log_m).sum(-1), _times(q, log_q - log_m).sum(-1)
+        return jsd_weight * of_teacher + (1 - jsd_weight) * of_student
+    total_variation = (p - q).abs().sum(-1) / 2
+    if name == "total_variation":
+        return total_variation
+    alpha = torch.minimum(p, q).sum(-1)
+    if name == "acceptance":
+        return -alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
+    share = (-lk_decay * alpha.detach()).exp()
+    return share * _times(p, log_p - log_q).sum(-1) + (1 - share) * total_variation
+
+
+def _times(p: Tensor, x: Tensor) -> Tensor:
+    """The product, 0 where p is 0."""
+    return p * torch.where(p == 0, 0.0, x)
 
 
 def _topped(values: Tensor, indices: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

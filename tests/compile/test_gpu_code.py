@@ -47,7 +47,10 @@ CI = {
             "tokens, user's everything",
             "vocab, none",
             "teacher, jsd",
+            "teacher, mixture",
+            "teacher, acceptance with statistics",
             "logits, jsd",
+            "logits, mixture",
             "logits, soft",
         )
     ),

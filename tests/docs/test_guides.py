@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GUIDES = ("your-own-loss.md", "reinforcement.md", "preferences.md")
+GUIDES = ("your-own-loss.md", "reinforcement.md", "preferences.md", "distillation.md")
 
 
 @pytest.mark.parametrize("name", GUIDES)

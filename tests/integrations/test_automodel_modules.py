@@ -24,7 +24,8 @@ SIGNATURES = {
     MaskedCrossEntropy: "(fp32_upcast=True, ignore_index=-100, reduction='sum')",
     FusedLinearCrossEntropy: "(ignore_index=-100, logit_softcapping=0.0, reduction='sum', *, chunking=...)",
     TEParallelCrossEntropy: "(ignore_index=-100, reduction='sum', tp_group=None)",
-    KDLoss: "(ignore_index=-100, temperature=1.0, fp32_upcast=True, tp_group=None, chunk_size=0)",
+    KDLoss: "(ignore_index=-100, temperature=1.0, fp32_upcast=True, tp_group=None, chunk_size=0, *, "
+    "temperature_squared=True)",
     MaskedCrossEntropy.forward: "(self, logits, labels, mask=None, num_label_tokens=None)",
     FusedLinearCrossEntropy.forward: "(self, hidden_states, labels, lm_weight, num_label_tokens=None, "
     "grad_reduce_group=None, lm_bias=None)",
@@ -89,6 +90,13 @@ def test_kd_loss():
     torch.testing.assert_close(
         module(student, teacher, labels), distillation(student, teacher, labels, temperature=2.0)
     )
+
+
+def test_kd_loss_without_the_square_of_the_temperature():
+    logits, labels = batch()
+    given = (logits, logits.detach().roll(1), labels)
+    with_square, without = (KDLoss(temperature=3.0, temperature_squared=which)(*given) for which in (True, False))
+    torch.testing.assert_close(with_square, 9 * without)
 
 
 @pytest.mark.parametrize("module", [MaskedCrossEntropy, TEParallelCrossEntropy, KDLoss, FusedLinearCrossEntropy])

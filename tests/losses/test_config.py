@@ -31,7 +31,8 @@ from compiled_loss import (
     register_loss_config,
 )
 
-FIELDS = {  # NeMo Automodel's, and `chunking`
+OURS = ("chunking", "temperature_squared")
+FIELDS = {  # NeMo Automodel's, and ours
     MaskedCrossEntropyConfig: {"fp32_upcast": True, "ignore_index": -100, "reduction": "sum"},
     FusedLinearCEConfig: {
         "ignore_index": -100,
@@ -40,7 +41,14 @@ FIELDS = {  # NeMo Automodel's, and `chunking`
         "chunking": Chunking(),
     },
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
-    KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
+    KDLossConfig: {
+        "ignore_index": -100,
+        "temperature": 1.0,
+        "fp32_upcast": True,
+        "tp_group": None,
+        "chunk_size": 0,
+        "temperature_squared": True,
+    },
     MTPLossConfig: {"scaling_factor": None, "ignore_index": -100},
 }
 LOSSES = list(LOSS_CONFIG_REGISTRY.values())
@@ -57,7 +65,8 @@ CHANGED |= {
     "softcap": 2.0,
     "shift": 1,
 }
-CHANGED |= {"class_dim": 1, "divergence": "jsd", "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
+CHANGED |= {"class_dim": 1, "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
+CHANGED |= {"divergence": {"jsd": 0.3, "lk": 0.5}, "lk_decay": 2.0, "temperature_squared": False}
 CHANGED |= {"importance": "sequence", "clip_low": 0.1, "clip_high": 0.3, "kl": "k2", "kl_coefficient": 0.1}
 CHANGED |= {"temperature_positive": 1.5, "temperature_negative": 2.0, "entropy_coefficient": 0.01}
 CHANGED |= {"beta": 0.3, "margin": 0.5, "length_normalised": True, "f_divergence": "js", "alpha": 0.7}
@@ -85,7 +94,7 @@ def names(config):
 def test_fields_and_defaults(config):
     assert vars(config()) == FIELDS[config]
     assert list(inspect.signature(config).parameters) == list(FIELDS[config])
-    positional = [value for name, value in FIELDS[config].items() if name != "chunking"]
+    positional = [value for name, value in FIELDS[config].items() if name not in OURS]
     assert config(*positional) == config()
 
 

@@ -110,9 +110,9 @@ def test_minus_inf_logits_of_student_and_teacher():
 
 
 def test_no_overflow_of_distributions_far_apart():
-    """exp(95) is past fp32's range while exp(-95) is not yet 0."""
+    """exp(95) is past fp32's range while exp(-95) is not yet 0. "acceptance" has a floor."""
     student, teacher = torch.tensor([[95.0, 0.0]]), torch.tensor([[0.0, 95.0]])
-    for divergence in DIVERGENCES:
+    for divergence in set(DIVERGENCES) - {"acceptance"}:
         z = student.clone().requires_grad_()
         loss = distillation(z, teacher, torch.zeros(1, dtype=torch.int64), divergence=divergence)
         exact = student.double().requires_grad_()

@@ -42,7 +42,7 @@ def test_compiled_matches_eager_in_one_graph(name):
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if not name.endswith("lk")])  # whose mixture has no gradient
 def test_gradcheck(name):
     function, inputs = everything(name)
     assert torch.autograd.gradcheck(function, [in_fp64(v) for v in inputs])

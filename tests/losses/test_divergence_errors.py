@@ -215,18 +215,57 @@ for name in ("linear_distillation", "linear_soft_cross_entropy"):
         ({"teacher_bias": [0.0]}, TypeError, "teacher_bias: expected a Tensor, got list"),
     ]
 for name in ("distillation", "linear_distillation"):
-    TOP = {"teacher_topk": (zeros(N, 2) - 2, zeros(N, 2, dtype=int64))}
-    TOP |= {key: None for key in VALID[name] if key.startswith("teacher")}
+    NONE = {key: None for key in VALID[name] if key.startswith("teacher")}
+    TOP = {**NONE, "teacher_topk": (zeros(N, 2) - 2, zeros(N, 2, dtype=int64))}
+    PROBABILITIES = {**NONE, "teacher_probabilities": zeros(N, V)}
     CASES[name] += [
-        ({**TOP, other: 3.0}, ValueError, f"{other}: expected None beside teacher_topk, got a float")
+        ({**given, other: 3.0}, ValueError, f"{other}: expected None beside {list(given)[-1]}, got a float")
         for other in ("teacher_softcap", "teacher_logit_scale")
+        for given in (TOP, PROBABILITIES)
+    ]
+    CASES[name] += [
+        (
+            NONE,
+            ValueError,
+            f"{next(iter(NONE))}: expected a Tensor, or teacher_topk or teacher_probabilities, got none",
+        ),
+        (TOP | PROBABILITIES, ValueError, "teacher_probabilities: expected None beside teacher_topk, got a Tensor"),
+        (
+            {"teacher_probabilities": zeros(N, V)},
+            ValueError,
+            f"{next(iter(NONE))}: expected None beside teacher_probabilities, got a Tensor",
+        ),
+        (
+            {**PROBABILITIES, "teacher_probabilities": zeros(N, V + 1)},
+            ValueError,
+            "teacher_probabilities: expected the shape of ",
+        ),
+        (
+            {**PROBABILITIES, "teacher_probabilities": zeros(N, V, dtype=int64)},
+            TypeError,
+            f"teacher_probabilities: {DTYPES} torch.int64",
+        ),
+        (
+            {**PROBABILITIES, "teacher_probabilities": [1.0]},
+            TypeError,
+            "teacher_probabilities: expected a Tensor, got list",
+        ),
     ]
 CASES["linear_distillation"] += [
     ({**TOP, "teacher_bias": zeros(V)}, ValueError, "teacher_bias: expected None beside teacher_topk, got a Tensor"),
     ({"student_weight": torch.nn.Linear(H, V)}, TypeError, "student_weight: expected a Tensor, got Linear: use linear"),
 ]
+NAMES = "'forward_kl', 'reverse_kl', 'jsd', 'total_variation', 'acceptance', 'lk'"
 EVERYWHERE = [
-    ({"divergence": "kl"}, ValueError, "divergence: expected one of 'forward_kl', 'reverse_kl', 'jsd', got 'kl'"),
+    ({"divergence": "kl"}, ValueError, f"divergence: expected one of {NAMES}, got 'kl'"),
+    ({"divergence": None}, ValueError, f"divergence: expected one of {NAMES}, got None"),
+    ({"divergence": {}}, ValueError, f"divergence: expected one of {NAMES}, or their weights by name, got none"),
+    ({"divergence": {"jsd": 1, "kl": 2}}, ValueError, f"divergence: expected one of {NAMES}, got 'kl'"),
+    ({"divergence": {"jsd": -1}}, ValueError, "divergence['jsd']: expected a number >= 0, got -1"),
+    ({"divergence": {"jsd": "half"}}, TypeError, "divergence['jsd']: expected a number, got str"),
+    ({"lk_decay": -0.5}, ValueError, "lk_decay: expected a number >= 0, got -0.5"),
+    ({"lk_decay": None}, TypeError, "lk_decay: expected a number, got NoneType"),
+    ({"temperature_squared": 1}, TypeError, "temperature_squared: expected True or False, got int"),
     ({"jsd_weight": 1.0}, ValueError, "jsd_weight: expected a number between 0 and 1, got 1.0"),
     ({"jsd_weight": "half"}, TypeError, "jsd_weight: expected a number, got str"),
     ({"temperature": 0.0}, ValueError, "temperature: expected a number > 0, got 0.0"),

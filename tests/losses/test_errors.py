@@ -114,7 +114,11 @@ CASES = [
     ),
     ({"kl": "k4", "importance": "token"}, ValueError, f"kl: expected one of {KLS}, got 'k4'"),
     ({"importance": "turn"}, ValueError, "importance: expected one of 'token', 'sequence', got 'turn'"),
-    ({"kind": "gmpo", "importance": "token"}, ValueError, "importance: expected 'sequence' beside kind='gmpo', got 'token'"),
+    (
+        {"kind": "gmpo", "importance": "token"},
+        ValueError,
+        "importance: expected 'sequence' beside kind='gmpo', got 'token'",
+    ),
     ({"clip_low": -0.1}, ValueError, "clip_low: expected a number >= 0, got -0.1"),
     ({"clip_high": "0.2"}, TypeError, "clip_high: expected a number, got str"),
     ({"dual_clip": 1}, ValueError, "dual_clip: expected a number > 1 or None, got 1"),

@@ -104,7 +104,7 @@ def test_padding_compiled(backend):
 
 
 BAD = {
-    "nothing": (dict(), r"^teacher_logits: expected a Tensor, or teacher_topk, got neither"),
+    "nothing": (dict(), r"^teacher_logits: expected a Tensor, or teacher_topk or teacher_probabilities, got none"),
     "both": (dict(teacher=True), r"^teacher_logits: expected None beside teacher_topk, got a Tensor"),
     "no pair": (dict(topk=torch.zeros(2, 3)), r"^teacher_topk: expected \(values, indices\) or None, got Tensor"),
     "values": (dict(values=[0.0]), r"^teacher_topk\[0\]: expected a Tensor, got list"),

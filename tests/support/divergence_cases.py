@@ -5,7 +5,7 @@ import torch
 from compiled_loss import Chunking
 
 CHUNKS = Chunking(chunk_size=4)
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "acceptance", "lk")
 KEYWORDS = {
     "plain": {},
     "temperature": {"temperature": 2.5},

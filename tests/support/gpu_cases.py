@@ -153,6 +153,12 @@ def with_teacher(hidden, weight, teacher_hidden, teacher_weight, labels, **optio
     return compiled_loss.linear_distillation(hidden, weight, teacher_hidden, teacher_weight, labels, **options)
 
 
+def with_teacher_and_statistics(hidden, weight, teacher_hidden, teacher_weight, labels, **options):
+    call = compiled_loss.linear_distillation_with_statistics
+    found = call(hidden, weight, teacher_hidden, teacher_weight, labels, **options)
+    return found.loss, [v for v in found.statistics if v is not None]
+
+
 def with_soft_teacher(hidden, weight, teacher_hidden, teacher_weight, labels, **options):
     teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     return compiled_loss.linear_soft_cross_entropy(hidden, weight, labels != 0, **teacher, **options)
@@ -216,6 +222,13 @@ def divergences(shape):
     recomputed = two_heads(with_teacher, shape, reduction="none")
     found["teacher, none"] = replace(recomputed, forward=1.5, backward=3.5, keeps=0, generated=(1, 1))
     found["top, forward_kl"] = head_and_top(shape)
+    mixture = {"forward_kl": 0.5, "total_variation": meta()}
+    found["teacher, mixture"] = two_heads(with_teacher, shape, divergence=mixture)
+    found["logits, mixture"] = two_logits(compiled_loss.distillation, shape, divergence=mixture)
+    found["teacher, lk"] = two_heads(with_teacher, shape, divergence="lk")
+    found["teacher, acceptance"] = two_heads(with_teacher, shape, divergence="acceptance")
+    statistics = two_heads(with_teacher_and_statistics, shape, divergence="acceptance")
+    found["teacher, acceptance with statistics"] = statistics
     found["top, everything"] = head_and_top(shape, divergence="jsd", **options)
     found["teacher, everything"] = two_heads(with_teacher, shape, divergence="jsd", **options)
     found["logits, everything in two"] = two_logits(compiled_loss.distillation, shape, divergence="jsd", **options)

@@ -158,7 +158,7 @@ def linear(keywords: Callable[[dict[str, Tensor]], dict[str, Any]], chunking: Ch
     )
 
 
-def distillation(divergence: str, **keywords: Any) -> Loss:
+def distillation(divergence: Any, **keywords: Any) -> Loss:
     return Loss(
         lambda lib, t, how: lib.distillation(
             t["logits"], t["teacher_logits"], t["labels"], divergence=divergence, **keywords, **counted(t), **how
@@ -168,7 +168,7 @@ def distillation(divergence: str, **keywords: Any) -> Loss:
     )
 
 
-def cached_teacher(divergence: str, **keywords: Any) -> Loss:
+def cached_teacher(divergence: Any, **keywords: Any) -> Loss:
     keywords["divergence"] = divergence
 
     def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
@@ -178,7 +178,7 @@ def cached_teacher(divergence: str, **keywords: Any) -> Loss:
     return Loss(call, ("logits",), ("top_values", "top_indices", "labels"))
 
 
-def linear_cached_teacher(divergence: str, **keywords: Any) -> Loss:
+def linear_cached_teacher(divergence: Any, **keywords: Any) -> Loss:
     keywords["divergence"] = divergence
 
     def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
@@ -190,7 +190,7 @@ def linear_cached_teacher(divergence: str, **keywords: Any) -> Loss:
     return Loss(call, ("hidden", "weight"), ("top_values", "top_indices", "labels"), ROWS)
 
 
-def linear_distillation(divergence: str, **keywords: Any) -> Loss:
+def linear_distillation(divergence: Any, **keywords: Any) -> Loss:
     def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
         tensors = (t["hidden"], t["weight"], t["teacher_hidden"], t["teacher_weight"], t["labels"])
         reduction = {} if "reduction" in keywords else counted(t)
@@ -198,6 +198,33 @@ def linear_distillation(divergence: str, **keywords: Any) -> Loss:
         return loss.square().sum() if loss.dim() else loss
 
     return Loss(call, ("hidden", "weight"), ("teacher_hidden", "teacher_weight", "labels"), ROWS)
+
+
+def distillation_of_probabilities(divergence: Any, **keywords: Any) -> Loss:
+    keywords["divergence"] = divergence
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        own = {"teacher_probabilities": t["target_probs"], **keywords, **counted(t), **how}
+        return lib.linear_distillation(t["hidden"], t["weight"], None, None, t["labels"], **own)
+
+    return Loss(call, ("hidden", "weight"), ("target_probs", "labels"), ROWS)
+
+
+def distillation_statistics(teacher: str, **keywords: Any) -> Loss:
+    """The loss and all that is known of each token, in one number."""
+
+    def call(lib: ModuleType, t: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
+        top = {"teacher_topk": (t["top_values"], t["top_indices"])} if teacher == "top" else {}
+        target = None if top else t["teacher_logits"]
+        if lib is not reference:
+            more = {**top, **keywords, **counted(t), **how}
+            loss, statistics = lib.distillation_with_statistics(t["logits"], target, t["labels"], **more)
+            return loss + sum(v.sum() for v in statistics[1:] if v is not None) / t["count"]
+        loss = lib.distillation(t["logits"], target, t["labels"], **top, **keywords, **counted(t))
+        rows = lib.distillation_statistics(t["logits"], target, **top).values()
+        return loss + sum(v[t["labels"] != -100].sum().detach() for v in rows) / t["count"]
+
+    return Loss(call, ("logits",), ("teacher_logits", "top_values", "top_indices", "labels"))
 
 
 def soft(target: tuple[str, ...], **keywords: Any) -> Loss:
@@ -323,6 +350,13 @@ LOSSES = {
     "linear_distillation, reverse_kl": linear_distillation("reverse_kl", hard_label_weight=0.3),
     "linear_distillation, jsd": linear_distillation("jsd", jsd_weight=0.3, temperature=0.7, hard_label_weight=0.4),
     "linear_distillation, none": linear_distillation("forward_kl", reduction="none", hard_label_weight=0.2),
+    "distillation, mixture": distillation({"acceptance": 0.6, "forward_kl": 0.4}, hard_label_weight=0.3),
+    "linear_distillation, lk": linear_distillation("lk", temperature=1.5),
+    "linear_distillation, acceptance, none": linear_distillation("acceptance", reduction="none"),
+    "linear_distillation, cached teacher, mixture": linear_cached_teacher({"total_variation": 0.6, "acceptance": 0.4}),
+    "linear_distillation, probabilities": distillation_of_probabilities({"jsd": 0.5, "lk": 0.4}, temperature=1.5),
+    "distillation_with_statistics": distillation_statistics("whole", divergence="acceptance"),
+    "distillation_with_statistics, cached teacher": distillation_statistics("top", divergence="lk"),
     "distillation, cached teacher": cached_teacher("jsd", temperature=1.5, hard_label_weight=0.3),
     "linear_distillation, cached teacher": linear_cached_teacher("jsd", temperature=1.5, hard_label_weight=0.3),
     "linear_distillation, cached teacher, none": linear_cached_teacher("reverse_kl", reduction="none"),

@@ -1,4 +1,4 @@
-"""The bodies of two distributions: `divergences` as functions of tensors alone, one of each kind and purpose.
+"""The bodies of two distributions: `divergences` as functions of tensors alone, and of the kind that a kernel knows.
 
 Bodies as in `bodies.py`: a student's logits [..., V], then `labels` or None, the `Pair` and the target. A whole target
 is [..., V] probabilities or logits, a `Whole`. Of a target's top, [..., k], come a `Top`; and the student's own logits
@@ -7,28 +7,28 @@ are -inf there, but in `gradient`, which looks at neither.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compiled_loss.engine.math.divergences import KINDS, Compared, Kind, Output, Pair, RowGradients, Rows, row
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Compared, Output, RowGradients, Rows, row
 from compiled_loss.engine.math.statistics import depends_on
 from compiled_loss.engine.math.top_divergences import TopCompared
 from compiled_loss.engine.operators import unpack
 
 
 class Bodies(NamedTuple):
-    """The bodies of one kind, beside a whole target or its top.
+    """The bodies beside a whole target or its top.
 
-    fold                (labels, *Pair, *target) -> (*Rows, divergence[, cross-entropy])
+    fold                (labels, *Pair, *target) -> (*Rows, *Found)
     gradient            (labels, *Pair, *target, *Rows, *RowGradients) -> (d[, d of the top]), like logits
-    fold_and_gradient   (labels, *Pair, *target, *RowGradients) -> (d[, d of the top], divergence[, cross-entropy], ...)
+    fold_and_gradient   (labels, *Pair, *target, *RowGradients) -> (d[, d of the top], *Found, ...)
 
-    where d is the gradient of the sum of soft * divergence + hard * cross-entropy, and what follows the cross-entropy
-    is returned for NOTE [Few reads] alone.
+    where d is the gradient of the sum of soft * divergence + hard * cross-entropy, and what follows the `Found` is
+    returned for NOTE [Few reads] alone. Each takes its `kind` as a keyword.
     """
 
     fold: Callable[..., Output]
@@ -54,48 +54,57 @@ class _Labels(NamedTuple):
     labels: Tensor | None
 
 
-def _whole(kind: Kind) -> Bodies:
-    def fold(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        (labels,), pair, (target,), _ = unpack(operands, _Labels, Pair, Whole)
-        return _folded(Compared.of(kind, logits, target, pair), labels, group)
-
-    def gradient(logits: Tensor, *operands: Tensor | None) -> Output:
-        (labels,), pair, (target,), rows, upstream, _ = unpack(operands, _Labels, Pair, Whole, Rows, RowGradients)
-        return (Compared.of(kind, logits, target, pair).gradient(labels, rows, upstream, logits.dtype),)
-
-    def fold_and_gradient(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        (labels,), pair, (target,), upstream, _ = unpack(operands, _Labels, Pair, Whole, RowGradients)
-        both = Compared.of(kind, logits, target, pair)
-        rows, upstream, found, packed = _after_fold(both, labels, None, upstream, group)
-        return both.gradient(labels, rows, upstream, logits.dtype), *found, packed
-
-    return _named(kind, fold, gradient, fold_and_gradient)
+def fold(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
+    """Beside a whole target."""
+    (labels,), pair, (target,), _ = unpack(operands, _Labels, Pair, Whole)
+    return _folded(Compared.of(kind, logits, target, pair), labels, group)
 
 
-def _beside_top(kind: Kind) -> Bodies:
-    def compared(logits: Tensor, beside: Top, pair: Pair, group: str | None) -> TopCompared:
-        return TopCompared.of(kind, logits, beside.top, beside.indices, beside.values, pair, group)
+def gradient(logits: Tensor, *operands: Tensor | None, kind: Kind) -> Output:
+    """Beside a whole target."""
+    (labels,), pair, (target,), rows, upstream, _ = unpack(operands, _Labels, Pair, Whole, Rows, RowGradients)
+    return (Compared.of(kind, logits, target, pair).gradient(labels, rows, upstream, logits.dtype),)
 
-    def fold_top(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Top)
-        return _folded(compared(logits, beside, pair, group), labels, group)
 
-    def gradient_top(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Top, Rows, RowGradients)
-        return compared(logits, beside, pair, group).gradient(labels, rows, upstream, logits.dtype)
+def fold_and_gradient(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
+    """Beside a whole target."""
+    (labels,), pair, (target,), upstream, _ = unpack(operands, _Labels, Pair, Whole, RowGradients)
+    both = Compared.of(kind, logits, target, pair)
+    rows, upstream, found, packed = _after_fold(both, labels, None, upstream, group)
+    return both.gradient(labels, rows, upstream, logits.dtype), *found, packed
 
-    def fold_and_gradient_top(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-        (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Top, RowGradients)
-        both = compared(logits, beside, pair, group)
-        rows, upstream, found, packed = _after_fold(both, labels, beside.indices, upstream, group)
-        return *both.gradient(labels, rows, upstream, logits.dtype), *found, packed
 
-    return _named(kind, fold_top, gradient_top, fold_and_gradient_top)
+def fold_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
+    """Beside a top."""
+    (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Top)
+    return _folded(_beside_top(kind, logits, beside, pair, group), labels, group)
+
+
+def gradient_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
+    """Beside a top."""
+    (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Top, Rows, RowGradients)
+    return _beside_top(kind, logits, beside, pair, group).gradient(labels, rows, upstream, logits.dtype)
+
+
+def fold_and_gradient_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
+    """Beside a top."""
+    (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Top, RowGradients)
+    both = _beside_top(kind, logits, beside, pair, group)
+    rows, upstream, found, packed = _after_fold(both, labels, beside.indices, upstream, group)
+    return *both.gradient(labels, rows, upstream, logits.dtype), *found, packed
+
+
+WHOLE = Bodies(fold, gradient, fold_and_gradient)
+TOP = Bodies(fold_top, gradient_top, fold_and_gradient_top)
+
+
+def _beside_top(kind: Kind, logits: Tensor, beside: Top, pair: Pair, group: str | None) -> TopCompared:
+    return TopCompared.of(kind, logits, beside.top, beside.indices, beside.values, pair, group)
 
 
 def _folded(both: Compared | TopCompared, labels: Tensor | None, group: str | None) -> Output:
-    rows, divergence, hard = both.fold(labels, group)
-    return (*rows.present(), divergence) if hard is None else (*rows.present(), divergence, hard)
+    rows, found = both.fold(labels, group)
+    return *rows.present(), *found.present()
 
 
 def _after_fold(
@@ -105,31 +114,13 @@ def _after_fold(
     upstream: RowGradients,
     group: str | None,
 ) -> tuple[Rows, RowGradients, Output, Tensor]:
-    """The rows and their upstream gradients, behind which all reductions are done, in one tensor; and what was found.
-
-    Found are the divergence and, with labels, the cross-entropy.
-    """
-    rows, divergence, cross_entropy = both.fold(labels, group)
-    found = (divergence,) if cross_entropy is None else (divergence, cross_entropy)
+    """The rows and their upstream gradients, behind which all reductions are done, in one tensor; and the `Found`."""
+    rows, seen = both.fold(labels, group)
+    found = seen.present()
     soft, hard = upstream.map(lambda g: depends_on(g, *found))  # all other reductions are in the one tensor
     packed = torch.stack([*rows.present(), soft, *([] if hard is None else [hard])])
     rows, rest = Rows.of(packed.unbind(), both.kind, labels, indices)
     return rows, RowGradients(rest[0], rest[1] if len(rest) > 1 else None), found, packed
-
-
-def _named(kind: Kind, *bodies: Any) -> Bodies:
-    """The bodies, with the kind in their names; in their code as well: on torch 2.15 Dynamo reads it there."""
-    found = []
-    for body in bodies:
-        name = f"{body.__name__}_{kind}"
-        own = types.FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
-        own.__kwdefaults__ = body.__kwdefaults__
-        found.append(own)
-    return Bodies(*found)
-
-
-WHOLE: dict[Kind, Bodies] = {kind: _whole(kind) for kind in KINDS}
-TOP: dict[Kind, Bodies] = {kind: _beside_top(kind) for kind in KINDS}
 
 
 class Known(NamedTuple):

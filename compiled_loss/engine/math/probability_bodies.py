@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.math.bodies import Output, transformed
-from compiled_loss.engine.math.divergences import Compared, Pair, row
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Compared, row
 from compiled_loss.engine.math.problem import Head, Labels
 from compiled_loss.engine.operators import unpack
 
-_SCALARS = Pair(None, None)  # they are the head's
+_KIND = Kind("cross_entropy", probabilities=True)
+_SCALARS = Pair(None)  # they are the head's
 
 
 class Target(NamedTuple):
@@ -31,9 +33,9 @@ def fold_beside_probabilities(logits: Tensor, *operands: Tensor | None, group: s
     """(None, *Head, *Target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
     _, head, target, _ = unpack(operands, Labels, Head, Target)
     z, _ = transformed(logits, head)
-    rows, loss, _ = Compared("probabilities", _SCALARS, z, _weighted(target, head, z)).fold(None, group)
+    rows, found = Compared(_KIND, _SCALARS, z, _weighted(target, head, z)).fold(None, group)
     assert rows.slope is not None
-    return rows.maximum, rows.log_sum, -rows.slope, loss
+    return rows.maximum, rows.log_sum, -rows.slope, found.divergence
 
 
 def gradient_beside_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:

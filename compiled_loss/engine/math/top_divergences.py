@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.collectives import all_reduced, largest
-from compiled_loss.engine.math.divergences import Compared, Kind, Pair, RowGradients, Rows, is_target, over, row
+from compiled_loss.engine.math.divergence_kinds import Kind, Pair
+from compiled_loss.engine.math.divergences import Compared, Found, RowGradients, Rows, is_target, over, row
 from compiled_loss.engine.math.logit_maps import LogitMap, times
 from compiled_loss.engine.math.statistics import statistics_dtype
 
@@ -97,8 +98,8 @@ class TopCompared(NamedTuple):
             rest = torch.where(absent, float("-inf"), rest)
         return TopCompared(kind, pair, rest, top, indices, values.to(top.dtype), whole, absent)
 
-    def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Tensor, Tensor | None]:
-        """The rows, their divergence, and their cross-entropy with the labels; over a group in two collectives more."""
+    def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Found]:
+        """The rows, and what is found of them; over a group in two collectives more."""
         pair, student = self.pair, self.pair.student
         (maximum,) = all_reduced([largest(self.rest.detach())], "max", group)
         maximum = student.bounded(torch.maximum(maximum, self.top.detach().amax(-1)))
@@ -107,26 +108,26 @@ class TopCompared(NamedTuple):
         if labels is not None:
             sums += [rest.exp().sum(-1), torch.where(is_target(rest, labels), rest, 0.0).sum(-1)]
         log_sum, *hard = all_reduced(sums, "sum", group)
-        rows = Rows(maximum, log_sum.log(), None, None, None, None)
-        _, divergence, _ = self._coarse(rows).fold(None, None)
+        rows = Rows(maximum, log_sum.log(), None, None, None, None, None)
+        found = self._found(rows)
         if labels is None:
-            return rows, divergence, None
+            return rows, found
         hard_log_sum = (hard[0] + top.exp().sum(-1)).log()
         known = self.indices == row(labels)
         target_logit = torch.where(known.any(-1), torch.where(known, top, 0.0).sum(-1), hard[1])
-        return rows._replace(hard_log_sum=hard_log_sum), divergence, hard_log_sum - target_logit
+        return rows._replace(hard_log_sum=hard_log_sum), found._replace(cross_entropy=hard_log_sum - target_logit)
 
     def gradient(
         self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's raw logits, and the top's."""
         coarse, pair, student = self._coarse(rows), self.pair, self.pair.student
-        known, _, _ = coarse.fold(None, None)
+        coarse = coarse._replace(kind=coarse.kind._replace(statistics=""))
+        known, _ = coarse.fold(None, None)
         soft, hard = upstream.map(lambda g: times(g, student.factor()))
         d = coarse.gradient(None, known, RowGradients(pair.over_temperature(soft), None), soft.dtype)
         d_top = d[..., : self.indices.shape[-1]]
-        last = torch.arange(d.shape[-1], device=d.device) == d.shape[-1] - 1
-        d_tail = torch.where(last, d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
+        d_tail = torch.where(_is_tail(d), d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
         rest, top = (student.scaled(v - row(rows.maximum)) for v in self._bounded())
         d_rest = row(d_tail) * (pair.over_temperature(rest) - row(_finite(rows.log_sum))).exp()
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
@@ -146,6 +147,17 @@ class TopCompared(NamedTuple):
             return rest, top
         return torch.where(self.absent, float("-inf"), rest), torch.where(self.top.isneginf(), float("-inf"), top)
 
+    def _found(self, rows: Rows) -> Found:
+        """Of the k classes and the tail, with both masses of the k."""
+        coarse = self._coarse(rows)
+        known, found = coarse.fold(None, None)
+        both = coarse.distributions(known, coarse.logits)
+        if self.kind.wants("student_mass"):
+            found = found._replace(student_mass=torch.where(_is_tail(both.a), 0.0, both.a.exp()).sum(-1))
+        if self.kind.wants("teacher_mass"):
+            found = found._replace(teacher_mass=torch.where(_is_tail(both.p), 0.0, both.p).sum(-1))
+        return found
+
     def _coarse(self, rows: Rows) -> Compared:
         """The k classes and the tail; where all V are in the top, nothing is left for it."""
         _, top = self._bounded()
@@ -161,7 +173,12 @@ class TopCompared(NamedTuple):
         least = torch.where(rows.log_sum.isinf(), 0.0, torch.finfo(t.dtype).eps)
         z = torch.cat([z, row(rows.log_sum)], -1)
         t = torch.cat([t, row(torch.where(left > torch.finfo(t.dtype).eps, left, least).log())], -1)
-        return Compared(self.kind, Pair(None, self.pair.jsd_weight), z, t)
+        return Compared(self.kind, self.pair.without_maps(), z, t)
+
+
+def _is_tail(coarse: Tensor) -> Tensor:
+    """Which column is, the last."""
+    return torch.arange(coarse.shape[-1], device=coarse.device) == coarse.shape[-1] - 1
 
 
 def _finite(log_sum: Tensor) -> Tensor:
