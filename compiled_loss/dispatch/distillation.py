@@ -76,8 +76,10 @@ class Options(NamedTuple):
         weight = weight * tokens.classes.nan_if_invalid(tokens.labels, dtype)
         if outside is not None:
             weight = torch.where(active & outside, float("nan"), weight)
-        share = 1 - self.hard_label_weight
-        soft = weight * (share * keywords.temperature**2 if self.temperature_squared else share)
+        soft = weight * (1 - self.hard_label_weight)
+        if self.temperature_squared:
+            inverse = keywords.inverse_temperature(tokens, dtype)
+            soft = soft * keywords.temperature**2 if inverse is None else soft / inverse.square()
         if not self.hard:
             return Weighted(soft, None, None, active)
         return Weighted(soft, weight * self.hard_label_weight, tokens.labels, active)
@@ -146,6 +148,7 @@ def of_logits(
         assert whole is not None
         target = Target(classes_last(name, dtensor.own(whole), class_dim).detach())
     dtype = statistics_dtype(student_logits.dtype)
+    target = two.at_temperatures(target, keywords, tokens, dtype)
     weighted = options.weighted(tokens, keywords, dtype, outside)
     pair = options.pair(student_logits, keywords, None, None)
     losses, found = two.on_logits(student_logits, target, options.kind(stored), pair, weighted, part, keywords.compile)
@@ -207,6 +210,7 @@ def of_heads(
     else:
         shared = weight if teacher.weight is student.weight else None
         target, teacher_bias = own_teacher(teacher, shared, part)
+    target = two.at_temperatures(target, keywords, tokens, dtype)
     weighted = options.weighted(tokens, keywords, statistics_dtype(dtype), outside)
     pair = options.pair(hidden, keywords, bias, teacher_bias)
     loss, found = two.on_head(hidden, weight, target, options.kind(stored), pair, weighted, part, how, keywords)

@@ -71,6 +71,14 @@ def pair(
     )
 
 
+def at_temperatures(target: Target, keywords: Keywords, tokens: reduction.Tokens, dtype: torch.dtype) -> Target:
+    """Beside temperatures that tokens [...] have for themselves, if they do."""
+    inverse = keywords.inverse_temperature(tokens, dtype)
+    if inverse is None:
+        return target
+    return target._replace(inverse_temperature=inverse.expand(tokens.labels.shape).unsqueeze(-1))
+
+
 def on_logits(
     logits: Tensor,  # [..., V]
     target: Target,  # [..., V] or [..., k]
@@ -88,7 +96,7 @@ def on_logits(
         return weighted.of(found), found
     shape = logits.shape[:-1]
     logits, *present = merged(logits, *[v for v in target if v is not None])
-    target = Target(*present)
+    target = Target(*[None if v is None else present.pop(0) for v in target])  # type: ignore[arg-type]
     labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):
         found = divergence_logits.divergence(logits, target, labels, kind, pair, vocabulary.group, compile)
@@ -171,7 +179,7 @@ def _on_rows(
     if traced():
         hidden, target = _looked_at(hidden, target, kind, weighted.active)
         if target.weight is not None:
-            target = Target(target.values @ target.weight.detach().t())
+            target = target._replace(values=target.values @ target.weight.detach().t(), weight=None)
         logits = hidden @ weight.t()
         found = divergence_logits.plain_divergence(logits, target, weighted.labels, kind, pair)
         losses = weighted.of(found)

@@ -47,8 +47,9 @@ def of_logits(logits: Tensor, target_probs: Tensor, position_mask: Tensor, keywo
     rows = dtensor.own_rows(logits, part, dim)
     _check_mask(position_mask, "logits", rows, part, keywords, device)
 
-    weighted, compared, keywords = _weighted(position_mask, rows, keywords, part, logits.dtype)
+    weighted, compared, tokens, keywords = _weighted(position_mask, rows, keywords, part, logits.dtype)
     logits, target = dtensor.own(logits), Target(dtensor.own(target_probs))
+    target = two.at_temperatures(target, keywords, tokens, logits.dtype)
     pair = two.pair(logits, keywords.temperature, Transform(keywords.softcap, keywords.logit_scale))
     kind = Kind("cross_entropy", probabilities=True)
     losses, _ = two.on_logits(logits, target, kind, pair, weighted, part, keywords.compile)
@@ -88,7 +89,7 @@ def of_heads(
     dtype = computed_dtype(hidden, weight)
     how = two.planned(shape, part, keywords, dtype, device, heads=1 if target_probs is not None else 2)
 
-    weighted, compared, keywords = _weighted(position_mask, shape[:-1], keywords, part, dtype)
+    weighted, compared, tokens, keywords = _weighted(position_mask, shape[:-1], keywords, part, dtype)
     shared = head.weight is weight and draft_to_target is None
     hidden, weight, bias = dtensor.own_head(hidden, weight, keywords.bias, part)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -97,6 +98,7 @@ def of_heads(
     else:
         target, teacher_bias = own_teacher(head, weight if shared else None, part, draft_to_target)
     draft = Transform(keywords.softcap, keywords.logit_scale, bias)
+    target = two.at_temperatures(target, keywords, tokens, dtype)
     pair = two.pair(hidden, keywords.temperature, draft, Transform(softcap, logit_scale, teacher_bias))
     kind = Kind("cross_entropy", probabilities=target_probs is not None)
     loss, _ = two.on_head(hidden, weight, target, kind, pair, weighted, part, how, keywords)
@@ -112,10 +114,19 @@ def _check_mask(
     keywords.check_tensors(rows, part, device)
 
 
+class _Positions(NamedTuple):
+    """The coefficient of each position, what ranks must have alike, which count, and a rank's own keywords."""
+
+    weighted: Weighted
+    compared: Tensor
+    tokens: reductions.Tokens
+    keywords: Keywords
+
+
 def _weighted(
     position_mask: Tensor, rows: torch.Size, keywords: Keywords, part: Vocabulary, dtype: torch.dtype
-) -> tuple[Weighted, Tensor, Keywords]:
-    """The coefficient of each position, what ranks must have alike, and a rank's own keywords."""
+) -> _Positions:
+    """Of a rank."""
     positions = torch.zeros(rows, dtype=torch.int64, device=position_mask.device)  # which all count
     positions, keywords = keywords.own(positions, part)
     mask = dtensor.rows(position_mask, part).reshape(rows)
@@ -124,4 +135,4 @@ def _weighted(
     compared = weight.detach()
     part.check_equal(compared)
     soft = reductions.divided(weight, weight, keywords.reduction, keywords.num_label_tokens)
-    return Weighted(soft, None, None, tokens.active), compared, keywords
+    return _Positions(Weighted(soft, None, None, tokens.active), compared, tokens, keywords)

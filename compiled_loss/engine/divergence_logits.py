@@ -30,7 +30,7 @@ def divergence(
     compile: bool | str,
 ) -> Found:
     """What is found of each row; its divergence and, with labels, its cross-entropy are differentiable."""
-    inputs = _Inputs(logits, target.values, target.indices, labels)
+    inputs = _Inputs(logits, target.values, target.indices, target.inverse_temperature, labels)
     return Found.of(_Divergence.apply(*inputs, *pair, kind, group, compile), kind, labels, target.indices)
 
 
@@ -53,29 +53,34 @@ class _Beside(NamedTuple):
 
 def _beside(logits: Tensor, target: Target, pair: Pair, group: str | None, *, fold: bool) -> _Beside:
     """For `fold` the logits are a copy without the target's top."""
-    values, indices, _ = target
+    values, indices, _, inverse = target
     if indices is None:
-        return _Beside(divergence_bodies.WHOLE, logits, Whole(values), None)
+        return _Beside(divergence_bodies.WHOLE, logits, Whole(values, inverse), None)
     place = Place.of(indices, logits.shape[-1])
     top = place.take(logits, values, pair.student, group)
     if fold:
         logits = place.put(finite(logits, pair.student), torch.full_like(top, float("-inf")))
-    return _Beside(divergence_bodies.TOP, logits, Top(indices, values, top), place)
+    return _Beside(divergence_bodies.TOP, logits, Top(indices, values, top, inverse), place)
 
 
 class _Inputs(NamedTuple):
     logits: Tensor
     target: Tensor
     indices: Tensor | None
+    inverse_temperature: Tensor | None
     labels: Tensor | None
+
+    def as_target(self) -> Target:
+        """What the logits are compared with."""
+        return Target(self.target, self.indices, None, self.inverse_temperature)
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         inputs, pair, (kind, group, compile) = unpack(args, _Inputs, Pair)
-        logits, target, indices, labels = inputs
-        beside = _beside(logits, Target(target, indices), pair, group, fold=True)
+        logits, _, indices, _, labels = inputs
+        beside = _beside(logits, inputs.as_target(), pair, group, fold=True)
         count = sum(Rows.there(kind, labels, indices)) + sum(Found.there(kind, labels, indices))
         dtype = statistics_dtype(logits.dtype)
         found = execution.given(
@@ -99,7 +104,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         inputs, pair, known, _ = unpack(ctx.saved_tensors, _Inputs, Pair, Rows)
-        logits, target, indices, labels = inputs
+        logits, target, indices, inverse, labels = inputs
         kind, group, compile = ctx.options
         g = Found.of(gradients, kind, labels, indices)
         wanted, _ = unpack(ctx.needs_input_grad, _Inputs)
@@ -115,7 +120,7 @@ class _Divergence(torch.autograd.Function):
             if wanted.logits:
                 if labels is not None:
                     hard = torch.zeros_like(soft) if g.cross_entropy is None else g.cross_entropy.to(soft.dtype)
-                bodies, _, beside, place = _beside(logits, Target(target, indices), pair, group, fold=False)
+                bodies, _, beside, place = _beside(logits, inputs.as_target(), pair, group, fold=False)
                 like_top = [] if place is None else [logits.new_empty(place.columns.shape)]
                 d, *d_top = given(
                     bodies.gradient,
@@ -128,7 +133,7 @@ class _Divergence(torch.autograd.Function):
                 if place is not None:
                     place.put_(d, d_top[0])
             if wanted.target and kind.probabilities:
-                rows = (None, *Whole(target), *Known(known.maximum, known.log_sum, soft))
+                rows = (None, *Whole(target, inverse), *Known(known.maximum, known.log_sum, soft))
                 body = divergence_bodies.target_gradient
                 (d_target,) = given(body, logits, rows, like=lambda: [torch.empty_like(target)])
         return *none(_Inputs)._replace(logits=d, target=d_target), *none(Pair), None, None, None

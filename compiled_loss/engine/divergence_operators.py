@@ -33,6 +33,7 @@ class Problem(NamedTuple):
     values: Tensor  # of the `Target`
     indices: Tensor | None
     target_weight: Tensor | None
+    inverse_temperature: Tensor | None  # [N, 1]
     labels: Tensor | None  # [N], counted from the first of the classes
 
 
@@ -70,7 +71,7 @@ def _chunks(problem: Problem, pair: Pair, group: str | None, lengths: Lengths, *
 
     Beside a top the logits are without it, as `fold` wants them.
     """
-    hidden, weight, values, indices, target_weight, _ = problem
+    hidden, weight, values, indices, target_weight, inverse, _ = problem
     buffer = None
     for rows, z in chunks(hidden, weight, lengths):
         of_target = values[rows]
@@ -78,15 +79,16 @@ def _chunks(problem: Problem, pair: Pair, group: str | None, lengths: Lengths, *
             if buffer is None:
                 buffer = values.new_empty(z.shape)
             of_target = torch.mm(of_target, target_weight.t(), out=buffer[: z.shape[0]])
+        of_rows = None if inverse is None else inverse[rows]
         if indices is None:
-            yield _Chunk(rows, z, Whole(of_target), None)
+            yield _Chunk(rows, z, Whole(of_target, of_rows), None)
             continue
         place = Place.of(indices[rows], z.shape[1])
         top = place.take(z, of_target, pair.student, group)
         if fold:
             finite_(z, pair.student)
             place.put_(z, torch.full_like(top, float("-inf")))
-        yield _Chunk(rows, z, Top(indices[rows], of_target, top), place)
+        yield _Chunk(rows, z, Top(indices[rows], of_target, top, of_rows), place)
 
 
 def _new_rows(problem: Problem, count: int) -> list[Tensor]:

@@ -64,7 +64,7 @@ def distillation(
     divergence: str | Mapping[str, float | Tensor] = "forward_kl",
     jsd_weight: float = 0.5,
     lk_decay: float = 3.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     temperature_squared: bool = True,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -102,7 +102,8 @@ def distillation(
             A weight that changes from call to call compiles nothing. An infinite divergence times 0 is NaN.
         jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
         lk_decay: how fast "lk" turns from KL to total variation as alpha grows, >= 0.
-        temperature: divides both logits, > 0.
+        temperature: divides both logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
+            tokens that have temperatures of their own.
         temperature_squared: whether the divergence is multiplied by T^2.
         softcap: bound of the student's logits (Gemma 2, section 2), > 0. None for none, and for logits that a model
             has bounded already.
@@ -195,7 +196,7 @@ def linear_distillation(
     divergence: str | Mapping[str, float | Tensor] = "forward_kl",
     jsd_weight: float = 0.5,
     lk_decay: float = 3.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     temperature_squared: bool = True,
     softcap: float | None = None,
     logit_scale: float = 1.0,

@@ -24,7 +24,7 @@ def masked_soft_cross_entropy(
     token_weights: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
@@ -47,7 +47,8 @@ def masked_soft_cross_entropy(
         softcap: bound of the logits (Gemma 2, section 2), > 0. None for none, and for logits that a model has bounded
             already.
         logit_scale: multiplies the logits before the softcap, > 0.
-        temperature: divides the logits, > 0. The loss is not multiplied by its square.
+        temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the positions.
+            The loss is not multiplied by its square.
         reduction: "mean" divides by the sum of w, or by `num_label_tokens` where it is given; "sum"; "none".
         num_label_tokens: divides the sum; an int or a one-element tensor, never synchronised.
         vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
@@ -110,7 +111,7 @@ def linear_soft_cross_entropy(
     logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     teacher_logit_scale: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
@@ -135,7 +136,8 @@ def linear_soft_cross_entropy(
         teacher_softcap, teacher_logit_scale: `softcap` and `logit_scale` of the teacher's logits; None for none and for
             1. Beside `target_probs` these and `teacher_bias` have to be None.
         token_weights, softcap, logit_scale, reduction, num_label_tokens: see :func:`masked_soft_cross_entropy`.
-        temperature: divides both logits, > 0. The loss is not multiplied by its square.
+        temperature: divides both logits, > 0; a number, or a tensor without gradient that broadcasts to the positions.
+            The loss is not multiplied by its square.
         vocab_shard: which classes plain `weight`, `bias`, `target_probs`, `teacher_weight` and `teacher_bias` have,
             where each rank has some: :class:`VocabShard`. DTensors say so themselves; all else is alike on the group's
             ranks, the gradient of `hidden` complete on each. `draft_to_target` is the whole draft's, its

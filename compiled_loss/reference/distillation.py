@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compiled_loss.reference.tokens import aligned, token_logits, transformed, weighed
+from compiled_loss.reference.tokens import aligned, over, token_logits, transformed, weighed
 
 
 def distillation(
@@ -41,7 +41,7 @@ def distillation(
     z = transformed(student_logits, None, softcap, 1.0, logit_scale)
     scale = 1.0 if teacher_logit_scale is None else teacher_logit_scale
     log_p, log_q = distributions(
-        z / temperature, teacher_logits, teacher_topk, teacher_probabilities, teacher_softcap, temperature, scale
+        over(z, temperature), teacher_logits, teacher_topk, teacher_probabilities, teacher_softcap, temperature, scale
     )
     weights = divergence if isinstance(divergence, Mapping) else {divergence: 1.0}
     rows = torch.zeros(labels.shape, dtype=z.dtype, device=z.device)
@@ -69,11 +69,11 @@ def distillation_statistics(
     *,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     teacher_probabilities: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> dict[str, Tensor]:
     """Entropies and acceptance of each token, and with a cached teacher the masses of the classes that it lists."""
     stored = (teacher_topk, teacher_probabilities)
-    log_p, log_q = distributions(student_logits / temperature, teacher_logits, *stored, None, temperature, 1.0)
+    log_p, log_q = distributions(over(student_logits, temperature), teacher_logits, *stored, None, temperature, 1.0)
     p, q = log_p.exp(), log_q.exp()
     found = {
         "student_entropy": -_times(q, log_q).sum(-1),
@@ -92,7 +92,7 @@ def distributions(
     teacher_topk: tuple[Tensor, Tensor] | None,
     teacher_probabilities: Tensor | None,
     teacher_softcap: float | None,
-    temperature: float,
+    temperature: float | Tensor,
     teacher_logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the teacher and of the student, whose z is over the temperature."""

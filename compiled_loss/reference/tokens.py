@@ -28,9 +28,12 @@ def transformed(
     z = logit_scale * z
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, Tensor) and temperature.dim():
-        temperature = temperature.unsqueeze(-1)  # a token's own
-    return z / temperature
+    return over(z, temperature)
+
+
+def over(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """Z / temperature, which may be each token's own."""
+    return z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature)
 
 
 def aligned(values: Tensor, shift: int, fill: float) -> Tensor:

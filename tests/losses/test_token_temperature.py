@@ -114,6 +114,87 @@ def test_multi_token_prediction():
     assert_matches(loss(compiled_loss), loss(reference), (hidden, weight, bias))
 
 
+TEACHERS = ("head", "top", "probabilities")
+DIVERGENCES = ("forward_kl", "reverse_kl", {"jsd": 0.3, "total_variation": 0.5, "lk": 0.2})
+
+
+def two_distributions(of, teacher, hidden, weight, labels, bias, temperature, **more):
+    """A distillation of one teacher, which is the same for both."""
+    random = torch.Generator().manual_seed(3)
+    theirs = torch.randn(2, 5, 4, generator=random, dtype=torch.float64)
+    head = torch.randn(17, 4, generator=random, dtype=torch.float64)
+    log_p = torch.log_softmax(theirs @ head.t(), -1)
+    given, stored = (theirs, head), {}
+    if teacher != "head":
+        given = (None, None)
+        stored = {"teacher_topk": tuple(log_p.topk(5))} if teacher == "top" else {"teacher_probabilities": log_p.exp()}
+    more = {"bias": bias, "temperature": temperature, "softcap": 2.0, **stored, **more}
+    return of.linear_distillation(hidden, weight, *given, labels, **more)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("hard", [0.0, 0.3])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_two_distributions(teacher, divergence, hard, reduction):
+    def loss(of, **chunking):
+        more = {"divergence": divergence, "hard_label_weight": hard, "reduction": reduction, **chunking}
+        return lambda *v: two_distributions(of, teacher, *v, **more)
+
+    ours = loss(compiled_loss, chunking=Chunking(chunk_size=4))
+    assert_matches(ours, loss(reference), inputs((2, 1)))
+
+
+def test_two_distributions_compiled():
+    def loss(of, **more):
+        return lambda *v: two_distributions(of, "head", *v, hard_label_weight=0.3, **more)
+
+    ours = torch.compile(
+        loss(compiled_loss, chunking=Chunking(max_label_tokens=9)), fullgraph=True, backend="aot_eager"
+    )
+    assert_matches(ours, loss(reference), inputs((2, 5)))
+
+
+def test_two_distributions_of_logits():
+    hidden, weight, labels, _, temperature = inputs((2, 5))
+    student = (hidden @ weight.t()).detach()
+    teacher = torch.randn_like(student)
+    for classes in (-1, 1):
+
+        def loss(of, classes=classes):
+            def call(z):
+                where = {"class_dim": classes} if of is compiled_loss else {}
+                beside = teacher.movedim(-1, classes).contiguous() if where else teacher
+                z = z if where else z.movedim(classes, -1)
+                more = {"temperature": temperature, "divergence": "jsd", "hard_label_weight": 0.2}
+                return of.distillation(z, beside, labels, **more, **where)
+
+            return call
+
+        leaf = student.movedim(-1, classes).contiguous().requires_grad_()
+        assert_matches(loss(compiled_loss), loss(reference), (leaf,))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "probabilities", "logits"])
+def test_soft_cross_entropy(kind):
+    hidden, weight, labels, _, temperature = inputs((2, 5))
+    probabilities = torch.rand(2, 5, 17, dtype=torch.float64).requires_grad_()
+    teacher = {"teacher_hidden": torch.randn(2, 5, 4).double(), "teacher_weight": torch.randn(17, 4).double()}
+    mask = (labels != -100).unsqueeze(-1)
+
+    def loss(of):
+        def call(hidden, weight, probabilities):
+            if kind == "logits":
+                return of.masked_soft_cross_entropy(hidden @ weight.t(), probabilities, mask, temperature=temperature)
+            beside = teacher if kind == "teacher" else {"target_probs": probabilities.detach()}
+            return of.linear_soft_cross_entropy(hidden, weight, mask, temperature=temperature, **beside)
+
+        return call
+
+    wanted = [hidden, weight, *([probabilities] if kind == "logits" else [])]
+    assert_matches(loss(compiled_loss), loss(reference), (hidden, weight, probabilities), wanted)
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
 def test_under_functorch(transform):
     hidden, weight, labels, bias, temperature = inputs((2, 5))

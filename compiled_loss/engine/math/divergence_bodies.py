@@ -40,6 +40,7 @@ class Whole(NamedTuple):
     """A target of which all classes are known."""
 
     target: Tensor  # [..., V]
+    inverse_temperature: Tensor | None = None  # [..., 1]
 
 
 class Top(NamedTuple):
@@ -48,6 +49,7 @@ class Top(NamedTuple):
     indices: Tensor  # [..., k], counted from a rank's first class
     values: Tensor  # [..., k], log-probabilities
     top: Tensor  # [..., k], the student's logits there, with their bias
+    inverse_temperature: Tensor | None = None  # [..., 1]
 
 
 class _Labels(NamedTuple):
@@ -56,20 +58,20 @@ class _Labels(NamedTuple):
 
 def fold(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
     """Beside a whole target."""
-    (labels,), pair, (target,), _ = unpack(operands, _Labels, Pair, Whole)
-    return _folded(Compared.of(kind, logits, target, pair), labels, group)
+    (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Whole)
+    return _folded(_beside_whole(kind, logits, beside, pair, labels), labels, group)
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, kind: Kind) -> Output:
     """Beside a whole target."""
-    (labels,), pair, (target,), rows, upstream, _ = unpack(operands, _Labels, Pair, Whole, Rows, RowGradients)
-    return (Compared.of(kind, logits, target, pair).gradient(labels, rows, upstream, logits.dtype),)
+    (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Whole, Rows, RowGradients)
+    return (_beside_whole(kind, logits, beside, pair, labels).gradient(labels, rows, upstream, logits.dtype),)
 
 
 def fold_and_gradient(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
     """Beside a whole target."""
-    (labels,), pair, (target,), upstream, _ = unpack(operands, _Labels, Pair, Whole, RowGradients)
-    both = Compared.of(kind, logits, target, pair)
+    (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Whole, RowGradients)
+    both = _beside_whole(kind, logits, beside, pair, labels)
     rows, upstream, found, packed = _after_fold(both, labels, None, upstream, group)
     return both.gradient(labels, rows, upstream, logits.dtype), *found, packed
 
@@ -77,19 +79,19 @@ def fold_and_gradient(logits: Tensor, *operands: Tensor | None, kind: Kind, grou
 def fold_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
     """Beside a top."""
     (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Top)
-    return _folded(_beside_top(kind, logits, beside, pair, group), labels, group)
+    return _folded(_beside_top(kind, logits, beside, pair, labels, group), labels, group)
 
 
 def gradient_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
     """Beside a top."""
     (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Top, Rows, RowGradients)
-    return _beside_top(kind, logits, beside, pair, group).gradient(labels, rows, upstream, logits.dtype)
+    return _beside_top(kind, logits, beside, pair, labels, group).gradient(labels, rows, upstream, logits.dtype)
 
 
 def fold_and_gradient_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
     """Beside a top."""
     (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Top, RowGradients)
-    both = _beside_top(kind, logits, beside, pair, group)
+    both = _beside_top(kind, logits, beside, pair, labels, group)
     rows, upstream, found, packed = _after_fold(both, labels, beside.indices, upstream, group)
     return *both.gradient(labels, rows, upstream, logits.dtype), *found, packed
 
@@ -98,7 +100,15 @@ WHOLE = Bodies(fold, gradient, fold_and_gradient)
 TOP = Bodies(fold_top, gradient_top, fold_and_gradient_top)
 
 
-def _beside_top(kind: Kind, logits: Tensor, beside: Top, pair: Pair, group: str | None) -> TopCompared:
+def _beside_whole(kind: Kind, logits: Tensor, beside: Whole, pair: Pair, labels: Tensor | None) -> Compared:
+    pair = pair.at(beside.inverse_temperature, hard=labels is not None)
+    return Compared.of(kind, logits, beside.target, pair)
+
+
+def _beside_top(
+    kind: Kind, logits: Tensor, beside: Top, pair: Pair, labels: Tensor | None, group: str | None
+) -> TopCompared:
+    pair = pair.at(beside.inverse_temperature, hard=labels is not None)
     return TopCompared.of(kind, logits, beside.top, beside.indices, beside.values, pair, group)
 
 
@@ -133,7 +143,8 @@ class Known(NamedTuple):
 
 def target_gradient(logits: Tensor, *operands: Tensor | None) -> Output:
     """Of probabilities that are a target: (None, *Pair, target, *Known) -> (d,), like target."""
-    _, pair, (target,), known, _ = unpack(operands, _Labels, Pair, Whole, Known)
+    _, pair, (target, inverse), known, _ = unpack(operands, _Labels, Pair, Whole, Known)
+    pair = pair.at(inverse, hard=False)
     student = pair.student
     bounded = student.bounded(student.biased(logits))
     a = pair.over_temperature(student.scaled(bounded - row(known.maximum))) - row(known.log_sum)

@@ -101,6 +101,15 @@ class Pair(NamedTuple):
         """The student's z over the temperature."""
         return times(z, self.inverse_temperature)
 
+    def at(self, inverse_temperature: Tensor | None, *, hard: bool) -> Pair:
+        """The same at temperatures that rows, [rows, 1], have beside; `hard` where there are labels."""
+        if inverse_temperature is None:
+            return self
+        target_outer = times(inverse_temperature, self.target_outer)
+        if hard:
+            return self._replace(inverse_temperature=inverse_temperature, target_outer=target_outer)
+        return self._replace(outer=times(inverse_temperature, self.outer), target_outer=target_outer)
+
     def without_maps(self) -> Pair:
         """How they are compared once their z are made."""
         return Pair(None, self.weights, self.jsd_weight, self.lk_decay)

@@ -16,7 +16,7 @@ from torch import Tensor
 from compiled_loss.engine.collectives import all_reduced, largest
 from compiled_loss.engine.math import divergence_kinds as kinds
 from compiled_loss.engine.math.divergence_kinds import OVERLAP, Distributions, Kind, Pair
-from compiled_loss.engine.math.logit_maps import times
+from compiled_loss.engine.math.logit_maps import times, times_row
 
 Output = tuple[Tensor, ...]
 
@@ -27,11 +27,12 @@ class Target(NamedTuple):
     values: Tensor  # [rows, V] probabilities or logits, [rows, H of the target], or [rows, k] log-probabilities
     indices: Tensor | None = None  # [rows, k], of the classes whose log-probabilities alone are known
     weight: Tensor | None = None  # [V, H of the target], where the values are hidden states
+    inverse_temperature: Tensor | None = None  # [rows, 1], of both, where rows have temperatures of their own
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Target:
         """What has rows changed."""
-        indices = None if self.indices is None else change(self.indices)
-        return self._replace(values=change(self.values), indices=indices)
+        indices, inverse = (None if v is None else change(v) for v in (self.indices, self.inverse_temperature))
+        return self._replace(values=change(self.values), indices=indices, inverse_temperature=inverse)
 
 
 class Rows(NamedTuple):
@@ -183,10 +184,10 @@ class Compared(NamedTuple):
         """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's raw logits."""
         kind, pair, student = self.kind, self.pair, self.pair.student
         assert rows.slope is not None
-        bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times(g, student.factor()))
+        bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times_row(g, student.factor()))
         both = self.distributions(rows, bounded)
         slopes = kinds.slope(kind, both, pair, rows.overlap)
-        d = row(pair.over_temperature(soft)) * (slopes - both.a.exp() * row(rows.slope))
+        d = row(times_row(soft, pair.inverse_temperature)) * (slopes - both.a.exp() * row(rows.slope))
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
             p = (student.scaled(bounded - row(rows.maximum)) - row(rows.hard_log_sum)).exp()
             d = d + row(hard) * (p - torch.where(is_target(bounded, labels), 1.0, 0.0))

@@ -13,8 +13,9 @@ from compiled_loss.engine.math.statistics import statistics_dtype
 class LogitMap(NamedTuple):
     """What makes z of raw logits: z = outer * tanh(inner * (raw + bias)), or outer * (raw + bias) without `inner`.
 
-    The scalars are tensors and positive, so z is in the order of raw + bias. None stands for a bias of 0 and a scale
-    of 1. Rows are shifted by their maximum before `outer` multiplies them: that difference is exact where it is small.
+    The scalars are tensors and positive, so z is in the order of raw + bias; `outer` may be each row's own, [rows, 1].
+    None stands for a bias of 0 and a scale of 1. Rows are shifted by their maximum before `outer` multiplies them: that
+    difference is exact where it is small.
     """
 
     bias: Tensor | None  # [V]
@@ -41,6 +42,11 @@ class LogitMap(NamedTuple):
     def slope(self, bounded: Tensor) -> Tensor | None:
         """The part of dz / d raw that is each logit's own, the tanh's derivative; None for 1."""
         return None if self.inner is None else 1 - bounded * bounded
+
+
+def times_row(value: Tensor, factor: Tensor | None) -> Tensor:
+    """The product of each row's value, [rows], and a factor, which may be each row's, [rows, 1]."""
+    return times(value, factor if factor is None or factor.dim() == 0 else factor.squeeze(-1))
 
 
 def times(value: Tensor, factor: Tensor | None) -> Tensor:

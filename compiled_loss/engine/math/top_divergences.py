@@ -18,7 +18,7 @@ from torch import Tensor
 from compiled_loss.engine.collectives import all_reduced, largest
 from compiled_loss.engine.math.divergence_kinds import Kind, Pair
 from compiled_loss.engine.math.divergences import Compared, Found, RowGradients, Rows, is_target, over, row
-from compiled_loss.engine.math.logit_maps import LogitMap, times
+from compiled_loss.engine.math.logit_maps import LogitMap, times, times_row
 from compiled_loss.engine.math.statistics import statistics_dtype
 
 
@@ -124,8 +124,8 @@ class TopCompared(NamedTuple):
         coarse, pair, student = self._coarse(rows), self.pair, self.pair.student
         coarse = coarse._replace(kind=coarse.kind._replace(statistics=""))
         known, _ = coarse.fold(None, None)
-        soft, hard = upstream.map(lambda g: times(g, student.factor()))
-        d = coarse.gradient(None, known, RowGradients(pair.over_temperature(soft), None), soft.dtype)
+        soft, hard = upstream.map(lambda g: times_row(g, student.factor()))
+        d = coarse.gradient(None, known, RowGradients(times_row(soft, pair.inverse_temperature), None), soft.dtype)
         d_top = d[..., : self.indices.shape[-1]]
         d_tail = torch.where(_is_tail(d), d, 0.0).sum(-1)  # a sum is written out: NOTE [Few reads]
         rest, top = (student.scaled(v - row(rows.maximum)) for v in self._bounded())
