@@ -33,7 +33,7 @@ class Problem(NamedTuple):
     values: Tensor  # of the `Target`
     indices: Tensor | None
     target_weight: Tensor | None
-    inverse_temperature: Tensor | None  # [N, 1]
+    inverse_temperatures: Tensor | None  # [N, 1]
     labels: Tensor | None  # [N], counted from the first of the classes
 
 

@@ -62,9 +62,10 @@ def operator(
     shapes in the place of tensors. In eager code the last argument's `compiled` says whether the operator is called or
     the function itself.
     """
-    fields = [
-        f"{_SCHEMA[hint.__forward_arg__]} {field}" for kind in kinds for field, hint in kind.__annotations__.items()
-    ]
+    hints = [(field, hint) for kind in kinds for field, hint in kind.__annotations__.items()]
+    fields = [f"{_SCHEMA[hint.__forward_arg__]} {field}" for field, hint in hints]
+    if len(dict(hints)) < len(hints):  # Inductor would say so in the first compiled call
+        raise TypeError(f"{name}: expected fields of different names, got {', '.join(fields)}")
 
     def define(implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
         def on_fields(*values: Any) -> list[Tensor]:

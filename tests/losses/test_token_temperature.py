@@ -118,13 +118,17 @@ TEACHERS = ("head", "top", "probabilities")
 DIVERGENCES = ("forward_kl", "reverse_kl", {"jsd": 0.3, "total_variation": 0.5, "lk": 0.2})
 
 
+_random = torch.Generator().manual_seed(3)
+TEACHER = (
+    torch.randn(2, 5, 4, generator=_random, dtype=torch.float64),
+    torch.randn(17, 4, generator=_random, dtype=torch.float64),
+)
+
+
 def two_distributions(of, teacher, hidden, weight, labels, bias, temperature, **more):
-    """A distillation of one teacher, which is the same for both."""
-    random = torch.Generator().manual_seed(3)
-    theirs = torch.randn(2, 5, 4, generator=random, dtype=torch.float64)
-    head = torch.randn(17, 4, generator=random, dtype=torch.float64)
-    log_p = torch.log_softmax(theirs @ head.t(), -1)
-    given, stored = (theirs, head), {}
+    """A distillation of one teacher."""
+    given, stored = TEACHER, {}
+    log_p = torch.log_softmax(TEACHER[0] @ TEACHER[1].t(), -1)
     if teacher != "head":
         given = (None, None)
         stored = {"teacher_topk": tuple(log_p.topk(5))} if teacher == "top" else {"teacher_probabilities": log_p.exp()}
@@ -179,7 +183,7 @@ def test_two_distributions_of_logits():
 def test_soft_cross_entropy(kind):
     hidden, weight, labels, _, temperature = inputs((2, 5))
     probabilities = torch.rand(2, 5, 17, dtype=torch.float64).requires_grad_()
-    teacher = {"teacher_hidden": torch.randn(2, 5, 4).double(), "teacher_weight": torch.randn(17, 4).double()}
+    teacher = {"teacher_hidden": TEACHER[0], "teacher_weight": TEACHER[1]}
     mask = (labels != -100).unsqueeze(-1)
 
     def loss(of):
