@@ -1,12 +1,15 @@
 """Policy losses beside those of TRL, verl and Liger, by the code of these packages themselves.
 
-They are not installed for the suite. In an environment of its own: pip install '.[peers]' pytest expecttest, and run this
-file alone; with -s it prints the differences that docs/reinforcement.md shows. verl 0.9.1 asks for another transformers
-than TRL does: pip install ray tensordict omegaconf codetiming orjson, and pip install --no-deps verl==0.9.1.
+They are not installed for the suite. In an environment of its own: pip install '.[peers]' pytest expecttest, and run
+this file alone; with -s it prints the differences that docs/reinforcement.md shows. verl 0.9.1 asks for another
+transformers than TRL does: pip install ray tensordict omegaconf codetiming orjson, pip install --no-deps verl==0.9.1.
 
 The functions get the same log-probabilities in fp64. Where a model belongs to the comparison, it is a tiny one with
 random weights.
 """
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,3 +299,68 @@ def test_liger_with_a_head(batch, strategy):
         **CLIP,
     ).loss
     agree(f"Liger with a head, {strategy}", mine, theirs, [hidden, head], tolerance=8 * 2**-24 * z.abs().max().item())
+
+
+# Losses of docs/your-own-loss.md
+
+
+@pytest.fixture(scope="module")
+def guide():
+    """The names that the blocks of the guide define."""
+    text = (Path(__file__).parents[2] / "docs" / "your-own-loss.md").read_text(encoding="utf-8")
+    names = {}
+    exec("".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)), names)
+    return names
+
+
+def own(batch, losses, normalisation):
+    return (losses * make_token_weights(batch.mask, normalisation)).sum()
+
+
+TOKEN_LOSSES = {  # (ours, our numbers, verl's options)
+    "dro": ("dro", (0.3,), {"policy": {"dro_beta": 0.3}}),
+    "dppo_tv": ("dppo_tv", (0.02, 0.03, 1.3), {"clip_ratio_low": 0.02, "clip_ratio_high": 0.03, "clip_ratio_c": 1.3}),
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_guide_beside_verl(batch, guide, name):
+    function, numbers, options = TOKEN_LOSSES[name]
+    losses = guide[function](batch, batch.old, batch.advantages, *numbers)
+    agree(f"verl {name}", own(batch, losses, "token_mean"), of_verl(batch, name, **options), [batch.logprob])
+
+
+def test_covariances_beside_verl(batch, guide):
+    """clip-cov draws among the tokens in its range, here all of them; verl leaves out those that are clipped."""
+    logprob, advantages = batch.logprob.detach(), batch.advantages.expand(B, S)
+    covariance = guide["covariances"](logprob, advantages, batch.mask)
+    largest = covariance >= covariance.flatten().topk(5).values[-1]
+    losses = guide["unclipped_with_kl"](batch, batch.old, advantages, 0.7 * largest)
+    theirs = of_verl(batch, "kl_cov", policy={"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7})  # 5 of 26 tokens
+    agree("verl kl_cov", own(batch, losses, "token_mean"), theirs, [batch.logprob])
+    ratio = (logprob - batch.old).exp()
+    clipped = ((ratio > 1.28) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    dropped = (covariance > 0.2) & (covariance < 5.0) & ~clipped
+    assert dropped.sum() > 1
+    mine = ours(batch, "token_mean", correction=(~dropped).double(), **CLIP)
+    policy = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.2, "clip_cov_ub": 5.0}
+    agree("verl clip_cov", mine, of_verl(batch, "clip_cov", policy=policy), [batch.logprob])
+
+
+def test_values_beside_verl(batch, guide):
+    core = pytest.importorskip("verl.trainer.ppo.core_algos")
+    value, old = batch.logprob, batch.old
+    theirs = core.compute_value_loss(value, batch.reference, old, batch.mask, cliprange_value=0.1)[0]
+    losses = guide["value_losses"](value, old, batch.reference, 0.1)
+    agree("verl value", own(batch, losses, "token_mean"), theirs, [value])
+
+
+def test_guide_beside_trl(batch, guide):
+    loss = guide["clipped_with_unbiased_kl"]
+    losses = loss(batch, batch.old, batch.reference, batch.advantages, 0.2, 0.28, 0.1)
+    theirs = of_trl(batch, beta=0.1, use_bias_correction_kl=True)
+    agree("TRL unbiased KL", own(batch, losses, "sequence_mean"), theirs, [batch.logprob])
+    kind = pytest.importorskip("trl").GRPOTrainer
+    arguments = (batch.logprob.detach(), batch.old, batch.advantages, batch.mask)
+    theirs = kind.get_gamma_weights(batch.advantages, arguments[0] - batch.old, batch.mask, None)
+    torch.testing.assert_close(guide["vespo_weights"](*arguments), theirs, rtol=1e-12, atol=0)
