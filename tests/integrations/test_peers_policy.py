@@ -9,6 +9,7 @@ random weights.
 """
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -364,3 +365,22 @@ def test_guide_beside_trl(batch, guide):
     arguments = (batch.logprob.detach(), batch.old, batch.advantages, batch.mask)
     theirs = kind.get_gamma_weights(batch.advantages, arguments[0] - batch.old, batch.mask, None)
     torch.testing.assert_close(guide["vespo_weights"](*arguments), theirs, rtol=1e-12, atol=0)
+
+
+def test_optimal_token_baseline_beside_verl():
+    """Of examples/recipes.py, with a reward at the end of each of four answers."""
+    core = pytest.importorskip("verl.trainer.ppo.core_algos")
+    recipes = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "recipes.py"))
+    hidden, weight = torch.randn(4, S, 6, dtype=torch.float64), torch.randn(37, 6, dtype=torch.float64)
+    hidden.requires_grad_()
+    lengths, rewards = torch.tensor([9, 4, 7, 5]), torch.rand(4, dtype=torch.float64)
+    mask = torch.arange(S) < lengths[:, None]
+    labels = torch.where(mask, torch.randint(0, 37, (4, S)), -100)
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    logprob = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    of_tokens = torch.zeros(4, S, dtype=torch.float64).scatter(1, lengths[:, None] - 1, rewards[:, None])
+    numbers = (of_tokens, mask.double(), [0] * 4, logprob, log_p.exp().square().sum(-1))
+    advantages = core.compute_optimal_token_baseline_advantage(*numbers, handle_zero_tail=False)[0]
+    theirs = -(advantages * logprob)[mask].mean()
+    mine = recipes["optimal_token_baseline"](hidden, weight, labels, rewards)
+    agree("verl optimal token baseline", mine, theirs, [hidden])
