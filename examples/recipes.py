@@ -147,7 +147,7 @@ def list_mle(hidden, weight, ids, chunking=Chunking()):
     """
     wanted = {"ids": ids, "kept_ids": ids, "wanted": ("logprob",)}
     z = linear_token_statistics(hidden, weight, ids[..., 0], chunking=chunking, **wanted).ids_logprob
-    return (z.flip(-1).logcumsumexp(-1).flip(-1) - z).sum(-1).mean()
+    return (z.flip(-1).logcumsumexp(-1).sum(-1) - z.sum(-1)).mean()
 
 
 def optimal_token_baseline(hidden, weight, labels, rewards, chunking=Chunking()):
