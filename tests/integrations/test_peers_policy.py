@@ -18,6 +18,8 @@ from policy_peers import ROUNDED, B, S, agree, made, of_liger, of_trl, of_verl, 
 
 from compiled_loss import Chunking, linear_policy_loss, make_token_weights, policy_loss
 
+pytest.importorskip("trl", reason="the extra 'peers' is not installed")
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what these packages import
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -21,7 +21,7 @@ class Batch(types.SimpleNamespace):
 
 
 def made():
-    """About half of its ratios are clipped."""
+    """Half of its ratios are out of bounds."""
     random = torch.Generator().manual_seed(4)
     normal = [torch.randn(B, S, generator=random, dtype=torch.float64) for _ in range(4)]
     logprob = -1.0 - normal[0].abs()
