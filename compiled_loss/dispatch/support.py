@@ -5,7 +5,8 @@ N tokens (any leading shape), K classes of each, V vocabulary. See engine/gather
 NOTE [Kept classes]
 A sampler that keeps the top of a distribution draws from it renormalised. Its log-probabilities are those over what it
 kept, and the importance ratios of a trainer that takes them over V are biased. So the kept classes of a token, and its
-label, are the whole support: z - log sum(exp(z)) over them. A negative id is padding.
+label, are the whole support: z - log sum(exp(z)) over them. A negative id is padding, and a class that is there twice
+counts once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss import checks
+from compiled_loss import checks, reduction
 from compiled_loss.dispatch.linear_loss import LinearCall
 from compiled_loss.engine.gathered_head import Gathered, gathered_logits
 from compiled_loss.engine.logits import plain_statistics
@@ -31,10 +32,10 @@ def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
     """Masked statistics [...], differentiable, over all classes or those that are kept."""
     if call.keywords.kept_ids is None:
         return call.statistics(wanted)
-    kept = _rows("kept_ids", call.keywords.kept_ids, call, once=True)
+    kept = _once(_rows("kept_ids", call.keywords.kept_ids, call))
     shape, active = call.tokens.labels.shape, call.tokens.active.reshape(-1)
     labels = call.tokens.labels.reshape(-1, 1)
-    chosen = _Chosen.of(call, torch.cat([torch.where(kept == labels, -1, kept), labels], -1))
+    chosen = _Chosen.of(call, torch.cat([torch.where(kept == labels, -1, kept), labels], -1), rounded=False)
     z = torch.where(chosen.there, chosen.z, -math.inf)
     with without_autocast(z.device):
         last = torch.full_like(labels[:, 0], z.shape[1] - 1)
@@ -42,7 +43,8 @@ def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
     if wanted.argmax:
         first = torch.where(z == z.amax(-1, keepdim=True), chosen.ids, call.vocabulary.size).amin(-1)
         rows = rows._replace(argmax=first - labels[:, 0])
-    rows = rows.map(lambda v: v * chosen.nan if v.is_floating_point() else v)
+    factor = chosen.nan * _fits(call, z.dtype)
+    rows = rows.map(lambda v: v * factor if v.is_floating_point() else v)
     return masked(rows, active).map(lambda v: v.reshape(shape))
 
 
@@ -50,19 +52,34 @@ def logprobs(call: LinearCall, rows: RowStatistics) -> Tensor:
     """Of the classes that were asked for, [..., K]: -inf of padding, 0 where a token does not count."""
     tokens = call.tokens
     assert call.keywords.ids is not None
-    ids = _rows("ids", call.keywords.ids, call, once=False)
-    chosen = _Chosen.of(call, ids)
+    ids = _rows("ids", call.keywords.ids, call)
+    chosen = _Chosen.of(call, ids, rounded=call.keywords.kept_ids is None)
     found = torch.where(chosen.there, chosen.z - rows.lse.reshape(-1, 1), -math.inf) * chosen.nan.unsqueeze(-1)
     found = torch.where(tokens.active.reshape(-1, 1), found, 0.0)
     return found.reshape(*tokens.labels.shape, ids.shape[-1])
 
 
-def _rows(name: str, ids: Tensor, call: LinearCall, *, once: bool) -> Tensor:
+def _rows(name: str, ids: Tensor, call: LinearCall) -> Tensor:
     """[N, K], of all tokens or of each."""
     active = call.tokens.active.reshape(-1)
-    ids = ids.reshape(-1, ids.shape[-1]).expand(active.shape[0], -1)
-    checks.ids.classes(name, ids, active, call.vocabulary.size, once=once)
+    shape = (active.shape[0], ids.shape[-1])
+    ids = ids.expand(shape) if ids.dim() == 1 else ids.reshape(shape)
+    checks.ids.classes(name, ids, active, call.vocabulary.size)
     return ids
+
+
+def _once(ids: Tensor) -> Tensor:
+    """Each class once, in order."""
+    if ids.shape[-1] < 2:
+        return ids
+    ids, _ = ids.sort(-1)
+    return torch.cat([ids[:, :1], torch.where(ids[:, 1:] == ids[:, :-1], -1, ids[:, 1:])], -1)
+
+
+def _fits(call: LinearCall, dtype: torch.dtype) -> Tensor | float:
+    """1, or NaN where more tokens count than were promised."""
+    compact = reduction.compacted(call.tokens.active, call.keywords.chunking)
+    return 1.0 if compact is None else compact.fits.to(dtype)
 
 
 def top_k(call: LinearCall, rows: RowStatistics, top: Top) -> TopK:
@@ -83,14 +100,16 @@ class _Chosen(NamedTuple):
     nan: Tensor  # [N], NaN where one is no class
 
     @staticmethod
-    def of(call: LinearCall, ids: Tensor) -> _Chosen:
-        """Of ids [N, K], which count from the first of all classes."""
+    def of(call: LinearCall, ids: Tensor, *, rounded: bool) -> _Chosen:
+        """Of ids [N, K], which count from the first of all classes; `rounded` to be beside those of a GEMM."""
         head, vocabulary = call.head, call.vocabulary
         active = call.tokens.active.reshape(-1)
         own = vocabulary.labels(ids)  # of padding none of ours, whatever a rank starts with
         gathered = Gathered(call.hidden, call.weight, head.bias, torch.where(ids < 0, -1, own), active)
         inverse = call.inverse_temperature
         inverse = None if inverse is None else inverse.reshape(-1)
-        z, _ = transformed(gathered_logits(gathered, vocabulary.group), Head(None, None, head.scales), inverse)
+        z, _ = transformed(
+            gathered_logits(gathered, vocabulary.group, rounded=rounded), Head(None, None, head.scales), inverse
+        )
         outside = (ids >= vocabulary.size).any(-1) & active
-        return _Chosen(ids, ids >= 0, z, torch.ones_like(z[:, 0]).masked_fill(outside, math.nan))
+        return _Chosen(ids, ids >= 0, z, z.new_ones(z.shape[:1]).masked_fill(outside, math.nan))

@@ -33,25 +33,28 @@ class Gathered(NamedTuple):
 
 
 class _Way(NamedTuple):
+    rounded: bool  # whether h . w is rounded to the dtype of h, as a GEMM rounds it
     compiled: bool  # whether the operator hides the loop from a compiler
 
 
-def gathered_logits(gathered: Gathered, group: str | None) -> Tensor:
+def gathered_logits(gathered: Gathered, group: str | None, *, rounded: bool) -> Tensor:
     """Of each token's classes [N, K], in the statistics' dtype, differentiable. Over a group: NOTE [Ranks]."""
     if traced():
-        return _plain(gathered)
+        return _plain(gathered, rounded=rounded)
     with without_autocast(gathered.hidden.device):
-        logits: Tensor = _GatheredLogits.apply(*gathered, group)
+        logits: Tensor = _GatheredLogits.apply(*gathered, group, rounded)
     return logits
 
 
-def _plain(gathered: Gathered) -> Tensor:
+def _plain(gathered: Gathered, *, rounded: bool) -> Tensor:
     """The same by ordinary autograd, which holds [N, K, H]."""
     dtype = statistics_dtype(gathered.hidden.dtype)
     ours = _ours(gathered)
     ids = torch.where(ours, gathered.ids, 0)
     hidden = torch.where(gathered.active.unsqueeze(-1), gathered.hidden, 0.0).to(dtype)
     logits = (gathered.weight[ids].to(dtype) * hidden.unsqueeze(1)).sum(-1)
+    if rounded:
+        logits = logits.to(gathered.hidden.dtype).to(dtype)
     if gathered.bias is not None:
         logits = logits + gathered.bias[ids].to(dtype)
     return torch.where(ours, logits, 0.0)
@@ -87,14 +90,16 @@ def _operations(gathered: Gathered, *_rest: Any) -> int:
 
 
 @operator("gather_logits", Gathered, _Way, like=_like, operations=_operations)
-def _gather(gathered: Gathered, _way: _Way) -> list[Tensor]:
+def _gather(gathered: Gathered, way: _Way) -> list[Tensor]:
     """The logits of a rank's own classes, 0 for all others."""
-    (logits,) = _like(gathered, _way)
+    (logits,) = _like(gathered, way)
     logits.zero_()
     ours = _ours(gathered)
     for rows, ids, states in _blocks(gathered, ours):
         weight = gathered.weight[ids].to(states.dtype)
         found = torch.bmm(weight, states.unsqueeze(-1)).squeeze(-1)
+        if way.rounded:
+            found = found.to(gathered.hidden.dtype).to(found.dtype)
         if gathered.bias is not None:
             found += gathered.bias[ids]
         logits[rows] = torch.where(ours[rows], found, 0.0)
@@ -149,9 +154,9 @@ def _gradients(gathered: Gathered, upstream: _Upstream, needs: Needs, _way: _Way
 class _GatheredLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        gathered, (group,) = unpack(args, Gathered)
+        gathered, (group, rounded) = unpack(args, Gathered)
         ctx.save_for_backward(*gathered)
-        (logits,) = _gather(gathered, _Way(torch.compiler.is_compiling()))
+        (logits,) = _gather(gathered, _Way(rounded, torch.compiler.is_compiling()))
         return all_reduced([logits], "sum", group)[0]
 
     @staticmethod
@@ -161,6 +166,6 @@ class _GatheredLogits(torch.autograd.Function):
         wanted, _ = unpack(ctx.needs_input_grad, Gathered)
         needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
         with without_autocast(g.device):  # whatever backward's caller is in
-            found = _gradients(gathered, _Upstream(g), needs, _Way(torch.compiler.is_compiling()))
+            found = _gradients(gathered, _Upstream(g), needs, _Way(False, torch.compiler.is_compiling()))
         hidden, weight, bias = Gradients.pop_from(found, needs, gathered.bias)
-        return *none(Gathered)._replace(hidden=hidden, weight=weight, bias=bias), None
+        return *none(Gathered)._replace(hidden=hidden, weight=weight, bias=bias), None, None

@@ -53,6 +53,8 @@ def policy_loss(
 ) -> PolicyLoss:
     r"""A policy-gradient loss of log-probabilities that exist, with r = exp(logprob - old_logprob) and advantages A.
 
+    Log-ratios above 80 count as 80, so that no ratio is infinite.
+
     =================  ==========================================  ==================================================
     kind               a token's loss                              used by
     =================  ==========================================  ==================================================

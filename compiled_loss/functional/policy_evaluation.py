@@ -12,7 +12,17 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.engine.math.statistics import TokenStatistics
-from compiled_loss.functional.policy_terms import KINDS, KLS, Numbers, Rows, Terms, inputs_of, kl_of, token_loss
+from compiled_loss.functional.policy_terms import (
+    KINDS,
+    KLS,
+    Numbers,
+    Rows,
+    Terms,
+    bounded,
+    inputs_of,
+    kl_of,
+    token_loss,
+)
 from compiled_loss.functional.weights import means_of_sequences
 
 
@@ -159,8 +169,8 @@ class Policy(NamedTuple):
 
     def bound(self, advantages: Tensor) -> Tensor:
         """Of each token's log-ratio, of "gmpo": from above or, where the advantage is negative, from below."""
-        by = self.numbers
-        return torch.where(advantages < 0, -by.clip_low, torch.ones_like(advantages) * by.clip_high)
+        by, ones = self.numbers, torch.ones_like(advantages)  # products: keywords.py, `scales`
+        return torch.where(advantages < 0, -(ones * by.clip_low), ones * by.clip_high)
 
     def free(self, log_ratio: Tensor, advantages: Tensor) -> Tensor | None:
         """Which log-ratios are within it; None but for "gmpo"."""
@@ -179,7 +189,7 @@ class Policy(NamedTuple):
             return torch.where(counts, values, 0.0).sum() / number
 
         log_ratio = torch.where(counts, logprob - rows.old_logprob, 0.0)
-        ratio = torch.where(counts, logprob - compared, 0.0).exp()
+        ratio = bounded(torch.where(counts, logprob - compared, 0.0)).exp()
         low = high = None
         if terms.kind in ("clip", "cispo_two_sided"):
             low = mean(((ratio < 1 - numbers.clip_low) & (rows.advantages < 0)).to(ratio.dtype))
@@ -197,7 +207,7 @@ class Policy(NamedTuple):
             ratio_mean=mean(ratio),
             ratio_min=torch.where(counts, ratio, torch.inf).amin() if ratio.numel() else ratio.new_zeros(()),
             ratio_max=torch.where(counts, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_zeros(()),
-            kl_to_old=mean(log_ratio.expm1() - log_ratio),
+            kl_to_old=mean(bounded(log_ratio).expm1() - log_ratio),
             clipped_low=low,
             clipped_high=high,
             kl_to_reference=reference,

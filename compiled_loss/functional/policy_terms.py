@@ -64,8 +64,13 @@ def kl_of(kl: str, logprob: Tensor, reference_logprob: Tensor) -> Tensor:
     k2 = log_ratio.square() / 2
     if kl == "k2":
         return k2
-    estimate = -log_ratio if kl.startswith("k1") else log_ratio.expm1() - log_ratio
+    estimate = -log_ratio if kl.startswith("k1") else bounded(log_ratio).expm1() - log_ratio
     return (estimate - k2).detach() + k2 if kl.endswith("straight_through") else estimate
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """At most 80: the exponential is finite in fp32, or its product with 0 were NaN."""
+    return log_ratio.clamp(max=80.0)
 
 
 def token_loss(terms: Terms) -> Callable[..., Tensor]:
@@ -77,7 +82,7 @@ def _surrogate(terms: Terms, logprob: Tensor, old_logprob: Tensor, advantages: T
     """The policy term of each token."""
     if terms.kind == "reinforce":
         return -logprob * advantages
-    ratio = (logprob - old_logprob).exp()
+    ratio = bounded(logprob - old_logprob).exp()
     if terms.kind == "gmpo":  # of sequences, whose mean has been clipped
         return -ratio * advantages
     if terms.kind == "cispo":

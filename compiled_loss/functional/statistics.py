@@ -155,7 +155,7 @@ def linear_token_statistics(
         ids: int64, classes whose log-probabilities are wanted as well, K of each token or the same K of all; a negative
             one is padding, of log-probability -inf.
         top_k: how many of the most probable classes are wanted as well, from 1 to V.
-        kept_ids: int64, the classes that a sampler kept for each token, each once, negative ones padding. All
+        kept_ids: int64, the classes that a sampler kept for each token, in any order, negative ones padding. All
             statistics are then those of the softmax over them and the label, renormalised, and no GEMM over V is done.
             `mean_logit` is not among them.
         vocab_shard: see :func:`linear_cross_entropy`.

@@ -47,6 +47,12 @@ PROMISED = {
         r"main \d+, depth 0 \d+, depth 1 \d+",
         r"step +2/2 +main \d\.\d+ +depth 0 \d\.\d+ +depth 1 \d\.\d+",
     ],
+    "recipes": [
+        r"recipe +GEMMs +loss +cross-entropy",
+        r"focal +3\.00 +\d\.\d+ +\d\.\d+ +\d\.\d+ +\d\.\d+",
+        r"unlikelihood +4\.\d\d .*",
+        r"list_mle +0\.\d\d .*",
+    ],
     "train_tensor_parallel": [
         r"logits of a rank that are never held: \[2048, 4096\]",
         r"step +2/2 +loss \d\.\d+",

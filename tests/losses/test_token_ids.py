@@ -223,12 +223,48 @@ def test_ids_that_are_no_classes(name):
     assert values.isnan().nonzero().tolist() == [[1, 2]]
 
 
-def test_a_class_kept_twice():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_class_kept_twice_counts_once(compiled):
     hidden, weight, labels, _ = inputs()
     ids = ids_of(labels.shape, 4)
-    ids[1, 2, 0] = ids[1, 2, 3]
-    with pytest.raises(ValueError, match=r"^kept_ids: expected each class once a token, got \d+ twice"):
-        linear_token_statistics(hidden, weight, labels, kept_ids=ids)
+    twice = torch.cat([ids[..., 2:], ids, ids[..., :1], labels.clamp(min=0).unsqueeze(-1)], -1)
+    run = (
+        torch.compile(linear_token_statistics, fullgraph=True, backend="eager") if compiled else linear_token_statistics
+    )
+    found, expected = (run(hidden, weight, labels, kept_ids=v) for v in (twice, ids))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ids", "kept_ids"])
+def test_no_ids_at_all(name):
+    hidden, weight, labels, _ = inputs()
+    found = linear_token_statistics(hidden, weight, labels, **{name: labels.new_empty(*labels.shape, 0)})
+    if name == "ids":
+        assert found.ids_logprob.shape == (*labels.shape, 0)
+    else:
+        assert (found.logprob == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probabilities_of_ids_are_those_of_the_same_pass(dtype):
+    """The label's is its own, and those of all classes sum to 1, although logits are rounded."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 64).to(dtype), torch.randn(100, 64).to(dtype)
+    labels = (hidden.float() @ weight.float().t()).argmax(-1)
+    found = linear_token_statistics(hidden, weight, labels, ids=labels.unsqueeze(-1))
+    torch.testing.assert_close(found.ids_logprob[:, 0], found.logprob, rtol=1e-4, atol=1e-5)
+    every = linear_token_statistics(hidden, weight, labels, ids=torch.arange(100)).ids_logprob
+    torch.testing.assert_close(every.exp().sum(-1), torch.ones(64), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ids", "kept_ids"])
+def test_more_tokens_than_were_promised(name):
+    hidden, weight, labels, _ = inputs()
+    more = {name: ids_of(labels.shape, 4), "chunking": Chunking(max_label_tokens=3)}
+    with pytest.raises(ValueError, match=r"^max_label_tokens: "):
+        linear_token_statistics(hidden, weight, labels, **more)
+    found = torch.compile(linear_token_statistics, fullgraph=True, backend="eager")(hidden, weight, labels, **more)
+    assert found.logprob[labels != -100].isnan().all()
 
 
 def test_pad_ids():
