@@ -16,7 +16,8 @@ from torch import Tensor
 from compiled_loss import checks
 from compiled_loss.checks import numbers
 from compiled_loss.engine.compaction import Compaction
-from compiled_loss.engine.math.statistics import Classes, Coefficients, Divisor, statistics_dtype
+from compiled_loss.engine.math.coefficients import Classes, Coefficients, Divisor
+from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.planner.chunking import Chunking
 
 

@@ -16,15 +16,11 @@ from compiled_loss.checks import (
 )
 from compiled_loss.checks.arguments import (
     UnsupportedTorchError,
-    alignment,
     class_dim,
     class_labels,
     class_weights,
-    count,
-    count_device,
     differ,
     first_derivative,
-    flag,
     floating,
     floating_dtype,
     head,
@@ -34,19 +30,25 @@ from compiled_loss.checks.arguments import (
     linear_weight,
     logits,
     per_token,
-    positive,
-    reduction,
     same_device,
     same_dtype,
-    shift_fits,
     sizes,
-    statistics_wanted,
     tensor,
-    terms,
     tokens,
     torch_version,
-    transform,
     vocabulary_vector,
+)
+from compiled_loss.checks.options import (
+    alignment,
+    count,
+    count_device,
+    flag,
+    positive,
+    reduction,
+    shift_fits,
+    statistics_wanted,
+    terms,
+    transform,
 )
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from compiled_loss.checks import numbers
-from compiled_loss.checks.arguments import flag
+from compiled_loss.checks.options import flag
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "acceptance", "lk")
 

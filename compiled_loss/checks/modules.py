@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compiled_loss.checks import arguments, divergences, multi_token, numbers, targets
+from compiled_loss.checks import arguments, divergences, multi_token, numbers, options, targets
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -65,12 +65,12 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
 def kept(values: Mapping[str, Any], chunking: type) -> None:
     """Raise unless each keyword that a Module keeps, known by its name, is in its range; `chunking` is a class."""
     given = values.get
-    arguments.transform(given("softcap"), given("temperature", 1.0))
-    arguments.positive("logit_scale", given("logit_scale", 1.0))
+    options.transform(given("softcap"), given("temperature", 1.0))
+    options.positive("logit_scale", given("logit_scale", 1.0))
     targets.logit_map(given("teacher_softcap"), given("teacher_logit_scale"), "teacher_")
-    arguments.terms(given("label_smoothing", 0.0), given("z_loss", 0.0))
-    arguments.alignment(given("shift", 0), given("ignore_index", -100), 1)
-    arguments.reduction(given("reduction", "mean"))
+    options.terms(given("label_smoothing", 0.0), given("z_loss", 0.0))
+    options.alignment(given("shift", 0), given("ignore_index", -100), 1)
+    options.reduction(given("reduction", "mean"))
     arguments.class_dim(given("class_dim", -1))
     multi_token.scaling(given("scaling_factor", 0.1))
     softcapping(given("logit_softcapping", 0.0))
@@ -175,7 +175,7 @@ def scaling(scaling_factor: float | None, ignored: int | None) -> None:
     if scaling_factor is not None:
         multi_token.scaling(scaling_factor, " or None")
     if ignored is not None:
-        arguments.alignment(0, ignored, 1)
+        options.alignment(0, ignored, 1)
 
 
 def pipeline(loss: object, model: object) -> None:

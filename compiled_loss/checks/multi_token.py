@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_loss.checks import arguments, numbers
+from compiled_loss.checks import arguments, numbers, options
 
 
 def multi_token(
@@ -28,7 +28,7 @@ def multi_token(
         raise TypeError(f"depth: expected an int >= 0, got {type(depth).__name__}")
     if depth < 0:
         raise ValueError(f"depth: expected an int >= 0, got {depth}")
-    arguments.alignment(0, ignore_index, labels_.dim())
+    options.alignment(0, ignore_index, labels_.dim())
     _mask(mask, labels_)
     length = labels_.shape[-1:]
     for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_loss.checks import arguments, numbers
+from compiled_loss.checks import arguments, numbers, options
 from compiled_loss.checks.policy import at_least_zero, needed, of_tokens, one_of, segment_tensor, unused
 
 
@@ -45,7 +45,7 @@ def divergence(value: str, names: tuple[str, ...], kind: str, scored: tuple[str,
 
 def normalised_length(value: Any, kind: str) -> None:
     """Raise unless it is True or False; the odds of an answer are those of its mean token."""
-    arguments.flag("length_normalised", value)
+    options.flag("length_normalised", value)
     if kind == "orpo" and not value:
         raise ValueError("length_normalised: expected True beside kind='orpo', got False")
 

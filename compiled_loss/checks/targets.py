@@ -11,7 +11,6 @@ from torch import Tensor
 from compiled_loss.checks import numbers
 from compiled_loss.checks.arguments import (
     differ,
-    flag,
     floating,
     head,
     same_device,
@@ -19,6 +18,7 @@ from compiled_loss.checks.arguments import (
     tensor,
     vocabulary_vector,
 )
+from compiled_loss.checks.options import flag
 
 
 def same_logits(

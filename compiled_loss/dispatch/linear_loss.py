@@ -20,19 +20,10 @@ from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.gradients import Needs
 from compiled_loss.engine.math import row_losses
 from compiled_loss.engine.math.bodies import transformed
+from compiled_loss.engine.math.coefficients import Classes, Coefficients, Divisor, combine
 from compiled_loss.engine.math.problem import Head, Problem
 from compiled_loss.engine.math.row_losses import Named
-from compiled_loss.engine.math.statistics import (
-    Classes,
-    Coefficients,
-    Divisor,
-    RowStatistics,
-    Wanted,
-    combine,
-    masked,
-    of_rows,
-    statistics_dtype,
-)
+from compiled_loss.engine.math.statistics import RowStatistics, Wanted, masked, of_rows, statistics_dtype
 from compiled_loss.engine.top import Top
 from compiled_loss.engine.top import top as top_of
 from compiled_loss.engine.transforms import traced, without_autocast

@@ -17,8 +17,9 @@ from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import logits as logits_pass
 from compiled_loss.engine.logits import Given
+from compiled_loss.engine.math.coefficients import combine
 from compiled_loss.engine.math.problem import Head
-from compiled_loss.engine.math.statistics import RowStatistics, Wanted, combine, masked, statistics_dtype
+from compiled_loss.engine.math.statistics import RowStatistics, Wanted, masked, statistics_dtype
 from compiled_loss.engine.transforms import traced, without_autocast
 
 

@@ -19,10 +19,10 @@ from compiled_loss.engine import divergence_operators as operators
 from compiled_loss.engine import gemm
 from compiled_loss.engine.divergence_operators import Counts, How, Problem
 from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
+from compiled_loss.engine.math.coefficients import unit_scale
 from compiled_loss.engine.math.divergence_kinds import Kind, Pair
 from compiled_loss.engine.math.divergences import Found, RowGradients, Rows, Target
 from compiled_loss.engine.math.logit_maps import times
-from compiled_loss.engine.math.statistics import unit_scale
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import Lengths

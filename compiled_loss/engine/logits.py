@@ -11,8 +11,9 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Upstream
+from compiled_loss.engine.math.coefficients import Classes
 from compiled_loss.engine.math.problem import Head, slack
-from compiled_loss.engine.math.statistics import Classes, RowStatistics, State, Wanted, finish, initial_state
+from compiled_loss.engine.math.statistics import RowStatistics, State, Wanted, finish, initial_state
 from compiled_loss.engine.operators import none, unpack
 from compiled_loss.engine.transforms import without_autocast
 

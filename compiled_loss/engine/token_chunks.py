@@ -17,18 +17,10 @@ from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs, UnscaledGradients, scaled_gradients
 from compiled_loss.engine.math import bodies, row_losses
+from compiled_loss.engine.math.coefficients import Classes, Divisor, unit_scale
 from compiled_loss.engine.math.problem import Problem, slack
 from compiled_loss.engine.math.row_losses import Named
-from compiled_loss.engine.math.statistics import (
-    Classes,
-    Divisor,
-    RowStatistics,
-    Wanted,
-    finish,
-    initial_state,
-    statistics_dtype,
-    unit_scale,
-)
+from compiled_loss.engine.math.statistics import RowStatistics, Wanted, finish, initial_state, statistics_dtype
 from compiled_loss.engine.operators import none, operator, unpack
 from compiled_loss.engine.top import Top, top
 from compiled_loss.planner.plan import Lengths

@@ -15,8 +15,9 @@ from torch import Tensor
 from compiled_loss.checks import functions as checks
 from compiled_loss.engine.kernels import symbolic_rows
 from compiled_loss.engine.math import row_losses
+from compiled_loss.engine.math.coefficients import Classes
 from compiled_loss.engine.math.row_losses import Evaluated, RowGradients, RowLoss
-from compiled_loss.engine.math.statistics import NAMES, Classes, RowStatistics, TokenStatistics, Wanted, of_rows, wanted
+from compiled_loss.engine.math.statistics import NAMES, RowStatistics, TokenStatistics, Wanted, of_rows, wanted
 from compiled_loss.engine.transforms import without_autocast
 
 _ROWS = 5  # of the example on which a function is tried

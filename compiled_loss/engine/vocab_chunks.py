@@ -17,20 +17,16 @@ from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.gradients import Gradients, Needs
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Upstream
+from compiled_loss.engine.math.coefficients import Classes, Coefficients, Divisor, combine, unit_scale
 from compiled_loss.engine.math.problem import Head, Problem, slack
 from compiled_loss.engine.math.statistics import (
-    Classes,
-    Coefficients,
-    Divisor,
     RowStatistics,
     State,
     Wanted,
-    combine,
     finish,
     initial_state,
     masked,
     statistics_dtype,
-    unit_scale,
 )
 from compiled_loss.engine.operators import none, operator, unpack
 from compiled_loss.engine.token_chunks import Asked, fold_operations, found_statistics, product, statistics_like

@@ -20,15 +20,9 @@ from torch import Tensor
 
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math import row_losses
+from compiled_loss.engine.math.coefficients import Classes
 from compiled_loss.engine.math.problem import Head, Labels, Temperature, slack
-from compiled_loss.engine.math.statistics import (
-    Classes,
-    State,
-    Wanted,
-    depends_on,
-    finish,
-    statistics_dtype,
-)
+from compiled_loss.engine.math.statistics import State, Wanted, depends_on, finish, statistics_dtype
 from compiled_loss.engine.operators import unpack
 
 Output = tuple[Tensor, ...]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from compiled_loss.engine.math.statistics import Classes, Coefficients, RowStatistics, Wanted, combine
+from compiled_loss.engine.math.coefficients import Classes, Coefficients, combine
+from compiled_loss.engine.math.statistics import RowStatistics, Wanted
 
 
 class RowGradients(NamedTuple):
