@@ -1,4 +1,4 @@
-"""A clipped policy loss with an entropy bonus: fused, by statistics, and as trainers write it.
+"""A clipped policy loss with an entropy bonus: fused, by statistics, as trainers write it, and of TRL's fused head.
 
     python -m benches.policy
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import platform
 import statistics
@@ -63,7 +64,17 @@ def whole(h: Tensor, w: Tensor, y: Tensor, old: Tensor, advantages: Tensor) -> T
     return policy_loss(logprob, old, advantages, entropy=entropy, entropy_coefficient=BONUS).loss
 
 
+def by_trl(h: Tensor, w: Tensor, y: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """The log-probabilities of TRL's fused head, in tiles of 32768 columns as its trainers take them."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ("entropy",))
+    return policy_loss(logprob, old, advantages, entropy=entropy, entropy_coefficient=BONUS).loss
+
+
 PROVIDERS: dict[str, Loss] = {"fused": fused, "statistics": by_statistics, "checkpointed": checkpointed, "whole": whole}
+if importlib.util.find_spec("trl") is not None:  # of the extra `peers`
+    PROVIDERS["trl"] = by_trl
 
 
 def inputs(tokens: int, width: int, vocab: int) -> tuple[Tensor, ...]:
@@ -94,7 +105,8 @@ def made(provider: str, mode: str) -> Loss:
 
 def measured(shape: tuple[int, int, int], mode: str, rounds: int) -> list[dict[str, Any]]:
     """A row for each provider."""
-    given, losses = inputs(*shape), {name: made(name, mode) for name in PROVIDERS}
+    names = [name for name in PROVIDERS if name != "trl" or mode == "eager"]
+    given, losses = inputs(*shape), {name: made(name, mode) for name in names}
     exact = torch.autograd.grad(whole(*given), given[:2])
     for loss in losses.values():
         for mine, theirs in zip(torch.autograd.grad(loss(*given), given[:2]), exact, strict=True):
