@@ -195,7 +195,10 @@ def _sum(
     summing: _Summing,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """The state of every row, by what to multiply its gradients, the loss, and statistics if wanted, masked."""
+    """The state of every row, by what to multiply its gradients, the loss, and statistics if wanted, masked.
+
+    In one operator, so that a compiled caller has no kernel of the loss to compile.
+    """
     labels, (state, _) = problem.labels, _folded(problem, asked, lengths)
     known = _finished(problem, state)
     loss = combine(known, coefficients, labels, classes).sum()
