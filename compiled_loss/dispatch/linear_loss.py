@@ -15,7 +15,7 @@ from compiled_loss import checks, reduction
 from compiled_loss.dispatch.keywords import Keywords
 from compiled_loss.distributed.vocab_shard import Vocabulary
 from compiled_loss.engine import logits as logits_pass
-from compiled_loss.engine import token_chunks, vocab_chunks
+from compiled_loss.engine import token_chunks, token_statistics, vocab_chunks
 from compiled_loss.engine.compaction import Compaction
 from compiled_loss.engine.gradients import Needs
 from compiled_loss.engine.math import row_losses
@@ -149,12 +149,12 @@ class LinearCall(NamedTuple):
             rows = logits_pass.plain_statistics(logits, problem.labels, self.head, inverse, wanted)
             top = top_of(logits.detach(), self.head.bias, problem.labels, None, k) if k else None
         else:
-            asked = token_chunks.Asked(*wanted, self.vocabulary.group, k)
+            asked = token_statistics.Asked(*wanted, self.vocabulary.group, k)
             with without_autocast(self.hidden.device):
                 if self.strategy == "vocab":
                     rows, top = vocab_chunks.statistics(problem, classes, asked, self.lengths)
                 else:
-                    rows, top = token_chunks.statistics(problem, asked, self.lengths)
+                    rows, top = token_statistics.statistics(problem, asked, self.lengths)
         return masked(rows, active), top
 
     def _loss(

@@ -21,7 +21,8 @@ from compiled_loss.engine.math.divergences import Found, RowGradients, Rows
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.math.top_divergences import Place, finite_
 from compiled_loss.engine.operators import operator
-from compiled_loss.engine.token_chunks import chunks, kept, of_chunk
+from compiled_loss.engine.token_chunks import kept
+from compiled_loss.engine.token_statistics import chunks, of_chunk
 from compiled_loss.planner.plan import Lengths
 
 

@@ -29,7 +29,7 @@ from compiled_loss.engine.math.statistics import (
     statistics_dtype,
 )
 from compiled_loss.engine.operators import none, operator, unpack
-from compiled_loss.engine.token_chunks import Asked, fold_operations, found_statistics, product, statistics_like
+from compiled_loss.engine.token_statistics import Asked, fold_operations, found_statistics, product, statistics_like
 from compiled_loss.engine.top import Top, top
 from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import Lengths
