@@ -95,7 +95,8 @@ def on_logits(
         found = divergence_logits.plain_divergence(logits, target, labels, kind, pair)
         return weighted.of(found), found
     shape = logits.shape[:-1]
-    logits, *present = merged(logits, *[v for v in target if v is not None])
+    logits, *rest = merged(logits, *[v for v in target if v is not None])
+    present = list(rest)  # Dynamo 2.11 makes a tuple of them
     target = Target(*[None if v is None else present.pop(0) for v in target])  # type: ignore[arg-type]
     labels = None if labels is None else labels.reshape(logits.shape[:-1])
     with without_autocast(logits.device):

@@ -106,7 +106,8 @@ def _made(terms: Terms) -> Callable[..., Tensor]:
     there = (terms.weighted, terms.kl is not None, terms.corrected, terms.entropy and terms.weighted)
 
     def policy(statistics: TokenStatistics, *inputs: Any) -> Tensor:
-        old_logprob, advantages, *left = inputs
+        old_logprob, advantages, *rest = inputs
+        left = list(rest)  # Dynamo 2.11 makes a tuple of them
         rows = Rows(old_logprob, advantages, *[left.pop(0) if one else None for one in there])
         by = Numbers(*left)
         losses = _surrogate(terms, statistics.logprob, rows.old_logprob, rows.advantages, by)
