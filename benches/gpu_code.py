@@ -96,10 +96,17 @@ def instructions(found: Inspection, folder: Path, logits: int) -> list[float]:
             sizes = {k: int(n) for k, n in re.findall(r"^    (\w+)numel = (\d+)", kernel.source, re.MULTILINE)}
             blocks = {k: int(n) for k, n in re.findall(r"(\w+)=(\d+)", kernel.configurations[0].options)}
             outer = {k: n for k, n in sizes.items() if k != "r0_"}
+            outer = outer or {"x": rows(found, kernel.name, sizes.get("r0_", 1))}
             programs = math.prod(-(-n // blocks[f"{k.upper()}BLOCK"]) for k, n in outer.items())
             each = issued(disassembled(cubin), sizes.get("r0_", 0), blocks.get("R0_BLOCK", 0))
             total[kernel.name] = programs * 32 * blocks["warps"] * each
     return [sum(total.get(name, 0) * n for name, n in p.kernels.items()) / logits for p in found.passes]
+
+
+def rows(found: Inspection, name: str, columns: int) -> int:
+    """Of a launch of a kernel for any number of them, by the bf16 logits, which are nearly all that it reads."""
+    launches = [launch for one in found.passes for launch in one.launches if launch.kernel == name]
+    return max([launch.read_bytes for launch in launches]) // (2 * columns)
 
 
 def disassembled(cubin: Path) -> str:
