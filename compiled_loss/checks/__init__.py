@@ -40,6 +40,7 @@ from compiled_loss.checks.arguments import (
 )
 from compiled_loss.checks.options import (
     alignment,
+    argmax_wanted,
     count,
     count_device,
     flag,
@@ -54,6 +55,7 @@ from compiled_loss.checks.options import (
 __all__ = [
     "UnsupportedTorchError",
     "alignment",
+    "argmax_wanted",
     "chunking",
     "class_dim",
     "class_labels",

@@ -72,6 +72,12 @@ def statistics_wanted(wanted: Any, names: Sequence[str]) -> None:
             raise ValueError(f"{expected}, got {name!r}")
 
 
+def argmax_wanted(wanted: bool, vocab: int) -> None:
+    """Raise where columns are too many to be told apart in fp32, in which they are compared."""
+    if wanted and vocab > 2**24:
+        raise ValueError(f"wanted: expected no 'first_argmax' of more than {2**24} classes, got V = {vocab}")
+
+
 def flag(name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool):

@@ -67,7 +67,7 @@ class LinearCall(NamedTuple):
         if top is not None:
             parts = top if compact is None else map(compact.scattered, top)
             top = Top(*[v.reshape(*shape, k) for v in parts])
-        return self._back(rows, compact, self._factor(compact, rows.nll)), top
+        return self._back(rows, compact, self.factor(compact, rows.nll)), top
 
     def _loss_and_rows(self, *, with_statistics: bool, with_entropy: bool) -> tuple[Tensor, RowStatistics | None]:
         keywords, dtype = self.keywords, statistics_dtype(self.hidden.dtype)
@@ -82,7 +82,7 @@ class LinearCall(NamedTuple):
         loss, rows = self._gathered(compact)._loss(
             coefficients, divisor, with_statistics=with_statistics, with_entropy=with_entropy
         )
-        factor = self._factor(compact, loss)
+        factor = self.factor(compact, loss)
         if keywords.reduction == "none":
             loss = (loss if compact is None else compact.scattered(loss)).reshape(self.tokens.labels.shape)
         return (
@@ -116,7 +116,7 @@ class LinearCall(NamedTuple):
                 found.append(torch.ones((), dtype=dtype, device=self.hidden.device) * value)
         return tuple(found)
 
-    def _factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
+    def factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
         """Of all results: NaN where tokens are not what was promised."""
         factor = None if compact is None else compact.fits
         if self.vocabulary.group is not None:

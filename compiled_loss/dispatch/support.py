@@ -43,8 +43,10 @@ def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
     if wanted.argmax:
         first = torch.where(z == z.amax(-1, keepdim=True), chosen.ids, call.vocabulary.size).amin(-1)
         rows = rows._replace(argmax=first - labels[:, 0])
-    factor = chosen.nan * _fits(call, z.dtype)
-    rows = rows.map(lambda v: v * factor if v.is_floating_point() else v)
+    compact = reduction.compacted(call.tokens.active, call.keywords.chunking)
+    factor = call.factor(compact, z)
+    own = chosen.nan if factor is None else chosen.nan * factor
+    rows = rows.map(lambda v: v * own if v.is_floating_point() else v)
     return masked(rows, active).map(lambda v: v.reshape(shape))
 
 
@@ -65,6 +67,7 @@ def _rows(name: str, ids: Tensor, call: LinearCall) -> Tensor:
     shape = (active.shape[0], ids.shape[-1])
     ids = ids.expand(shape) if ids.dim() == 1 else ids.reshape(shape)
     checks.ids.classes(name, ids, active, call.vocabulary.size)
+    call.vocabulary.check_equal(ids)
     return ids
 
 
@@ -74,12 +77,6 @@ def _once(ids: Tensor) -> Tensor:
         return ids
     ids, _ = ids.sort(-1)
     return torch.cat([ids[:, :1], torch.where(ids[:, 1:] == ids[:, :-1], -1, ids[:, 1:])], -1)
-
-
-def _fits(call: LinearCall, dtype: torch.dtype) -> Tensor | float:
-    """1, or NaN where more tokens count than were promised."""
-    compact = reduction.compacted(call.tokens.active, call.keywords.chunking)
-    return 1.0 if compact is None else compact.fits.to(dtype)
 
 
 def top_k(call: LinearCall, rows: RowStatistics, top: Top) -> TopK:
@@ -97,7 +94,7 @@ class _Chosen(NamedTuple):
     ids: Tensor  # [N, K]
     there: Tensor  # [N, K] bool, False for padding
     z: Tensor  # [N, K]
-    nan: Tensor  # [N], NaN where one is no class
+    nan: Tensor  # [N], NaN where one is no class, or ranks have others
 
     @staticmethod
     def of(call: LinearCall, ids: Tensor, *, rounded: bool) -> _Chosen:
@@ -108,8 +105,8 @@ class _Chosen(NamedTuple):
         gathered = Gathered(call.hidden, call.weight, head.bias, torch.where(ids < 0, -1, own), active)
         inverse = call.inverse_temperature
         inverse = None if inverse is None else inverse.reshape(-1)
-        z, _ = transformed(
-            gathered_logits(gathered, vocabulary.group, rounded=rounded), Head(None, None, head.scales), inverse
-        )
+        raw = gathered_logits(gathered, vocabulary.group, rounded=rounded)
+        z, _ = transformed(raw, Head(None, None, head.scales), inverse)
         outside = (ids >= vocabulary.size).any(-1) & active
-        return _Chosen(ids, ids >= 0, z, z.new_ones(z.shape[:1]).masked_fill(outside, math.nan))
+        nan = vocabulary.nan_unless_equal(z.new_ones(z.shape[:1]), ids, z)
+        return _Chosen(ids, ids >= 0, z, nan.masked_fill(outside, math.nan))

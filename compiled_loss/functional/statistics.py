@@ -111,6 +111,7 @@ def token_statistics(
     )
     asked = _of_rows(wanted)
     call = logits_call(logits, labels, keywords, class_dim)
+    checks.argmax_wanted(asked.argmax, call.vocabulary.size)
     rows = call.statistics(asked)
     return of_tokens(rows, call.tokens, wanted)
 
@@ -206,6 +207,7 @@ def linear_token_statistics(
     asked = _of_rows(wanted)
     checks.ids.over_kept(kept_ids, wanted, top_k)
     call = linear_call(hidden, weight, labels, keywords, statistics=True)
+    checks.argmax_wanted(asked.argmax, call.vocabulary.size)
     top = None
     if top_k is None:
         rows = support.row_statistics(call, asked)

@@ -268,6 +268,10 @@ def disagreeing():
     chunked.append(lambda h, w: cl.linear_soft_cross_entropy(h, w, mask, target_probs=scores))
     same, top = torch.arange(N), (torch.full((N, 2), -2.0), torch.tensor([[1, 3]] * N) + rank)
     chunked.append(lambda h, w: cl.linear_distillation(h, w, None, None, same, teacher_topk=top))
+    kept = torch.tensor([[1, 3]] * N)
+    for y, ids in ((labels, kept), (same, kept + rank)):
+        chunked.append(lambda h, w, y=y, ids=ids: cl.linear_token_statistics(h, w, y, kept_ids=ids).entropy)
+    chunked.append(lambda h, w: cl.linear_token_statistics(h, w, same, ids=kept + rank).ids_logprob)
     given = [partial(cl.cross_entropy, labels=labels), lambda x: cl.distillation(x, scores, labels)]
     given.append(lambda x: cl.masked_soft_cross_entropy(x, scores, mask))
     found = []
@@ -286,7 +290,7 @@ def disagreeing():
 
 def test_disagreeing_ranks_are_nan_where_labels_are_not_read(tmp_path):
     for found in ranks.run(disagreeing, 2, tmp_path, limit=240):
-        assert len(found) == 11
+        assert len(found) == 14
         assert all(all(nan) for nan in found), [nan for nan in found if not all(nan)]
 
 

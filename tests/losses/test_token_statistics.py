@@ -138,6 +138,9 @@ def test_what_is_wanted(form, name, backend):
 
 
 def test_errors_of_wanted():
+    many = torch.zeros(1).expand(1, 2**24 + 1)
+    with pytest.raises(ValueError, match=r"^wanted: expected no 'first_argmax' of more than 16777216 classes, got V ="):
+        token_statistics(many, torch.tensor([0]), wanted=("first_argmax",))
     logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"^wanted: expected some of 'logprob', .*got 'perplexity'"):
         token_statistics(logits, labels, wanted=("perplexity",))
