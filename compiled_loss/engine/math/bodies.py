@@ -119,15 +119,27 @@ def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def _seen(
-    z: Tensor, labels: Tensor, is_target: Tensor, head: Head, inverse: Tensor | None, maximum: Tensor, wanted: Wanted
+    z: Tensor,
+    labels: Tensor,
+    is_target: Tensor,
+    head: Head,
+    inverse: Tensor | None,
+    maximum: Tensor,
+    wanted: Wanted,
+    *,
+    whole: bool = False,
 ) -> State:
     """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
     shifted, near = z - maximum.unsqueeze(-1), slack(head, inverse)
     others = shifted.exp().masked_fill(is_target, 0.0)
+    # In a whole row as a difference from the maximum, or Inductor sums it in the loop that finds the maximum, which is
+    # then not unrolled: 67 instructions a logit of sm_90, and with a softcap a tanh more.
+    target = torch.where(is_target, shifted if whole else z, 0.0).sum(-1)
+    target = maximum + target if whole else target
     return State(
         maximum=maximum,
         others=others.sum(-1),
-        target_logit=torch.where(is_target, z, 0.0).sum(-1),
+        target_logit=target,
         total=_weighted(z, head).sum(-1) if wanted.total else None,
         moment=(others * shifted.clamp(min=-1e4)).sum(-1) if wanted.entropy else None,  # exp is 0 long before the clamp
         squares=(others * others).sum(-1) if wanted.squares else None,
@@ -242,7 +254,7 @@ def fold_and_gradient(
         maximum = _by_row(maximum)
     is_target = _is_target(z, labels, head)
     wanted = Wanted(total=of.uses.total, entropy=entropy)
-    state = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted))
+    state = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted), whole=group is None)
     state = state.all_reduced(group)
     known = finish(state, slack(head, inverse))
     found = of.evaluate(known, labels, classes, numbers, inputs)
