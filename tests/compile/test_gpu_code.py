@@ -4,6 +4,7 @@ Production shapes, bf16, inspected for sm_90. The bounds are sums of tensors and
 names are of torch 2.13: EXPECTTEST_ACCEPT=1 make test ARGS=tests/compile/test_gpu_code.py refreshes them, on purpose.
 """
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -236,6 +237,19 @@ def test_kernel_name_of_a_chunk_of_tokens(inspected):
     _, (body,) = by_kind(inspected, "tokens", "plain")
     assert body.startswith("triton_red_fused_")
     assert {"amax", "exp", "sum", "log1p", "where"} <= set(body.split("_"))
+
+
+@COUNTS
+@NAMES
+@pytest.mark.parametrize("name", ["plain", "softcap"])
+def test_the_first_loop_of_a_chunk_of_tokens_finds_the_maximum_alone(inspected, name):
+    """What else is in it keeps it from being unrolled: 17 instructions a logit for 5, with a softcap a tanh more."""
+    found = inspection(inspected, CASES["8B", f"tokens, {name}"], assemble=False)
+    (kernel,) = [k for k in found.kernels if k.name.startswith("triton_red")]
+    _, first, *others = re.split(r"\n    for \S+ in tl\.range", kernel.source)
+    assert len(others) == 2
+    loop = first.partition("\n    tmp")[0]
+    assert "maximum(" in loop and "==" not in loop and "tanh" not in loop
 
 
 def two_chunk_sizes(hidden, weight, labels):
