@@ -32,6 +32,8 @@ def heads(shape, width, teacher_width, vocab, dtype=torch.float64, ignore_index=
     return [v.requires_grad_(i < 2) for i, v in enumerate(tensors)], labels
 
 
+STUDENT = {"softcap": 2.0, "logit_scale": 0.7}
+TEACHER = {"teacher_softcap": 3.0, "teacher_logit_scale": 1.4}
 TARGETS = ["target_probs", "teacher", "draft vocabulary"]
 
 
@@ -55,3 +57,8 @@ def cached(teacher, teacher_weight, k, temperature=1.0, dtype=None):
     values, indices = log_p.topk(k)
     order = torch.randperm(k)
     return values[..., order].to(dtype or teacher.dtype), indices[..., order]
+
+
+def biases(vocab, dtype=torch.float64):
+    random = [torch.randn(vocab, dtype=torch.float64).to(dtype) for _ in range(2)]
+    return {"bias": random[0].requires_grad_(), "teacher_bias": random[1]}
