@@ -26,7 +26,7 @@ Body = Callable[..., Output]
 Optional = Sequence[Tensor | None]
 Known = str | bool | tuple[str | bool | int, ...] | None
 
-_BLOCK = 1 << 20  # logits of a block in eager code: 4 MiB a temporary in fp32
+_BLOCK = 1 << 19  # logits of a block in eager code, at least: 2 MiB a temporary in fp32
 
 
 def given(
@@ -72,7 +72,8 @@ def run(
     elif compiled and z.shape[0]:
         _compiled(body, z, rows, rest, out, _present(known))
     else:
-        step = max(1, _BLOCK // max(1, z.shape[1]))
+        block_size = max(_BLOCK, z.numel() >> 7)  # so that a temporary is small, or small beside the chunk
+        step = max(1, block_size // max(1, z.shape[1]))
         for i in range(0, max(1, z.shape[0]), step):
             block = slice(i, i + step)
             _write(_of(block, out), body(z[block], *_in_order(_of(block, rows), rest), **_present(known)))

@@ -125,6 +125,16 @@ THEIRS = {
     "teacher_bias",
     "LigerFusedLinearJSD": "student_input student_weight teacher_input teacher_weight shift_labels jsd_beta "
     "ignore_index temperature accum_dtype",
+    "LigerFusedLinearDPOLoss": "lin_weight _input target bias ref_input ref_weight ref_bias nll_target ignore_index "
+    "beta alpha compute_nll_loss use_ref_model average_log_prob loss_type label_smoothing discopop_tau gamma compiled "
+    "chunk_size",
+    "LigerFusedLinearKTOLoss": "_input lin_weight target preference_labels bias ref_input ref_weight ref_bias kl "
+    "ignore_index beta use_ref_model average_log_prob compiled chunk_size",
+    "LigerFusedLinearGRPOLoss": "_input lin_weight selected_token_ids attention_mask advantages bias "
+    "ref_per_token_logps old_per_token_logps ref_input ref_weight ref_bias use_ref_model vllm_is_ratio "
+    "num_items_in_batch max_completion_length beta epsilon_low epsilon_high delta loss_type importance_sampling_level "
+    "sapo_temperature_pos sapo_temperature_neg temperature use_bias_correction_kl vespo_k_pos vespo_lambda_pos "
+    "vespo_k_neg vespo_lambda_neg compiled chunk_size",
     "cut_cross_entropy.linear_cross_entropy": f"e c targets bias {CE} softcap shift return_lse filter_eps accum_e_fp32 "
     "accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options",
 }
