@@ -65,9 +65,9 @@ def figures() -> str:
         "### Loss and both gradients",
         "",
         "The columns are heads H x V with N tokens. Each cell is *time / memory*. Time is the median over interleaved",
-        "rounds, relative to three bare GEMMs into buffers that exist already: 1.00 is the lower bound. Memory is the peak",
-        "above the inputs in MiB. `defaults` (chunks of tokens) and `vocab` (chunks of the vocabulary) are this library's",
-        "two strategies.",
+        "rounds, relative to three bare GEMMs into buffers that exist already: 1.00 is the lower bound. Memory is the",
+        "peak above the inputs in MiB. `defaults` (chunks of tokens) and `vocab` (chunks of the vocabulary) are the two",
+        "strategies of this library.",
         "",
         *grid(rows, last("cpu", huge_pages=True)),
         "",
@@ -99,8 +99,8 @@ def grid(rows: Rows, huge: Rows) -> list[str]:
     return [
         *table("", columns, body),
         "",
-        "Torch uses huge pages if `THP_MEM_ALLOC_ENABLE=1` is set, and the bare GEMMs were measured again with them. On a",
-        "CPU, much of the time above the bare GEMMs is the first touch of new memory, which huge pages make cheaper.",
+        "Torch uses huge pages if `THP_MEM_ALLOC_ENABLE=1` is set, and the bare GEMMs were measured again with them. On",
+        "a CPU, much of the time above the bare GEMMs is the first touch of new memory: huge pages make it cheaper.",
         f"These were not run, because they need a GPU or a package that was not there: {absent}.",
     ]
 
@@ -155,7 +155,7 @@ def wants(rows: Rows) -> list[str]:
     return [
         "### Other losses",
         "",
-        f"The head {one['head']} with N={one['tokens']} in fp32. Time is relative to the number of bare GEMMs in brackets.",
+        f"The head {one['head']} with N={one['tokens']} in fp32. The brackets say how many bare GEMMs are 1.00.",
         '"loss" has no gradient, and "none" is `reduction="none"`.',
         "",
         *table("", ("ours", named(COMPILED)), body),
@@ -170,8 +170,8 @@ def curve(rows: Rows) -> list[str]:
     return [
         "### Masked tokens",
         "",
-        f"Time relative to the time without masked tokens. The head is {one['head']} with N={one['tokens']} in fp32. This",
-        "library was told how many tokens count (`max_label_tokens`).",
+        f"Time relative to the time without masked tokens, {one['head']}, N={one['tokens']}, fp32. This library was told",
+        "how many tokens count (`max_label_tokens`).",
         "",
         *table("masked", columns, body),
     ]
@@ -201,9 +201,10 @@ def compiling() -> list[str]:
     return [
         "### Time to compile",
         "",
-        f"Relative to compiled `F.cross_entropy` without a cache, {statistics.median(one['seconds']):.1f} s. With the cache",
-        f"of an earlier process `F.cross_entropy` took {warm['ratio']:.2f} of that. N={one['tokens']}, H={one['width']},",
-        f'V={one["vocab"]}, fp32. "Functions cached" is `TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1`.',
+        f"Relative to compiled `F.cross_entropy` without a cache, {statistics.median(one['seconds']):.1f} s. With the",
+        f"cache of an earlier process `F.cross_entropy` took {warm['ratio']:.2f} of that.",
+        f'N={one["tokens"]}, H={one["width"]}, V={one["vocab"]}, fp32. "Functions cached" means that',
+        "`TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1` is set.",
         "",
         *table("chunks", map(str, counts), {k: [ratios.get((*s, c), "") for c in counts] for k, s in kinds.items()}),
     ]
