@@ -170,7 +170,7 @@ def curve(rows: Rows) -> list[str]:
     return [
         "### Masked tokens",
         "",
-        f"Time relative to the time without masked tokens, {one['head']}, N={one['tokens']}, fp32. This library was told",
+        f"Time relative to that without masked tokens, {one['head']}, N={one['tokens']}, fp32. This library was told",
         "how many tokens count (`max_label_tokens`).",
         "",
         *table("masked", columns, body),
