@@ -42,7 +42,8 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.ready
-	$(BIN)/python tools/docs.py build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benches.run $(ARGS)

@@ -66,8 +66,8 @@ def figures() -> str:
         "",
         "The columns are heads H x V with N tokens. Each cell is *time / memory*. Time is the median over interleaved",
         "rounds, relative to three bare GEMMs into buffers that exist already: 1.00 is the lower bound. Memory is the",
-        "peak above the inputs in MiB. `defaults` (chunks of tokens) and `vocab` (chunks of the vocabulary) are the two",
-        "strategies of this library.",
+        "peak above the inputs in MiB. `defaults` (chunks of tokens) and `vocab` (chunks of the vocabulary) are",
+        "the strategies of this library.",
         "",
         *grid(rows, last("cpu", huge_pages=True)),
         "",
@@ -99,7 +99,7 @@ def grid(rows: Rows, huge: Rows) -> list[str]:
     return [
         *table("", columns, body),
         "",
-        "Torch uses huge pages if `THP_MEM_ALLOC_ENABLE=1` is set, and the bare GEMMs were measured again with them. On",
+        "With `THP_MEM_ALLOC_ENABLE=1` torch uses huge pages, and the bare GEMMs were measured again with them. On",
         "a CPU, much of the time above the bare GEMMs is the first touch of new memory: huge pages make it cheaper.",
         f"These were not run, because they need a GPU or a package that was not there: {absent}.",
     ]

@@ -95,7 +95,7 @@ class LossFromFactoryConfig(LossConfig):
     """The config of any class or callable that returns a loss.
 
     Attributes:
-        factory: called as factory(**kwargs).
+        factory: called as `factory(**kwargs)`.
         kwargs: its keyword arguments.
 
     """

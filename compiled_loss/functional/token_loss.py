@@ -47,7 +47,7 @@ def linear_token_loss(
             losses [C], in nats or whatever it likes. It is traced once and differentiated; so it is made of torch
             operations on its arguments, does not branch on their values, and a token's loss depends on that token
             alone. What it does not look at is not computed.
-        inputs: what else it is given: tensors [..., *] with a value for each token of `hidden`, in any dtype, or
+        inputs: what else it is given: tensors `[..., *]` with a value for each token of `hidden`, in any dtype, or
             numbers, Python's or tensors [] without gradient. Per-token inputs may want gradients. They belong to the
             places of `hidden`, as statistics do, also where `shift` is not 0. A small factor, such as 1 / tokens,
             belongs into `token_weights` or `num_label_tokens`: fp16 loses it elsewhere.
