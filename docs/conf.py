@@ -76,6 +76,11 @@ def read_docstring(_app: Sphinx, what: str, _name: str, value: object, _options:
     lines[:] = formulas(text.split("\n"))
 
 
+def skip(_app: Sphinx, _what: str, _name: str, value: object, _skipped: bool, _options: object) -> bool | None:
+    """A NamedTuple's field that says nothing: its class describes it. None leaves the choice to others."""
+    return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
     """A name that a docstring cites as it is imported from the root."""
     python, name = env.domains.python_domain, f"compiled_loss.{node['reftarget']}"
@@ -86,4 +91,5 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nod
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", read_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skip)
     app.connect("missing-reference", resolve)

@@ -1,7 +1,6 @@
 """Every block of code of the README and the site runs, and prints what the page says."""
 
-import contextlib
-import io
+import re
 import shlex
 import subprocess
 import sys
@@ -11,28 +10,13 @@ import pytest
 
 from compiled_loss.cli import make_parser
 
-FILES = "docs/inspection.md"  # its blocks are files, each for a process of its own
-WITH_PYTHON = [page for page in pages.PAGES if page != FILES and "```python" in pages.read(page)]
 LANGUAGES = {"", "text", "python", "shell", "diff"}  # the first two are what something prints
 DIRECTIVES = {"{toctree}", "{include} ../README.md", "{eval-rst}"}
 
 
-def run(text, name):
-    """Run the blocks of a page one after the other, as a reader would type them."""
-    names = {"__name__": "page"}
-    for block in pages.blocks(text):
-        if block.language == "python":
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                exec(
-                    compile("\n" * block.line + block.text, str(pages.ROOT / name), "exec"), names
-                )  # lines as in the file
-            assert block.output in (None, out.getvalue()), f"{name}:{block.line}: prints\n{out.getvalue()}"
-
-
-@pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.parametrize("page", pages.WITH_PYTHON)
 def test_blocks_run(page):
-    run(pages.read(page), page)
+    pages.run(pages.read(page), page)
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -41,11 +25,11 @@ def test_no_block_of_another_kind(page):
 
 
 def test_a_wrong_page_fails():
-    run("```python\nx = 1\n```\n\nand\n\n```python\nprint(x)\n```\n\n```text\n1\n```\n", "page")
+    pages.run("```python\nx = 1\n```\n\nand\n\n```python\nprint(x)\n```\n\n```text\n1\n```\n", "page")
     with pytest.raises(AssertionError, match="page:1: prints"):
-        run("```python\nprint(1)\n```\n\n```text\n2\n```\n", "page")
+        pages.run("```python\nprint(1)\n```\n\n```text\n2\n```\n", "page")
     with pytest.raises(NameError):
-        run("```python\nnowhere()\n```\n", "page")
+        pages.run("```python\nnowhere()\n```\n", "page")
 
 
 def test_commands_have_the_options_that_pages_show():
@@ -58,7 +42,7 @@ def test_commands_have_the_options_that_pages_show():
 @pytest.fixture
 def folder(tmp_path):
     """The files that the page on inspection consists of."""
-    for block in pages.blocks(pages.read(FILES)):
+    for block in pages.blocks(pages.read(pages.FILES)):
         if block.language == "python" and block.text.startswith("# "):
             (tmp_path / block.text.split()[1]).write_text(block.text)
     return tmp_path
@@ -71,7 +55,7 @@ def succeed(folder, *command):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("inspection")
-@pytest.mark.parametrize("command", list(pages.commands(pages.read(FILES))))
+@pytest.mark.parametrize("command", list(pages.commands(pages.read(pages.FILES))))
 def test_inspections_run(folder, command):
     succeed(folder, sys.executable, "-m", "compiled_loss.cli", *shlex.split(command))
 
@@ -80,7 +64,13 @@ def test_inspections_run(folder, command):
 @pytest.mark.xdist_group("inspection")
 def test_inspections_from_python(folder):
     (last,) = [
-        b.text for b in pages.blocks(pages.read(FILES)) if b.language == "python" and not b.text.startswith("# ")
+        b.text for b in pages.blocks(pages.read(pages.FILES)) if b.language == "python" and not b.text.startswith("# ")
     ]
     succeed(folder, sys.executable, "-c", last)
     succeed(folder, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_losses.py")
+
+
+def test_every_finding_is_on_its_page():
+    page = pages.read("docs/findings.md")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in (pages.ROOT / "findings").glob("*.sh"))

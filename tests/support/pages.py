@@ -1,5 +1,7 @@
 """The README and the site's pages, and the blocks of code in them."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,10 @@ def read(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+FILES = "docs/inspection.md"  # its blocks are files, each for a process of its own
+WITH_PYTHON = [page for page in PAGES if page != FILES and "```python" in read(page)]
+
+
 def blocks(text):
     """Each block. A block of `text` right below a block of Python is what that prints."""
     found = list(FENCE.finditer(text))
@@ -30,6 +36,17 @@ def blocks(text):
         printed = below is not None and (block[1], below[1]) == ("python", "text")
         adjacent = printed and not text[block.end() : below.start()].strip()
         yield Block(block[1], block[2], text[: block.start(2)].count("\n"), below[2] if adjacent else None)
+
+
+def run(text, name):
+    """Run the blocks of a page one after the other, as a reader would type them."""
+    names = {"__name__": "page"}
+    for block in blocks(text):
+        if block.language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile("\n" * block.line + block.text, str(ROOT / name), "exec"), names)  # lines as in the file
+            assert block.output in (None, out.getvalue()), f"{name}:{block.line}: prints\n{out.getvalue()}"
 
 
 def commands(text):
