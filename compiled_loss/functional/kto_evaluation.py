@@ -19,7 +19,7 @@ KINDS = get_args(Kind)
 
 
 class KTOMetrics(NamedTuple):
-    """What trainers log: means over a rank's answers that have a token, [] each, detached; 0 of none.
+    """Metrics for logging: means over a rank's answers that have a token. Each is [], detached, and 0 of no answers.
 
     `reward_desirable`, `reward_undesirable`: beta times the log-ratio of an answer.
     `reward_margin`: their difference.
@@ -36,7 +36,7 @@ class KTOMetrics(NamedTuple):
 
 
 class KTOLoss(NamedTuple):
-    """What a loss of single answers returns.
+    """The result of a loss of single answers.
 
     `loss`: a scalar.
     `metrics`: what to log.

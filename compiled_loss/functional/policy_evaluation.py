@@ -27,7 +27,7 @@ from compiled_loss.functional.weights import means_of_sequences
 
 
 class PolicyMetrics(NamedTuple):
-    """What trainers log: means over a rank's tokens that count, [] each, detached; None for what was not asked for.
+    """Metrics for logging: means over a rank's tokens that count. Each is [], detached; None if it was not asked for.
 
     `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio, a token's own or its sequence's.
     `kl_to_old`: r - 1 - log r of r = exp(logprob - old_logprob), an estimate of KL(old || new), never negative.
@@ -48,7 +48,7 @@ class PolicyMetrics(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """What a policy loss returns.
+    """The result of a policy loss.
 
     `loss`: a scalar.
     `metrics`: what to log.

@@ -25,7 +25,7 @@ from compiled_loss.functional.sequences import Sequences
 
 
 class PreferenceMetrics(NamedTuple):
-    """What trainers log: means over a rank's pairs that have a token, [] each, detached.
+    """Metrics for logging: means over a rank's pairs that have a token. Each is [], detached.
 
     `reward_chosen`, `reward_rejected`: beta times the score that the loss compares.
     `reward_margin`: their difference.
@@ -44,7 +44,7 @@ class PreferenceMetrics(NamedTuple):
 
 
 class PreferenceLoss(NamedTuple):
-    """What a preference loss returns.
+    """The result of a preference loss.
 
     `loss`: a scalar.
     `metrics`: what to log.

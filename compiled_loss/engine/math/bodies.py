@@ -34,11 +34,15 @@ class Upstream(NamedTuple):
     Where e is exp(z - m).
 
     NOTE [Few reads]
-    Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors, and then no
-    longer writes the result over the logits: a second chunk. So what can be combined per row is combined before, and
-    what can share a tensor does; and what is combined inside a body is also returned from it, or reads more than four
-    tensors and is used twice, or Inductor does not write it out but reads its parts again for each logit. The gradient
-    reads eight with everything on: logits, [bias, class weights], scales, labels, maximum, row, target,
+    Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors. The result is
+    then no longer written over the logits, which costs a second chunk. Therefore:
+
+    1. What can be combined per row is combined before the body.
+    2. Vectors and scalars share a tensor where they can.
+    3. What is combined per row inside a body is also returned from it, or reads more than four tensors and is used
+       twice. Otherwise Inductor does not write it out, and reads its parts again for each logit.
+
+    With every option the gradient reads eight: logits, [bias, class weights], scales, labels, maximum, row, target,
     total.
     """
 
