@@ -90,7 +90,7 @@ class Unpaired(NamedTuple):
         return Unpaired(kind, found, desirable, kl, sequence_weights)
 
     def loss(self, logprob: Tensor, reference_logprob: Tensor | None, counts: Tensor, sequences: Sequences) -> KTOLoss:
-        """Of the tokens that count; what the others have is not looked at."""
+        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
         logprob = torch.where(counts, logprob, 0.0)
         one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
         numbers, desirable = Numbers(*[one * v for v in self.numbers]), self.desirable

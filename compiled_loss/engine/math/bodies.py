@@ -61,7 +61,7 @@ class Upstream(NamedTuple):
         entropy: Tensor | None,
         squares: Tensor | None,
     ) -> Upstream:
-        """From autograd's gradients of the rows' statistics, each of which may be missing."""
+        """Make it from autograd's gradients of the rows' statistics, each of which may be missing."""
         softmax, dtype = state.softmax(), state.others.dtype
         nll = torch.zeros_like(state.others) if nll is None else nll.to(dtype)
         row, target, moment, square = nll, -nll * state.others, None, None
@@ -103,7 +103,7 @@ def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Te
 
 
 def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """The same, but for the rows' temperatures."""
+    """Compute z and its slope without the rows' temperatures."""
     if head.scales is None:
         return raw, None
     if head.scales.dim() == 0:
@@ -277,7 +277,7 @@ def fold_and_gradient(
 def logits_loss_and_gradient(
     logits: Tensor, *operands: Tensor | None, classes: Classes, loss: str, group: str | None = None
 ) -> Output:
-    """Of a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
+    """Compute a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
     assert group is None
     (labels,), head, rest = unpack(operands, Labels, Head)
     of = row_losses.of(loss)
