@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-c
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15
 
-.PHONY: demo test test-all lint format docs bench scaling clean
+.PHONY: demo test test-all lint format docs wheel bench scaling clean
 
 demo: $(VENV)/.ready
 	$(BIN)/compiled-loss demo $(ARGS)
@@ -42,7 +42,11 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.ready
-	$(BIN)/python tools/docs.py build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
+
+wheel: $(VENV)/.ready
+	$(BIN)/python tools/check_wheel.py dist --torch $(TORCH)
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benches.run $(ARGS)

@@ -1,4 +1,4 @@
-"""Losses for language-model training that torch.compile turns into the fastest and leanest code there is."""
+"""Losses for language-model training that never hold the logits, in plain PyTorch for `torch.compile`."""
 
 import torch as _torch
 

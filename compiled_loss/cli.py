@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+FIRST = """\
+try first:
+  compiled-loss demo
+      the loss curves and the peak memory of a small training, in minutes
+  compiled-loss inspect linear_cross_entropy --device cuda:sm_90
+      what the compiler makes of a loss for an H100 that need not be there
+"""
 DEMO_EXTRAS = ("matplotlib", "rich", "tokenizers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; its exit status."""
-    parser = argparse.ArgumentParser(prog="compiled-loss", description="Losses for language-model training.")
-    commands = parser.add_subparsers(metavar="command", required=True)
-    _add_demo(commands)
-    _add_inspect(commands)
+    parser = make_parser()
     try:
         given = parser.parse_args(arguments)
         return int(given.run(given))
@@ -24,6 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except RuntimeError as error:
         parser.exit(1, f"compiled-loss: {str(error).rstrip()}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command and its subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="compiled-loss",
+        description="Losses for language-model training that never hold the logits.",
+        epilog=FIRST,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+    _add_demo(commands)
+    _add_inspect(commands)
+    return parser
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
         return self._replace(labels=change(self.labels), weight=None if self.weight is None else change(self.weight))
 
     def gathered(self, compact: Compaction) -> Tokens:
-        """Those that count of [N], in the places they have then; the places that are left do not count."""
+        """The tokens of [N] that count, at the places they have then. Places that are left over do not count."""
         moved = self.map(compact.gathered)
         return moved._replace(labels=torch.where(compact.taken, moved.labels, self.classes.ignored))
 

@@ -1,4 +1,4 @@
-"""What this library's tests are made of, for users' own losses: inputs, error budgets and compile contracts.
+"""Assertions for your own losses: inputs, error budgets and compile contracts, as this library's tests use them.
 
 N tokens, H width, V vocabulary.
 """
@@ -45,7 +45,7 @@ def head_inputs(
     confident: float = 0.0,
     seed: int = 0,
 ) -> HeadInputs:
-    """Random inputs with logits of unit scale.
+    """Make random inputs whose logits have unit scale.
 
     Args:
         ignored: fraction of labels that are `ignore_index`.
@@ -127,7 +127,7 @@ def inputs_unchanged(*inputs: Tensor) -> Iterator[None]:
 def count_graphs(
     fn: Callable[..., Any], calls: Sequence[Sequence[Any]], *, backend: str = "eager", dynamic: bool | None = None
 ) -> int:
-    """Graphs that `torch.compile(fn, fullgraph=True)` makes over a sequence of calls: 1 where nothing recompiles.
+    """Count the graphs that `torch.compile(fn, fullgraph=True)` makes over several calls: 1 if nothing recompiles.
 
     With backend "eager" only Dynamo runs, which is what decides; "inductor" adds the guards of its own.
 

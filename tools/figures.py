@@ -16,7 +16,7 @@ def main() -> None:
     from benches import plot
 
     check = "--check" in sys.argv[1:]
-    for path, drawn in ((ROOT / "README.md", plot), (ROOT / "docs" / "scaling.md", scaling)):
+    for path, drawn in ((ROOT / "docs" / "benchmarks.md", plot), (ROOT / "docs" / "scaling.md", scaling)):
         text = path.read_text()
         before, rest = text.split(START)
         made = before + START + drawn.figures() + END + rest.split(END)[1]

@@ -256,5 +256,5 @@ def differ(shape: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def sizes(shape: torch.Size) -> str:
-    """As errors write it."""
+    """Write a shape as errors show it."""
     return "[" + ", ".join([str(int(size)) for size in shape]) + "]"

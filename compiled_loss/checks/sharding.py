@@ -88,8 +88,8 @@ def same(least: Sequence[int], most: Sequence[int]) -> None:
             )
     if least != most:
         raise ValueError(
-            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others: a "
-            "weight that fully_shard holds is no sharded vocabulary; gather it first, by unshard() of its module"
+            "labels, position_mask: expected the same tokens on all ranks that share the vocabulary, but they differ. "
+            "A weight that fully_shard holds is no vocabulary shard: call unshard() of its module first"
         )
 
 

@@ -95,7 +95,7 @@ def calculate_mtp_loss(
     lm_bias: Tensor | None = None,
     mask: Tensor | None = None,  # broadcasts to the labels
 ) -> Tensor:
-    """DeepSeek-V3's multi-token-prediction loss through any loss: scaling_factor / D times the sum over the depths.
+    """Compute DeepSeek-V3's multi-token prediction through any loss: scaling_factor / D times the sum over D depths.
 
     Args:
         loss_fn: the main loss; see :func:`calculate_loss`.
@@ -172,7 +172,7 @@ def calculate_mtp_losses(
     lm_bias: Tensor | None = None,
     mask: Tensor | None = None,  # broadcasts to the labels
 ) -> MTPLosses:
-    """`calculate_mtp_loss`, and each depth's own loss.
+    """Compute `calculate_mtp_loss`, and return each depth's own loss too.
 
     Args, Memory, Raises: see :func:`calculate_mtp_loss`.
 

@@ -25,14 +25,14 @@ def masked_cross_entropy(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    """`cross_entropy` whose mask only tells which tokens count, with "sum" as the default.
+    """Compute `cross_entropy` with a mask that only says which tokens count, and "sum" as the default.
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
         labels: [...], int64, from 0 to V - 1 or `ignore_index`, or probabilities like `logits`. Never written.
         mask: broadcasts to `labels`; a token counts where it is not 0. Fractions do not weigh: that is what
             :func:`cross_entropy` does.
-        fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
+        fp32_upcast: accepted and ignored. Losses are fp32, and gradients have the logits' dtype, either way.
         ignore_index: label of tokens to ignore.
         reduction: "sum", "mean" over the tokens that count, or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
@@ -51,7 +51,7 @@ def masked_cross_entropy(
     Raises:
         ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+            Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
         TypeError: a dtype is off.
 
     Source:

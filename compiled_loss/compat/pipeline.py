@@ -17,7 +17,7 @@ class PipelineCausalLMLoss(nn.Module):
 
     `output` of the stage is hidden states or logits [B, S, ...]; an object or a tuple as models of Hugging Face return
     it, with `logits`, `hidden_states`, `mtp_per_depth_h`, `mtp_per_depth_logits`, `mtp_loss_scaling_factor`; or a tuple
-    (logits or hidden states, *each depth's, seq_idx), seq_idx int32 [B, S], which may be missing: a last element that
+    `(logits or hidden states, *each depth's, seq_idx)`, seq_idx int32 [B, S], which may be missing: a last element that
     is int32 is taken for it. Without it `cu_seqlens`, an attribute, is the fallback for packed sequences. The model is
     held, and is no child: its parameters are not the loss's.
 

@@ -70,7 +70,7 @@ def _chunking(values: Mapping[str, Any]) -> Chunking:
 
 @dataclass
 class LossConfig(Typed):
-    """Base of the loss configs: fields are the keywords of a loss, `build` makes it."""
+    """Base class of the loss configs. The fields are the keywords of a loss, and `build` makes the loss."""
 
     module: ClassVar[type[nn.Module] | None] = None
 
@@ -95,7 +95,7 @@ class LossFromFactoryConfig(LossConfig):
     """The config of any class or callable that returns a loss.
 
     Attributes:
-        factory: called as factory(**kwargs).
+        factory: called as `factory(**kwargs)`.
         kwargs: its keyword arguments.
 
     """
@@ -108,7 +108,7 @@ class LossFromFactoryConfig(LossConfig):
         checks.modules.factory(self.factory, self.kwargs)
 
     def build(self) -> nn.Module:
-        """What the factory returns."""
+        """Call the factory, and return its result."""
         self.validate()
         assert self.factory is not None
         return self.factory(**self.kwargs)

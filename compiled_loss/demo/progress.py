@@ -39,7 +39,7 @@ class Bars:
 
 
 class Lines:
-    """The same where there is no cursor to move: a log file, a pipe."""
+    """Show progress as plain lines, where there is no cursor to move: a log file, a pipe."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -39,7 +39,7 @@ class Run:
 
 
 def largest_difference(ordinary: Run, ours: Run) -> float | None:
-    """Of the loss curves, over the steps that both took."""
+    """The largest difference between the loss curves, over the steps that both took."""
     return max((abs(a - b) for a, b in zip(ordinary.losses, ours.losses, strict=False)), default=None)
 
 

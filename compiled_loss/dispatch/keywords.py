@@ -156,7 +156,7 @@ class Keywords(NamedTuple):
         return user_losses.named(self.token_loss, signature)
 
     def inverse_temperature(self, tokens: reductions.Tokens, dtype: torch.dtype) -> Tensor | None:
-        """Of each token [...], where they have temperatures of their own; NaN of one that is not above 0."""
+        """Return 1 / temperature of each token [...] that has its own; NaN where a temperature is not above 0."""
         if self.token_temperature is None:
             return None
         active, temperature = tokens.active, self.token_temperature.detach().to(statistics_dtype(dtype))

@@ -103,7 +103,7 @@ def computed_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hi
 def _strategies(
     keywords: Keywords, needs: Needs, *, statistics: bool, token_loss: Named | None
 ) -> tuple[Strategy, ...]:
-    """Those that can do what is asked, the best first."""
+    """The strategies that can do what is asked, the best first."""
     chunking, unnamed = keywords.chunking, keywords.token_loss is not None and token_loss is None
     if keywords.of_logits:
         if unnamed and not traced():

@@ -61,7 +61,7 @@ class LinearCall(NamedTuple):
         return self.statistics_and_top(wanted, 0)[0]
 
     def statistics_and_top(self, wanted: Wanted, k: int) -> tuple[RowStatistics, Top | None]:
-        """The same, and the k largest logits, [..., k], from the same pass; None for 0."""
+        """The statistics, and the k largest logits, [..., k], from the same pass; None for k = 0."""
         compact, shape = reduction.compacted(self.tokens.active, self.keywords.chunking), self.tokens.labels.shape
         rows, top = self._gathered(compact)._statistics(wanted, k)
         if top is not None:
@@ -91,7 +91,7 @@ class LinearCall(NamedTuple):
         )
 
     def _gathered(self, compact: Compaction | None) -> LinearCall:
-        """Of the tokens that count, [N]."""
+        """The same call for the tokens that count, [N]."""
         inverse = self.inverse_temperature
         inverse = None if inverse is None else inverse.reshape(-1)
         flat = self._replace(tokens=self.tokens.map(lambda v: v.reshape(-1)), inverse_temperature=inverse)
@@ -105,7 +105,7 @@ class LinearCall(NamedTuple):
         return flat
 
     def _inputs(self, compact: Compaction | None) -> tuple[Tensor, ...]:
-        """Those of the user's loss: [N, ...], or numbers, []."""
+        """The inputs of the user's loss: [N, ...], or numbers, []."""
         dims, dtype = self.tokens.labels.dim(), statistics_dtype(self.hidden.dtype)
         found = []
         for value in self.keywords.inputs:
@@ -117,7 +117,7 @@ class LinearCall(NamedTuple):
         return tuple(found)
 
     def factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
-        """Of all results: NaN where tokens are not what was promised."""
+        """A factor for all results: NaN where more tokens count than was promised or ranks disagree."""
         factor = None if compact is None else compact.fits
         if self.vocabulary.group is not None:
             factor = after.new_ones(()) if factor is None else factor.to(after.dtype)

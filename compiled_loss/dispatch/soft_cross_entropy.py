@@ -126,7 +126,7 @@ class _Positions(NamedTuple):
 def _weighted(
     position_mask: Tensor, rows: torch.Size, keywords: Keywords, part: Vocabulary, dtype: torch.dtype
 ) -> _Positions:
-    """Of a rank."""
+    """The positions of this rank, with their weights."""
     positions = torch.zeros(rows, dtype=torch.int64, device=position_mask.device)  # which all count
     positions, keywords = keywords.own(positions, part)
     mask = dtensor.rows(position_mask, part).reshape(rows)

@@ -51,7 +51,7 @@ def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
 
 
 def logprobs(call: LinearCall, rows: RowStatistics) -> Tensor:
-    """Of the classes that were asked for, [..., K]: -inf of padding, 0 where a token does not count."""
+    """Log-probabilities of the classes that were asked for, [..., K]: -inf for padding, 0 where a token is ignored."""
     tokens = call.tokens
     assert call.keywords.ids is not None
     ids = _rows("ids", call.keywords.ids, call)
@@ -98,7 +98,7 @@ class _Chosen(NamedTuple):
 
     @staticmethod
     def of(call: LinearCall, ids: Tensor, *, rounded: bool) -> _Chosen:
-        """Of ids [N, K], which count from the first of all classes; `rounded` to be beside those of a GEMM."""
+        """Make it from ids [N, K] that count from the first of all classes; `rounded` if a GEMM made the others."""
         head, vocabulary = call.head, call.vocabulary
         active = call.tokens.active.reshape(-1)
         own = vocabulary.labels(ids)  # of padding none of ours, whatever a rank starts with

@@ -98,7 +98,7 @@ class Ranks:
 
 
 class Vocabulary(NamedTuple):
-    """Of which a rank has the classes from start to stop: all, where nothing is sharded."""
+    """A vocabulary of which a rank has the classes from start to stop: all of them, if nothing is sharded."""
 
     size: int
     start: int

@@ -38,7 +38,7 @@ def all_gathered(part: Tensor, ranks: int, group: str) -> Tensor:
 
 
 def largest(values: Tensor) -> Tensor:
-    """Of each row; the smallest number there is where a rank has no column."""
+    """The maximum of each row; the smallest number there is if a rank has no column."""
     if values.shape[-1] == 0:
         return values.new_full(values.shape[:-1], torch.finfo(values.dtype).min)
     return values.amax(-1)

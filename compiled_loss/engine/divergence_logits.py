@@ -35,7 +35,7 @@ def divergence(
 
 
 def plain_divergence(logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair) -> Found:
-    """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
+    """Compute the divergence by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
     beside = _beside(logits, target, pair, None, fold=True)
     found = beside.bodies.fold(beside.logits, labels, *pair, *beside.target, kind=kind)
     _, left = Rows.of(found, kind, labels, target.indices)

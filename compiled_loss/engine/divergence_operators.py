@@ -113,7 +113,7 @@ def _gradients_like(problem: Problem, pair: Pair, needs: Needs, lengths: Lengths
 
 
 def _operations(problem: Problem, needs: Needs | None = None) -> int:
-    """Of the GEMMs: the logits of both heads, and the student's gradients; the problem has shapes for tensors."""
+    """Count the GEMMs' operations: both heads' logits and the student's gradients. The problem holds shapes."""
     (tokens, width), (vocab, *_) = problem.hidden, problem.weight
     gradients = 0 if needs is None else needs.needs_hidden + needs.needs_weight
     columns = (1 + gradients) * int(width) + (0 if problem.target_weight is None else int(problem.values[1]))

@@ -30,7 +30,7 @@ class _OnImport(MetaPathFinder):
     """Finds the counter as everybody does, and registers the formulas once it is there."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Of no other module."""
+        """Find the counter where it is, so that loading it registers the formulas; find no other module."""
         if fullname != _COUNTER:
             return None
         sys.meta_path.remove(self)

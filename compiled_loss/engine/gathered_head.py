@@ -38,7 +38,7 @@ class _Way(NamedTuple):
 
 
 def gathered_logits(gathered: Gathered, group: str | None, *, rounded: bool) -> Tensor:
-    """Of each token's classes [N, K], in the statistics' dtype, differentiable. Over a group: NOTE [Ranks]."""
+    """Logits of each token's classes [N, K], in the statistics' dtype, differentiable. Over a group: NOTE [Ranks]."""
     if traced():
         return _plain(gathered, rounded=rounded)
     with without_autocast(gathered.hidden.device):
@@ -47,7 +47,7 @@ def gathered_logits(gathered: Gathered, group: str | None, *, rounded: bool) -> 
 
 
 def _plain(gathered: Gathered, *, rounded: bool) -> Tensor:
-    """The same by ordinary autograd, which holds [N, K, H]."""
+    """Compute the gathered logits by ordinary autograd, which holds [N, K, H]."""
     dtype = statistics_dtype(gathered.hidden.dtype)
     ours = _ours(gathered)
     ids = torch.where(ours, gathered.ids, 0)
@@ -130,7 +130,7 @@ def _gradients_like(gathered: Gathered, _upstream: _Upstream, needs: Needs, _way
     ),
 )
 def _gradients(gathered: Gathered, upstream: _Upstream, needs: Needs, _way: _Way) -> list[Tensor]:
-    """Those that are wanted: of the hidden states a rank's part of a sum."""
+    """The gradients that are needed. That of the hidden states is a rank's part of a sum."""
     hidden, weight, bias, _, _ = gathered
     wide = statistics_dtype(hidden.dtype)
     found = Gradients.empty(hidden, weight, bias, needs, weight_dtype=wide)

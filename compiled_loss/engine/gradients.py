@@ -24,7 +24,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the inputs that need one."""
+    """The gradients of the inputs that need one."""
 
     d_hidden: Tensor | None  # [N, H]
     d_weight: Tensor | None  # [V, H]
@@ -52,16 +52,16 @@ class Gradients(NamedTuple):
 
     @staticmethod
     def pop_from(found: list[Tensor], needs: Needs, bias: Tensor | None) -> Gradients:
-        """From the front of a list of what there is."""
+        """Take the gradients from the front of a list."""
         there = (needs.needs_hidden, needs.needs_weight, needs.needs_bias and bias is not None)
         return Gradients(*[found.pop(0) if one else None for one in there])
 
     def with_weight_in(self, dtype: torch.dtype) -> Gradients:
-        """The same with dW in a dtype."""
+        """The same gradients with dW in a dtype."""
         return self if self.d_weight is None else self._replace(d_weight=self.d_weight.to(dtype))
 
     def present(self) -> list[Tensor]:
-        """Those that there are."""
+        """The gradients that are not None."""
         return [v for v in self if v is not None]
 
 

@@ -1,14 +1,15 @@
 """Kernels of a function of tensors that Inductor writes once, for any number of rows.
 
 NOTE [Kernels]
-A body is traced by us and compiled by Inductor, without Dynamo and AOTAutograd: there is nothing in it to guard but how
-its operands lie, nothing to differentiate, and it writes what it was given only at its end. It is compiled once for
-each combination of dtypes, strides and columns, rows being a symbol, and apart for fewer rows than MIN_ROWS, for which
-Inductor splits reductions over columns. What it assumes of their number, such as that 32 bits count the elements, is
-checked: where it does not hold, the body is compiled again.
+A body is traced by us and compiled by Inductor, without Dynamo and AOTAutograd. There is nothing in it to guard but
+the layout of its operands, and nothing to differentiate, and it writes its inputs only at its end. It is compiled
+once for each combination of dtypes, strides and number of columns. The number of rows is a symbol. Fewer rows than
+MIN_ROWS have kernels of their own, for which Inductor splits reductions over columns. Inductor's assumptions about
+the number of rows, such as that 32 bits count the elements, are checked. If one does not hold, the body is compiled
+again.
 
-By default Inductor writes out what reads more than four tensors and is used twice. That would be a second chunk, in
-fp32. A body may use it: it is computed again, in the same kernel mostly, which then computes it once.
+By default Inductor writes out an expression that reads more than four tensors and is used twice. That would be a second
+chunk, in fp32. Here it computes the expression again. Mostly that is in the same kernel, which then computes it once.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None
 def plain_statistics(
     logits: Tensor, labels: Tensor, head: Head, inverse_temperature: Tensor | None, wanted: Wanted
 ) -> RowStatistics:
-    """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
+    """Compute the statistics by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
     state = initial_state(logits, labels.shape, wanted)
     return finish(state.replaced(bodies.fold(logits, labels, *head, inverse_temperature, *state)))
 

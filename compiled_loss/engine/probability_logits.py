@@ -47,7 +47,7 @@ def statistics(given: Given, group: str | None, compile: bool | str) -> tuple[Te
 
 
 def plain_statistics(given: Given) -> tuple[Tensor, Tensor]:
-    """The same by ordinary autograd, for functorch's transforms: any order of derivative, no memory promise."""
+    """Compute the statistics by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
     operands = (None, *given.rest, given.probabilities)
     maximum, log_sum, _, loss = probability_bodies.fold_beside_probabilities(given.logits, *operands)
     return loss, maximum + log_sum

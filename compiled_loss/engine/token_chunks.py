@@ -33,12 +33,12 @@ class Inputs(NamedTuple):
     inputs: list[Tensor]  # [N, ...] each
 
     def flat(self) -> list[Tensor]:
-        """As autograd is given them."""
+        """The inputs as autograd takes them."""
         return [*self.numbers, *self.inputs]
 
     @staticmethod
     def of(flat: Sequence[Tensor], numbers: int) -> Inputs:
-        """From `flat()`."""
+        """Make the inputs from what `flat()` gave."""
         return Inputs(list(flat[:numbers]), list(flat[numbers:]))
 
 

@@ -32,7 +32,7 @@ class Asked(NamedTuple):
 
     @property
     def wanted(self) -> Wanted:
-        """Those of one value a row."""
+        """The statistics that are one value per row."""
         return Wanted(*self[:4])
 
 
@@ -42,7 +42,7 @@ def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[RowSta
 
 
 def found_statistics(found: list[Tensor], asked: Asked) -> tuple[RowStatistics, Top | None]:
-    """From what a fold returns."""
+    """Take the statistics and the top from what a fold returns."""
     count = 3 + sum(asked.wanted)
     return RowStatistics.of(found[:count], asked.wanted), Top(*found[count:]) if asked.top_k else None
 
@@ -55,7 +55,7 @@ def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = N
 
 
 def fold_operations(problem: Problem, *_rest: Any) -> int:
-    """Of one GEMM."""
+    """Count the operations of the one GEMM."""
     return product(problem)
 
 

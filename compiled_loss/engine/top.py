@@ -17,7 +17,7 @@ _BLOCKS = 16  # of a chunk with a bias: a block is copied in fp32
 
 
 class Top(NamedTuple):
-    """In order, the largest first."""
+    """The k largest logits of each row, the largest first."""
 
     logits: Tensor  # [..., k], with their bias, in the statistics' dtype
     behind: Tensor  # [..., k], how many columns behind the label's each is
@@ -30,13 +30,13 @@ class Top(NamedTuple):
         return [labels.new_empty((*labels.shape, k), dtype=d) for d in (statistics_dtype(dtype), torch.int64)]
 
     def merged(self, other: Top) -> Top:
-        """Of both."""
+        """The top of both."""
         logits = torch.cat([self.logits, other.logits], -1)
         logits, order = logits.topk(self.logits.shape[-1], dim=-1)
         return Top(logits, torch.cat([self.behind, other.behind], -1).gather(-1, order))
 
     def of_ranks(self, ranks: int, group: str | None) -> Top:
-        """Of rows whose columns are spread over the ranks of a group: two collectives."""
+        """The top of rows whose columns are spread over the ranks of a group: two collectives."""
         if group is None:
             return self
         logits, behind = (all_gathered(v, ranks, group) for v in self)
@@ -45,7 +45,7 @@ class Top(NamedTuple):
 
 
 def top(z: Tensor, bias: Tensor | None, labels: Tensor, start: Tensor | None, k: int) -> Top:
-    """Of logits [..., C] without their bias, whose first column is `start`; -inf where there are fewer than k."""
+    """The top of logits [..., C] without their bias, whose first column is `start`; -inf if there are fewer than k."""
     dtype, columns = statistics_dtype(z.dtype), z.shape[-1]
     few = min(k, columns)
     if bias is None:

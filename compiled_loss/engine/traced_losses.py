@@ -49,7 +49,7 @@ class Signature(NamedTuple):
         return [Input(constant.get(kind, self.dtype), (), kind not in constant) for kind in NAMES]
 
     def name(self) -> str:
-        """Of the argument that the function is."""
+        """The name of the argument that the function is."""
         return "token_loss" if self.vocab is None else "logits_loss"
 
     def of_rows(self) -> list[Input]:

@@ -92,7 +92,7 @@ class _Values(NamedTuple):
 
 
 def _values(value: Any, inside: tuple[int, ...] = ()) -> _Values | None:
-    """Of a plain function, a partial of one, or a constant; None for all else, which is traced in every call."""
+    """The values of a plain function, a partial of one, or a constant; None for others, which each call traces."""
     if isinstance(value, _CONSTANTS):
         return _Values((type(value), value), changing=True)
     if isinstance(value, types.BuiltinFunctionType):

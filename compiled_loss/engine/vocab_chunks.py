@@ -48,7 +48,7 @@ class _Sought(NamedTuple):
     factor: Tensor | None
 
     def upstream(self, state: State, labels: Tensor, classes: Classes) -> Upstream:
-        """Of the logits."""
+        """The gradients of the logits' rows."""
         nll, lse, total, square, entropy, squares, g, factor = self
         if square is not None:  # of lse squared
             square = 2 * square * finish(state).lse
@@ -235,7 +235,7 @@ def _operations(problem: Problem, _state: Any, _sought: Any, _classes: Any, need
 def _gradients(
     problem: Problem, state: State, sought: _Sought, classes: Classes, needs: Needs, lengths: Lengths
 ) -> list[Tensor]:
-    """Those that are wanted."""
+    """The gradients that are needed."""
     hidden, weight, bias = problem[:3]
     upstream = sought.upstream(state, problem.labels, classes)
     scale = unit_scale(hidden.dtype, *upstream)

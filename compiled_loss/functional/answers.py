@@ -38,7 +38,7 @@ class Reference(NamedTuple):
             checks.modules.calling(_NAMES, check_tokens, self.hidden, weight, labels, keywords)
 
     def logprobs(self, weight: Tensor, labels: Tensor, keywords: Keywords) -> Tensor | None:
-        """Those of its tokens, from its hidden states, where it has these; without gradient."""
+        """The reference's log-probabilities of the tokens from its hidden states, if it has these; without gradient."""
         if self.hidden is None:
             return self.logprob
         weight, keywords = self._head(weight, keywords)

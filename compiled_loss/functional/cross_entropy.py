@@ -21,7 +21,7 @@ from compiled_loss.planner.chunking import Chunking
 
 
 class LossAndStatistics(NamedTuple):
-    """A loss, and what the same pass saw of each token, detached."""
+    """A loss, with the statistics of each token from the same pass, detached."""
 
     loss: Tensor
     statistics: TokenStatistics
@@ -47,7 +47,7 @@ def cross_entropy(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
+    r"""Compute the cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
 
     With z = softcap tanh(logit_scale logits / softcap) / temperature, lse = logsumexp(z), e = label_smoothing,
     c = class_weights, and w the token's weight, valid * mask * token_weights, each token's loss is
@@ -98,8 +98,8 @@ def cross_entropy(
     Raises:
         ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts. Of
-            probabilities they compare the weights w.
+            Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
+            Beside probabilities they compare the weights w.
         TypeError: a dtype is off.
 
     Example:
@@ -166,7 +166,7 @@ def linear_cross_entropy(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""`cross_entropy(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
+    r"""Compute `cross_entropy(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
 
     Every keyword means what it means in :func:`cross_entropy`; the bias comes before the softcap.
 
@@ -201,7 +201,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, device, number or name is off, `strategy="tokens"` with `reduction="none"` where a gradient
             is wanted, or, in eager CPU code, a label is out of range; elsewhere its token's loss and gradients are NaN.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+            Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
         TypeError: a dtype is off.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
@@ -258,7 +258,7 @@ def linear_cross_entropy_with_statistics(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> LossAndStatistics:
-    r"""`linear_cross_entropy`, and the statistics of each token from the same pass: no further GEMM, O(N) memory.
+    r"""Compute `linear_cross_entropy`, and the statistics of each token in the same pass, without another GEMM.
 
     Args, Memory, Raises: see :func:`linear_cross_entropy`.
 

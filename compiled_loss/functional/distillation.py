@@ -81,7 +81,7 @@ def distillation(
     chunk_size: int = 0,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Divergence of a student's logits from a teacher's, in the tokens that `labels` and `mask` do not ignore.
+    r"""Compute the divergence of a student's logits from a teacher's, over the tokens that count.
 
     With D, z and T as in NOTE [Divergences], lse = logsumexp(T z) and w the token's weight, valid * mask *
     token_weights, each token's loss is
@@ -114,13 +114,13 @@ def distillation(
         ignore_index: label of tokens to ignore.
         shift: both logits [..., t] belong to labels[..., t + shift]; the mask and weights are the label's; the last
             `shift` positions are ignored.
-        fp32_upcast: kept for its callers. Statistics and losses are fp32 and gradients in the logits' dtype either way.
+        fp32_upcast: accepted and ignored. Losses are fp32, and gradients have the logits' dtype, either way.
         reduction: "mean" divides by the sum of w; "sum"; "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         class_dim: the dimension of both logits that is V, and of `teacher_topk` that is k; see :func:`cross_entropy`.
         vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
             say so themselves; all else is alike on the group's ranks.
-        chunk_size: kept for its callers, an int >= 0. What it bounds elsewhere, temporaries of [N, V], is never held.
+        chunk_size: accepted and ignored, an int >= 0. Elsewhere it bounds temporaries of [N, V]; here there are none.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
@@ -136,7 +136,7 @@ def distillation(
         ValueError: a shape, device, number or name is off, or, in eager CPU code with `hard_label_weight`, a label is
             out of range, or `teacher_topk` is no part of a distribution; elsewhere a token whose label or indices are
             out of range gives NaN.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+            Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
         TypeError: a dtype is off.
 
     Source:
@@ -210,7 +210,7 @@ def linear_distillation(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""`distillation` of `student_hidden @ student_weight.T + bias` and the teacher's logits, neither ever held.
+    r"""Compute `distillation` of two heads, without ever holding the student's or the teacher's logits.
 
     Every keyword means what it means in :func:`distillation`. A bias comes before the scale and the softcap.
 

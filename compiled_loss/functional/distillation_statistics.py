@@ -20,7 +20,7 @@ from compiled_loss.planner.chunking import Chunking
 
 
 class DistillationStatistics(NamedTuple):
-    """What is known of each token's two distributions, p the teacher's and q the student's; [...] each, detached.
+    """Statistics of each token's two distributions, p the teacher's and q the student's. Each is [...], detached.
 
     All are at the loss's temperature, 0 for tokens that do not count, and None where nobody wants them. Beside a cached
     teacher they are those of the listed classes and all others as one.
@@ -42,7 +42,7 @@ class DistillationStatistics(NamedTuple):
 
 
 class DistillationLoss(NamedTuple):
-    """A loss of distillation, and what the same pass saw of each token.
+    """A distillation loss, with the statistics of each token from the same pass.
 
     `loss`: a scalar, or for "none" the shape of the labels.
     `statistics`: of each token.
@@ -83,7 +83,7 @@ def distillation_with_statistics(
     compile: bool | Literal["auto"] = "auto",
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""`distillation`, and the statistics of each token from the same pass.
+    r"""Compute `distillation`, and the statistics of each token in the same pass.
 
     Args:
         student_logits, teacher_logits, labels, teacher_topk, teacher_probabilities, mask, token_weights, divergence,
@@ -175,7 +175,7 @@ def linear_distillation_with_statistics(
     chunking: Chunking = Chunking(),
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""`linear_distillation`, and the statistics of each token from the same pass: no further GEMM, no kernel a chunk.
+    r"""Compute `linear_distillation`, and the statistics of each token in the same pass, at no other GEMM or kernel.
 
     Args:
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, bias, teacher_bias, teacher_topk,

@@ -32,7 +32,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     sequence_weights: Tensor | None = None,  # [B]
 ) -> KTOLoss:
-    r"""A loss of answers that are desirable or not, of the log-probabilities of their tokens.
+    r"""Compute a loss of desirable and undesirable answers from the log-probabilities of their tokens.
 
     An answer's log-ratio d is the sum over its tokens of logprob - reference_logprob; z = max(0, mean(kl)) has no
     gradient.
@@ -133,7 +133,7 @@ def linear_kto_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> KTOLoss:
-    r""":func:`kto_loss` of a linear head's log-probabilities, without ever holding the logits.
+    r"""Compute :func:`kto_loss` of a linear head, without ever holding the logits.
 
     Args:
         hidden, weight, bias, softcap, logit_scale, temperature, vocab_shard, chunking: see

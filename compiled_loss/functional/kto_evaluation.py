@@ -19,7 +19,7 @@ KINDS = get_args(Kind)
 
 
 class KTOMetrics(NamedTuple):
-    """What trainers log: means over a rank's answers that have a token, [] each, detached; 0 of none.
+    """Metrics for logging: means over a rank's answers that have a token. Each is [], detached, and 0 of no answers.
 
     `reward_desirable`, `reward_undesirable`: beta times the log-ratio of an answer.
     `reward_margin`: their difference.
@@ -36,7 +36,7 @@ class KTOMetrics(NamedTuple):
 
 
 class KTOLoss(NamedTuple):
-    """What a loss of single answers returns.
+    """The result of a loss of single answers.
 
     `loss`: a scalar.
     `metrics`: what to log.
@@ -90,7 +90,7 @@ class Unpaired(NamedTuple):
         return Unpaired(kind, found, desirable, kl, sequence_weights)
 
     def loss(self, logprob: Tensor, reference_logprob: Tensor | None, counts: Tensor, sequences: Sequences) -> KTOLoss:
-        """Of the tokens that count; what the others have is not looked at."""
+        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
         logprob = torch.where(counts, logprob, 0.0)
         one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
         numbers, desirable = Numbers(*[one * v for v in self.numbers]), self.desirable

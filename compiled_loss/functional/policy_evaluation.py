@@ -27,7 +27,7 @@ from compiled_loss.functional.weights import means_of_sequences
 
 
 class PolicyMetrics(NamedTuple):
-    """What trainers log: means over a rank's tokens that count, [] each, detached; None for what was not asked for.
+    """Metrics for logging: means over a rank's tokens that count. Each is [], detached; None if it was not asked for.
 
     `ratio_mean`, `ratio_min`, `ratio_max`: of the importance ratio, a token's own or its sequence's.
     `kl_to_old`: r - 1 - log r of r = exp(logprob - old_logprob), an estimate of KL(old || new), never negative.
@@ -48,7 +48,7 @@ class PolicyMetrics(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """What a policy loss returns.
+    """The result of a policy loss.
 
     `loss`: a scalar.
     `metrics`: what to log.
@@ -141,12 +141,12 @@ class Policy(NamedTuple):
         return Policy(terms, rows, numbers, options["importance"])
 
     def without_weights(self) -> tuple[Policy, Tensor | None]:
-        """The same of tokens that weigh 1, and their weights, which the entropy's are, too."""
+        """The same policy for tokens that weigh 1, and their weights, which are the entropy's too."""
         rows = self.rows._replace(weight=None, entropy_weight=None)
         return self._replace(terms=self.terms._replace(weighted=False), rows=rows), self.rows.weight
 
     def loss(self, logprob: Tensor, entropy: Tensor | None, counts: Tensor, segment_ids: Tensor | None) -> PolicyLoss:
-        """Of the tokens that count; what the others have is not looked at."""
+        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
         rows = self.rows.map(lambda v: torch.where(counts, v, 0.0))
         logprob = torch.where(counts, logprob, 0.0)
         entropy = None if entropy is None else torch.where(counts, entropy, 0.0)
@@ -168,7 +168,7 @@ class Policy(NamedTuple):
         return PolicyLoss(loss, self._replace(rows=rows).metrics(detached, old, counts, entropy), detached)
 
     def bound(self, advantages: Tensor) -> Tensor:
-        """Of each token's log-ratio, of "gmpo": from above or, where the advantage is negative, from below."""
+        """The bound of each token's log-ratio for "gmpo": from above, or from below if the advantage is negative."""
         by, ones = self.numbers, torch.ones_like(advantages)  # products: keywords.py, `scales`
         return torch.where(advantages < 0, -(ones * by.clip_low), ones * by.clip_high)
 
@@ -180,7 +180,7 @@ class Policy(NamedTuple):
         return torch.where(advantages < 0, log_ratio >= bound, log_ratio <= bound)
 
     def metrics(self, logprob: Tensor, compared: Tensor, counts: Tensor, entropy: Tensor | None) -> PolicyMetrics:
-        """Of the ratio to `compared`, which the loss takes; of the tokens' own to old log-probabilities the KL."""
+        """Metrics of the ratio to `compared`, which the loss takes. The KL is of the tokens' own log-ratios."""
         terms, numbers = self.terms, self.numbers
         rows, compared = self.rows.map(Tensor.detach), compared.detach()
         number = counts.sum().clamp(min=1)

@@ -25,7 +25,7 @@ from compiled_loss.functional.sequences import Sequences
 
 
 class PreferenceMetrics(NamedTuple):
-    """What trainers log: means over a rank's pairs that have a token, [] each, detached.
+    """Metrics for logging: means over a rank's pairs that have a token. Each is [], detached.
 
     `reward_chosen`, `reward_rejected`: beta times the score that the loss compares.
     `reward_margin`: their difference.
@@ -44,7 +44,7 @@ class PreferenceMetrics(NamedTuple):
 
 
 class PreferenceLoss(NamedTuple):
-    """What a preference loss returns.
+    """The result of a preference loss.
 
     `loss`: a scalar.
     `metrics`: what to log.
@@ -123,7 +123,7 @@ class Preference(NamedTuple):
     def loss(
         self, logprob: Tensor, reference_logprob: Tensor | None, counts: Tensor, sequences: Sequences
     ) -> PreferenceLoss:
-        """Of the tokens that count; what the others have is not looked at."""
+        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
         logprob = torch.where(counts, logprob, 0.0)
         one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
         numbers, pairs = Numbers(*[one * v for v in self.numbers]), sequences.number // 2
@@ -176,5 +176,5 @@ def total(losses: Tensor, there: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def mean(values: Tensor, there: Tensor) -> Tensor:
-    """Of those that are there, detached; 0 of none."""
+    """The mean of the values that are there, detached; 0 of none."""
     return torch.where(there, values.detach(), 0.0).sum() / there.sum().clamp(min=1)

@@ -14,7 +14,7 @@ from compiled_loss.functional.preference_evaluation import mean, total
 
 
 class RewardMetrics(NamedTuple):
-    """What trainers log: means over a rank's pairs, [] each, detached.
+    """Metrics for logging: means over a rank's pairs. Each is [], detached.
 
     `reward_chosen`, `reward_rejected`: of the answers.
     `reward_margin`: their difference.
@@ -28,7 +28,7 @@ class RewardMetrics(NamedTuple):
 
 
 class RewardLoss(NamedTuple):
-    """What the loss of a reward model returns.
+    """The result of a reward model's loss.
 
     `loss`: a scalar.
     `metrics`: what to log.
@@ -47,7 +47,7 @@ def bradley_terry_loss(
     center_coefficient: float = 0.0,
     pair_weights: Tensor | None = None,  # [P]
 ) -> RewardLoss:
-    r"""The negative log-likelihood of preferences under the Bradley-Terry model.
+    r"""Compute the negative log-likelihood of preferences under the Bradley-Terry model.
 
     A pair's loss is -log sigmoid(c - r - margin) + center_coefficient (c + r)^2, of the rewards c and r of its chosen
     and of its rejected answer. The second term keeps rewards near 0, which the first leaves open.

@@ -54,7 +54,7 @@ def token_statistics(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> TokenStatistics:
-    r"""Statistics of each token under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
+    r"""Compute statistics of each token under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
@@ -82,7 +82,7 @@ def token_statistics(
     Raises:
         ValueError: a shape, device or number is off, or, in eager CPU code, a label is out of range; elsewhere that
             token's numbers are NaN and its `correct` False.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+            Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
         TypeError: a dtype is off.
 
     Example:
@@ -135,7 +135,7 @@ def linear_token_statistics(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
-    r"""Statistics of each token under softmax(z), without holding the logits.
+    r"""Compute statistics of each token under softmax(z), without holding the logits.
 
     z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature.
 
@@ -173,7 +173,7 @@ def linear_token_statistics(
     Raises:
         ValueError: a shape, device or number is off, `strategy="tokens"` where a gradient is wanted, or, in eager CPU
             code, a label is out of range; elsewhere that token's numbers are NaN and its `correct` False.
-            Likewise where ranks of one vocabulary have other labels: an error, elsewhere NaN in all that counts.
+            Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
         TypeError: a dtype is off.
 
     Example:

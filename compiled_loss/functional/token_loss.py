@@ -34,7 +34,7 @@ def linear_token_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""The reduction of `token_loss(statistics, *inputs)` over tokens, without ever holding the logits.
+    r"""Reduce `token_loss(statistics, *inputs)` over tokens, without ever holding the logits.
 
     The statistics are those of z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature. The
     gradient of the loss is formed while a chunk's logits are there, by the derivative of `token_loss`.
@@ -47,7 +47,7 @@ def linear_token_loss(
             losses [C], in nats or whatever it likes. It is traced once and differentiated; so it is made of torch
             operations on its arguments, does not branch on their values, and a token's loss depends on that token
             alone. What it does not look at is not computed.
-        inputs: what else it is given: tensors [..., *] with a value for each token of `hidden`, in any dtype, or
+        inputs: what else it is given: tensors `[..., *]` with a value for each token of `hidden`, in any dtype, or
             numbers, Python's or tensors [] without gradient. Per-token inputs may want gradients. They belong to the
             places of `hidden`, as statistics do, also where `shift` is not 0. A small factor, such as 1 / tokens,
             belongs into `token_weights` or `num_label_tokens`: fp16 loses it elsewhere.
@@ -124,7 +124,7 @@ def linear_logits_loss(
     num_label_tokens: int | Tensor | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""The reduction of `logits_loss(logits, *inputs)` over tokens, a chunk of logits [C, V] at a time.
+    r"""Reduce `logits_loss(logits, *inputs)` over tokens, with one chunk of logits [C, V] at a time.
 
     For what :func:`linear_token_loss` cannot say: anything that a row of logits gives. The token strategy alone, three
     GEMMs; whether a chunk needs more than one kernel, and more than one [C, V], is up to the function.

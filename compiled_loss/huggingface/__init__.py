@@ -1,4 +1,4 @@
-"""Losses of the models of Hugging Face `transformers`, without importing it.
+"""Losses for the models of Hugging Face `transformers`. Importing this does not import it.
 
 `set_loss_function` makes `causal_lm_loss` a model's `loss_function`; `LinearCausalLMLoss` is for the Trainer's
 `compute_loss_func`, and never sees the logits.

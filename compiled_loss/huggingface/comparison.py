@@ -63,7 +63,7 @@ class _Seen(NamedTuple):
 def _differences(
     theirs: Tensor, hidden: Tensor, head: OutputHead, transform: Transform, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of some classes at a time: how far the logits are apart, how far they may be, and how large they are."""
+    """Yield, for some classes at a time, how far the logits are apart, how far they may be, and how large they are."""
     exact = torch.promote_types(dtype, torch.float32)
     eps, sums = _eps(dtype), 2 * torch.finfo(exact).eps * math.sqrt(hidden.shape[-1])
     roundings = 1 + 2 * (transform.softcap is not None) + (transform.temperature != 1)
@@ -93,7 +93,7 @@ def _dtype(logits: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _eps(dtype: torch.dtype) -> float:
-    """Of a GEMM of this dtype: fp32 may be TF32."""
+    """The rounding of a GEMM of this dtype: fp32 may be TF32."""
     own = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return own

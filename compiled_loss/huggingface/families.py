@@ -202,7 +202,7 @@ def _expressions(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 
 def _value(model: Any, attribute: ast.Attribute) -> Any:
-    """Of self.a.b what it is now, of others what the config says; 1 where there is none."""
+    """The value of self.a.b as it is now, of others what the config says; 1 if there is none."""
     path = ast.unparse(attribute)
     if re.fullmatch(r"self(\.\w+)+", path):
         value = operator.attrgetter(path.removeprefix("self."))(model)

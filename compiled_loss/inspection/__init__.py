@@ -1,4 +1,4 @@
-"""What the compiler made of a function: graphs, kernels, memory launch by launch, machine code; with no GPU needed."""
+"""Reports on what the compiler makes of a function: graphs, kernels, live memory and machine code, without a GPU."""
 
 from compiled_loss.inspection.errors import InspectionError
 from compiled_loss.inspection.inspector import inspect

@@ -49,7 +49,7 @@ def notes(device: str, kernels: Iterable[str]) -> tuple[str, ...]:
 
 
 def cudnn_versions() -> list[tuple[int, ...]]:
-    """Of the packages that a CUDA build of torch brings."""
+    """The versions of cuDNN that packages of a CUDA build of torch bring."""
     found = []
     for name in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -74,7 +74,7 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: Tensor) -> TensorSpec:
-        """Of a tensor; integers keep their range."""
+        """Describe a tensor. Integers keep their range."""
         low, high = 0, 1
         if (
             not tensor.is_floating_point()

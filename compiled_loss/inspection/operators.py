@@ -46,7 +46,7 @@ def extent(tensor: Tensor) -> int:
 
 
 def operator_name(func: Any) -> str:
-    """As reports write it."""
+    """The operator's name as reports write it."""
     return str(func._overloadpacket).replace("aten.", "")
 
 

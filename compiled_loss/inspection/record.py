@@ -162,7 +162,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What the compiler made of a function.
+    """The report on what the compiler made of a function.
 
     `parameters` are the bytes of each tensor that backward reaches and that is no input, `loss` the names by which its
     loss was found, none where it was not. `notes` say what is not known.
@@ -218,13 +218,13 @@ class Inspection:
 
     @property
     def loss_peak_bytes(self) -> int:
-        """Of the bytes alive at the peak, those that the loss wrote."""
+        """Bytes alive at the peak that the loss wrote."""
         highest = max((v for p in self.passes for v in p.launches), key=lambda v: v.live_bytes, default=None)
         return highest.loss_bytes if highest is not None else 0
 
     @property
     def loss_saved_bytes(self) -> int:
-        """Of the bytes kept between forward and backward, the loss's."""
+        """Bytes of the loss that are kept between forward and backward."""
         return sum(tensor.size for tensor in self.saved if tensor.of_loss)
 
     def roofline_seconds(self, gpu: str | None = None, *, of_loss: bool = False) -> float | None:
@@ -263,12 +263,12 @@ class Inspection:
         return next(k for k in self.kernels if k.name == name)
 
     def to_json(self) -> str:
-        """As JSON; `from_json` gives an equal object."""
+        """Write the object as JSON. `from_json` gives an equal one."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> Inspection:
-        """From what `to_json` gave."""
+        """Make the object from the text that `to_json` gave."""
         found: Inspection = _read(Inspection, json.loads(text))
         return found
 

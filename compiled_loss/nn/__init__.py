@@ -1,4 +1,4 @@
-"""Modules of the losses. Each keeps keywords and calls the function of its name; none has mathematics or weights.
+"""Modules of the losses. Each keeps keywords and calls the function of its name. None has mathematics or weights.
 
 The fields of a Module are keywords of its function, with the same defaults. The tensors of a batch, and `compile`, come
 with the call. A Module returns what its function does.

@@ -23,7 +23,7 @@ class HeadOptions:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AnswersHeadOptions(HeadOptions):
-    """The same of answers, whose labels may be shifted."""
+    """Options of a head for answers, whose labels may be shifted."""
 
     shift: int = 0
     """How far ahead labels are: position t predicts label t + shift."""

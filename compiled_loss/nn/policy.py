@@ -24,9 +24,9 @@ class PolicyOptions:
     dual_clip: float | None = None
     """Bounds the loss of tokens with a negative advantage, > 1; None for none."""
     temperature_positive: float = 1.0
-    """Of "sapo" where the advantage is positive, > 0."""
+    """Temperature of "sapo" where the advantage is positive, > 0."""
     temperature_negative: float = 1.05
-    """Of "sapo" elsewhere, > 0."""
+    """Temperature of "sapo" where it is not, > 0."""
     kl: KL = "k3"
     """"k1", "k2", "k3", "k1_straight_through" or "k3_straight_through"."""
     kl_coefficient: float = 0.0

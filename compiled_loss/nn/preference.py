@@ -27,7 +27,7 @@ class PreferenceOptions:
     f_divergence: Divergence = "reverse_kl"
     """"reverse_kl", "forward_kl", "js" or "alpha"."""
     alpha: float = 0.5
-    """Of the divergence "alpha"."""
+    """Parameter of the divergence "alpha"."""
     sft_coefficient: float = 0.0
     """Multiplies the chosen answers' negative log-likelihood, >= 0."""
 

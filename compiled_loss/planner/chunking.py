@@ -15,7 +15,7 @@ _WHOLE = 10**9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunking:
-    """How a linear loss is computed; never what. The defaults suit training.
+    """Schedule options of the linear losses. They change speed and memory, never the result beyond rounding.
 
     `strategy`: "tokens" forms gradients in forward, a chunk of tokens at a time (three GEMMs, scalar losses);
     "vocab" streams the vocabulary and recomputes the logits in backward (four GEMMs, any upstream gradient);
@@ -66,7 +66,7 @@ compile='auto')
         return checks.chunking.size("memory_budget", self.memory_budget)
 
     def rows(self, tokens: int) -> int | None:
-        """Of so many tokens, how many are computed; None for all of them as they are."""
+        """Return how many of so many tokens are computed; None means all of them, as they are."""
         if self.max_label_tokens is None:
             return None
         # Rounded up, but for what the fraction was rounded by.

@@ -31,7 +31,7 @@ PASSES = 4  # three that read, for maximum, sum and gradient, and one that write
 
 
 class Rates(NamedTuple):
-    """What a device does."""
+    """Rates of a device."""
 
     half: float  # operations a second of GEMMs of 16-bit numbers
     single: float  # and of fp32
@@ -47,7 +47,7 @@ H100 = Rates(half=990e12, single=67e12, memory=3.35e12, chunk=2e-5, overlap=True
 
 
 def rates(device: str) -> Rates:
-    """Of a type of device."""
+    """The rates of a type of device."""
     return CPU if device == "cpu" else H100
 
 
@@ -61,7 +61,7 @@ def seconds(
     accumulated: int,
     device: Rates,
 ) -> float:
-    """Of loss and both gradients, in chunks of `size` tokens or columns: NOTE [Cost model]."""
+    """Seconds for the loss and both gradients, in chunks of `size` tokens or columns: NOTE [Cost model]."""
     whole, other, gemms = (tokens, vocab, 3) if strategy == "tokens" else (vocab, tokens, 4)
     operations = 2 * size * width * other / (device.half if itemsize == 2 else device.single)
     chunk = itemsize * (size * width + size * other)
@@ -76,7 +76,7 @@ def seconds(
 
 
 def chunk_bytes(strategy: Strategy, size: int, tokens: int, vocab: int, itemsize: int) -> int:
-    """Of a chunk of logits."""
+    """Bytes of a chunk of logits."""
     return size * (vocab if strategy == "tokens" else tokens) * itemsize
 
 

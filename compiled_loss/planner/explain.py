@@ -38,7 +38,7 @@ class Alternative:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    r"""What was chosen, and between what; prints as a table.
+    r"""The chunking that was chosen, and the alternatives. It prints as a table.
 
     `chosen` and each of `alternatives` have a strategy, chunk_size, count, chunk_bytes, peak_bytes and seconds;
     `budget` is the most bytes a chunk's logits may take. Seconds are predictions.
@@ -80,7 +80,7 @@ def plan(
     ranks: int = 1,
     device: str = "cuda",
 ) -> Explanation:
-    r"""How a linear loss of these sizes would be chunked, and why: the alternatives with their predicted cost.
+    r"""Explain how a linear loss of these sizes is chunked: the alternatives with their predicted cost.
 
     Args:
         tokens: N.

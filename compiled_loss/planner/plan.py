@@ -3,13 +3,16 @@
 N tokens, H width, V vocabulary, C rows (token strategy) or columns (vocab strategy) a chunk.
 
 NOTE [Default chunk]
-Rows: as many as keep the chunk no larger than dW (C <= H), at most max(1024, H / 4) because more buys no speed, and at
-least MIN_ROWS, because with fewer Inductor splits the reductions of a body over several kernels (one a chunk at 512 and
-1024 rows of 131072 columns for sm_90, five at 256). Where H < MIN_ROWS the two collide, and the kernels win. A chunk
-waits for two collectives; ranks on n nodes take n times as many rows, for their GEMMs soon take no longer than that.
-N is then spread evenly over the chunks that takes, in multiples of ROW_MULTIPLE, at which a GPU loads several elements
-at once.
-Columns: the same bytes as those rows, at least MIN_COLUMNS, spread evenly in multiples of COLUMN_MULTIPLE.
+The token strategy takes as many rows per chunk as these rules allow:
+
+- at most H: the chunk is then no larger than dW;
+- at most max(1024, H / 4): longer chunks are not faster. Ranks on n nodes take n times as many, because a chunk waits
+  for two collectives, and the GEMMs of shorter chunks take no longer than that;
+- at least MIN_ROWS, even if H is smaller: with fewer rows Inductor splits the reductions of a body over several kernels
+  (for sm_90 and 131072 columns, one kernel per chunk at 512 and 1024 rows, and five at 256).
+
+N is then spread evenly over the chunks, in multiples of ROW_MULTIPLE, at which a GPU loads several elements at once.
+The vocab strategy takes as many columns as have the same bytes, at least MIN_COLUMNS, in multiples of COLUMN_MULTIPLE.
 
 A loop plans when it runs, and knows N. Only a choice between the strategies within a memory budget is made before, and
 sees N rounded up to a power of two, so that a compiled caller has a graph for each power at most.

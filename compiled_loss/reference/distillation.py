@@ -107,7 +107,7 @@ def distributions(
 
 
 def _divergence(name: str, log_p: Tensor, log_q: Tensor, jsd_weight: float, lk_decay: float) -> Tensor:
-    """Of each token's two distributions."""
+    """The divergence of each token's two distributions."""
     p, q = log_p.exp(), log_q.exp()
     if name == "forward_kl":
         return _times(p, log_p - log_q).sum(-1)

@@ -13,7 +13,7 @@ from compiled_loss.reference.tokens import aligned, token_logits, transformed, w
 
 
 class Statistics(NamedTuple):
-    """Those of each token."""
+    """The statistics of each token."""
 
     logprob: Tensor
     logsumexp: Tensor

@@ -186,8 +186,8 @@ def refused(mesh):
             lambda: linear(
                 weight=fully_shard(torch.nn.Linear(H, V, bias=False), mesh=mesh).weight, labels=labels + rank
             ),
-            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others: a "
-            "weight that fully_shard holds is no sharded vocabulary; gather it first, by unshard() of its module",
+            "labels, position_mask: expected the same tokens on all ranks that share the vocabulary, but they differ. "
+            "A weight that fully_shard holds is no vocabulary shard: call unshard() of its module first",
         ),
         "more tokens": (
             lambda: linear(torch.ones(N + rank, H), labels=torch.zeros(N + rank, dtype=torch.int64)),

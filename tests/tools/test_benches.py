@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benches import cases, gpu_check, gpu_code, gpu_parts, meter, plot, providers, run
+from benches import cases, gpu_check, gpu_code, gpu_parts, meter, plot, providers, run, tables
 
 SMALL = cases.Case(head="small", tokens=96, dtype="float32", masked=0.25)
 
@@ -138,7 +138,7 @@ def test_the_command_appends_lines_and_prints_a_table(monkeypatch, tmp_path, cap
 def results(monkeypatch, tmp_path):
     """Of every suite, in times that are multiples of the floor's; in a later run of the grid a peer fails."""
     about = {"versions": {"torch": "2.13.0", "triton": None}, "device": "1 CPU core", "processor": "x", "date": "today"}
-    times = {providers.FLOOR: 1.0, "defaults": 1.1, plot.COMPILED: 1.2, "F.linear_cross_entropy": 3.0}
+    times = {providers.FLOOR: 1.0, "defaults": 1.1, tables.COMPILED: 1.2, "F.linear_cross_entropy": 3.0}
 
     def rows(suite, *, huge_pages=False):
         peak = 90.0 if huge_pages else 100.0
@@ -172,7 +172,7 @@ def results(monkeypatch, tmp_path):
     keys = ("strategy", "start", "chunks", "ratio")
     sizes = {"tokens": 1, "width": 2, "vocab": 3}
     write("compile_time", [dict(zip(keys, k, strict=True), seconds=[k[-1]], **sizes) for k in kinds])
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "PICTURE", tmp_path / "picture.png")
     return tmp_path
 
@@ -202,9 +202,9 @@ def test_instructions_that_a_thread_issues():
 
 
 def test_tables_are_of_the_last_times_there_are(results):
-    text = plot.figures()
+    text = tables.figures()
     lines = text.splitlines()
-    assert text.startswith("1 CPU core (x), torch 2.13.0, today;")
+    assert text.startswith("1 CPU core (x), torch 2.13.0, today.")
     assert "| defaults | " + " | ".join(["1.10 / 100"] * len(cases.SUITES["cpu"])) + " |" in lines
     assert "| defaults, huge pages | " + " | ".join(["1.10 / 90"] * len(cases.SUITES["cpu"])) + " |" in lines
     linear = [line for line in lines if line.startswith("| `F.linear_cross_entropy` |")]

@@ -34,11 +34,15 @@ class Upstream(NamedTuple):
     Where e is exp(z - m).
 
     NOTE [Few reads]
-    Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors, and then no
-    longer writes the result over the logits: a second chunk. So what can be combined per row is combined before, and
-    what can share a tensor does; and what is combined inside a body is also returned from it, or reads more than four
-    tensors and is used twice, or Inductor does not write it out but reads its parts again for each logit. The gradient
-    reads eight with everything on: logits, [bias, class weights], scales, labels, maximum, row, target,
+    Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors. The result is
+    then no longer written over the logits, which costs a second chunk. Therefore:
+
+    1. What can be combined per row is combined before the body.
+    2. Vectors and scalars share a tensor where they can.
+    3. What is combined per row inside a body is also returned from it, or reads more than four tensors and is used
+       twice. Otherwise Inductor does not write it out, and reads its parts again for each logit.
+
+    With every option the gradient reads eight: logits, [bias, class weights], scales, labels, maximum, row, target,
     total.
     """
 
@@ -57,7 +61,7 @@ class Upstream(NamedTuple):
         entropy: Tensor | None,
         squares: Tensor | None,
     ) -> Upstream:
-        """From autograd's gradients of the rows' statistics, each of which may be missing."""
+        """Make it from autograd's gradients of the rows' statistics, each of which may be missing."""
         softmax, dtype = state.softmax(), state.others.dtype
         nll = torch.zeros_like(state.others) if nll is None else nll.to(dtype)
         row, target, moment, square = nll, -nll * state.others, None, None
@@ -99,7 +103,7 @@ def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Te
 
 
 def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """The same, but for the rows' temperatures."""
+    """Compute z and its slope without the rows' temperatures."""
     if head.scales is None:
         return raw, None
     if head.scales.dim() == 0:
@@ -273,7 +277,7 @@ def fold_and_gradient(
 def logits_loss_and_gradient(
     logits: Tensor, *operands: Tensor | None, classes: Classes, loss: str, group: str | None = None
 ) -> Output:
-    """Of a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
+    """Compute a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
     assert group is None
     (labels,), head, rest = unpack(operands, Labels, Head)
     of = row_losses.of(loss)

@@ -39,7 +39,7 @@ class Classes(NamedTuple):
         return torch.ones_like(labels, dtype=dtype).masked_fill(self.invalid(labels), math.nan)
 
     def counted_from(self, start: int) -> Classes:
-        """The same, for labels that are counted from the class `start`."""
+        """The same classes, for labels that are counted from the class `start`."""
         return Classes(self.ignored - start, self.first - start, self.last - start)
 
 
@@ -59,7 +59,7 @@ class Coefficients(NamedTuple):
         return Coefficients(*[None if v is None else change(v) for v in self])
 
     def present(self) -> list[Tensor]:
-        """Those that there are."""
+        """The coefficients that are not None."""
         return [v for v in self if v is not None]
 
     def label_weight(self, labels: Tensor, classes: Classes, dtype: torch.dtype) -> Tensor:

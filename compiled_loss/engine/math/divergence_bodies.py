@@ -142,7 +142,7 @@ class Known(NamedTuple):
 
 
 def target_gradient(logits: Tensor, *operands: Tensor | None) -> Output:
-    """Of probabilities that are a target: (None, *Pair, target, *Known) -> (d,), like target."""
+    """Compute the gradient of probabilities that are a target: (None, *Pair, target, *Known) -> (d,), like target."""
     _, pair, (target, inverse), known, _ = unpack(operands, _Labels, Pair, Whole, Known)
     pair = pair.at(inverse, hard=False)
     student = pair.student

@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 
     @staticmethod
     def of(divergences: Iterable[str], statistics: Iterable[str] = (), *, probabilities: bool = False) -> Kind:
-        """Of these names."""
+        """Make the kind from names."""
         return Kind("+".join(divergences), "+".join(statistics), probabilities)
 
     def wants(self, statistic: str) -> bool:
@@ -102,7 +102,7 @@ class Pair(NamedTuple):
         return times(z, self.inverse_temperature)
 
     def at(self, inverse_temperature: Tensor | None, *, hard: bool) -> Pair:
-        """The same at temperatures that rows, [rows, 1], have beside; `hard` where there are labels."""
+        """The same pair at temperatures that rows have of their own, [rows, 1]; `hard` where there are labels."""
         if inverse_temperature is None:
             return self
         target_outer = times(inverse_temperature, self.target_outer)

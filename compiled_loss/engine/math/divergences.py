@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     overlap: Tensor | None  # alpha, where the slopes' coefficients depend on it
 
     def present(self) -> Output:
-        """Those that there are."""
+        """The fields that are not None."""
         return tuple([v for v in self if v is not None])
 
     @staticmethod
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> tuple[Rows, list[Tensor]]:
-        """From the front of a body's outputs, and what follows them."""
+        """Take the fields from the front of a body's outputs, and return what follows them."""
         left = list(present)
         rows = Rows(*[left.pop(0) if field else None for field in Rows.there(kind, labels, indices)])  # type: ignore[arg-type]
         return rows, left
@@ -82,11 +82,11 @@ class Found(NamedTuple):
     teacher_mass: Tensor | None = None
 
     def present(self) -> Output:
-        """Those that there are."""
+        """The fields that are not None."""
         return tuple([v for v in self if v is not None])
 
     def statistics(self) -> Output:
-        """Those of which no loss is made, and that have no gradient."""
+        """The fields of which no loss is made, and which have no gradient."""
         _, _, *statistics = self
         return tuple([v for v in statistics if v is not None])
 
@@ -103,7 +103,7 @@ class Found(NamedTuple):
 
     @staticmethod
     def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> Found:
-        """From a body's outputs, of which there may be more."""
+        """Take the fields from a body's outputs, of which there may be more."""
         left = list(present)
         return Found(*[left.pop(0) if field else None for field in Found.there(kind, labels, indices)])  # type: ignore[arg-type]
 
@@ -143,7 +143,7 @@ class Compared(NamedTuple):
 
     @staticmethod
     def of(kind: Kind, logits: Tensor, target: Tensor, pair: Pair) -> Compared:
-        """From logits on either side, or probabilities on the target's."""
+        """Make it from logits on either side, or from probabilities on the target's."""
         return Compared(kind, pair, pair.student.biased(logits), pair.target.biased(target))
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Found]:
@@ -181,7 +181,7 @@ class Compared(NamedTuple):
         return rows._replace(hard_log_sum=log_sums[-1]), found._replace(cross_entropy=log_sums[-1] - sums["label"])
 
     def gradient(self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype) -> Tensor:
-        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's raw logits."""
+        """The gradient of sum(soft * divergence + hard * cross-entropy) by the student's raw logits."""
         kind, pair, student = self.kind, self.pair, self.pair.student
         assert rows.slope is not None
         bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times_row(g, student.factor()))

@@ -21,7 +21,7 @@ from compiled_loss.engine.math.statistics import RowStatistics, Wanted
 
 
 class RowGradients(NamedTuple):
-    """Of a row's loss with respect to its statistics, [rows] each; None for 0."""
+    """Gradients of a row's loss by its statistics, [rows] each; None for 0."""
 
     d_nll: Tensor
     d_lse: Tensor | None

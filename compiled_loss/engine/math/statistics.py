@@ -64,7 +64,7 @@ class State(NamedTuple):
 
     @staticmethod
     def of(present: Iterable[Tensor], wanted: Wanted) -> State:
-        """From `present()`."""
+        """Make the state from what `present()` gave."""
         return State(*_in_place(present, (True, True, True, *wanted)))
 
     def replaced(self, present: Iterable[Tensor]) -> State:
@@ -84,7 +84,7 @@ class State(NamedTuple):
         return reduced._replace(argmax=-all_reduced([-first], "max", group)[0])
 
     def rescaled(self, maximum: Tensor) -> State:
-        """The same relative to a maximum at least as large; the clamp keeps 0 * -inf from becoming NaN."""
+        """The same state relative to a maximum at least as large. The clamp keeps 0 * -inf from becoming NaN."""
         by = self.maximum - maximum
         rescale = by.exp()
         moment, squares, argmax = self.moment, self.squares, self.argmax
@@ -109,7 +109,7 @@ class State(NamedTuple):
         )
 
     def softmax(self) -> Softmax:
-        """Of rows whose every column has been seen."""
+        """The softmax of rows whose every column has been seen."""
         gap = self.target_logit - self.maximum
         target = gap.exp()
         total = self.others + target
@@ -149,17 +149,17 @@ class RowStatistics(NamedTuple):
 
     @staticmethod
     def of(present: Iterable[Tensor], wanted: Wanted) -> RowStatistics:
-        """From `present()`."""
+        """Make the statistics from what `present()` gave."""
         return RowStatistics(*_in_place(present, (True, True, *wanted, True)))
 
     @staticmethod
     def dtypes(dtype: torch.dtype, wanted: Wanted) -> list[torch.dtype]:
-        """Those of `present()`, where the statistics' is `dtype`."""
+        """The dtypes of `present()`, if that of the statistics is `dtype`."""
         every = [dtype] * 5 + [torch.int64, torch.bool]
         return [d for d, there in zip(every, (True, True, *wanted, True), strict=True) if there]
 
     def only(self, wanted: Wanted) -> RowStatistics:
-        """What of it is wanted."""
+        """The statistics that are wanted."""
         optional = zip(self[2:6], wanted, strict=True)
         total, entropy, squares, argmax = [v if one else None for v, one in optional]
         return RowStatistics(self.nll, self.lse, total, entropy, squares, argmax, self.correct)

@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     @staticmethod
     def of(indices: Tensor, columns: int) -> Place:
-        """Of classes counted from the rank's first, among so many columns."""
+        """Make the place of classes counted from the rank's first, among so many columns."""
         ours = (indices >= 0) & (indices < columns)
         found = torch.where(ours, indices, 0)
         return Place(torch.where(ours, indices, row(found.amax(-1))), ours)
@@ -51,7 +51,7 @@ class Place(NamedTuple):
         return base.clone() if base.shape[-1] == 0 else base.scatter(-1, self.columns, self._written(base, values))
 
     def put_(self, base: Tensor, values: Tensor) -> None:
-        """The same written into it."""
+        """Write values into `base` at the place."""
         if base.shape[-1]:
             base.scatter_(-1, self.columns, self._written(base, values))
 
@@ -69,7 +69,7 @@ def finite(logits: Tensor, student: LogitMap) -> Tensor:
 
 
 def finite_(logits: Tensor, student: LogitMap) -> None:
-    """The same in place."""
+    """Make the logits finite in place."""
     if student.inner is not None:
         logits.clamp_(min=torch.finfo(logits.dtype).min)
 
@@ -90,7 +90,7 @@ class TopCompared(NamedTuple):
     def of(
         kind: Kind, logits: Tensor, top: Tensor, indices: Tensor, values: Tensor, pair: Pair, group: str | None
     ) -> TopCompared:
-        """From logits, and those of their top with their bias."""
+        """Make it from logits, and from those of their top with their bias."""
         whole = group is None and indices.shape[-1] == logits.shape[-1]
         rest, absent = pair.student.biased(logits), None
         if pair.inner is not None:
@@ -120,7 +120,7 @@ class TopCompared(NamedTuple):
     def gradient(
         self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Of sum(soft * divergence + hard * cross-entropy) with respect to the student's raw logits, and the top's."""
+        """Gradients of sum(soft * divergence + hard * cross-entropy) by the student's raw logits and by the top's."""
         coarse, pair, student = self._coarse(rows), self.pair, self.pair.student
         coarse = coarse._replace(kind=coarse.kind._replace(statistics=""))
         known, _ = coarse.fold(None, None)
@@ -148,7 +148,7 @@ class TopCompared(NamedTuple):
         return torch.where(self.absent, float("-inf"), rest), torch.where(self.top.isneginf(), float("-inf"), top)
 
     def _found(self, rows: Rows) -> Found:
-        """Of the k classes and the tail, with both masses of the k."""
+        """The results for the k classes and the tail, with both masses of the k."""
         coarse = self._coarse(rows)
         known, found = coarse.fold(None, None)
         both = coarse.distributions(known, coarse.logits)
