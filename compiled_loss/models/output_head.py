@@ -124,7 +124,8 @@ def _unchanged(module: Any, name: str) -> None:
         forward = own.get("_old_forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         sharded = hasattr(module._parameters.get("weight"), "placements")
-        if not (sharded and _origin(forward).startswith("transformers.distributed.")):
+        known = ("compiled_loss.", "transformers.distributed.") if sharded else "compiled_loss."
+        if not _origin(forward).startswith(known):
             checks.heads.replaced(name, module)
     for kind in _HOOKS:
         for called in own.get(kind, {}).values():
