@@ -7,12 +7,13 @@ else is an error, for a loss that took the weight alone would be another one tha
 
 Hooks are refused, for none can be told from one that changes something. Those of torch.distributed and DeepSpeed are
 not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight. Nor is the
-forward that the tensor parallelism of transformers puts around that of a DTensor, which does the same.
+forward that the tensor parallelism of transformers puts around that of a DTensor, which does the same, nor one of ours.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _FORWARDS = (nn.Linear.forward, nn.Embedding.forward, nn.Module.forward, nn.ParameterDict.forward)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MOVING = ("torch.distributed.", "deepspeed.")
+_OURS = "_leaves_head_as_it_is"
 
 
 class OutputHead(NamedTuple):
@@ -68,6 +70,12 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
             checks.heads.forward(name, module)
         _unchanged(module, name)
     return OutputHead(weight, bias)
+
+
+def leaves_head(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same forward, which may stand on a head in place of its class's: the head multiplies by what it did."""
+    setattr(forward, _OURS, True)
+    return forward
 
 
 def _inner(module: Any, name: str) -> Any:
@@ -124,8 +132,9 @@ def _unchanged(module: Any, name: str) -> None:
         forward = own.get("_old_forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         sharded = hasattr(module._parameters.get("weight"), "placements")
-        known = ("compiled_loss.", "transformers.distributed.") if sharded else "compiled_loss."
-        if not _origin(forward).startswith(known):
+        if not getattr(forward, _OURS, False) and not (
+            sharded and _origin(forward).startswith("transformers.distributed.")
+        ):
             checks.heads.replaced(name, module)
     for kind in _HOOKS:
         for called in own.get(kind, {}).values():

@@ -11,6 +11,7 @@ is an error. Dynamo traces all of it as it traces the model.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.functional.cross_entropy import linear_cross_entropy, linear_cross_entropy_with_statistics
+from compiled_loss.functional.statistics import linear_token_statistics
 from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.head_call import HeadCall
 from compiled_loss.integrations.transformers.transform import Transform
@@ -36,6 +39,11 @@ class DeferredLogits:
         self._transform = transform
         self._classes_second = classes_second  # [B, V, ...], as cross_entropy has them
         call.made.append(self)
+
+    @staticmethod
+    def of(call: HeadCall, hidden: Tensor) -> DeferredLogits:
+        """A head's, while it is called."""
+        return DeferredLogits(call, hidden, Transform.identity(call.classes()))
 
     @property
     def statistics(self) -> TokenStatistics | None:
@@ -189,8 +197,7 @@ class DeferredLogits:
         label_smoothing: Any = 0.0,
     ) -> Tensor:
         """As `torch.nn.functional.cross_entropy`."""
-        hidden = self._positions("cross_entropy")
-        if hidden.dim() != 2 and not self._classes_second:
+        if self.ndim != 2 and not self._classes_second:
             self._refuse(f"cross_entropy of {tuple(self.shape)}, whose dimension 1 is not the classes,")
         if size_average is not None or reduce is not None:
             self._refuse("cross_entropy with size_average or reduce")
@@ -202,14 +209,48 @@ class DeferredLogits:
             "reduction": reduction,
             "label_smoothing": label_smoothing,
         }
-        return self._call.cross_entropy(hidden, self._transform, target, keywords)
+        return self._loss(target, keywords)
 
     def logsumexp(self, dim: int, keepdim: bool = False) -> Tensor:
         hidden = self._classes_last("logsumexp")
         if dim % hidden.dim() != hidden.dim() - 1:
             self._refuse("logsumexp over positions")
-        values = self._call.logsumexp(hidden, self._transform)
+        labels = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
+
+        def logsumexp(hidden: Tensor, weight: Tensor, **keywords: Any) -> Tensor:
+            wanted, chunking = ("logsumexp",), self._call.chunking
+            return linear_token_statistics(
+                hidden, weight, labels, wanted=wanted, chunking=chunking, **keywords
+            ).logsumexp
+
+        values: Tensor = self.apply(logsumexp)
         return values.unsqueeze(-1) if keepdim else values
+
+    def apply(self, function: Callable[..., Any]) -> Any:
+        """What a function of a linear head gives.
+
+        Args:
+            function: called as function(hidden, weight, **keywords), as our linear functions are: `hidden` [..., H],
+                `weight` [V, H], and keywords `bias`, `logit_scale` and `softcap` that make their logits these. The
+                weight is whole in this call, and not after it.
+
+        """
+        return self._call.apply(self._positions("apply"), self._transform, function)
+
+    def _loss(self, labels: Tensor, given: dict[str, Any]) -> Tensor:
+        call = self._call
+        call.losses += 1
+
+        def loss(hidden: Tensor, weight: Tensor, **keywords: Any) -> Tensor:
+            keywords = {"chunking": call.chunking, **given, **keywords}
+            if not call.wanted:
+                return linear_cross_entropy(hidden, weight, labels, **keywords)
+            loss, found = linear_cross_entropy_with_statistics(hidden, weight, labels, **keywords)
+            call.keep(found)
+            return loss
+
+        value: Tensor = self.apply(loss)
+        return value
 
     # How errors come about.
 

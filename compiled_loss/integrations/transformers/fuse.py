@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Collection
 from types import MethodType
 from typing import Any
@@ -18,13 +17,11 @@ from compiled_loss.functional.statistics import WANTED
 from compiled_loss.huggingface.families import innermost
 from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.deferred import DeferredLogits
-from compiled_loss.integrations.transformers.head_call import HeadCall, Question
-from compiled_loss.integrations.transformers.transform import Transform
-from compiled_loss.models.output_head import output_head
+from compiled_loss.integrations.transformers.head_call import Asked, HeadCall, answer
+from compiled_loss.models.output_head import leaves_head, output_head
 from compiled_loss.planner.chunking import Chunking
 
 _NAME = "_compiled_loss_fused_head"  # of the attribute that a fused model and its head have
-_FORWARDS: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()  # those that fuse_head makes
 
 
 class FusedHead:
@@ -35,7 +32,8 @@ class FusedHead:
         self.head = head
         self.chunking = chunking
         self.statistics = tuple(statistics)
-        self.stood: dict[str, Any] = {}  # forwards of the model and the head that were not their classes'
+        self.placed: dict[str, Any] = {}  # the forwards of both, and
+        self.stood: dict[str, Any] = {}  # those on the instances that they replace
         self.off = False
         self.calls: list[HeadCall] | None = None  # of the head, in the training step that runs
 
@@ -87,12 +85,13 @@ def _fused(module: Any) -> FusedHead | None:
 def _replace(name: str, module: Any, fused: FusedHead, forward: Callable[..., Any]) -> None:
     if "forward" in module.__dict__:
         fused.stood[name] = module.forward
+    fused.placed[name] = forward
     setattr(module, _NAME, fused)
     module.forward = MethodType(forward, module)  # which a copy of the module binds to itself
 
 
 def _restore(name: str, module: Any, fused: FusedHead) -> None:
-    if getattr(module.forward, "__func__", None) not in _FORWARDS:
+    if getattr(module.forward, "__func__", None) is not fused.placed[name]:
         fused.off = True  # another has wrapped it since: there it passes on
         return
     delattr(module, _NAME)
@@ -114,28 +113,24 @@ def _model_forward(forward: Callable[..., Any], before_labels: int) -> Callable[
         fused.calls = calls
         try:
             output = fused.original("model", self, *args, **kwargs)
-            checks.loss_of_logits(self, bool(calls), any(call.losses for call in calls))
+            checks.loss_of_logits(self, len(calls) > 0, any(call.losses for call in calls))
             return output
         finally:
             fused.calls = None
             for call in calls:
                 call.release()
 
-    _FORWARDS.add(fused_forward)
     return fused_forward
 
 
-def _head_forward(self: Any, hidden: Tensor, *args: Any, asked: Question | None = None, **kwargs: Any) -> Any:
+@leaves_head
+def _head_forward(self: Any, hidden: Tensor, *args: Any, asked: Asked | None = None, **kwargs: Any) -> Any:
     """Deferred logits in a training step, and what is asked of them; logits elsewhere."""
     fused: FusedHead = getattr(self, _NAME)
     if asked is not None:
-        return asked.answer(self, hidden)
+        return answer(self, hidden, asked)
     if fused.calls is None:
         return fused.original("head", self, hidden, *args, **kwargs)
-    call = HeadCall(fused.model_name, self, hidden.shape[:-1], fused.chunking, fused.statistics)
+    call = HeadCall(fused.model_name, self, hidden.shape[:-1], chunking=fused.chunking, statistics=fused.statistics)
     fused.calls.append(call)
-    classes = output_head(self, "model.get_output_embeddings()").weight.shape[0]
-    return DeferredLogits(call, hidden, Transform.identity(classes))
-
-
-_FORWARDS.add(_head_forward)
+    return DeferredLogits.of(call, hidden)
