@@ -70,3 +70,12 @@ def released(name: str) -> str:
         f"logits: expected no use of a training step's, which fuse_head(model) does not compute, got {name}: "
         "call the model without labels, in eval() or under no_grad(), or unfuse_head(model)"
     )
+
+
+def own_unit(modules: int) -> None:
+    """Raise where FSDP2 freed the head's weight with those of other modules."""
+    if modules != 1:
+        raise ValueError(
+            f"model: expected a head that is an FSDP2 unit by itself, or stays gathered, got one in a unit of {modules} "
+            "modules: fully_shard(head), or fully_shard([...], reshard_after_forward=False)"
+        )

@@ -3,7 +3,9 @@
 NOTE [Called twice]
 Where a head is a unit of its own of FSDP2 or ZeRO-3, its weight is there while it is called, and gone after. The loss
 of its logits is asked for after. So the loss calls the head again, with what it wants in place of logits, and all hooks
-do what they do for any Linear: gather the weight, free it, gather it for backward and reduce its gradient.
+do what they do for any Linear: gather the weight, free it, gather it for backward and reduce its gradient. Where the
+weight has stayed, hooks are left out: those of a unit of several modules, as Accelerate makes of norm and head, would
+free all of it in backward before the others are done.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.transform import Transform
 from compiled_loss.models.output_head import OutputHead, output_head
 from compiled_loss.planner.chunking import Chunking
@@ -54,7 +57,7 @@ class HeadCall:
             weight, bias = transform.head(head)
             return function(hidden, weight, bias=bias, **transform.keywords())
 
-        return self.module(hidden, asked=asked)
+        return (self.module if _left(self.module) else self.module.forward)(hidden, asked=asked)
 
     def keep(self, found: TokenStatistics) -> None:
         """Hold the statistics that are wanted, shaped as the head's tokens where they are of all of them."""
@@ -77,3 +80,14 @@ class HeadCall:
 def answer(module: nn.Module, hidden: Tensor, asked: Asked) -> Any:
     """What is asked of a head's logits, while it is called."""
     return asked(hidden, output_head(module, "model.get_output_embeddings()"))
+
+
+def _left(module: Any) -> bool:
+    """Whether the weight has gone since the head was called: with ZeRO-3's hooks, or FSDP2's of the head alone."""
+    weight = getattr(module, "weight", None)
+    if hasattr(weight, "ds_id"):
+        return weight.numel() == 0
+    if not hasattr(weight, "placements") or not hasattr(module, "_get_fsdp_state"):
+        return False
+    checks.own_unit(len(module._get_fsdp_state()._modules))
+    return True
