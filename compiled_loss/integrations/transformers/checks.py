@@ -76,6 +76,6 @@ def own_unit(modules: int) -> None:
     """Raise where FSDP2 freed the head's weight with those of other modules."""
     if modules != 1:
         raise ValueError(
-            f"model: expected a head that is an FSDP2 unit by itself, or stays gathered, got one in a unit of {modules} "
-            "modules: fully_shard(head), or fully_shard([...], reshard_after_forward=False)"
+            "model: expected a head that is an FSDP2 unit by itself, or stays gathered, got one in a unit of "
+            f"{modules} modules: fully_shard(head), or fully_shard([...], reshard_after_forward=False)"
         )

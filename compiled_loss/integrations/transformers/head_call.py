@@ -84,9 +84,9 @@ def answer(module: nn.Module, hidden: Tensor, asked: Asked) -> Any:
 
 def _left(module: Any) -> bool:
     """Whether the weight has gone since the head was called: with ZeRO-3's hooks, or FSDP2's of the head alone."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if hasattr(weight, "ds_id"):
-        return weight.numel() == 0
+        return bool(weight.numel() == 0)
     if not hasattr(weight, "placements") or not hasattr(module, "_get_fsdp_state"):
         return False
     checks.own_unit(len(module._get_fsdp_state()._modules))
