@@ -53,12 +53,12 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
     inner = _inner(module, name)
     if inner is not module:
         if "_orig_mod" not in module._modules:  # torch.compile's replaces forward
-            _unchanged(module, name)
+            unchanged(module, name)
         return output_head(inner, name)
     if hasattr(type(module), "get_merged_weights"):  # trainable tokens, whose forward adds no bias
         output_head(module.base_layer, name)
-        _unchanged(module, name)
-        return OutputHead(module.get_merged_weights(_active(module)), None)
+        unchanged(module, name)
+        return OutputHead(module.get_merged_weights(active_adapters(module)), None)
     weight: Any = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None
@@ -68,7 +68,7 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
     if isinstance(module, nn.Module):
         if type(module).forward not in _FORWARDS:
             checks.heads.forward(name, module)
-        _unchanged(module, name)
+        unchanged(module, name)
     return OutputHead(weight, bias)
 
 
@@ -101,7 +101,7 @@ def _inner(module: Any, name: str) -> Any:
 
 def _without_adapters(module: Any, name: str) -> Any:
     """The layer that PEFT's adapters leave as it is: merged, disabled or none of this layer; else itself, of tokens."""
-    active, merged = _active(module), list(module.merged_adapters)
+    active, merged = active_adapters(module), list(module.merged_adapters)
     if module.disable_adapters and merged:
         checks.heads.merged_and_disabled(name, module, merged)
     if module.disable_adapters or merged or not active:
@@ -111,7 +111,7 @@ def _without_adapters(module: Any, name: str) -> Any:
     return module
 
 
-def _active(module: Any) -> list[str]:
+def active_adapters(module: Any) -> list[str]:
     """Adapters of this layer that take part."""
     here = module._get_available_adapters()
     return [adapter for adapter in _names(module.active_adapter) if adapter in here]
@@ -121,7 +121,7 @@ def _names(active: str | list[str]) -> list[str]:
     return [active] if isinstance(active, str) else list(active)
 
 
-def _unchanged(module: Any, name: str) -> None:
+def unchanged(module: Any, name: str) -> None:
     """Raise where this one does more than its class."""
     own = vars(module)
     hook, forward = own.get("_hf_hook"), own.get("forward")

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiled_loss.engine.math.statistics import TokenStatistics
-from compiled_loss.functional.cross_entropy import linear_cross_entropy, linear_cross_entropy_with_statistics
-from compiled_loss.functional.statistics import linear_token_statistics
-from compiled_loss.integrations.transformers import checks
+from compiled_loss.integrations.transformers import checks, losses
 from compiled_loss.integrations.transformers.head_call import HeadCall
+from compiled_loss.integrations.transformers.log_probs import DeferredLogProbs
 from compiled_loss.integrations.transformers.transform import Transform
 
 
@@ -42,7 +41,7 @@ class DeferredLogits:
 
     @staticmethod
     def of(call: HeadCall, hidden: Tensor) -> DeferredLogits:
-        """A head's, while it is called."""
+        """Those of a head, while it is called."""
         return DeferredLogits(call, hidden, Transform.identity(call.classes()))
 
     @property
@@ -68,47 +67,54 @@ class DeferredLogits:
     ) -> Any:
         known = _FUNCTIONS.get(func)
         if known is None:
-            deferred = next(v for v in (*args, *(kwargs or {}).values()) if isinstance(v, DeferredLogits))
-            deferred._refuse(getattr(func, "__name__", str(func)))
+            given = (*args, *(kwargs or {}).values())
+            next(v for v in given if isinstance(v, DeferredLogits)).refuse(getattr(func, "__name__", str(func)))
         return known(*args, **(kwargs or {}))
 
-    # What logits say of themselves.
+    # Metadata.
 
     @property
     def shape(self) -> torch.Size:
+        """[..., V]."""
         batch, classes = self._positions("shape").shape[:-1], self._transform.classes
         return torch.Size((batch[0], classes, *batch[1:]) if self._classes_second else (*batch, classes))
 
     @property
     def ndim(self) -> int:
+        """How many dimensions there are."""
         return self._positions("ndim").dim()
 
     @property
     def device(self) -> torch.device:
+        """The head's."""
         return self._positions("device").device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The hidden states'."""
         return self._positions("dtype").dtype
 
     def dim(self) -> int:
+        """As `ndim`."""
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
+        """As `torch.Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
 
-    # What changes nothing: the loss is computed in fp32, on the head's device, of hidden states however they lie.
+    # What changes nothing, for the loss is computed in fp32, of hidden states however they lie.
 
     def float(self) -> DeferredLogits:
+        """These, in any dtype and layout."""
         return self._like(self._positions("float"))
 
-    def contiguous(self) -> DeferredLogits:
-        return self._like(self._positions("contiguous"))
+    contiguous = float
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
+        """These, in any dtype, on their device."""
         hidden = self._positions("to")
         if hidden[:0].to(*args, **kwargs).device != hidden.device:
-            self._refuse("to another device")
+            self.refuse("to another device")
         return self._like(hidden)
 
     # Values.
@@ -122,67 +128,69 @@ class DeferredLogits:
         return self._with(self._transform.over(self._number("a quotient", other)))
 
     def tanh(self) -> DeferredLogits:
-        return self._with(self._transform.tanh() or self._refuse("a second tanh"))
+        """As `torch.tanh`, once."""
+        return self._with(self._transform.tanh() or self.refuse("a second tanh"))
 
     def __add__(self, other: Any) -> DeferredLogits:
         if not isinstance(other, Tensor):
-            self._refuse("a sum")
-        return self._with(self._transform.plus(other) or self._refuse(f"a sum with {tuple(other.shape)}"))
+            self.refuse("a sum")
+        name = f"a sum with {tuple(other.shape)} (of adapters? get_peft_model comes before fuse_head)"
+        return self._with(self._transform.plus(other) or self.refuse(name))
 
     __radd__ = __add__
 
     # Positions and classes.
 
     def view(self, *shape: Any) -> DeferredLogits:
+        """As `torch.Tensor.view`, of the positions."""
         hidden = self._classes_last("view")
         sizes = _ints(shape)
         if sizes[-1] == -1 and math.prod(sizes[:-1]) == math.prod(hidden.shape[:-1]):
             sizes[-1] = self._transform.classes
         if sizes[-1] != self._transform.classes:
-            self._refuse(f"view({', '.join(map(str, sizes))}) of [..., {self._transform.classes}]")
+            self.refuse(f"view({', '.join(map(str, sizes))}) of [..., {self._transform.classes}]")
         return self._like(hidden.reshape(*sizes[:-1], hidden.shape[-1]))
 
     reshape = view
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> DeferredLogits:
+        """As `torch.Tensor.flatten`, of the positions."""
         hidden = self._classes_last("flatten")
-        if end_dim % hidden.dim() == hidden.dim() - 1 and start_dim % hidden.dim() != hidden.dim() - 1:
-            self._refuse("flatten of the classes")
+        if end_dim % hidden.dim() == hidden.dim() - 1:
+            self.refuse("flatten of the classes")
         return self._like(hidden.flatten(start_dim, end_dim))
 
     def transpose(self, dim0: int, dim1: int) -> DeferredLogits:
+        """As `torch.Tensor.transpose`."""
         order = list(range(self.ndim))
         order[dim0], order[dim1] = order[dim1], order[dim0]
         return self.permute(*order)
 
     def permute(self, *dims: Any) -> DeferredLogits:
+        """As `torch.Tensor.permute`: the classes stay last, or become the second dimension."""
         hidden, last = self._positions("permute"), self.ndim - 1
         order = [dim % (last + 1) for dim in _ints(dims)]
-        second, behind = [0, last, *range(1, last)], [0, *range(2, last + 1), 1]
-        if self._classes_second and order == behind:
-            return DeferredLogits(self._call, hidden, self._transform)
         if not self._classes_second and order[-1] == last:
             return self._like(hidden.permute(order))
-        if not self._classes_second and order == second:
-            return DeferredLogits(self._call, hidden, self._transform, classes_second=True)
-        return self._refuse(f"permute({', '.join(map(str, order))})")
+        if order == ([0, *range(2, last + 1), 1] if self._classes_second else [0, last, *range(1, last)]):
+            return DeferredLogits(self._call, hidden, self._transform, classes_second=not self._classes_second)
+        return self.refuse(f"permute({', '.join(map(str, order))})")
 
     def __getitem__(self, index: Any) -> DeferredLogits:
         hidden = self._classes_last("an index")
         index = index if isinstance(index, tuple) else (index,)
-        taken = [_dims(part) for part in index if part is not Ellipsis]
-        whole = any(part is Ellipsis for part in index) or sum(taken) == hidden.dim()
-        if not whole or index[-1] is Ellipsis:
+        taken = sum(_dims(part) for part in index if part is not Ellipsis)
+        if index[-1] is Ellipsis or (taken < hidden.dim() and all(part is not Ellipsis for part in index)):
             return self._like(hidden[index])
         classes = index[-1]
         if not isinstance(classes, slice) or classes.start not in (None, 0) or classes.step not in (None, 1):
-            self._refuse("an index of classes")
-        first = len(range(self._transform.classes)[classes])
+            self.refuse("an index of classes")
         positions = (*index[:-1], slice(None))
+        first = len(range(self._transform.classes)[classes])
         return DeferredLogits(self._call, hidden[positions], self._transform.of_first(first))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._refuse("an assignment")
+        self.refuse("an assignment")
 
     # What a loss is computed of.
 
@@ -196,35 +204,36 @@ class DeferredLogits:
         reduction: str = "mean",
         label_smoothing: Any = 0.0,
     ) -> Tensor:
-        """As `torch.nn.functional.cross_entropy`."""
+        """As `torch.nn.functional.cross_entropy`, of labels."""
         if self.ndim != 2 and not self._classes_second:
-            self._refuse(f"cross_entropy of {tuple(self.shape)}, whose dimension 1 is not the classes,")
+            self.refuse(f"cross_entropy of {tuple(self.shape)}, whose dimension 1 is not the classes,")
         if size_average is not None or reduce is not None:
-            self._refuse("cross_entropy with size_average or reduce")
+            self.refuse("cross_entropy with size_average or reduce")
         if target.is_floating_point():
-            self._refuse("cross_entropy of probabilities")
-        keywords = {
+            self.refuse("cross_entropy of probabilities")
+        given = {
             "class_weights": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
         }
-        return self._loss(target, keywords)
+        loss: Tensor = self.apply(losses.cross_entropy(self._call, target, given))
+        return loss
 
     def logsumexp(self, dim: int, keepdim: bool = False) -> Tensor:
+        """As `torch.logsumexp`, over the classes: a z-loss is made of it."""
         hidden = self._classes_last("logsumexp")
         if dim % hidden.dim() != hidden.dim() - 1:
-            self._refuse("logsumexp over positions")
-        labels = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
-
-        def logsumexp(hidden: Tensor, weight: Tensor, **keywords: Any) -> Tensor:
-            wanted, chunking = ("logsumexp",), self._call.chunking
-            return linear_token_statistics(
-                hidden, weight, labels, wanted=wanted, chunking=chunking, **keywords
-            ).logsumexp
-
-        values: Tensor = self.apply(logsumexp)
+            self.refuse("logsumexp over positions")
+        values: Tensor = self.apply(losses.logsumexp(self._call, hidden.shape[:-1]))
         return values.unsqueeze(-1) if keepdim else values
+
+    def log_softmax(self, dim: int) -> DeferredLogProbs:
+        """As `torch.log_softmax`, over the classes."""
+        hidden = self._classes_last("log_softmax")
+        if dim % hidden.dim() != hidden.dim() - 1:
+            self.refuse("log_softmax over positions")
+        return DeferredLogProbs(self, self._call)
 
     def apply(self, function: Callable[..., Any]) -> Any:
         """What a function of a linear head gives.
@@ -237,28 +246,14 @@ class DeferredLogits:
         """
         return self._call.apply(self._positions("apply"), self._transform, function)
 
-    def _loss(self, labels: Tensor, given: dict[str, Any]) -> Tensor:
-        call = self._call
-        call.losses += 1
+    # Errors.
 
-        def loss(hidden: Tensor, weight: Tensor, **keywords: Any) -> Tensor:
-            keywords = {"chunking": call.chunking, **given, **keywords}
-            if not call.wanted:
-                return linear_cross_entropy(hidden, weight, labels, **keywords)
-            loss, found = linear_cross_entropy_with_statistics(hidden, weight, labels, **keywords)
-            call.keep(found)
-            return loss
-
-        value: Tensor = self.apply(loss)
-        return value
-
-    # How errors come about.
+    def refuse(self, name: str) -> NoReturn:
+        """Raise: this is not done to hidden states."""
+        raise TypeError(self._explanation(name))
 
     def _explanation(self, name: str) -> str:
         return checks.released(name) if self._hidden is None else checks.operation(self._call.model, name)
-
-    def _refuse(self, name: str) -> NoReturn:
-        raise TypeError(self._explanation(name))
 
     def _positions(self, name: str) -> Tensor:
         if self._hidden is None:
@@ -269,24 +264,24 @@ class DeferredLogits:
     def _classes_last(self, name: str) -> Tensor:
         hidden = self._positions(name)
         if self._classes_second:
-            self._refuse(f"{name} of [B, V, ...]")
+            self.refuse(f"{name} of [B, V, ...]")
         return hidden
 
     def _number(self, name: str, value: Any) -> Any:
         if not isinstance(value, (int, float)):
-            self._refuse(f"{name} with {type(value).__name__}")
+            self.refuse(f"{name} with {type(value).__name__}")
         return value
 
     def _like(self, hidden: Tensor) -> DeferredLogits:
         return DeferredLogits(self._call, hidden, self._transform, classes_second=self._classes_second)
 
     def _with(self, transform: Transform) -> DeferredLogits:
-        hidden = self._positions("arithmetic")
-        return DeferredLogits(self._call, hidden, transform, classes_second=self._classes_second)
+        hidden, second = self._positions("arithmetic"), self._classes_second
+        return DeferredLogits(self._call, hidden, transform, classes_second=second)
 
 
 def _ints(given: Any) -> list[int]:
-    """The integers that a method was given, each by itself or all in one sequence."""
+    """Integers, each by itself or all in one sequence."""
     return list(given[0] if len(given) == 1 and not isinstance(given[0], int) else given)
 
 
@@ -297,11 +292,10 @@ def _dims(part: Any) -> int:
     return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
 
 
-_FUNCTIONS: dict[Any, Any] = {
-    F.cross_entropy: lambda input, target, *args, **kwargs: input.cross_entropy(target, *args, **kwargs),
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: lambda input, *args, **kwargs: input.cross_entropy(*args, **kwargs),
+    F.log_softmax: lambda input, dim, **kwargs: input.log_softmax(dim),
+    torch.log_softmax: lambda input, dim: input.log_softmax(dim),
     torch.tanh: lambda input: input.tanh(),
-    torch.mul: lambda input, other: input * other,
-    torch.div: lambda input, other: input / other,
-    torch.add: lambda input, other: input + other,
     torch.logsumexp: lambda input, dim, keepdim=False: input.logsumexp(dim, keepdim),
 }

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from compiled_loss import checks as arguments
 from compiled_loss.functional.statistics import WANTED
+from compiled_loss.huggingface.callers import caller
 from compiled_loss.huggingface.families import innermost
 from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.deferred import DeferredLogits
-from compiled_loss.integrations.transformers.head_call import Asked, HeadCall, answer
-from compiled_loss.models.output_head import leaves_head, output_head
+from compiled_loss.integrations.transformers.head_call import HEAD, Asked, HeadCall, answer
+from compiled_loss.models.adapters import head_classes
+from compiled_loss.models.output_head import leaves_head
 from compiled_loss.planner.chunking import Chunking
 
 _NAME = "_compiled_loss_fused_head"  # of the attribute that a fused model and its head have
@@ -51,11 +53,11 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
     inner = innermost(model)
     if _fused(inner) is not None:
         checks.fused_already(inner)
-    parameters = list(inspect.signature(inner.forward).parameters)
+    parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
     checks.takes_labels(inner, parameters)
     head = checks.has_head(inner)
     with contextlib.suppress(ValueError):  # a weight that is not here now may be when it is used
-        output_head(head, "model.get_output_embeddings()")
+        head_classes(head, HEAD)
     fused = FusedHead(inner, head, chunking, statistics)
     _replace("model", inner, fused, _model_forward(type(inner).forward, parameters.index("labels")))
     _replace("head", head, fused, _head_forward)
@@ -107,20 +109,31 @@ def _model_forward(forward: Callable[..., Any], before_labels: int) -> Callable[
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         fused: FusedHead = getattr(self, _NAME)
         labels = kwargs.get("labels", args[before_labels] if len(args) > before_labels else None)
-        if fused.off or labels is None or not self.training or not torch.is_grad_enabled():
+        smoothed = labels is None and _label_smoothing()
+        if fused.off or not self.training or not torch.is_grad_enabled() or (labels is None and not smoothed):
             return fused.original("model", self, *args, **kwargs)
         calls: list[HeadCall] = []
         fused.calls = calls
         try:
             output = fused.original("model", self, *args, **kwargs)
-            checks.loss_of_logits(self, len(calls) > 0, any(call.losses for call in calls))
+            if not smoothed:
+                checks.loss_of_logits(self, len(calls) > 0, any(call.asked for call in calls))
             return output
         finally:
             fused.calls = None
-            for call in calls:
-                call.release()
+            if not smoothed:
+                for call in calls:
+                    call.release()
 
     return fused_forward
+
+
+def _label_smoothing() -> bool:
+    """Whether the Trainer calls, and computes the loss of the output. Compiled code does not see who calls."""
+    if torch.compiler.is_compiling():
+        return False
+    trainer = caller("compute_loss", "label_smoother")
+    return trainer is not None and trainer.label_smoother is not None and trainer.compute_loss_func is None
 
 
 @leaves_head

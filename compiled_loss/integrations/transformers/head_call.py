@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from compiled_loss.engine.math.statistics import TokenStatistics
 from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.transform import Transform
-from compiled_loss.models.output_head import OutputHead, output_head
+from compiled_loss.models.adapters import head_classes, head_operands
+from compiled_loss.models.output_head import OutputHead
 from compiled_loss.planner.chunking import Chunking
 
+HEAD = "model.get_output_embeddings()"  # in errors
 Asked = Callable[[Tensor, OutputHead], Any]  # of hidden states and a head
 
 
@@ -43,15 +45,16 @@ class HeadCall:
         self.chunking = chunking
         self.wanted = statistics
         self.made: list[Any] = []  # deferred logits, of which one may outlive the model's forward
-        self.losses = 0
+        self.asked = False  # for what a loss is made of
         self.statistics: TokenStatistics | None = None
 
     def classes(self) -> int:
         """V, while the head is called."""
-        return output_head(self.module, "model.get_output_embeddings()").weight.shape[0]
+        return head_classes(self.module, HEAD)
 
     def apply(self, hidden: Tensor, transform: Transform, function: Callable[..., Any]) -> Any:
         """`function(hidden, weight, **keywords)`, where the keywords of our functions say what these logits are."""
+        self.asked = True
 
         def asked(hidden: Tensor, head: OutputHead) -> Any:
             weight, bias = transform.head(head)
@@ -79,7 +82,7 @@ class HeadCall:
 
 def answer(module: nn.Module, hidden: Tensor, asked: Asked) -> Any:
     """What is asked of a head's logits, while it is called."""
-    return asked(hidden, output_head(module, "model.get_output_embeddings()"))
+    return asked(*head_operands(module, HEAD, hidden))
 
 
 def _left(module: Any) -> bool:
