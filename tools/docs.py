@@ -18,7 +18,8 @@ import pdoc.render
 from compiled_loss import Chunking
 
 ROOT = "compiled_loss"
-PAGES = (ROOT, *(f"{ROOT}.{name}" for name in ("nn", "huggingface", "testing", "inspection", "reference")))
+FURTHER = ("nn", "huggingface", "integrations.transformers", "testing", "inspection", "reference")
+PAGES = (ROOT, *(f"{ROOT}.{name}" for name in FURTHER))
 GROUPS = {  # of what is imported from the root, by the module that defines it, in the order of its page
     "Losses": (
         "functional.cross_entropy",

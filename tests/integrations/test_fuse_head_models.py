@@ -197,7 +197,6 @@ def test_deferring_a_call_in_any_mode():
 
 COMPILED = {
     "Llama": llama,
-    "Llama, smoothed by statistics": functools.partial(llama, num_hidden_layers=1),
     "Gemma2": functools.partial(llama, kind="Gemma2ForCausalLM", final_logit_softcapping=3.0),
     "Granite": functools.partial(llama, kind="GraniteForCausalLM", logits_scaling=4.0),
     "Cohere": functools.partial(llama, kind="CohereForCausalLM", logit_scale=0.25),
@@ -207,21 +206,19 @@ COMPILED = {
         llama, kind="MixtralForCausalLM", output_router_logits=True, num_local_experts=3, num_experts_per_tok=2
     ),
 }
-SLOW = {"Granite", "Cohere", "Qwen2", "Phi", "Mixtral", "Llama"}
+CASES = [("Gemma2", "eager", ("entropy", "correct"))]
+CASES += [pytest.param(which, "inductor", (), marks=pytest.mark.slow) for which in COMPILED]
 
 
-@pytest.mark.parametrize(
-    "which", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMPILED]
-)
-def test_compiled_whole(which):
+@pytest.mark.parametrize(("which", "backend", "statistics"), CASES)
+def test_compiled_whole(which, backend, statistics):
     """One graph, of the model and its loss, for all steps; nothing is compiled again as labels change."""
-    model = COMPILED[which]().train()
+    model = COMPILED[which](num_hidden_layers=1).train()
     expected = step(model, num_items_in_batch=torch.tensor(13))
-    statistics = ("entropy", "correct") if "statistics" in which else ()
     fuse_head(model, statistics=statistics)
     eager = step(model, num_items_in_batch=torch.tensor(13))[0].logits.statistics
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(2):
         found = step(compiled, num_items_in_batch=torch.tensor(13))

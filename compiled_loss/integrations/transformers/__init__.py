@@ -1,4 +1,7 @@
-"""The loss of a model of Hugging Face `transformers` without its logits, in its own forward: `fuse_head(model)`."""
+"""The loss of a model of Hugging Face `transformers` without its logits, in its own forward: `fuse_head(model)`.
+
+Nothing of `transformers` is imported. See NOTE [Deferred logits].
+"""
 
 from compiled_loss.integrations.transformers.deferred import DeferredLogits
 from compiled_loss.integrations.transformers.fuse import fuse_head, unfuse_head

@@ -47,7 +47,57 @@ class FusedHead:
 
 
 def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: Collection[str] = ()) -> None:
-    """..."""
+    r"""Have a model of `transformers` compute its own loss without logits, in training.
+
+    The head gives :class:`DeferredLogits`: NOTE [Deferred logits]. The model's forward runs as it is, `labels`,
+    `num_items_in_batch`, auxiliary losses and all, and its cross-entropy is :func:`compiled_loss.linear_cross_entropy`
+    of hidden states and head. So `output.loss` and all gradients are the model's own, but for fewer roundings, and
+    `output.logits` explains itself where it is touched. A batch whose labels are all ignored has the loss 0, as all our
+    losses, where torch's mean is NaN.
+
+    In training means: in `train()`, with gradients enabled, called with `labels`, or by a Trainer that smooths them
+    itself. Elsewhere, as in evaluation and generation, nothing changes.
+
+    The Trainer takes the model as it is. So does `torch.compile(model, fullgraph=True)`, before or after, and so do
+    DistributedDataParallel, FSDP2 and ZeRO-3: NOTE [Called twice]. Of PEFT, LoRA, modules_to_save and trainable tokens
+    on the head are part of the loss: NOTE [LoRA as a wider head]. What puts another head in the model's place comes
+    first: `get_peft_model`, `resize_token_embeddings`, quantisation.
+
+    Args:
+        model: of `transformers`, or any whose forward takes `labels` and whose `get_output_embeddings()` returns the
+            Linear that gives its logits; also inside of PEFT, `torch.compile` or data parallelism. It is changed in
+            place: a forward is put on the instance of the model, and on that of its head.
+        chunking: see :class:`compiled_loss.Chunking`.
+        statistics: names of :class:`compiled_loss.TokenStatistics`, of "logprob", "logsumexp", "entropy" and "correct",
+            that the same pass leaves in `output.logits.statistics`: [B, S], detached, in nats, where the label that
+            the loss took for a position is not ignored, else 0. Of a loss of some positions, [N] of these.
+
+    Memory:
+        That of :func:`compiled_loss.linear_cross_entropy`: nothing of [B, S, V]. A head with LoRA is copied once a call.
+
+    Raises:
+        TypeError: the model has no such head, or it is more than its weight; in training, its forward does to its
+            logits what cannot be done to hidden states.
+        RuntimeError: in training, its loss is not of its head's logits.
+        ValueError: it is fused already; in training, the head's weight is not here, or a hook changes its output.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from compiled_loss.integrations.transformers import fuse_head, unfuse_head
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).train()
+        >>> ids = torch.tensor([[1, 5, 9, 3]])
+        >>> expected = model(input_ids=ids, labels=ids).loss
+        >>> fuse_head(model, statistics=("entropy",))
+        >>> output = model(input_ids=ids, labels=ids)
+        >>> torch.allclose(output.loss, expected), output.logits
+        (True, DeferredLogits of LlamaForCausalLM)
+        >>> output.logits.statistics.entropy.shape
+        torch.Size([1, 4])
+        >>> unfuse_head(model)
+
+    """
     arguments.instance("chunking", chunking, Chunking)
     arguments.statistics_wanted(statistics, WANTED)
     inner = innermost(model)
@@ -66,8 +116,16 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
 def unfuse_head(model: nn.Module) -> None:
     """Give a model the forward back that it had before :func:`fuse_head`.
 
+    Nothing is left on the instances. Where another has wrapped the forward since, as Accelerate does for autocast, it
+    keeps ours inside, which does nothing from now on.
+
+    Args:
+        model: the model, or what is around it now.
+
     Raises:
         ValueError: it is not fused.
+
+    Example: see :func:`fuse_head`.
 
     """
     inner: Any = innermost(model)
