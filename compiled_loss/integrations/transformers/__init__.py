@@ -1,6 +1,6 @@
 """The loss of a model of Hugging Face `transformers` without its logits, in its own forward: `fuse_head(model)`.
 
-Nothing of `transformers` is imported. See NOTE [Deferred logits].
+Nothing of `transformers` is imported.
 """
 
 from compiled_loss.integrations.transformers.deferred import DeferredLogits

@@ -26,10 +26,10 @@ from compiled_loss.integrations.transformers.transform import Transform
 
 
 class DeferredLogits:
-    """The logits [..., V] of a training step, of which a model computes its loss; errors explain what it is not.
+    """The logits [..., V] of a training step, of which a model computes its loss: NOTE [Deferred logits].
 
     It is what `output.logits` is after a training step of a model that :func:`fuse_head` was called with. By then it
-    holds no tensor but those of `statistics`.
+    holds no tensor but those of `statistics`, and an error explains each other use.
     """
 
     def __init__(self, call: HeadCall, hidden: Tensor, transform: Transform, *, classes_second: bool = False) -> None:
@@ -225,8 +225,8 @@ class DeferredLogits:
         hidden = self._classes_last("logsumexp")
         if dim % hidden.dim() != hidden.dim() - 1:
             self.refuse("logsumexp over positions")
-        values: Tensor = self.apply(losses.logsumexp(self._call, hidden.shape[:-1]))
-        return values.unsqueeze(-1) if keepdim else values
+        found: Tensor = self.apply(losses.logsumexp(self._call, hidden.shape[:-1]))
+        return found.unsqueeze(-1) if keepdim else found
 
     def log_softmax(self, dim: int) -> DeferredLogProbs:
         """As `torch.log_softmax`, over the classes."""
@@ -245,8 +245,6 @@ class DeferredLogits:
 
         """
         return self._call.apply(self._positions("apply"), self._transform, function)
-
-    # Errors.
 
     def refuse(self, name: str) -> NoReturn:
         """Raise: this is not done to hidden states."""

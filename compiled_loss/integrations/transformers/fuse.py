@@ -49,19 +49,19 @@ class FusedHead:
 def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: Collection[str] = ()) -> None:
     r"""Have a model of `transformers` compute its own loss without logits, in training.
 
-    The head gives :class:`DeferredLogits`: NOTE [Deferred logits]. The model's forward runs as it is, `labels`,
-    `num_items_in_batch`, auxiliary losses and all, and its cross-entropy is :func:`compiled_loss.linear_cross_entropy`
-    of hidden states and head. So `output.loss` and all gradients are the model's own, but for fewer roundings, and
-    `output.logits` explains itself where it is touched. A batch whose labels are all ignored has the loss 0, as all our
-    losses, where torch's mean is NaN.
+    The head gives :class:`DeferredLogits`. The model's forward runs as it is, `labels`, `num_items_in_batch`, auxiliary
+    losses and all, and its cross-entropy is :func:`compiled_loss.linear_cross_entropy` of hidden states and head. So
+    `output.loss` and all gradients are the model's own, but for fewer roundings, and `output.logits` explains itself
+    where it is touched. A batch whose labels are all ignored has the loss 0, as all our losses, where torch's mean is
+    NaN.
 
     In training means: in `train()`, with gradients enabled, called with `labels`, or by a Trainer that smooths them
     itself. Elsewhere, as in evaluation and generation, nothing changes.
 
     The Trainer takes the model as it is. So does `torch.compile(model, fullgraph=True)`, before or after, and so do
-    DistributedDataParallel, FSDP2 and ZeRO-3: NOTE [Called twice]. Of PEFT, LoRA, modules_to_save and trainable tokens
-    on the head are part of the loss: NOTE [LoRA as a wider head]. What puts another head in the model's place comes
-    first: `get_peft_model`, `resize_token_embeddings`, quantisation.
+    DistributedDataParallel, FSDP2 and ZeRO-3: a head that they gather for its forward alone is called a second time,
+    for the loss. PEFT's LoRA, modules_to_save and trainable tokens on the head are part of the loss. What puts another
+    head in the model's place comes first: `get_peft_model`, `resize_token_embeddings`.
 
     Args:
         model: of `transformers`, or any whose forward takes `labels` and whose `get_output_embeddings()` returns the
@@ -73,7 +73,8 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
             the loss took for a position is not ignored, else 0. Of a loss of some positions, [N] of these.
 
     Memory:
-        That of :func:`compiled_loss.linear_cross_entropy`: nothing of [B, S, V]. A head with LoRA is copied once a call.
+        That of :func:`compiled_loss.linear_cross_entropy`: nothing of [B, S, V]. With LoRA the head is copied in each
+        call.
 
     Raises:
         TypeError: the model has no such head, or it is more than its weight; in training, its forward does to its

@@ -16,9 +16,11 @@ class Fraction(NamedTuple):
     denominator: float
 
     def times(self, number: float) -> Fraction:
+        """The product."""
         return Fraction(self.numerator * number, self.denominator)
 
     def over(self, number: float) -> Fraction:
+        """The quotient."""
         return Fraction(self.numerator, self.denominator * number)
 
 
