@@ -37,9 +37,9 @@ def head_operands(module: Any, name: str, hidden: Tensor) -> tuple[Tensor, Outpu
     return torch.cat(inputs, -1), OutputHead(torch.cat(weights, 1), bias)
 
 
-def head_classes(module: Any, name: str) -> int:
-    """V of a head; raise where its operands are not known."""
-    return output_head(module.base_layer if _lora(module, name) else module, name).weight.shape[0]
+def base_weight(module: Any, name: str) -> Tensor:
+    """The weight [V, H] of a head without its LoRA; raise where its operands are not known."""
+    return output_head(module.base_layer if _lora(module, name) else module, name).weight
 
 
 def _lora(module: Any, name: str) -> list[str]:

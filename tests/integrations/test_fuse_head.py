@@ -75,6 +75,13 @@ def scaled_and_capped(model, logits, labels):
     return aligned(logits * 3 / 1.5, labels)
 
 
+def in_place(model, logits, labels):
+    alias = logits
+    logits /= 2
+    logits *= 3
+    return aligned(alias, labels)
+
+
 def capped_by_one(model, logits, labels):
     return aligned((logits * 2).tanh(), labels)
 
@@ -135,7 +142,7 @@ def label_smoother(model, logits, labels):
 
 
 FINISHES = [causal, shifted, scaled_and_capped, capped_by_one, biased, unpadded, weighted_and_smoothed, classes_second]
-FINISHES += [masked, windows, z_loss, nll, label_smoother]
+FINISHES += [in_place, masked, windows, z_loss, nll, label_smoother]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -238,6 +245,7 @@ def test_logits_explain_themselves_after_the_step():
     }.items():
         with pytest.raises((AttributeError, TypeError), match=f"{text}{name}: call the model without labels"):
             use()
+    assert logits.to("cpu") is logits  # as Accelerate moves what it finds in an output
     assert not hasattr(logits, "detach") and logits.statistics is None and repr(logits) == "DeferredLogits of Model"
     reached = [value for value in vars(logits).values() if isinstance(value, (torch.Tensor, torch.nn.Module))]
     assert not reached and not logits._call.made and logits._call.module is None
@@ -385,6 +393,18 @@ def another_head(model):
 def hooked(model):
     model.lm_head.register_forward_hook(lambda module, args, output: output)
     return model
+
+
+def test_a_head_with_further_arguments_is_an_error():
+    def forward(self, input_ids, labels=None):
+        return {"loss": aligned(self.lm_head(self.embedding(input_ids), adapter_names=["a"]), labels)}
+
+    model = type("Mixed", (Model,), {"forward": forward})(causal)
+    fuse_head(model)
+    with pytest.raises(
+        TypeError, match=r"alls its head with hidden states alone, got Linear called with adapter_names: "
+    ):
+        step(model)
 
 
 def test_models_that_cannot_be_fused():

@@ -169,6 +169,25 @@ def test_tuple_output_and_generation():
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (B, S + 3)
 
 
+def test_hooks_of_accelerate_that_move_what_a_model_takes_and_gives():
+    """Those of the head, which find its input, and of the model, which move its output; before fuse_head or after."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    expected = step(llama().train())
+    for first in (False, True):
+        model = llama().train()
+        if first:
+            fuse_head(model)
+        for module in (model, *([] if first else [model.lm_head])):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        if not first:
+            fuse_head(model)
+        found = step(model)
+        assert_same_step(found, expected)
+        assert isinstance(found[0].logits, DeferredLogits)
+        unfuse_head(model)
+        assert isinstance(step(model)[0].logits, torch.Tensor)
+
+
 def test_quantised_head_is_an_error():
     quantization = pytest.importorskip("torchao.quantization")
     model = llama()
@@ -224,6 +243,11 @@ def test_compiled_whole(which, backend, statistics):
         found = step(compiled, num_items_in_batch=torch.tensor(13))
         assert_same_step((found[0], {n.removeprefix("_orig_mod."): g for n, g in found[1].items()}), expected)
     assert counter.frame_count == 1
+    if backend == "inductor":
+        unfuse_head(compiled)
+        assert isinstance(step(compiled)[0].logits, torch.Tensor)
+        fuse_head(compiled)
+        assert isinstance(step(compiled)[0].logits, DeferredLogits)
     if statistics:
         torch.testing.assert_close(found[0].logits.statistics, eager)
     with pytest.raises(AttributeError, match=r"^logits: expected no use of a training step's"):

@@ -1,5 +1,9 @@
 """A fused head in data parallelism: DDP, and FSDP2 with the head in the root, in a unit of its own, or of several."""
 
+import importlib
+import os
+import sys
+
 import pytest
 import ranks
 import torch
@@ -136,3 +140,40 @@ def test_data_parallel(tmp_path):
                 assert off.startswith("model: expected a head that is an FSDP2 unit by itself, or stays gathered, got ")
             else:
                 assert off <= 1e-14, found
+
+
+def of_zero_3(tied):
+    """Losses and weights of steps of a model whose weights DeepSpeed holds in parts, without and with a fused head."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank())}
+    os.environ |= {"WORLD_SIZE": str(dist.get_world_size()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    deepspeed = importlib.import_module("deepspeed")
+    importlib.import_module("deepspeed.comm.torch")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # which would be compiled
+    none_stays = dict.fromkeys(("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"), 0)
+    config = {"train_micro_batch_size_per_gpu": B, "zero_allow_untested_optimizer": True}
+    config["zero_optimization"] = {"stage": 3} | {f"stage3_{name}": value for name, value in none_stays.items()}
+    ids, found = tokens(dist.get_rank()), []
+    for fused in (False, True):
+        ranks.at(f"ZeRO-3 {tied} {fused}")
+        model = Model(tied).float().train()
+        if fused:
+            fuse_head(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        losses = []
+        for _ in range(STEPS):
+            loss = engine(input_ids=ids, labels=ids)["loss"]
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            found.append([*losses, *(parameter.detach().clone() for parameter in model.parameters())])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_zero_3(tied, tmp_path):
+    pytest.importorskip("deepspeed")
+    for own, fused in ranks.run(of_zero_3, 2, tmp_path, tied, limit=200):
+        torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import nn
@@ -54,6 +55,14 @@ def loss_of_logits(model: object, head_called: bool, loss_computed: bool) -> Non
             f"model: expected a loss that is cross_entropy of the head's logits, got {type(model).__name__}, which "
             f"computes another or none: {_PLAIN}"
         )
+
+
+def head_arguments(head: object, keywords: Mapping[str, object]) -> NoReturn:
+    """Raise: the head is given more than what it multiplies."""
+    raise TypeError(
+        f"model: expected a forward that calls its head with hidden states alone, got {type(head).__name__} "
+        f"called with {', '.join(keywords) or 'further arguments'}: {_PLAIN}"
+    )
 
 
 def operation(model: str, name: str) -> str:

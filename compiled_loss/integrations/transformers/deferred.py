@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiled_loss.engine.math.statistics import TokenStatistics
-from compiled_loss.integrations.transformers import checks, losses
+from compiled_loss.integrations.transformers import checks, indexing, losses
 from compiled_loss.integrations.transformers.head_call import HeadCall
 from compiled_loss.integrations.transformers.log_probs import DeferredLogProbs
 from compiled_loss.integrations.transformers.transform import Transform
@@ -42,7 +42,8 @@ class DeferredLogits:
     @staticmethod
     def of(call: HeadCall, hidden: Tensor) -> DeferredLogits:
         """Those of a head, while it is called."""
-        return DeferredLogits(call, hidden, Transform.identity(call.classes()))
+        weight = call.weight()
+        return DeferredLogits(call, hidden.to(weight.device), Transform.identity(weight.shape[0]))
 
     @property
     def statistics(self) -> TokenStatistics | None:
@@ -111,7 +112,9 @@ class DeferredLogits:
     contiguous = float
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
-        """These, in any dtype, on their device."""
+        """These, in any dtype, on their device. Accelerate asks for it after the step."""
+        if self._hidden is None:
+            return self
         hidden = self._positions("to")
         if hidden[:0].to(*args, **kwargs).device != hidden.device:
             self.refuse("to another device")
@@ -124,8 +127,16 @@ class DeferredLogits:
 
     __rmul__ = __mul__
 
+    def __imul__(self, other: Any) -> DeferredLogits:
+        self._transform = (self * other)._transform
+        return self
+
     def __truediv__(self, other: Any) -> DeferredLogits:
         return self._with(self._transform.over(self._number("a quotient", other)))
+
+    def __itruediv__(self, other: Any) -> DeferredLogits:
+        self._transform = (self / other)._transform
+        return self
 
     def tanh(self) -> DeferredLogits:
         """As `torch.tanh`, once."""
@@ -144,7 +155,7 @@ class DeferredLogits:
     def view(self, *shape: Any) -> DeferredLogits:
         """As `torch.Tensor.view`, of the positions."""
         hidden = self._classes_last("view")
-        sizes = _ints(shape)
+        sizes = indexing.integers(shape)
         if sizes[-1] == -1 and math.prod(sizes[:-1]) == math.prod(hidden.shape[:-1]):
             sizes[-1] = self._transform.classes
         if sizes[-1] != self._transform.classes:
@@ -169,7 +180,7 @@ class DeferredLogits:
     def permute(self, *dims: Any) -> DeferredLogits:
         """As `torch.Tensor.permute`: the classes stay last, or become the second dimension."""
         hidden, last = self._positions("permute"), self.ndim - 1
-        order = [dim % (last + 1) for dim in _ints(dims)]
+        order = [dim % (last + 1) for dim in indexing.integers(dims)]
         if not self._classes_second and order[-1] == last:
             return self._like(hidden.permute(order))
         if order == ([0, *range(2, last + 1), 1] if self._classes_second else [0, last, *range(1, last)]):
@@ -178,14 +189,9 @@ class DeferredLogits:
 
     def __getitem__(self, index: Any) -> DeferredLogits:
         hidden = self._classes_last("an index")
-        index = index if isinstance(index, tuple) else (index,)
-        taken = sum(_dims(part) for part in index if part is not Ellipsis)
-        if index[-1] is Ellipsis or (taken < hidden.dim() and all(part is not Ellipsis for part in index)):
-            return self._like(hidden[index])
-        classes = index[-1]
+        positions, classes = indexing.split(index, hidden.dim())
         if not isinstance(classes, slice) or classes.start not in (None, 0) or classes.step not in (None, 1):
             self.refuse("an index of classes")
-        positions = (*index[:-1], slice(None))
         first = len(range(self._transform.classes)[classes])
         return DeferredLogits(self._call, hidden[positions], self._transform.of_first(first))
 
@@ -276,18 +282,6 @@ class DeferredLogits:
     def _with(self, transform: Transform) -> DeferredLogits:
         hidden, second = self._positions("arithmetic"), self._classes_second
         return DeferredLogits(self._call, hidden, transform, classes_second=second)
-
-
-def _ints(given: Any) -> list[int]:
-    """Integers, each by itself or all in one sequence."""
-    return list(given[0] if len(given) == 1 and not isinstance(given[0], int) else given)
-
-
-def _dims(part: Any) -> int:
-    """How many dimensions a part of an index takes."""
-    if part is None:
-        return 0
-    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {

@@ -19,7 +19,7 @@ from compiled_loss.huggingface.families import innermost
 from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.deferred import DeferredLogits
 from compiled_loss.integrations.transformers.head_call import HEAD, Asked, HeadCall, answer
-from compiled_loss.models.adapters import head_classes
+from compiled_loss.models.adapters import base_weight
 from compiled_loss.models.output_head import leaves_head
 from compiled_loss.planner.chunking import Chunking
 
@@ -108,7 +108,7 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
     checks.takes_labels(inner, parameters)
     head = checks.has_head(inner)
     with contextlib.suppress(ValueError):  # a weight that is not here now may be when it is used
-        head_classes(head, HEAD)
+        base_weight(head, HEAD)
     fused = FusedHead(inner, head, chunking, statistics)
     _replace("model", inner, fused, _model_forward(type(inner).forward, parameters.index("labels")))
     _replace("head", head, fused, _head_forward)
@@ -203,6 +203,8 @@ def _head_forward(self: Any, hidden: Tensor, *args: Any, asked: Asked | None = N
         return answer(self, hidden, asked)
     if fused.calls is None:
         return fused.original("head", self, hidden, *args, **kwargs)
+    if args or kwargs:
+        checks.head_arguments(self, kwargs)
     call = HeadCall(fused.model_name, self, hidden.shape[:-1], chunking=fused.chunking, statistics=fused.statistics)
     fused.calls.append(call)
     return DeferredLogits.of(call, hidden)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compiled_loss.engine.math.statistics import TokenStatistics
 from compiled_loss.integrations.transformers import checks
 from compiled_loss.integrations.transformers.transform import Transform
-from compiled_loss.models.adapters import head_classes, head_operands
+from compiled_loss.models.adapters import base_weight, head_operands
 from compiled_loss.models.output_head import OutputHead
 from compiled_loss.planner.chunking import Chunking
 
@@ -48,9 +48,9 @@ class HeadCall:
         self.asked = False  # for what a loss is made of
         self.statistics: TokenStatistics | None = None
 
-    def classes(self) -> int:
-        """V, while the head is called."""
-        return head_classes(self.module, HEAD)
+    def weight(self) -> Tensor:
+        """[V, H], while the head is called."""
+        return base_weight(self.module, HEAD)
 
     def apply(self, hidden: Tensor, transform: Transform, function: Callable[..., Any]) -> Any:
         """`function(hidden, weight, **keywords)`, where the keywords of our functions say what these logits are."""

@@ -39,6 +39,8 @@ class Transform(NamedTuple):
 
     def of_first(self, classes: int) -> Transform:
         """The same of fewer classes."""
+        if classes == self.classes:
+            return self
         bias = None if self.bias is None else self.bias[:classes]
         return Transform(classes, bias, self.inner, self.outer)
 
