@@ -20,14 +20,23 @@ def takes_labels(model: object, parameters: list[str]) -> None:
 
 
 def has_head(model: Any) -> nn.Module:
-    """The module that gives the model's logits; raise where there is none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The module that gives the model's logits, or those of a model in it; raise where there is not one."""
+    heads = [_head(model)]
+    if heads == [None] and isinstance(model, nn.Module):
+        found = {id(head): head for head in map(_head, model.modules()) if head is not None}
+        heads = list(found.values())
+    head = heads[0] if len(heads) == 1 else None
     if not isinstance(head, nn.Module) or isinstance(head, (nn.Embedding, nn.ModuleList)):
+        got = " and ".join(type(head).__name__ for head in heads) or "none"
         raise TypeError(
             "model: expected one of transformers, whose get_output_embeddings() returns the Linear that gives its "
-            f"logits, got {type(model).__name__} with {type(head).__name__}: use set_loss_function(model)"
+            f"logits, got {type(model).__name__} with {got}: use set_loss_function(model)"
         )
     return head
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def fused_already(model: object) -> NoReturn:

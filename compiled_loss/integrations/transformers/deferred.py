@@ -111,6 +111,10 @@ class DeferredLogits:
 
     contiguous = float
 
+    def is_contiguous(self) -> bool:
+        """True."""
+        return True
+
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
         """These, in any dtype, on their device. Accelerate asks for it after the step."""
         if self._hidden is None:
