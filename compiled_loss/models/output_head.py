@@ -7,12 +7,13 @@ else is an error, for a loss that took the weight alone would be another one tha
 
 Hooks are refused, for none can be told from one that changes something. Those of torch.distributed and DeepSpeed are
 not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight. Nor is the
-forward that the tensor parallelism of transformers puts around that of a DTensor, which does the same.
+forward that the tensor parallelism of transformers puts around that of a DTensor, which does the same, nor one of ours.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _FORWARDS = (nn.Linear.forward, nn.Embedding.forward, nn.Module.forward, nn.ParameterDict.forward)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MOVING = ("torch.distributed.", "deepspeed.")
+_OURS = "_leaves_head_as_it_is"
 
 
 class OutputHead(NamedTuple):
@@ -51,12 +53,12 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
     inner = _inner(module, name)
     if inner is not module:
         if "_orig_mod" not in module._modules:  # torch.compile's replaces forward
-            _unchanged(module, name)
+            unchanged(module, name)
         return output_head(inner, name)
     if hasattr(type(module), "get_merged_weights"):  # trainable tokens, whose forward adds no bias
         output_head(module.base_layer, name)
-        _unchanged(module, name)
-        return OutputHead(module.get_merged_weights(_active(module)), None)
+        unchanged(module, name)
+        return OutputHead(module.get_merged_weights(active_adapters(module)), None)
     weight: Any = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None
@@ -66,8 +68,14 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
     if isinstance(module, nn.Module):
         if type(module).forward not in _FORWARDS:
             checks.heads.forward(name, module)
-        _unchanged(module, name)
+        unchanged(module, name)
     return OutputHead(weight, bias)
+
+
+def leaves_head(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same forward, which may stand on a head in place of its class's: the head multiplies by what it did."""
+    setattr(forward, _OURS, True)
+    return forward
 
 
 def _inner(module: Any, name: str) -> Any:
@@ -93,7 +101,7 @@ def _inner(module: Any, name: str) -> Any:
 
 def _without_adapters(module: Any, name: str) -> Any:
     """The layer that PEFT's adapters leave as it is: merged, disabled or none of this layer; else itself, of tokens."""
-    active, merged = _active(module), list(module.merged_adapters)
+    active, merged = active_adapters(module), list(module.merged_adapters)
     if module.disable_adapters and merged:
         checks.heads.merged_and_disabled(name, module, merged)
     if module.disable_adapters or merged or not active:
@@ -103,7 +111,7 @@ def _without_adapters(module: Any, name: str) -> Any:
     return module
 
 
-def _active(module: Any) -> list[str]:
+def active_adapters(module: Any) -> list[str]:
     """Adapters of this layer that take part."""
     here = module._get_available_adapters()
     return [adapter for adapter in _names(module.active_adapter) if adapter in here]
@@ -113,7 +121,7 @@ def _names(active: str | list[str]) -> list[str]:
     return [active] if isinstance(active, str) else list(active)
 
 
-def _unchanged(module: Any, name: str) -> None:
+def unchanged(module: Any, name: str) -> None:
     """Raise where this one does more than its class."""
     own = vars(module)
     hook, forward = own.get("_hf_hook"), own.get("forward")
@@ -124,7 +132,9 @@ def _unchanged(module: Any, name: str) -> None:
         forward = own.get("_old_forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         sharded = hasattr(module._parameters.get("weight"), "placements")
-        if not (sharded and _origin(forward).startswith("transformers.distributed.")):
+        if not getattr(forward, _OURS, False) and not (
+            sharded and _origin(forward).startswith("transformers.distributed.")
+        ):
             checks.heads.replaced(name, module)
     for kind in _HOOKS:
         for called in own.get(kind, {}).values():

@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("furo")
 
 ROOT = Path(__file__).parents[2]
-MODULES = tuple(f"compiled_loss{n}" for n in ("", ".nn", ".huggingface", ".testing", ".inspection", ".reference"))
+FURTHER = ("nn", "huggingface", "integrations.transformers", "testing", "inspection", "reference")
+MODULES = ("compiled_loss", *(f"compiled_loss.{name}" for name in FURTHER))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.xdist_group("docs")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="THE SITE IS NOT SEEN: there is no Chromium")

@@ -1,0 +1,41 @@
+"""Calls of a model that give deferred logits, whatever they are for: NOTE [Deferred logits]."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from compiled_loss.huggingface.families import innermost
+from compiled_loss.integrations.transformers import checks
+from compiled_loss.integrations.transformers.deferred import DeferredLogits
+from compiled_loss.integrations.transformers.head_call import Asked, HeadCall, answer
+from compiled_loss.models.output_head import leaves_head
+
+
+@contextlib.contextmanager
+def deferring(model: nn.Module) -> Iterator[None]:
+    """A block in which the model's logits are :class:`DeferredLogits`, for :meth:`DeferredLogits.apply` there.
+
+    In training and evaluation, with gradients and without, of a model that is fused or not. For eager code.
+    """
+    head = checks.has_head(innermost(model))
+    stood = head.__dict__.get("forward")
+    head.forward = MethodType(_head_forward, head)
+    try:
+        yield
+    finally:
+        if stood is None:
+            del head.forward
+        else:
+            head.forward = stood
+
+
+@leaves_head
+def _head_forward(self: Any, hidden: Tensor, *, asked: Asked | None = None) -> Any:
+    if asked is not None:
+        return answer(self, hidden, asked)
+    return DeferredLogits.of(HeadCall(type(self).__name__, self, hidden.shape[:-1]), hidden)

@@ -1,0 +1,29 @@
+"""Arguments of methods that index and reshape, in the forms that torch takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def integers(given: Any) -> list[int]:
+    """Sizes or dimensions, each by itself or all in one sequence."""
+    return list(given[0] if len(given) == 1 and not isinstance(given[0], int) else given)
+
+
+def split(index: Any, dims: int) -> tuple[Any, Any]:
+    """An index of all dimensions but the last, and what it says of the last: a slice of all where it says nothing."""
+    index = index if isinstance(index, tuple) else (index,)
+    taken = sum(_dims(part) for part in index if part is not Ellipsis)
+    if index[-1] is Ellipsis or (taken < dims and all(part is not Ellipsis for part in index)):
+        return index, slice(None)
+    return (*index[:-1], slice(None)), index[-1]
+
+
+def _dims(part: Any) -> int:
+    """How many dimensions a part of an index takes."""
+    if part is None:
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1

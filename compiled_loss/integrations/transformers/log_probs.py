@@ -1,0 +1,85 @@
+"""The log-probabilities of deferred logits, as the Trainer's label smoothing and `nll_loss` take them."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compiled_loss.integrations.transformers import losses
+from compiled_loss.integrations.transformers.head_call import HeadCall
+
+
+class DeferredLogProbs:
+    """Log softmax [..., V] of deferred logits, or its negative."""
+
+    def __init__(self, logits: Any, call: HeadCall, *, negative: bool = False) -> None:
+        self._logits = logits
+        self._call = call
+        self._negative = negative
+        self._sums: Tensor | None = None  # over the classes, from the pass that gathered
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.nll_loss and isinstance(args[0], DeferredLogProbs):
+            return args[0].nll_loss(*args[1:], **(kwargs or {}))
+        return next(v for v in args if isinstance(v, DeferredLogProbs)).refuse(getattr(func, "__name__", str(func)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.refuse(name)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., V]."""
+        shape: torch.Size = self._logits.shape
+        return shape
+
+    def dim(self) -> int:
+        """How many dimensions there are."""
+        return len(self.shape)
+
+    def refuse(self, name: str) -> NoReturn:
+        """Raise: the operation is none of these."""
+        self._logits.refuse(f"{name} of log_softmax")
+        raise AssertionError
+
+    def __neg__(self) -> DeferredLogProbs:
+        return DeferredLogProbs(self._logits, self._call, negative=not self._negative)
+
+    def nll_loss(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `torch.nn.functional.nll_loss`."""
+        if self._negative:
+            self.refuse("the negative")
+        loss: Tensor = self._logits.cross_entropy(target, *args, **kwargs)
+        return loss
+
+    def gather(self, dim: int, index: Tensor) -> Tensor:
+        """As `torch.Tensor.gather`, one of each token: [..., 1], differentiable."""
+        if dim % self.dim() != self.dim() - 1 or index.shape != (*self.shape[:-1], 1):
+            self.refuse(f"gather of {tuple(index.shape)}")
+        chosen, self._sums = self._of_tokens(index.squeeze(-1))
+        return self._signed(chosen, keepdim=True)
+
+    def sum(self, dim: int, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """As `torch.Tensor.sum`, over the classes: differentiable."""
+        if dim % self.dim() != self.dim() - 1:
+            self.refuse("sum over positions")
+        if self._sums is None:
+            labels = torch.zeros(self.shape[:-1], dtype=torch.int64, device=self._logits.device)
+            _, self._sums = self._of_tokens(labels)
+        return self._signed(self._sums, keepdim=keepdim).to(dtype)
+
+    def _of_tokens(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        pair: tuple[Tensor, Tensor] = self._logits.apply(losses.log_probs(self._call, labels, self.shape[-1]))
+        return pair
+
+    def _signed(self, values: Tensor, *, keepdim: bool) -> Tensor:
+        """Not a view, for callers fill it."""
+        values = -values if self._negative else values.clone()
+        return values.unsqueeze(-1) if keepdim else values
