@@ -148,7 +148,7 @@ def refused(mesh):
             lambda: cl.masked_soft_cross_entropy(
                 logits, logits, torch.ones(N), token_weights=(torch.arange(N) != rank).float()
             ),
-            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others",
+            "labels, position_mask: expected the same tokens on all ranks that share the vocabulary, but they differ",
         ),
         "a whole plain teacher": (
             lambda: cl.distillation(logits, torch.ones(N, V), labels),
@@ -176,11 +176,11 @@ def refused(mesh):
         ),
         "other labels": (
             lambda: linear(labels=labels + rank),
-            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others",
+            "labels, position_mask: expected the same tokens on all ranks that share the vocabulary, but they differ",
         ),
         "a mask of other positions": (
             lambda: cl.masked_soft_cross_entropy(logits, logits, (torch.arange(N) != rank).float()),
-            "labels, position_mask: expected the same tokens on every rank that shares the vocabulary, got others",
+            "labels, position_mask: expected the same tokens on all ranks that share the vocabulary, but they differ",
         ),
         "what fully_shard holds": (
             lambda: linear(
