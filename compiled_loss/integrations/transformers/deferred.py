@@ -249,7 +249,7 @@ class DeferredLogits:
         """What a function of a linear head gives.
 
         Args:
-            function: called as function(hidden, weight, **keywords), as our linear functions are: `hidden` [..., H],
+            function: called as `function(hidden, weight, **keywords)`, as our linear functions are: `hidden` [..., H],
                 `weight` [V, H], and keywords `bias`, `logit_scale` and `softcap` that make their logits these. The
                 weight is whole in this call, and not after it.
 
