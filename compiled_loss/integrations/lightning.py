@@ -1,0 +1,99 @@
+"""What Lightning's automatic optimization lacks for losses of tokens: one mean over a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+
+# A microbatch's, roughly. Gradients are summed over tokens in this unit, so that a scale chosen for the gradients of
+# means does not make those of fp16 overflow. A power of two, which costs no rounding.
+_TOKENS = 2.0**12
+
+
+def count_labels(batch: Any) -> Tensor:
+    """The labels of a batch that are not -100, as an int64 tensor on its device."""
+    return (batch["labels"] != -100).sum()
+
+
+class LabelTokenMean(Callback):
+    """A step's gradients are those of the mean over all its label tokens, not of a mean of means.
+
+    Lightning weighs the microbatches of `accumulate_grad_batches` alike, and DDP and FSDP the ranks, however many
+    labels each has. The training step stays as it is: it returns the mean over the label tokens of its microbatch.
+
+        Trainer(accumulate_grad_batches=8, callbacks=[LabelTokenMean()])
+
+    Each microbatch's gradients are multiplied by its count as backward begins, and divided by the count of all
+    microbatches and ranks before clipping and the optimizer's step. The microbatches after the last full step of an
+    epoch are one more step, whose count is its own. Counts stay on the device: nothing waits for it. Gradient norms
+    that others read before `on_before_optimizer_step` are not yet divided.
+
+    What `training_step` logs is weighted by its `batch_size`: with `self.log("loss", loss, batch_size=count)` an epoch's
+    value is the mean over its tokens too, and the count may be a tensor.
+
+    Args:
+        count: from a batch, as `training_step` gets it, to the number of label tokens that its loss is the mean over,
+            as a tensor on the batch's device. By default those of `batch["labels"]` that are not -100; for a model
+            that shifts its labels itself, `lambda batch: (batch["labels"][:, 1:] != -100).sum()`.
+
+    Memory:
+        One count. The division is one pass over the gradients, and one all-reduce of 8 bytes where there are ranks.
+
+    Raises:
+        ValueError: the module optimizes manually, or the strategy (DeepSpeed's) accumulates by itself, so that the
+            hooks which weigh and divide are not called.
+
+    Example:
+        >>> import torch
+        >>> from compiled_loss.integrations.lightning import LabelTokenMean, count_labels
+        >>> count_labels({"labels": torch.tensor([[3, -100], [1, 2]])})
+        tensor(3)
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(accumulate_grad_batches=8, callbacks=[LabelTokenMean()], **quiet)
+
+    """
+
+    def __init__(self, count: Callable[[Any], Tensor] = count_labels) -> None:
+        self.count = count
+        self._microbatch: Any = 0
+        self._step: Any = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what does not call the hooks below."""
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"LabelTokenMean: expected automatic optimization, got {type(pl_module).__name__} with "
+                "automatic_optimization=False: divide each sum by num_label_tokens where you call manual_backward"
+            )
+        if trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                f"LabelTokenMean: expected gradients that Lightning accumulates, got {type(trainer.strategy).__name__}, "
+                "which does so by itself: use DDP or FSDP"
+            )
+        self._step = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the batch's label tokens."""
+        self._microbatch = self.count(batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Weigh the gradients of a microbatch; Lightning's own mean, over microbatches and ranks, is undone."""
+        weight = self._microbatch * (trainer.accumulate_grad_batches * trainer.world_size / _TOKENS)
+        loss.register_hook(lambda grad: grad * weight)
+        self._step += self._microbatch
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Divide the gradients by the step's label tokens."""
+        tokens, self._step = self._step, 0
+        if trainer.world_size > 1:
+            distributed.all_reduce(tokens)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        torch._foreach_div_(local, tokens.clamp(min=1) / _TOKENS)
