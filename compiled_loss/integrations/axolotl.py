@@ -1,0 +1,84 @@
+"""A plugin of Axolotl: the head of the model that it trains is fused, by a line in its YAML.
+
+    plugins:
+      - compiled_loss.integrations.axolotl.CompiledLossPlugin
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
+from pydantic import BaseModel, Field, model_validator
+
+from compiled_loss.integrations.transformers import fuse_head
+from compiled_loss.planner.chunking import Chunking
+
+_LOG = get_logger(__name__)
+
+# Keys of Axolotl's YAML with which another loss is computed, of logits or by other code.
+_OTHER_LOSSES = (
+    "chunked_cross_entropy",
+    "cut_cross_entropy",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "use_eaft",
+    "kd_trainer",
+    "rl",
+    "reward_model",
+    "process_reward_model",
+)
+
+
+class CompiledLossArgs(BaseModel):
+    """Keys that the plugin adds to Axolotl's YAML."""
+
+    compiled_loss_chunking: dict[str, Any] | None = Field(
+        default=None,
+        json_schema_extra={"description": "Arguments of compiled_loss.Chunking, such as {memory_budget: 1GiB}"},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_other_losses(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what computes another loss; see :class:`CompiledLossPlugin`."""
+        for key in _OTHER_LOSSES:
+            if data.get(key):
+                raise ValueError(
+                    f"{key}: expected none beside CompiledLossPlugin, which computes the model's own loss without its "
+                    f"logits, got {data[key]!r}: remove it, or the plugin"
+                )
+        Chunking(**(data.get("compiled_loss_chunking") or {}))
+        return data
+
+
+class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
+    """Fuses the head of the model that Axolotl trains: see :func:`compiled_loss.integrations.transformers.fuse_head`.
+
+        plugins:
+          - compiled_loss.integrations.axolotl.CompiledLossPlugin
+        compiled_loss_chunking:   # if the defaults are not what you want
+          memory_budget: 1GiB
+
+    The head is fused once adapters are loaded, so that LoRA on the head is seen. The loss is the model's own, and so is
+    its normalisation, packing and evaluation.
+
+    Axolotl 0.19 goes on without a plugin that it cannot import, after a message. The log says "fused the head" where
+    this one is at work.
+
+    Raises:
+        ValueError: as the YAML is validated, where it asks for another loss (`cut_cross_entropy`,
+            `chunked_cross_entropy`, Liger's, EAFT, distillation, `rl`, reward models), or a chunking that is none.
+        TypeError: likewise; or the model has no head to fuse.
+
+    """
+
+    def get_input_args(self) -> str:
+        """Where Axolotl finds the keys of the YAML."""
+        return f"{CompiledLossArgs.__module__}.{CompiledLossArgs.__name__}"
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """Fuse the head, after adapters are loaded."""
+        fuse_head(model, chunking=Chunking(**(cfg.compiled_loss_chunking or {})))
+        _LOG.info("CompiledLossPlugin: fused the head of %s", type(model).__name__)
