@@ -38,6 +38,10 @@ class CompiledLossArgs(BaseModel):
         default=None,
         json_schema_extra={"description": "Arguments of compiled_loss.Chunking, such as {memory_budget: 1GiB}"},
     )
+    compiled_loss_token_mean: bool = Field(
+        default=False,
+        json_schema_extra={"description": "Weigh a step's tokens alike; Axolotl 0.19 weighs its microbatches alike"},
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -60,9 +64,12 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
           - compiled_loss.integrations.axolotl.CompiledLossPlugin
         compiled_loss_chunking:   # if the defaults are not what you want
           memory_budget: 1GiB
+        compiled_loss_token_mean: true
 
-    The head is fused once adapters are loaded, so that LoRA on the head is seen. The loss is the model's own, and so is
-    its normalisation, packing and evaluation.
+    The head is fused once adapters are loaded, so that LoRA on the head is seen. The loss is the one that Axolotl
+    computes without the plugin. In Axolotl 0.19 that is, for most models, the mean over microbatches and ranks of their
+    means: it never hands `num_items_in_batch` to the model. With `compiled_loss_token_mean` it does, as the Trainer of
+    `transformers` would, and the loss is the mean over all label tokens of the step.
 
     Axolotl 0.19 goes on without a plugin that it cannot import, after a message. The log says "fused the head" where
     this one is at work.
@@ -82,3 +89,8 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
         """Fuse the head, after adapters are loaded."""
         fuse_head(model, chunking=Chunking(**(cfg.compiled_loss_chunking or {})))
         _LOG.info("CompiledLossPlugin: fused the head of %s", type(model).__name__)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Have the model told how many label tokens a step has, if the YAML asks for it."""
+        if cfg.compiled_loss_token_mean:
+            trainer.model_accepts_loss_kwargs = True
