@@ -1,7 +1,5 @@
 """Lightning's automatic optimization with our losses: a step's tokens weigh alike."""
 
-import os
-
 import pytest
 import ranks
 import torch
@@ -152,10 +150,7 @@ def shard(module):
 
 def on_a_rank():
     """What it saw, and its gradients, by strategy."""
-    here = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "x"}
-    size = {"WORLD_SIZE": dist.get_world_size(), "LOCAL_WORLD_SIZE": dist.get_world_size()}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}  # the group is there already
-    os.environ.update({key: str(value) for key, value in {**here, **size, **place}.items()})
+    ranks.as_torchrun()
     modules = {name: module_on_ranks(name) for name in ("ddp", "fsdp2")}
     return {name: (module.seen, module.gradients) for name, module in modules.items()}
 

@@ -61,6 +61,14 @@ def at(where):
     Path(os.environ["RANK_WHERE"]).write_text(where)
 
 
+def as_torchrun():
+    """Set the variables by which frameworks know that processes were launched; the group is there already."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    names = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in (names | there).items()})
+
+
 def _rank(body, rank, world, folder, arguments):
     os.environ["RANK_WHERE"] = f"{folder}/{rank}.where"
     at("start")
