@@ -53,8 +53,8 @@ class Model(LightningModule):
         return loss
 
     def on_train_epoch_end(self):
-        seen = {name: f"{value:.3f}" for name, value in self.trainer.callback_metrics.items()}
-        print(f"step {self.global_step:>4}   " + "   ".join(f"{name} {value}" for name, value in seen.items()), flush=True)
+        seen = [f"{name} {value:.3f}" for name, value in self.trainer.callback_metrics.items()]
+        print(f"step {self.global_step:>4}", *seen, sep="   ", flush=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)

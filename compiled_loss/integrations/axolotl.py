@@ -1,8 +1,4 @@
-"""A plugin of Axolotl: the head of the model that it trains is fused, by a line in its YAML.
-
-    plugins:
-      - compiled_loss.integrations.axolotl.CompiledLossPlugin
-"""
+"""A plugin of Axolotl, by a line of its YAML: the head of the model that it trains is fused."""
 
 from __future__ import annotations
 

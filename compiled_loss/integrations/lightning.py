@@ -17,7 +17,8 @@ _TOKENS = 2.0**12
 
 def count_labels(batch: Any) -> Tensor:
     """The labels of a batch that are not -100, as an int64 tensor on its device."""
-    return (batch["labels"] != -100).sum()
+    labels: Tensor = batch["labels"]
+    return (labels != -100).sum()
 
 
 class LabelTokenMean(Callback):
@@ -33,8 +34,8 @@ class LabelTokenMean(Callback):
     epoch are one more step, whose count is its own. Counts stay on the device: nothing waits for it. Gradient norms
     that others read before `on_before_optimizer_step` are not yet divided.
 
-    What `training_step` logs is weighted by its `batch_size`: with `self.log("loss", loss, batch_size=count)` an epoch's
-    value is the mean over its tokens too, and the count may be a tensor.
+    What `training_step` logs is weighted by its `batch_size`: with `self.log("loss", loss, batch_size=count)` the value
+    of an epoch is the mean over its tokens too, and the count may be a tensor.
 
     Args:
         count: from a batch, as `training_step` gets it, to the number of label tokens that its loss is the mean over,
@@ -50,11 +51,10 @@ class LabelTokenMean(Callback):
 
     Example:
         >>> import torch
-        >>> from compiled_loss.integrations.lightning import LabelTokenMean, count_labels
-        >>> count_labels({"labels": torch.tensor([[3, -100], [1, 2]])})
+        >>> from compiled_loss.integrations.lightning import LabelTokenMean
+        >>> callback = LabelTokenMean()  # Trainer(accumulate_grad_batches=8, callbacks=[callback])
+        >>> callback.count({"labels": torch.tensor([[3, -100], [1, 2]])})
         tensor(3)
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(accumulate_grad_batches=8, callbacks=[LabelTokenMean()], **quiet)
 
     """
 
@@ -71,9 +71,10 @@ class LabelTokenMean(Callback):
                 "automatic_optimization=False: divide each sum by num_label_tokens where you call manual_backward"
             )
         if trainer.strategy.handles_gradient_accumulation:
+            name = type(trainer.strategy).__name__
             raise ValueError(
-                f"LabelTokenMean: expected gradients that Lightning accumulates, got {type(trainer.strategy).__name__}, "
-                "which does so by itself: use DDP or FSDP"
+                f"LabelTokenMean: expected gradients that Lightning accumulates, got {name}, which does so by itself: "
+                "use DDP or FSDP"
             )
         self._step = 0
 

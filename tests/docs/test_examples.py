@@ -1,5 +1,6 @@
 """Each example runs, says what it promises, and explains itself, for every file of the folder."""
 
+import importlib.util
 import math
 import os
 import re
@@ -12,7 +13,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"train_accelerate": "accelerate", "train_lightning": "lightning"}
+EXAMPLES = [
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=pytest.mark.skipif(
+            path.stem in NEEDS and importlib.util.find_spec(NEEDS[path.stem]) is None, reason="its package is absent"
+        ),
+    )
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo for processes on CPUs")
 
 # Lines in this order, with others between them.
@@ -53,6 +64,14 @@ PROMISED = {
         r"unlikelihood +4\.\d\d .*",
         r"list_mle +0\.\d\d .*",
     ],
+    "train_accelerate": [
+        r"step +1/2 +loss 6\.\d{6}",
+        r"step +2/2 +loss 6\.\d{6}",
+    ],
+    "train_lightning": [
+        r"step +2 +loss 6\.\d{3} +entropy 6\.\d{3} +accuracy 0\.\d{3}",
+        r"step +10 +loss [345]\.\d{3} +entropy \d\.\d{3} +accuracy 0\.\d{3}",
+    ],
     "train_tensor_parallel": [
         r"logits of a rank that are never held: \[2048, 4096\]",
         r"step +2/2 +loss \d\.\d+",
@@ -79,8 +98,9 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Four processes, each of which ends itself: torchrun's are sessions of their own, so that no signal reaches them all.
-RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--no-python", sys.executable, "-c"]
+# Processes each of which ends itself: torchrun's are sessions of their own, so that no signal reaches them all.
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+CODE = ["--no-python", sys.executable, "-c"]
 LIMITED = "import faulthandler; faulthandler.dump_traceback_later({}, exit=True)\n"
 WITH_CODE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -112,14 +132,14 @@ def kept(path, output):
     return re.search(r"\n(?s:.*)".join(PROMISED.get(path.stem, [r"loss\D*\d+\.\d"])), output)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_example(path, tmp_path):
     output = run(tmp_path, "-c", WITHOUT_COMPILING, path)
     assert kept(path, output), output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_example_with_inductor(path, tmp_path):
     output = run(tmp_path, path)
     assert kept(path, output), output
@@ -132,7 +152,7 @@ def compare_with_one_process(folder, code, compiled, limit):
     the steps gain by as much. A loss near 8 has a spacing of 2^-20, and 6 digits are printed.
     """
     path, options = ROOT / "examples" / "train_tensor_parallel.py", ("--steps", "5", "--compile", compiled)
-    commands = ["-c", code], [*RANKS, LIMITED.format(limit) + code]
+    commands = ["-c", code], [*RANKS, "4", *CODE, LIMITED.format(limit) + code]
     outputs = [run(folder, *command, path, options=options, limit=limit + 50) for command in commands]
     one, ranks = ([float(loss) for loss in re.findall(r"loss (\d\.\d{6})", output)] for output in outputs)
     assert len(one) == len(ranks) == 5 and one[-1] < one[0] - 0.5
@@ -152,7 +172,21 @@ def test_ranks_train_as_one_process_with_inductor(tmp_path):
     compare_with_one_process(tmp_path, WITH_CODE, "all", limit=900)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@needs_gloo
+@pytest.mark.slow
+def test_accelerate_trains_as_one_process(tmp_path):
+    """Each loss near 6 has a spacing of 2^-21, 6 digits are printed, and gradients are off as above, of 1024 tokens."""
+    pytest.importorskip("accelerate")
+    path, options = ROOT / "examples" / "train_accelerate.py", ("--steps", "6")
+    commands = ["-c", WITH_CODE], [*RANKS, "2", *CODE, LIMITED.format(200) + WITH_CODE]
+    outputs = [run(tmp_path, *command, path, options=options, limit=250) for command in commands]
+    one, ranks = ([float(loss) for loss in re.findall(r"loss (\d\.\d{6})", output)] for output in outputs)
+    assert len(one) == len(ranks) == 6 and one[-1] < one[0] - 0.5
+    for expected, loss in zip(one, ranks, strict=True):
+        assert abs(loss - expected) <= 2 * math.sqrt(1024) * 2**-24 * (one[0] - expected) + 2 * 2**-21 + 1e-6
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_help_and_wrong_options(path, monkeypatch, capsys):
     """Its own docstring and the options; a wrong one is one line."""
     wrong = {"--steps": "few"} | ({"--device": "abacus"} if has_device(path) else {})

@@ -4,7 +4,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from lightning_models import B, MICROBATCHES, QUIET, lightning, loader, make_module, plain_steps, rows
+from lightning_models import MICROBATCHES, QUIET, B, lightning, loader, make_module, plain_steps, rows
 from torch.nn import functional as F
 
 from compiled_loss import linear_cross_entropy

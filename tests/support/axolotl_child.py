@@ -1,11 +1,12 @@
-"""Axolotl's own training of a tiny Llama, of a YAML's keys, in a process that it may patch: prints JSON.
+"""Axolotl's own training of a tiny Llama, in a process that it may patch, with one YAML's keys after another's.
 
-python axolotl_child.py FOLDER '{"plugins": [...], ...}'
+python axolotl_child.py FOLDER '[{}, {"plugins": [...], ...}]' prints a JSON list of what became of them.
 """
 
 import json
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -49,14 +50,13 @@ def write_rows(path):
     path.write_text("\n".join(rows))
 
 
-def main(folder, keys):
-    write_model(folder / "model")
-    write_rows(folder / "rows.jsonl")
+def run(folder, keys):
+    """Losses, whether the head was fused, and its weight; or why the YAML was refused."""
     yaml = {
         "base_model": str(folder / "model"),
         "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": None}],
         "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(folder / "out"),
+        "output_dir": tempfile.mkdtemp(dir=folder),
         "sequence_len": 32,
         "micro_batch_size": MICROBATCH,
         "gradient_accumulation_steps": ACCUMULATED,
@@ -71,6 +71,7 @@ def main(folder, keys):
         "attn_implementation": "eager",
         "bf16": False,
         "use_cpu": True,
+        "seed": 0,
     }
     config = DictDefault(yaml | keys)
     prepare_plugins(config)
@@ -86,6 +87,11 @@ def main(folder, keys):
     return {"losses": losses, "fused": heads is not None, "weight": model.lm_head.weight.tolist()}
 
 
+def main(folder, runs):
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl")
+    print(json.dumps([run(folder, keys) for keys in runs]))
+
+
 if __name__ == "__main__":
-    result = main(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    print(json.dumps(result))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
