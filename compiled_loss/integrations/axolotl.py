@@ -11,6 +11,8 @@ from pydantic import BaseModel, Field, model_validator
 from compiled_loss.integrations.transformers import fuse_head
 from compiled_loss.planner.chunking import Chunking
 
+__all__ = ["CompiledLossArgs", "CompiledLossPlugin"]
+
 _LOG = get_logger(__name__)
 
 # Keys of Axolotl's YAML with which another loss is computed, of logits or by other code.
@@ -74,6 +76,11 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
         ValueError: as the YAML is validated, where it asks for another loss (`cut_cross_entropy`,
             `chunked_cross_entropy`, Liger's, EAFT, distillation, `rl`, reward models), or a chunking that is none.
         TypeError: likewise; or the model has no head to fuse.
+
+    Example:
+        >>> from compiled_loss.integrations.axolotl import CompiledLossArgs
+        >>> CompiledLossArgs(compiled_loss_chunking={"memory_budget": "1GiB"}).compiled_loss_chunking
+        {'memory_budget': '1GiB'}
 
     """
 

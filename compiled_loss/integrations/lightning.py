@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
+__all__ = ["LabelTokenMean", "count_labels"]
+
 # A microbatch's, roughly. Gradients are summed over tokens in this unit, so that a scale chosen for the gradients of
 # means does not make those of fp16 overflow. A power of two, which costs no rounding.
 _TOKENS = 2.0**12
