@@ -52,7 +52,7 @@ class _Forming(NamedTuple):
 
     def wanted(self) -> Wanted:
         """The statistics that are returned."""
-        return Wanted(total=row_losses.of(self.loss).uses.total, entropy=self.with_entropy)
+        return Wanted(total=row_losses.uses_total(self.loss), entropy=self.with_entropy)
 
 
 class _Options(NamedTuple):

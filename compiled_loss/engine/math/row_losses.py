@@ -77,6 +77,14 @@ def of(name: str) -> RowLoss:
     return _cross_entropy(coefficients) if kind == "cross_entropy" else _FOUND[name]
 
 
+def uses_total(name: str) -> bool:
+    """Whether the loss of that name looks at a row's total; where Dynamo traces, which warns of `of`'s cache."""
+    kind, _, coefficients = name.partition(":")
+    if kind == "cross_entropy":
+        return dict(zip(Coefficients._fields, coefficients, strict=True))["total"] != "-"
+    return _FOUND[name].uses.total
+
+
 def cross_entropy(coefficients: Coefficients, *, gradients: bool) -> Named:
     """`combine` with these coefficients; its inputs are those that there are."""
     name = "cross_entropy:"
