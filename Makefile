@@ -9,6 +9,8 @@ TRITON := $(if $(filter 2.13.0,$(TORCH)),triton==3.7.0,triton)
 # Bytecode is written where it is used, which saves a minute; without it every process that imports torch takes 13 s more.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
+# These pin another torch or transformers, or ask for a GPU's packages; their losses and hooks need neither.
+UNPINNED := addict==2.4.0 axolotl==0.19.0 nemo-automodel==0.7.0 torchtitan==0.3.0
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15
 
@@ -60,7 +62,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch==$(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
-	$(PIP) -c constraints.txt -e '.[demo,docs,inspect,test,dev]'
+	$(PIP) -c constraints.txt -e '.[demo,docs,inspect,integrations,test,dev]'
+	$(PIP) --no-deps $(UNPINNED)
 	touch $@
 
 clean:
