@@ -1,6 +1,7 @@
 """A training step of a small Llama of `transformers`, with its own loss and with `fuse_head`: time and peak.
 
-    python -m benches.fused_heads            # a table, and raw results appended to benches/results
+    python -m benches.fused_heads                       # a table, and raw results appended to benches/results
+    python -m benches.fused_heads bfloat16 --mode eager # a case
 
 Each case is a process. Rounds of both are interleaved; the peak is over what the process held before the step.
 """
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 
 from benches.run import RESULTS, machine
+from compiled_loss import Chunking
 from compiled_loss.measure import PeakMemory, run_in_child
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 VOCAB, BATCH, LENGTH = 32768, 4, 256
 ROUNDS = 5
-HEADS = ("own", "fused")
+HEADS = {"own": None, "fused": Chunking(), "fused, its kernels compiled": Chunking(compile=True)}
+MODES = ("eager", "compiled")
 
 
 def measured(dtype: str, compiled: bool) -> dict[str, Any]:
@@ -35,12 +38,12 @@ def measured(dtype: str, compiled: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     ids = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     steps: dict[str, Any] = {}
-    for head in HEADS:
+    for head, chunking in HEADS.items():
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=False, **SIZES)
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).train()
-        if head == "fused":
-            fuse_head(model)
+        if chunking is not None:
+            fuse_head(model, chunking=chunking)
         steps[head] = (torch.compile(model, fullgraph=True) if compiled else model, model)
 
     def step(head: str) -> tuple[float, float, int]:
@@ -66,20 +69,23 @@ def measured(dtype: str, compiled: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, and append what was measured."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--mode", choices=MODES, action="append")
+    given = parser.parse_args()
     about = machine("cpu") | {"model": SIZES | {"vocab_size": VOCAB}, "tokens": [BATCH, LENGTH]}
     path = RESULTS / f"fused_heads-{torch.__version__.replace('+', '-')}.jsonl"
-    print(f"{'dtype':10} {'':9} {'time ratio':>10} {'own MiB':>8} {'fused MiB':>9} {'losses apart':>12}")
-    for dtype in ("float32", "bfloat16"):
-        for compiled in (False, True):
-            found = run_in_child("benches.fused_heads:measured", dtype=dtype, compiled=compiled)
+    print("dtype, mode, loss, time over its own, peak in MiB, losses apart")
+    for dtype in given.dtypes:
+        for mode in given.mode or MODES:
+            found = run_in_child("benches.fused_heads:measured", dtype=dtype, compiled=mode == "compiled")
             with path.open("a") as results:
-                results.write(json.dumps(about | {"dtype": dtype, "compiled": compiled} | found) + "\n")
-            ratios = [fused / own for own, fused in zip(*(found["seconds"][head] for head in HEADS), strict=True)]
-            own, fused = (found["peak"][head] >> 20 for head in HEADS)
-            apart = abs(found["loss"]["own"] - found["loss"]["fused"])
-            name = "compiled" if compiled else "eager"
-            print(f"{dtype:10} {name:9} {statistics.median(ratios):10.2f} {own:8} {fused:9} {apart:12.1e}")
+                results.write(json.dumps(about | {"dtype": dtype, "mode": mode} | found) + "\n")
+            for head in HEADS:
+                pairs = zip(found["seconds"][head], found["seconds"]["own"], strict=True)
+                ratio = statistics.median(mine / own for mine, own in pairs)
+                apart = abs(found["loss"]["own"] - found["loss"][head])
+                print(f"{dtype:10} {mode:9} {head:28} {ratio:6.2f} {found['peak'][head] >> 20:6} {apart:8.1e}")
 
 
 if __name__ == "__main__":

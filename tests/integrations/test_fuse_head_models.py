@@ -226,7 +226,8 @@ COMPILED = {
     ),
 }
 CASES = [("Gemma2", "eager", ("entropy", "correct"))]
-CASES += [pytest.param(which, "inductor", (), marks=pytest.mark.slow) for which in COMPILED]
+CASES += [pytest.param(which, "aot_eager", (), marks=pytest.mark.slow) for which in COMPILED]
+CASES += [pytest.param(which, "inductor", (), marks=pytest.mark.slow) for which in ("Llama", "Mixtral")]
 
 
 @pytest.mark.parametrize(("which", "backend", "statistics"), CASES)

@@ -75,8 +75,7 @@ def test_trainer_gradient_accumulation(tmp_path):
     torch.testing.assert_close(result.training_loss, float(torch.stack(losses).detach().mean()), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(("smoothing", "checkpointing"), [(0.3, False), (0.1, True)])
 def test_trainer_smoothing_and_checkpointing(smoothing, checkpointing, tmp_path):
     """The same as without: theirs rounds logits to fp32."""
     model, (ids, labels) = make("Llama", torch.float64), batch(rows=6)
