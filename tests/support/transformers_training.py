@@ -30,7 +30,12 @@ def make(name, dtype=torch.float32, **options):
 
 def exact(model):
     """A copy in fp64: `transformers` rounds to fp32 in its norms."""
-    model = copy.deepcopy(model).double()
+    return in_fp64(copy.deepcopy(model))
+
+
+def in_fp64(model):
+    """The model itself, made exact."""
+    model = model.double()
     for name, norm in list(model.named_modules()):
         if type(norm).__name__.endswith("RMSNorm"):
             new = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)

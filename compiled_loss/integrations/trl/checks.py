@@ -1,0 +1,43 @@
+"""The errors of TRL's trainers; see `compiled_loss.checks.arguments`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+_FUSED = "SFT, DPO, KTO, GRPO, RLOO, Distillation or GKD"
+
+
+def one_column(trainer: object) -> NoReturn:
+    """Raise: a reward model's head has one column."""
+    raise TypeError(
+        f"trainer: expected one of a language model ({_FUSED}), got {type(trainer).__name__}, whose model's head has one "
+        "column: there are no logits over a vocabulary to save, train it as it is"
+    )
+
+
+def whole_logits(trainer: object) -> NoReturn:
+    """Raise: the trainer reads the logits themselves."""
+    raise TypeError(
+        f"trainer: expected one with TRL's fused head, or its distillation ({_FUSED}), got {type(trainer).__name__}, "
+        "which computes its loss from logits [B, S, V] in its own code: train it as it is, or write its loss with "
+        "linear_token_statistics, linear_preference_loss or linear_distillation"
+    )
+
+
+def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> None:
+    """Raise unless TRL's fused head says what was asked of it."""
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise ValueError(
+            f"trainer: expected a {type(model).__name__} with the fused head of TRL 1.16, which holds "
+            f"{', '.join(expected)}, got one without {', '.join(missing)}: install trl==1.16.*"
+        )
+
+
+def aux_loss(model: object, value: object) -> None:
+    """Raise where a trainer wants a loss of the experts and the model's forward does not return it."""
+    if value is None:
+        raise ValueError(
+            f"model: expected one whose forward returns aux_loss, as output_router_logits asks for, got "
+            f"{type(model).__name__}: set router_aux_loss_coef=0 in the trainer's config, or call unfuse_trainer"
+        )
