@@ -38,8 +38,10 @@ def in_fp64(model):
     model = model.double()
     for name, norm in list(model.named_modules()):
         if type(norm).__name__.endswith("RMSNorm"):
-            new = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
-            new.weight = norm.weight
+            gemma = type(norm).__name__.startswith("Gemma")
+            eps = norm.eps if gemma else norm.variance_epsilon
+            new = torch.nn.RMSNorm(norm.weight.shape, eps=eps, dtype=torch.float64)
+            new.weight = torch.nn.Parameter(1 + norm.weight.detach()) if gemma else norm.weight
             model.set_submodule(name, new)
     return model
 

@@ -58,11 +58,11 @@ def text(words, seed):
     return " ".join(f"w{drawn.randrange(V - 3)}" for _ in range(words))
 
 
-def rows(count=8):
-    """Prompts and answers of different lengths, of half of which one thinks well."""
+def rows(count=8, prompts=(2, 3, 4)):
+    """Prompts of so many words and answers of different lengths, half of them good ones."""
     return [
         {
-            "prompt": text(2 + i % 3, i),
+            "prompt": text(prompts[i % len(prompts)], i),
             "completion": " " + text(3 + i % 4, 100 + i),
             "chosen": " " + text(3 + i % 4, 100 + i),
             "rejected": " " + text(6 - i % 4, 200 + i),
@@ -159,8 +159,16 @@ def trainer(name, folder, output, *, count=8, data=None, **changed):
     return made
 
 
+def lora(**config):
+    import peft
+
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | config)
+
+
 def model_of(folder):
-    return transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made.config._experts_implementation = "eager"  # the grouped GEMMs of experts have no fp64
+    return made
 
 
 @contextlib.contextmanager
@@ -225,21 +233,25 @@ def plain_head(which, temperature):
     which.forward = forward
 
 
-def plain_divergence(student, teacher, student_weight, teacher_weight, mask, beta, count=None, temperature=1.0, **how):
-    """In the place of TRL's function of the same arguments; of heads that are no more than a weight."""
-    assert not [value for name, value in how.items() if "scale" not in name and name[:3] != "num" and value is not None]
-    count = how.get("num_items_in_batch", count)
-    p, q = (
-        (hidden @ weight.t() / temperature).log_softmax(-1)
-        for hidden, weight in ((teacher, teacher_weight), (student, student_weight))
-    )
-    kl = torch.nn.functional.kl_div
-    if beta in (0, 1):
-        first, second = (q, p) if beta == 0 else (p, q)
-        divergence = kl(first, second, reduction="none", log_target=True)
+def plain_divergence(
+    student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, num_items_in_batch, temperature, **heads
+):
+    """In the place of TRL's function of the same arguments."""
+
+    def log_softmax(side, hidden, weight):
+        logits = hidden @ weight.t() * heads[f"{side}_logit_scale"]
+        softcap = heads[f"{side}_final_logit_softcapping"]
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        return (logits / temperature).log_softmax(-1)
+
+    p, q = log_softmax("teacher", teacher_hidden, teacher_weight), log_softmax("student", student_hidden, student_weight)
+    if beta == 0:
+        divergence = p.exp() * (p - q)
+    elif beta == 1:
+        divergence = q.exp() * (q - p)
     else:
         mixture = (beta * p.exp() + (1 - beta) * q.exp()).log()
-        sides = (kl(mixture, side, reduction="none", log_target=True) for side in (p, q))
-        divergence = sum(share * side for share, side in zip((beta, 1 - beta), sides, strict=True))
+        divergence = beta * p.exp() * (p - mixture) + (1 - beta) * q.exp() * (q - mixture)
     divergence, entropy = (value.sum(-1) * mask for value in (divergence, -q.exp() * q))
-    return divergence.sum() / (mask.sum() if count is None else count), entropy.sum(), mask.sum()
+    count = mask.sum() if num_items_in_batch is None else num_items_in_batch
+    return divergence.sum() / count, entropy.sum(), mask.sum()
