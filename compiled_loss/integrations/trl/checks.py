@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 _FUSED = "SFT, DPO, KTO, GRPO, RLOO, Distillation or GKD"
 
 
@@ -34,10 +36,12 @@ def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> No
         )
 
 
-def aux_loss(model: object, value: object) -> None:
-    """Raise where a trainer wants a loss of the experts and the model's forward does not return it."""
+def aux_loss(model: object, outputs: Any) -> Tensor:
+    """The loss of the experts that a model's forward returns; raise where it returns none."""
+    value: Tensor | None = outputs.get("aux_loss")
     if value is None:
         raise ValueError(
-            f"model: expected one whose forward returns aux_loss, as output_router_logits asks for, got "
+            f"model: expected one whose forward returns aux_loss where output_router_logits asks for it, got "
             f"{type(model).__name__}: set router_aux_loss_coef=0 in the trainer's config, or call unfuse_trainer"
         )
+    return value

@@ -1,10 +1,10 @@
 """Divergences of TRL's distillation trainers, without either model's logits.
 
 NOTE [Where TRL takes divergences]
-`GKDTrainer` calls both models and gives their logits to its `generalized_jsd_loss`: deferred logits come to ours. In
-`DistillationTrainer._compute_loss` a backbone gives hidden states, and a function of its module takes these, both
-heads and what TRL knows of their softcaps and scales. There the whole model stands in for its backbone, with deferred
-logits for hidden states, and ours for that function.
+`GKDTrainer` calls both models and gives their logits to its `generalized_jsd_loss`: there, deferred logits come to ours.
+In `DistillationTrainer._compute_loss` backbones give hidden states, and a function of its module takes these, both heads
+and what TRL knows of their softcaps and scales. There a whole model stands in for its backbone, its deferred logits for
+hidden states, and ours for that function.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from compiled_loss.functional.distillation_statistics import DistillationLoss, linear_distillation_with_statistics
-from compiled_loss.integrations.trl._interim import DeferredLogits, deferring
+from compiled_loss.integrations.transformers.deferred import DeferredLogits
+from compiled_loss.integrations.transformers.deferring import deferring
+from compiled_loss.integrations.trl.head import compacts
 from compiled_loss.planner.chunking import Chunking
 
 
@@ -26,20 +28,21 @@ class Distillation:
     """The methods of a `DistillationTrainer` that are ours."""
 
     def __init__(self, trainer: Any, chunking: Chunking) -> None:
+        self.trainer, self.chunking = trainer, chunking
         self.compute_loss, self.last_hidden_state = trainer._compute_loss, trainer._get_last_hidden_state
-        self.chunking = chunking
-        trainer._compute_loss, trainer._get_last_hidden_state = self._compute_loss, self._deferred
+        trainer._compute_loss, trainer._get_last_hidden_state = self._compute_loss, self._last_hidden_state
 
-    def undo(self, trainer: Any) -> None:
+    def undo(self) -> None:
         """Leave the class's methods."""
-        del trainer._compute_loss, trainer._get_last_hidden_state
+        del self.trainer._compute_loss, self.trainer._get_last_hidden_state
 
-    def _compute_loss(self, *args: Any) -> Any:
-        with _in_place(self._divergence):
-            return self.compute_loss(*args)
+    def _compute_loss(self, student: Any, *args: Any) -> Any:
+        with deferring(student), deferring(self.trainer.teacher_model), _in_place(self._divergence):
+            return self.compute_loss(student, *args)
 
-    def _deferred(self, model: Any, *args: Any, **kwargs: Any) -> DeferredLogits:
-        return self.last_hidden_state(_AsBackbone(model), *args, **kwargs)
+    def _last_hidden_state(self, model: Any, *args: Any, **kwargs: Any) -> DeferredLogits:
+        logits: DeferredLogits = self.last_hidden_state(_AsBackbone(model), *args, **kwargs)
+        return logits
 
     def _divergence(
         self,
@@ -49,8 +52,8 @@ class Distillation:
         teacher_weight: Tensor,
         completion_mask: Tensor,
         beta: float,
-        num_items_in_batch: int | Tensor | None = None,
-        temperature: float = 1.0,
+        num_items_in_batch: int | Tensor | None,
+        temperature: float,
         **_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the student's entropy summed over tokens, and how many these are."""
@@ -62,33 +65,31 @@ class Distillation:
 
 
 class _AsBackbone(nn.Module):
-    """A whole model in the place of its backbone: its logits, deferred, for hidden states."""
+    """A whole model in the place of its backbone."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.whole = model
 
     def base_model(self, **inputs: Any) -> Any:
-        with deferring(self.whole):
-            return SimpleNamespace(last_hidden_state=self.whole(**inputs).logits)
+        return SimpleNamespace(last_hidden_state=self.whole(**inputs).logits)
 
 
 class GKD:
     """The methods of a `GKDTrainer` that are ours."""
 
     def __init__(self, trainer: Any, chunking: Chunking) -> None:
-        self.compute_loss = trainer.compute_loss
         self.trainer, self.chunking = trainer, chunking
+        self.compute_loss = trainer.compute_loss
         trainer.compute_loss, trainer.generalized_jsd_loss = self._compute_loss, self._divergence
 
-    def undo(self, trainer: Any) -> None:
+    def undo(self) -> None:
         """Leave the class's methods."""
-        del trainer.compute_loss, trainer.generalized_jsd_loss
+        del self.trainer.compute_loss, self.trainer.generalized_jsd_loss
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The logits that `compute_metrics` reads are computed once more, where there is one."""
-        unwrap = self.trainer.accelerator.unwrap_model
-        with deferring(unwrap(model)), deferring(unwrap(self.trainer.teacher_model)):
+        with deferring(model), deferring(self.trainer.teacher_model):
             loss = self.compute_loss(model, inputs, **kwargs)
         if not return_outputs:
             return loss
@@ -120,35 +121,32 @@ def divergence(
     num_items_in_batch: int | Tensor | None,
     chunking: Chunking,
 ) -> DistillationLoss:
-    """TRL's generalised Jensen-Shannon divergence: forward KL at 0, reverse KL at 1."""
-    kinds = {0: "forward_kl", 1: "reverse_kl"}
-    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    if chunking.max_label_tokens is None and not torch.compiler.is_compiling():
+    """TRL's generalised Jensen-Shannon divergence, forward KL at 0 and reverse KL at 1, and the student's entropy."""
+    kind = {0: {"divergence": "forward_kl"}, 1: {"divergence": "reverse_kl"}}
+    options: dict[str, Any] = {
+        **kind.get(beta, {"divergence": "jsd", "jsd_weight": beta}),
+        "temperature": temperature,
+        "temperature_squared": False,
+        "reduction": "sum",
+        "num_label_tokens": mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch,
+        "chunking": chunking,
+        "wanted": ("student_entropy",),
+    }
+    if compacts(chunking):
         student, teacher, mask = student[mask], teacher[mask], mask[mask]
+    labels = torch.where(mask, 0, -100)  # of which only -100 means something here
 
-    def loss(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> DistillationLoss:
-        def beside(teacher_hidden: Tensor, teacher_weight: Tensor, of_teacher: dict[str, Any]) -> DistillationLoss:
-            return linear_distillation_with_statistics(
-                hidden,
-                weight,
-                teacher_hidden,
-                teacher_weight,
-                torch.where(mask, 0, -100),
-                divergence=kinds.get(beta, "jsd"),
-                jsd_weight=0.5 if beta in kinds else beta,
-                temperature=temperature,
-                temperature_squared=False,
-                reduction="sum",
-                num_label_tokens=count,
-                chunking=chunking,
-                wanted=("student_entropy",),
-                **options,
-                **{f"teacher_{name}": value for name, value in of_teacher.items()},
-            )
+    def of_student(hidden: Tensor, weight: Tensor, **head: Any) -> DistillationLoss:
+        def of_both(teacher_hidden: Tensor, teacher_weight: Tensor, **teacher_head: Any) -> DistillationLoss:
+            of_teacher = {f"teacher_{name}": value for name, value in teacher_head.items()}
+            inputs = (hidden, weight, teacher_hidden, teacher_weight, labels)
+            return linear_distillation_with_statistics(*inputs, **head, **of_teacher, **options)
 
-        return teacher.call(beside)
+        both: DistillationLoss = teacher.apply(of_both)
+        return both
 
-    return student.call(loss)
+    found: DistillationLoss = student.apply(of_student)
+    return found
 
 
 @contextlib.contextmanager

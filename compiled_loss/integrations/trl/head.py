@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics
+from compiled_loss.integrations.transformers.deferred import DeferredLogits
+from compiled_loss.integrations.transformers.deferring import deferring
 from compiled_loss.integrations.trl import checks
-from compiled_loss.integrations.trl._interim import DeferredLogits, deferring
 from compiled_loss.planner.chunking import Chunking
 
 _STATISTICS = {  # ours, by the names of TRL's outputs
@@ -36,12 +37,12 @@ _STATISTICS = {  # ours, by the names of TRL's outputs
 }
 
 
-def fuse(model: Any, chunking: Chunking) -> None:
-    """Replace the fused head that TRL gave to a model."""
+def fuse(model: Any, autocast: Callable[[], Any], chunking: Chunking) -> None:
+    """Replace the fused head that TRL gave to a model; all of a call runs in autocast()."""
     if (ours := _ours(model)) is not None:  # Accelerate has put autocast around it
         ours.chunking, ours.active = chunking, True
     else:
-        model.forward = FusedHead(model, chunking).method(model)
+        model.forward = FusedHead(model, autocast, chunking).method(model)
 
 
 def unfuse(model: Any) -> None:
@@ -74,14 +75,14 @@ def _asked(model: Any) -> dict[str, Any]:
 class FusedHead:
     """A forward that answers `fused_lm_head=True`, in the place of TRL's."""
 
-    def __init__(self, model: Any, chunking: Chunking) -> None:
+    def __init__(self, model: Any, autocast: Callable[[], Any], chunking: Chunking) -> None:
         asked = _asked(model)
         checks.asked(model, asked, ("temperature", "cast_lm_head_to_fp32", "outputs"))
         self.replaced = model.forward  # TRL's, or what Accelerate put around it
         self.temperature: float = asked["temperature"]
         self.in_fp32: bool = asked["cast_lm_head_to_fp32"]
         self.outputs = {"log_probs", *asked["outputs"]}
-        self.chunking = chunking
+        self.autocast, self.chunking = autocast, chunking
         self.active = True
 
     def method(self, model: Any) -> Callable[..., Any]:
@@ -111,48 +112,50 @@ class FusedHead:
         config = model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        with deferring(model):
+        with self.autocast(), deferring(model):
             outputs = self.replaced(*args, **kwargs | {"use_cache": False})
-        logits = outputs.logits
-        if shift_labels is None:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        else:
-            labels = shift_labels
-        mask = labels != -100
-        found = self._of_tokens(logits, labels, mask)
+            logits = outputs.logits
+            if shift_labels is None:
+                logits, shift_labels = logits[:, :-1], labels[:, 1:]
+            shift_labels = shift_labels.to(logits.device)
+            mask = shift_labels != -100
+            found = self._statistics(logits, shift_labels, mask)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss, aux_loss = -found["log_probs"].sum() / count, None
         if kwargs.get("output_router_logits"):
-            aux_loss = outputs.aux_loss
-            checks.aux_loss(model, aux_loss)
+            aux_loss = checks.aux_loss(model, outputs)
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **found)
 
-    def _of_tokens(self, logits: DeferredLogits, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """TRL's outputs, 0 where the label is -100."""
-        wanted = [_STATISTICS[name] for name in self.outputs]
-
-        def statistics(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> TokenStatistics:
-            if self.in_fp32:
-                hidden = hidden.float()
-            return linear_token_statistics(
-                hidden, weight, labels, temperature=self.temperature, wanted=wanted, chunking=self.chunking, **options
-            )
-
-        off = contextlib.nullcontext()
-        if self.in_fp32:
-            off = torch.autocast(labels.device.type, enabled=False)
-        compact = self.chunking.max_label_tokens is None and not torch.compiler.is_compiling()
+    def _statistics(self, logits: DeferredLogits, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """By the names of TRL's outputs, 0 where the label is -100."""
+        compact = compacts(self.chunking)
         if compact:
             logits, labels = logits[mask], labels[mask]
-        with off:
-            found = logits.call(statistics)
+
+        def of_tokens(hidden: Tensor, weight: Tensor, **head: Any) -> TokenStatistics:
+            return linear_token_statistics(
+                hidden.float() if self.in_fp32 else hidden,
+                weight,
+                labels,
+                temperature=self.temperature,
+                wanted=[_STATISTICS[name] for name in self.outputs],
+                chunking=self.chunking,
+                **head,
+            )
+
+        with torch.autocast(labels.device.type, enabled=False) if self.in_fp32 else contextlib.nullcontext():
+            found = logits.apply(of_tokens)
         by_name = {name: getattr(found, _STATISTICS[name]) for name in self.outputs}
         if "is_top1" in by_name:
             by_name["is_top1"] = by_name["is_top1"] == labels
-        for name in ("log_sum_sq_probs", "mean_logits"):
-            if name in by_name:
-                by_name[name] = by_name[name].detach()
-        if not compact:
-            return by_name
-        return {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in by_name.items()}
+        for name in {"log_sum_sq_probs", "mean_logits"} & self.outputs:
+            by_name[name] = by_name[name].detach()
+        if compact:
+            by_name = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in by_name.items()}
+        return by_name
+
+
+def compacts(chunking: Chunking) -> bool:
+    """Whether the tokens that count are copied together, as TRL does: not where a user's bound on them saves that."""
+    return chunking.max_label_tokens is None and not torch.compiler.is_compiling()

@@ -25,7 +25,7 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
         _DISTILLATION[name](trainer, chunking)
     elif name in _WITH_FUSED_HEAD:
         for model in _models(trainer):
-            head.fuse(model, chunking)
+            head.fuse(model, trainer.accelerator.autocast, chunking)
     elif name == "RewardTrainer":
         checks.one_column(trainer)
     else:
@@ -39,7 +39,7 @@ def unfuse_trainer(trainer: Any) -> None:
     """
     for value in [*vars(trainer).values()]:
         if isinstance(owner := getattr(value, "__self__", None), (Distillation, GKD)):
-            owner.undo(trainer)
+            owner.undo()
             return
     for model in _models(trainer):
         head.unfuse(model)
