@@ -134,7 +134,8 @@ def trainer(name, folder, output, *, count=8, data=None, **changed):
         "seed": 1,
     }
     options |= OPTIONS.get(name, {}) | changed
-    more = {key: options.pop(key) for key in ("peft_config", "compute_loss_func") if key in options}
+    arguments = ("peft_config", "eval_dataset", "compute_metrics")
+    more = {key: options.pop(key) for key in arguments if key in options}
     data = rows(count) if data is None else data
     if name == "GKD":
         roles = ("user", "prompt"), ("assistant", "completion")

@@ -20,16 +20,16 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
     TODO
     """
     name = _kind(trainer)
+    if name == "RewardTrainer":
+        checks.one_column(trainer)
+    if name not in _WITH_FUSED_HEAD and name not in _DISTILLATION:
+        checks.whole_logits(trainer)
     unfuse_trainer(trainer)
     if name in _DISTILLATION:
         _DISTILLATION[name](trainer, chunking)
-    elif name in _WITH_FUSED_HEAD:
+    else:
         for model in _models(trainer):
             head.fuse(model, trainer.accelerator.autocast, chunking)
-    elif name == "RewardTrainer":
-        checks.one_column(trainer)
-    else:
-        checks.whole_logits(trainer)
 
 
 def unfuse_trainer(trainer: Any) -> None:
