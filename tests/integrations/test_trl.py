@@ -39,11 +39,11 @@ def assert_same_curves(tmp_path, monkeypatch):
             truth = curves(made_exact(make()))
         assert ours.keys() == theirs.keys() == truth.keys()
         assert truth["loss"].abs().max() > 1e-2
-        for name, expected in truth.items():
-            mine, baseline = ((run[name] - expected).abs().max().item() for run in (ours, theirs))
+        for metric, expected in truth.items():
+            mine, baseline = ((run[metric] - expected).abs().max().item() for run in (ours, theirs))
             size = max(1, expected.abs().max().item())
-            assert baseline <= 1e-4 * size, f"{name}: the truth is another, by {baseline:.1e}"
-            assert mine <= 2 * baseline + ROUNDING * size, f"{name}: off by {mine:.1e}, TRL's by {baseline:.1e}"
+            assert baseline <= 1e-4 * size, f"{metric}: the truth is another, by {baseline:.1e}"
+            assert mine <= 2 * baseline + ROUNDING * size, f"{metric}: off by {mine:.1e}, TRL's by {baseline:.1e}"
         return ours
 
     return compare
@@ -69,6 +69,8 @@ OPTIONS = {
     "GRPO entropy": ("GRPO", {"entropy_coef": 0.05, "top_entropy_quantile": 0.55}),
     "Distillation forward": ("Distillation", {"beta": 0.0, "temperature": 0.8}),
     "Distillation reverse": ("Distillation", {"beta": 1.0, "gradient_accumulation_steps": 2}),
+    "Distillation mixture": ("Distillation", {"beta": 0.3}),
+    "GKD mixture": ("GKD", {"beta": 0.3}),
     "GKD reverse": ("GKD", {"beta": 1.0, "temperature": 0.8}),
 }
 

@@ -1,14 +1,16 @@
 """What fuse_trainer replaces in TRL's trainers, what it refuses, and that unfuse_trainer leaves nothing."""
 
+import copy
 import functools
 import types
 
 import pytest
 import torch
 
-trl = pytest.importorskip("trl", reason="the extra 'integrations' is not installed")
+pytest.importorskip("trl", reason="the extra 'integrations' is not installed")
 
-from trl_trainers import curves, lora, model, quiet, saved, trainer
+import trl
+from trl_trainers import V, curves, lora, model, quiet, saved, trainer
 
 from compiled_loss import Chunking
 from compiled_loss.integrations.trl import fuse_trainer, unfuse_trainer
@@ -62,7 +64,8 @@ def test_unfuse(name, make):
     parts = [part for which in models for part in which.modules()]
 
     def state():
-        return [vars(made).keys(), *(vars(part).get("forward") for part in parts), *(vars(part).keys() for part in parts)]
+        forwards = [vars(part).get("forward") for part in parts]
+        return [vars(made).keys(), *(vars(part).keys() for part in parts), *forwards]
 
     before = state()
     fuse_trainer(made)
@@ -86,15 +89,17 @@ def test_chunking_reaches_the_loss(make):
     assert curves(made)["loss"] > 1
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO", "Distillation"])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO", "Distillation", "GKD"])
 def test_bf16(name, make):
-    """Under Accelerate's autocast, which is around the reference's forward before ours is there, and later around ours."""
+    """Accelerate's autocast is around the reference's forward before ours is there, and later around ours."""
     options = {"bf16": True, "max_steps": 2}
     theirs, made = curves(make(name, **options)), make(name, **options)
     fuse_trainer(made)
     ours = curves(made)
     for which in theirs:
-        torch.testing.assert_close(ours[which], theirs[which], rtol=2**-6, atol=2**-6, msg=lambda text: f"{which}: {text}")  # noqa: B023
+        tolerance = 1e-5 if name == "Distillation" else 2**-6  # TRL calls its models beneath the autocast, in fp32
+        close = torch.isclose(ours[which], theirs[which], rtol=tolerance, atol=tolerance)
+        assert close.all(), f"{which}: {ours[which]}, TRL's {theirs[which]}"
     fuse_trainer(made, chunking=Chunking(chunk_size=4))  # finds its own inside of Accelerate's
     unfuse_trainer(made)
 
@@ -146,18 +151,19 @@ def test_batch_without_a_label(make):
     assert all(not parameter.grad.any() for parameter in made.model.parameters())
 
 
-def test_shifted_labels_and_counts(make):
-    """As context parallelism gives them."""
-    made = make("SFT")
+def test_outputs(make):
+    """All of them, of labels that are shifted already, as context parallelism gives them, and another count."""
+    made = make("DPO", use_weighting=True)
     ids = torch.tensor([[3, 4, 5, 6]])
     given = {"input_ids": ids, "shift_labels": torch.tensor([[4, -100, 6, 7]]), "num_items_in_batch": 5}
     theirs = made.model(**given, fused_lm_head=True)
     fuse_trainer(made)
     ours = made.model(**given, fused_lm_head=True)
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys() and len(ours) == 7
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, msg=lambda text: f"{name}: {text}")  # noqa: B023
-    torch.testing.assert_close(made.model(ids).logits.shape, (1, 4, 19))
+        assert ours[name].requires_grad == expected.requires_grad
+        torch.testing.assert_close(ours[name], expected)
+    assert made.model(ids).logits.shape == (1, 4, V)
 
 
 def test_refused(make, folder, tmp_path):
@@ -177,7 +183,7 @@ def test_refused(make, folder, tmp_path):
         fuse_trainer(object.__new__(ORPOTrainer))
     made = make("SFT")
     made.model.forward = types.MethodType(type(made.model).forward, made.model)
-    with pytest.raises(ValueError, match="expected a LlamaForCausalLM with the fused head of TRL 1.16"):
+    with pytest.raises(ValueError, match=r"expected a LlamaForCausalLM with the fused head of TRL 1\.16"):
         fuse_trainer(made)
 
 
@@ -189,3 +195,34 @@ def test_class_of_a_user(make, folder):
     made.__class__ = Mine
     fuse_trainer(made)
     assert curves(made)["loss"].isfinite().all()
+
+
+def test_copy_of_a_model_is_refused(make):
+    """TRL's forward is bound to the original, and would mix the weights of both."""
+    made = make("SFT")
+    fuse_trainer(made)
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(ValueError, match="got a copy of it"):
+        copy.deepcopy(made.model)(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+def test_prompt_tuning(make):
+    """PEFT puts tokens of its own before the inputs, and labels of -100 before the labels."""
+    peft = pytest.importorskip("peft")
+    options = {"peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
+    theirs, made = curves(make("SFT", **options)), make("SFT", **options)
+    fuse_trainer(made)
+    ours = curves(made)
+    torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=0)
+
+
+def test_adapter_on_the_head(make):
+    """TRL refuses it where the trainer is made, for its own head would not see it; ours does."""
+    made = make("SFT", peft_config=lora())
+    made.model.add_adapter("more", lora(target_modules=["lm_head"], init_lora_weights=False))
+    made.model.set_adapter("more")
+    fuse_trainer(made)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = made.model(ids).logits[0, :3].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    found = made.model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+    torch.testing.assert_close(found, expected)

@@ -58,16 +58,13 @@ def text(words, seed):
     return " ".join(f"w{drawn.randrange(V - 3)}" for _ in range(words))
 
 
-def rows(count=8, prompts=(2, 3, 4)):
-    """Prompts of so many words and answers of different lengths, half of them good ones."""
+def rows(count=8, prompts=(2, 3, 4), answers=(3, 4, 5, 6)):
+    """Prompts and answers of so many words in turn, half of them good ones."""
+    good = [" " + text(answers[i % len(answers)], 100 + i) for i in range(count)]
+    bad = [" " + text(answers[-1 - i % len(answers)], 200 + i) for i in range(count)]
+    prompts = [text(prompts[i % len(prompts)], i) for i in range(count)]
     return [
-        {
-            "prompt": text(prompts[i % len(prompts)], i),
-            "completion": " " + text(3 + i % 4, 100 + i),
-            "chosen": " " + text(3 + i % 4, 100 + i),
-            "rejected": " " + text(6 - i % 4, 200 + i),
-            "label": i % 2 == 0,
-        }
+        {"prompt": prompts[i], "completion": good[i], "chosen": good[i], "rejected": bad[i], "label": i % 2 == 0}
         for i in range(count)
     ]
 
@@ -77,7 +74,7 @@ def reward(completions, **_):
     return [sum(word < "w3" for word in answer.split()) / (1 + len(answer.split())) for answer in completions]
 
 
-def answering(made, length=6):
+def answering(made, length):
     """The model, whose generate draws from a generator of its own, whatever dtype or head the model has."""
     drawn = torch.Generator().manual_seed(5)
 
@@ -155,8 +152,8 @@ def trainer(name, folder, output, *, count=8, data=None, **changed):
             processing_class=transformers().AutoTokenizer.from_pretrained(folder),
             **more,
         )
-    if name in ("GRPO", "RLOO", "Distillation", "GKD"):
-        answering(made.model)
+    if name in ("GRPO", "RLOO", *TEACHERS):
+        answering(made.model, options.get("max_completion_length") or options["max_new_tokens"])
     return made
 
 
@@ -175,7 +172,11 @@ def model_of(folder):
 @contextlib.contextmanager
 def quiet():
     """Without what these packages print and warn of."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -235,7 +236,7 @@ def plain_head(which, temperature):
 
 
 def plain_divergence(
-    student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, num_items_in_batch, temperature, **heads
+    student, teacher, student_weight, teacher_weight, mask, beta, num_items_in_batch, temperature, **heads
 ):
     """In the place of TRL's function of the same arguments."""
 
@@ -245,7 +246,7 @@ def plain_divergence(
         logits = logits if softcap is None else softcap * (logits / softcap).tanh()
         return (logits / temperature).log_softmax(-1)
 
-    p, q = log_softmax("teacher", teacher_hidden, teacher_weight), log_softmax("student", student_hidden, student_weight)
+    p, q = log_softmax("teacher", teacher, teacher_weight), log_softmax("student", student, student_weight)
     if beta == 0:
         divergence = p.exp() * (p - q)
     elif beta == 1:

@@ -12,8 +12,8 @@ _FUSED = "SFT, DPO, KTO, GRPO, RLOO, Distillation or GKD"
 def one_column(trainer: object) -> NoReturn:
     """Raise: a reward model's head has one column."""
     raise TypeError(
-        f"trainer: expected one of a language model ({_FUSED}), got {type(trainer).__name__}, whose model's head has one "
-        "column: there are no logits over a vocabulary to save, train it as it is"
+        f"trainer: expected one of a language model ({_FUSED}), got {type(trainer).__name__}, whose model's head has "
+        "one column: there are no logits over a vocabulary to save, train it as it is"
     )
 
 
@@ -33,6 +33,15 @@ def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> No
         raise ValueError(
             f"trainer: expected a {type(model).__name__} with the fused head of TRL 1.16, which holds "
             f"{', '.join(expected)}, got one without {', '.join(missing)}: install trl==1.16.*"
+        )
+
+
+def original(model: object, forward: Any) -> None:
+    """Raise where a copy of a fused model is called: its forward is the original's, with the original's weights."""
+    if getattr(forward, "__self__", model) is not model:
+        raise ValueError(
+            f"model: expected the {type(model).__name__} that a trainer was made with, got a copy of it, whose forward "
+            "TRL has bound to the original: copy the model before the trainer is made"
         )
 
 

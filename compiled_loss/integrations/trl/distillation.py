@@ -1,10 +1,10 @@
 """Divergences of TRL's distillation trainers, without either model's logits.
 
 NOTE [Where TRL takes divergences]
-`GKDTrainer` calls both models and gives their logits to its `generalized_jsd_loss`: there, deferred logits come to ours.
-In `DistillationTrainer._compute_loss` backbones give hidden states, and a function of its module takes these, both heads
-and what TRL knows of their softcaps and scales. There a whole model stands in for its backbone, its deferred logits for
-hidden states, and ours for that function.
+`GKDTrainer` calls both models and gives their logits to its `generalized_jsd_loss`: there, deferred logits come to
+ours. In `DistillationTrainer._compute_loss` backbones give hidden states, and a function of its module takes these,
+both heads and what TRL knows of their softcaps and scales. There a whole model stands in for its backbone, its deferred
+logits for hidden states, and ours for that function.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from compiled_loss.integrations.transformers.deferred import DeferredLogits
 from compiled_loss.integrations.transformers.deferring import deferring
 from compiled_loss.integrations.trl.head import compacts
 from compiled_loss.planner.chunking import Chunking
+
+_ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}  # of the generalised Jensen-Shannon divergence
 
 
 class Distillation:
@@ -65,11 +67,11 @@ class Distillation:
 
 
 class _AsBackbone(nn.Module):
-    """A whole model in the place of its backbone."""
+    """A whole model in the place of its backbone: as TRL calls that, beneath the autocast of Accelerate."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.whole = model
+        self.whole = vars(model).get("_original_forward", model)
 
     def base_model(self, **inputs: Any) -> Any:
         return SimpleNamespace(last_hidden_state=self.whole(**inputs).logits)
@@ -89,7 +91,8 @@ class GKD:
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The logits that `compute_metrics` reads are computed once more, where there is one."""
-        with deferring(model), deferring(self.trainer.teacher_model):
+        autocast = self.trainer.accelerator.autocast()  # as around the forward that multiplied by the head
+        with autocast, deferring(model), deferring(self.trainer.teacher_model):
             loss = self.compute_loss(model, inputs, **kwargs)
         if not return_outputs:
             return loss
@@ -121,10 +124,10 @@ def divergence(
     num_items_in_batch: int | Tensor | None,
     chunking: Chunking,
 ) -> DistillationLoss:
-    """TRL's generalised Jensen-Shannon divergence, forward KL at 0 and reverse KL at 1, and the student's entropy."""
-    kind = {0: {"divergence": "forward_kl"}, 1: {"divergence": "reverse_kl"}}
+    """TRL's generalised Jensen-Shannon divergence, and the student's entropy."""
     options: dict[str, Any] = {
-        **kind.get(beta, {"divergence": "jsd", "jsd_weight": beta}),
+        "divergence": _ENDS.get(beta, "jsd"),
+        "jsd_weight": beta if 0 < beta < 1 else 0.5,
         "temperature": temperature,
         "temperature_squared": False,
         "reduction": "sum",
@@ -139,8 +142,8 @@ def divergence(
     def of_student(hidden: Tensor, weight: Tensor, **head: Any) -> DistillationLoss:
         def of_both(teacher_hidden: Tensor, teacher_weight: Tensor, **teacher_head: Any) -> DistillationLoss:
             of_teacher = {f"teacher_{name}": value for name, value in teacher_head.items()}
-            inputs = (hidden, weight, teacher_hidden, teacher_weight, labels)
-            return linear_distillation_with_statistics(*inputs, **head, **of_teacher, **options)
+            given = {**options, **head, **of_teacher}
+            return linear_distillation_with_statistics(hidden, weight, teacher_hidden, teacher_weight, labels, **given)
 
         both: DistillationLoss = teacher.apply(of_both)
         return both

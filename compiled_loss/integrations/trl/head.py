@@ -6,8 +6,8 @@ SFT, DPO, KTO, GRPO and RLOO trainers give their models a forward that answers `
 arithmetic on these. So that forward is replaced, and nothing else. It runs the model's own with its logits deferred, so
 what the model does to its logits is its own code, and its auxiliary loss too.
 
-What TRL asked of its head (temperature, outputs) is read from the closure of its forward: the same for every trainer, and
-for those that inherit from one.
+What TRL asked of its head (temperature, outputs) is read from the closure of its forward: the same for every trainer,
+and for those that inherit from one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled_loss.functional.statistics import TokenStatistics, linear_token_statistics
+from compiled_loss.engine.math.statistics import TokenStatistics
+from compiled_loss.functional.statistics import linear_token_statistics
 from compiled_loss.integrations.transformers.deferred import DeferredLogits
 from compiled_loss.integrations.transformers.deferring import deferring
 from compiled_loss.integrations.trl import checks
@@ -91,6 +92,7 @@ class FusedHead:
         @functools.wraps(type(model).forward)  # generate reads the signature
         def forward(model: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if fused_lm_head and self.active:
+                checks.original(model, self.replaced)
                 return self._answer(model, *args, **kwargs)
             return self.replaced(*args, fused_lm_head=fused_lm_head, **kwargs)
 
@@ -116,6 +118,7 @@ class FusedHead:
             outputs = self.replaced(*args, **kwargs | {"use_cache": False})
             logits = outputs.logits
             if shift_labels is None:
+                assert labels is not None  # one of both is given
                 logits, shift_labels = logits[:, :-1], labels[:, 1:]
             shift_labels = shift_labels.to(logits.device)
             mask = shift_labels != -100
