@@ -226,3 +226,18 @@ def test_adapter_on_the_head(make):
     expected = made.model(ids).logits[0, :3].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     found = made.model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
     torch.testing.assert_close(found, expected)
+
+
+def test_sampled_answers(make):
+    """The policy still generates, and trains on what it sampled."""
+
+    def run(fuse):
+        made = make("GRPO", beta=0.0)
+        del made.model.generate
+        fuse(made)
+        return curves(made)
+
+    theirs, ours = run(lambda _: None), run(fuse_trainer)
+    assert ours["completions/mean_length"].tolist() == theirs["completions/mean_length"].tolist()
+    assert ours["reward"].tolist() == theirs["reward"].tolist()
+    torch.testing.assert_close(ours["entropy"], theirs["entropy"], rtol=1e-5, atol=0)
