@@ -1,4 +1,4 @@
-"""TRL's trainers in data parallelism."""
+"""TRL's trainers in data parallelism, and models of theirs in fully_shard."""
 
 import os
 
@@ -26,6 +26,48 @@ def train(name, folder):
         ranks.at(f"{name} {len(logged)}")
         logged.append(curves(made))
     return *logged, type(made.model_wrapped).__name__
+
+
+def sharded(folder, by_itself):
+    """Loss and gradients of a fused trainer's model in fully_shard, of this rank's part of a batch."""
+    from torch.distributed.fsdp import fully_shard
+    from trl_trainers import trainer
+
+    from compiled_loss.integrations.trl import fuse_trainer
+
+    rank = torch.distributed.get_rank()
+    made = trainer("SFT", folder, f"{folder}/{rank}")
+    fuse_trainer(made)
+    model = made.model
+    for layer in [*model.model.layers, *([model.lm_head] if by_itself else [])]:
+        fully_shard(layer)
+    fully_shard(model)
+    loss = model(**batch(slice(rank, rank + 1)), fused_lm_head=True).loss
+    loss.backward()
+    return loss.item(), {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
+def batch(rows):
+    ids = torch.randint(3, 19, (WORLD, 7), generator=torch.Generator().manual_seed(0))[rows]
+    labels = torch.where(torch.arange(7) < 3, -100, ids)
+    return {"input_ids": ids, "labels": labels, "num_items_in_batch": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_itself", [False, True], ids=["head in the root", "head by itself"])
+def test_fully_shard(by_itself, tmp_path):
+    from trl_trainers import model, model_of, saved
+
+    folder = saved(tmp_path / "model", model())
+    plain = model_of(folder)
+    parts = [plain(**batch(slice(rank, rank + 1))).loss for rank in range(WORLD)]
+    torch.stack(parts).mean().backward()
+    for (loss, gradients), expected in zip(
+        ranks.run(sharded, WORLD, tmp_path, folder, by_itself, limit=120), parts, strict=True
+    ):
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

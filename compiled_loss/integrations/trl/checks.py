@@ -17,12 +17,12 @@ def one_column(trainer: object) -> NoReturn:
     )
 
 
-def whole_logits(trainer: object) -> NoReturn:
-    """Raise: the trainer reads the logits themselves."""
+def unknown(trainer: object) -> NoReturn:
+    """Raise: nothing is known of how the trainer computes its loss."""
     raise TypeError(
         f"trainer: expected one with TRL's fused head, or its distillation ({_FUSED}), got {type(trainer).__name__}, "
-        "which computes its loss from logits [B, S, V] in its own code: train it as it is, or write its loss with "
-        "linear_token_statistics, linear_preference_loss or linear_distillation"
+        "which is none of them; most others compute their loss from logits [B, S, V] in their own code: train it as it "
+        "is, or write its loss with linear_token_statistics, linear_preference_loss or linear_distillation"
     )
 
 

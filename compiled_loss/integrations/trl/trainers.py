@@ -41,7 +41,7 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
         `compute_metrics` wants logits in an evaluation, the trainer computes them as before.
 
     Raises:
-        TypeError: the trainer reads whole logits in its own code (ORPO, CPO, TPO and other experimental ones), or is a
+        TypeError: the trainer is another one (ORPO, CPO, TPO and others read whole logits in their own code), or a
             `RewardTrainer`, whose head has one column.
         ValueError: its models have no fused head of TRL 1.16.
 
@@ -56,7 +56,7 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
     if name == "RewardTrainer":
         checks.one_column(trainer)
     if name not in _WITH_FUSED_HEAD and name not in _DISTILLATION:
-        checks.whole_logits(trainer)
+        checks.unknown(trainer)
     unfuse_trainer(trainer)
     if name in _DISTILLATION:
         _DISTILLATION[name](trainer, chunking)
