@@ -6,6 +6,7 @@ Their truth is the same trainer in fp64, with log-probabilities and divergences 
 import collections
 import contextlib
 import gc
+import importlib
 import io
 import random
 import warnings
@@ -93,6 +94,7 @@ COLUMNS = {
     "KTO": ("prompt", "completion", "label"),
     "GRPO": ("prompt",),
     "RLOO": ("prompt",),
+    "GMPO": ("prompt",),
     "Distillation": ("prompt",),
     "GKD": ("messages",),
 }
@@ -102,10 +104,13 @@ OPTIONS = {
     "KTO": {"beta": 0.5, "per_device_train_batch_size": 4},
     "GRPO": ONLINE | {"beta": 0.1, "num_iterations": 2, "epsilon": 0.05},
     "RLOO": ONLINE | {"beta": 0.1, "num_iterations": 2},
+    "GMPO": ONLINE | {"beta": 0.1, "num_iterations": 2},
     "Distillation": {"max_completion_length": 6, "per_device_train_batch_size": 4},
     "GKD": {"max_new_tokens": 6, "lmbda": 0.5},
 }
+REWARDED = ("GRPO", "RLOO", "GMPO")
 TEACHERS = ("Distillation", "GKD")
+EXPERIMENTAL = ("GKD", "GMPO")
 
 
 def trainer(name, folder, output, *, count=8, data=None, **changed):
@@ -113,7 +118,7 @@ def trainer(name, folder, output, *, count=8, data=None, **changed):
     import trl
     from datasets import Dataset
 
-    home = __import__("trl.experimental.gkd", fromlist=["gkd"]) if name == "GKD" else trl
+    home = importlib.import_module(f"trl.experimental.{name.lower()}") if name in EXPERIMENTAL else trl
     options = {
         "output_dir": str(output),
         "max_steps": 3,
@@ -142,7 +147,7 @@ def trainer(name, folder, output, *, count=8, data=None, **changed):
         more["teacher_model"] = model_of(folder)
         with torch.no_grad():
             more["teacher_model"].get_output_embeddings().weight.mul_(1.5)
-    if name in ("GRPO", "RLOO"):
+    if name in REWARDED:
         more["reward_funcs"] = reward
     with quiet():
         made = getattr(home, f"{name}Trainer")(
@@ -152,7 +157,7 @@ def trainer(name, folder, output, *, count=8, data=None, **changed):
             processing_class=transformers().AutoTokenizer.from_pretrained(folder),
             **more,
         )
-    if name in ("GRPO", "RLOO", *TEACHERS):
+    if name in (*REWARDED, *TEACHERS):
         answering(made.model, options.get("max_completion_length") or options["max_new_tokens"])
     return made
 

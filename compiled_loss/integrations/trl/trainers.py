@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from compiled_loss import checks as arguments
 from compiled_loss.huggingface.families import innermost
 from compiled_loss.integrations.trl import checks, head
 from compiled_loss.integrations.trl.distillation import GKD, Distillation
@@ -52,6 +53,7 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
         ...     trainer.train()
 
     """
+    arguments.instance("chunking", chunking, Chunking)
     name = _kind(trainer)
     if name == "RewardTrainer":
         checks.one_column(trainer)
