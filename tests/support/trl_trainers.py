@@ -75,17 +75,16 @@ def reward(completions, **_):
     return [sum(word < "w3" for word in answer.split()) / (1 + len(answer.split())) for answer in completions]
 
 
-def answering(made, length):
-    """The model, whose generate draws from a generator of its own, whatever dtype or head the model has."""
+def answering(made, length, first=1):
+    """Give a model a generate that draws ids from `first` on by itself, whatever dtype or head it has; 1 ends an answer."""
     drawn = torch.Generator().manual_seed(5)
 
     def generate(input_ids, return_dict_in_generate=False, **_):
-        new = torch.randint(1, V, (len(input_ids), length), generator=drawn)
+        new = torch.randint(first, V, (len(input_ids), length), generator=drawn)
         whole = torch.cat([input_ids, new.to(input_ids)], dim=1)
         return collections.namedtuple("Generated", "sequences")(whole) if return_dict_in_generate else whole
 
     made.generate = generate
-    return made
 
 
 COLUMNS = {
