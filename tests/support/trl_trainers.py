@@ -76,7 +76,7 @@ def reward(completions, **_):
 
 
 def answering(made, length, first=1):
-    """Give a model a generate that draws ids from `first` on by itself, whatever dtype or head it has; 1 ends an answer."""
+    """Give a model a generate that draws ids from `first` on, whatever its dtype and head; 1 ends an answer."""
     drawn = torch.Generator().manual_seed(5)
 
     def generate(input_ids, return_dict_in_generate=False, **_):

@@ -18,11 +18,13 @@ _DISTILLATION: dict[str, Callable[..., Any]] = {"DistillationTrainer": Distillat
 def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
     """Compute a trainer's log-probabilities, entropies and divergences here: one call before `trainer.train()`.
 
-    | trainer of TRL 1.16 | what is replaced |
-    | --- | --- |
-    | SFT, DPO, KTO, GRPO, RLOO, experimental GMPO | the fused head of the model, and of a reference of its own |
-    | Distillation | the divergence from the teacher, and the student's entropy |
-    | experimental GKD | the divergence; neither model's logits are computed any more |
+    ============================================  ====================================================================
+    trainer of TRL 1.16                           what is replaced
+    ============================================  ====================================================================
+    SFT, DPO, KTO, GRPO, RLOO; experimental GMPO  the fused head of the model, and of a reference of its own
+    Distillation                                  the divergence from the teacher, and the student's entropy
+    experimental GKD                              the divergence; neither model's logits are computed any more
+    ============================================  ====================================================================
 
     Losses, clipping, accumulation and what is logged stay the trainer's own code, of numbers equal to rounding.
     What a model does to its logits (a softcap, a scale) is its own forward's code; one that does what a linear head
