@@ -10,13 +10,20 @@ import pytest
 
 from compiled_loss.cli import make_parser
 
-LANGUAGES = {"", "text", "python", "shell", "diff"}  # the first two are what something prints
+LANGUAGES = {"", "text", "python", "shell", "diff", "yaml"}  # the first two are what something prints
 DIRECTIVES = {"{toctree}", "{include} ../README.md", "{eval-rst}"}
 
 
 @pytest.mark.parametrize("page", pages.WITH_PYTHON)
 def test_blocks_run(page):
     pages.run(pages.read(page), page)
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+def test_blocks_of_frameworks_run():
+    for framework in ("lightning", "transformers", "trl"):
+        pytest.importorskip(framework)
+    pages.run(pages.read(pages.FRAMEWORKS), pages.FRAMEWORKS)
 
 
 @pytest.mark.parametrize("page", pages.PAGES)

@@ -30,11 +30,18 @@ def make(name, dtype=torch.float32, **options):
 
 def exact(model):
     """A copy in fp64: `transformers` rounds to fp32 in its norms."""
-    model = copy.deepcopy(model).double()
+    return in_fp64(copy.deepcopy(model))
+
+
+def in_fp64(model):
+    """The model itself, made exact."""
+    model = model.double()
     for name, norm in list(model.named_modules()):
         if type(norm).__name__.endswith("RMSNorm"):
-            new = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
-            new.weight = norm.weight
+            gemma = type(norm).__name__.startswith("Gemma")
+            eps = norm.eps if gemma else norm.variance_epsilon
+            new = torch.nn.RMSNorm(norm.weight.shape, eps=eps, dtype=torch.float64)
+            new.weight = torch.nn.Parameter(1 + norm.weight.detach()) if gemma else norm.weight
             model.set_submodule(name, new)
     return model
 

@@ -1,0 +1,56 @@
+"""The errors of TRL's trainers; see `compiled_loss.checks.arguments`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+_FUSED = "SFT, DPO, KTO, GRPO, RLOO, Distillation or GKD"
+
+
+def one_column(trainer: object) -> NoReturn:
+    """Raise: a reward model's head has one column."""
+    raise TypeError(
+        f"trainer: expected one of a language model ({_FUSED}), got {type(trainer).__name__}, whose model's head has "
+        "one column: there are no logits over a vocabulary to save, train it as it is"
+    )
+
+
+def unknown(trainer: object) -> NoReturn:
+    """Raise: nothing is known of how the trainer computes its loss."""
+    raise TypeError(
+        f"trainer: expected one with TRL's fused head, or its distillation ({_FUSED}), got {type(trainer).__name__}, "
+        "which is none of them; most others compute their loss from logits [B, S, V] in their own code: train it as it "
+        "is, or write its loss with linear_token_statistics, linear_preference_loss or linear_distillation"
+    )
+
+
+def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> None:
+    """Raise unless TRL's fused head says what was asked of it."""
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise ValueError(
+            f"trainer: expected a {type(model).__name__} with the fused head of TRL 1.16, which holds "
+            f"{', '.join(expected)}, got one without {', '.join(missing)}: install trl==1.16.*"
+        )
+
+
+def original(model: object, forward: Any) -> None:
+    """Raise where a copy of a fused model is called: its forward is the original's, with the original's weights."""
+    if getattr(forward, "__self__", model) is not model:
+        raise ValueError(
+            f"model: expected the {type(model).__name__} that a trainer was made with, got a copy of it, whose forward "
+            "TRL has bound to the original: copy the model before the trainer is made"
+        )
+
+
+def aux_loss(model: object, outputs: Any) -> Tensor:
+    """The loss of the experts that a model's forward returns; raise where it returns none."""
+    value: Tensor | None = outputs.get("aux_loss")
+    if value is None:
+        raise ValueError(
+            f"model: expected one whose forward returns aux_loss where output_router_logits asks for it, got "
+            f"{type(model).__name__}: set router_aux_loss_coef=0 in the trainer's config, or call unfuse_trainer"
+        )
+    return value
