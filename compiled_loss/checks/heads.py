@@ -23,6 +23,12 @@ def one_head(model: object, names: Sequence[str]) -> None:
         raise ValueError(f"model: expected one Module with lm_head in its name, got {', '.join(names)}: give lm_weight")
 
 
+def head_set(name: str, head: object) -> None:
+    """Raise unless a trainer has given the head."""
+    if head is None:
+        raise ValueError(f"{name}: expected the model's head before the first call, got None: call set_lm_head(head)")
+
+
 def adapters(name: str, head: object, active: Sequence[str]) -> None:
     """Raise: adapters change what the head gives."""
     raise TypeError(

@@ -3,9 +3,9 @@
 B sequences, S positions, H width, V vocabulary.
 
 NOTE [torchtitan's layouts]
-The loss takes hidden states and the head's weight as torchtitan's model and FSDP leave them. Under "partial_dtensor" and
-"full_dtensor" they are DTensors, which say themselves how they lie. Under "spmd_types" they are a rank's own plain
-tensors: hidden states whose gradient is a part of the sum over "tp", and the rank's rows of the weight.
+The loss takes hidden states and the head's weight as torchtitan's model and FSDP leave them. Over the mesh dimension
+"tp", with "partial_dtensor" and "full_dtensor", they are DTensors, which say themselves how they lie. With "spmd_types"
+they are plain: hidden states whose gradient is a part of the ranks' sum, and a rank's own rows of the weight.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrappe
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 
+from compiled_loss import checks
 from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.models.output_head import OutputHead, output_head
 from compiled_loss.planner.chunking import Chunking
@@ -65,20 +66,20 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # the trainer gives the head 
 
         `positions` is the trainer's, for losses that depend on it.
         """
-        head = self.lm_head
-        if head is None:
-            raise ValueError("lm_head: expected the model's head before the first call, got None: call set_lm_head(...)")
-        sharded = isinstance(head, FSDPModule)
+        checks.heads.head_set("lm_head", self.lm_head)
+        module: Any = self.lm_head
+        sharded = isinstance(module, FSDPModule)
         with spmd.no_typecheck():
             if sharded:
-                head.unshard()  # once for all chunks; backward reduces its gradient, and frees it
-            hidden, (weight, bias) = _distributed(pred, output_head(head, "lm_head", known=_capped_forwards()), head)
+                module.unshard()  # for all chunks; backward reduces the gradient, and frees it
+            head = output_head(module, "lm_head", known=_capped_forwards())
+            hidden, (weight, bias) = _distributed(pred, head, module.out_features)
             loss = self.fn(
                 hidden,
                 weight,
                 labels,
                 bias=bias,
-                **_logit_map(head),
+                **_logit_map(module),
                 ignore_index=IGNORE_INDEX,
                 label_smoothing=self.config.label_smoothing,
                 z_loss=self.config.z_loss,
@@ -87,27 +88,24 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # the trainer gives the head 
                 chunking=self.config.chunking,
             )
             if sharded and not loss.requires_grad:
-                head.reshard()
+                module.reshard()
         if spmd.is_type_checking():
             spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
         return loss, {}
 
 
-def _distributed(hidden: Tensor, head: OutputHead, module: nn.Module) -> tuple[Tensor, OutputHead]:
-    """Both with the ranks' shares written on them: NOTE [torchtitan's layouts]."""
+def _distributed(hidden: Tensor, head: OutputHead, vocab_size: int) -> tuple[Tensor, OutputHead]:
+    """Both with what says how they lie over the ranks: NOTE [torchtitan's layouts]."""
     if spmd_mesh_size("tp") == 1:
         return hidden, head
     mesh = current_spmd_mesh()["tp"]
-    size = torch.Size([module.out_features])
-    rows = [
-        value
-        if value is None
-        else DTensor.from_local(
-            value, mesh, [Shard(0)], run_check=False, shape=size + value.shape[1:], stride=value.stride()
-        )
-        for value in head
-    ]
-    return DTensor.from_local(hidden, mesh, [Replicate()], run_check=False, grad_placements=[Partial()]), OutputHead(*rows)
+
+    def rows(value: Tensor) -> Tensor:
+        shape = torch.Size([vocab_size, *value.shape[1:]])
+        return DTensor.from_local(value, mesh, [Shard(0)], run_check=False, shape=shape, stride=value.stride())
+
+    hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False, grad_placements=[Partial()])
+    return hidden, OutputHead(rows(head.weight), None if head.bias is None else rows(head.bias))
 
 
 def _capped_forwards() -> list[Callable[..., Tensor]]:
@@ -116,8 +114,8 @@ def _capped_forwards() -> list[Callable[..., Tensor]]:
     return [] if module is None else [module.SoftCappedLinear.forward]
 
 
-def _logit_map(head: nn.Module) -> dict[str, Any]:
-    """What a head does to its logits, in our words."""
-    if type(head).forward not in _capped_forwards():
+def _logit_map(module: Any) -> dict[str, Any]:
+    """What a head does to its logits."""
+    if type(module).forward not in _capped_forwards():
         return {}
-    return {"softcap": head.output_soft_cap_temp, "logit_scale": head.output_multiplier}
+    return {"softcap": module.output_soft_cap_temp, "logit_scale": module.output_multiplier}
