@@ -119,6 +119,12 @@ def implementation(value: object) -> None:
         raise ValueError(f"impl: expected 'cce' or 'torch_compile', got {value!r}")
 
 
+def dtype_of_logits(value: object) -> None:
+    """Raise unless it is a dtype, or none is given."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype: expected a torch.dtype or None, got {type(value).__name__}")
+
+
 def weighs_a_sum(loss_weights: object, reduction: str) -> None:
     """Raise where weights come with another reduction, in which they could mean two things."""
     if loss_weights is not None and reduction != "sum":

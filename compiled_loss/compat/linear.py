@@ -58,6 +58,7 @@ class LinearHeadLoss(Loss):
         """
         kept: Any = self  # the fields of a subclass
         checks.modules.weighs_a_sum(loss_weights, kept.reduction)
+        checks.modules.dtype_of_logits(logits_dtype)
         gather = self.materialize_lm_weight
         mask = mask_beside(mask, labels)
         return linear_cross_entropy(
