@@ -27,6 +27,10 @@ class MTPLosses(NamedTuple):
         return self.per_depth
 
 
+MTPLossOutput = MTPLosses
+"""Automodel's name of it."""
+
+
 def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
     """Call a loss with what it takes: logits, or hidden states and the head's weight.
 
