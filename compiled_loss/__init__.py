@@ -9,7 +9,6 @@ _checks.torch_version(_torch.__version__)
 from compiled_loss import nn as nn  # noqa: E402, not in __all__: a star import would take torch.nn's name
 from compiled_loss.compat.calculate import (  # noqa: E402
     MTPLosses,
-    MTPLossOutput,
     calculate_loss,
     calculate_mtp_loss,
     calculate_mtp_losses,
@@ -126,7 +125,6 @@ __all__ = [
     "LossConfig",
     "LossFromFactoryConfig",
     "MTPLossConfig",
-    "MTPLossOutput",
     "MTPLosses",
     "MaskedCrossEntropy",
     "MaskedCrossEntropyConfig",

@@ -27,10 +27,6 @@ class MTPLosses(NamedTuple):
         return self.per_depth
 
 
-MTPLossOutput = MTPLosses
-"""Automodel's name of it."""
-
-
 def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
     """Call a loss with what it takes: logits, or hidden states and the head's weight.
 
@@ -202,7 +198,12 @@ def calculate_mtp_losses(
 ) -> MTPLosses:
     """Compute `calculate_mtp_loss`, and return each depth's own loss too.
 
-    Args, Memory, Raises: see :func:`calculate_mtp_loss`.
+    Args:
+        loss_fn, mtp_per_depth_h, mtp_per_depth_logits, mtp_per_depth_targets, labels, model, scaling_factor,
+            num_label_tokens, ignore_index, cu_seqlens, seq_idx, lm_weight, grad_reduce_group, lm_bias, mask,
+            loss_weights, logits_dtype: see :func:`calculate_mtp_loss`.
+
+    Memory, Raises: see :func:`calculate_mtp_loss`.
 
     Returns:
         :class:`MTPLosses`.

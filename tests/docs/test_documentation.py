@@ -19,7 +19,12 @@ import compiled_loss
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["compiled_loss", *(m.name for m in pkgutil.walk_packages(compiled_loss.__path__, "compiled_loss."))]
-WITH_EXTRAS = ("compiled_loss.demo", "compiled_loss.cli")
+WITH_EXTRAS = (
+    "compiled_loss.demo",
+    "compiled_loss.cli",
+    "compiled_loss.integrations.automodel",
+    "compiled_loss.integrations.torchtitan",
+)
 FUNCTIONS = {name: f for name in compiled_loss.__all__ if inspect.isfunction(f := getattr(compiled_loss, name))}
 
 
