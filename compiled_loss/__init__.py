@@ -13,9 +13,14 @@ from compiled_loss.compat.calculate import (  # noqa: E402
     calculate_mtp_loss,
     calculate_mtp_losses,
 )
+from compiled_loss.compat.linear import (  # noqa: E402
+    ChunkedCrossEntropy,
+    FusedLinearCrossEntropy,
+    prepare_lm_weight,
+)
+from compiled_loss.compat.listmle import listmle_loss  # noqa: E402
 from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy  # noqa: E402
 from compiled_loss.compat.modules import (  # noqa: E402
-    FusedLinearCrossEntropy,
     KDLoss,
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
@@ -24,6 +29,7 @@ from compiled_loss.compat.pipeline import PipelineCausalLMLoss  # noqa: E402
 from compiled_loss.config import (  # noqa: E402
     LOSS_CONFIG_REGISTRY,
     BradleyTerryLossConfig,
+    ChunkedCEConfig,
     CrossEntropyConfig,
     DistillationConfig,
     FusedLinearCEConfig,
@@ -94,6 +100,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LOSS_CONFIG_REGISTRY",
     "BradleyTerryLossConfig",
+    "ChunkedCEConfig",
+    "ChunkedCrossEntropy",
     "Chunking",
     "CrossEntropyConfig",
     "DistillationConfig",
@@ -157,6 +165,7 @@ __all__ = [
     "linear_soft_cross_entropy",
     "linear_token_loss",
     "linear_token_statistics",
+    "listmle_loss",
     "make_token_weights",
     "masked_cross_entropy",
     "masked_soft_cross_entropy",
@@ -167,6 +176,7 @@ __all__ = [
     "plan",
     "policy_loss",
     "preference_loss",
+    "prepare_lm_weight",
     "register_loss_config",
     "token_statistics",
 ]

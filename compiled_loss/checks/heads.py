@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _LOGITS = "use a loss of logits"
+_SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 _TORCH = ("torch.distributed.", "torch._subclasses.")  # DTensor; fake and functional tensors
 _PACKED = ("qweight", "W_q", "weight_packed", "packed_weight")  # GPTQ and AWQ; HQQ; compressed-tensors; others
 
@@ -21,6 +23,12 @@ def one_head(model: object, names: Sequence[str]) -> None:
         )
     if len(names) > 1:
         raise ValueError(f"model: expected one Module with lm_head in its name, got {', '.join(names)}: give lm_weight")
+
+
+def head_set(name: str, head: object) -> None:
+    """Raise unless a trainer has given the head."""
+    if head is None:
+        raise ValueError(f"{name}: expected the model's head before the first call, got None: call set_lm_head(head)")
 
 
 def adapters(name: str, head: object, active: Sequence[str]) -> None:
@@ -112,6 +120,28 @@ def quantised(name: str, head: object, held: str) -> None:
         f"{name}: {_expected(head)} that is quantised or packed, its weight held as {held}: "
         f"leave the head out of quantisation, dequantise it, or {_LOGITS}"
     )
+
+
+def without_bias(name: str, head: object, bias: object) -> None:
+    """Raise where a head adds what a loss of its weight alone does not."""
+    if bias is not None:
+        raise ValueError(f"{name}: {_expected(head)} with a bias: give lm_bias beside lm_weight, or {_LOGITS}")
+
+
+def logit_map(loss: str, softcap: float | None, config: Any) -> None:
+    """Raise where a model's config says that its logits are others than the loss's."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own = getattr(config, "final_logit_softcapping", None)
+    if own != softcap:
+        expected = f"a softcap of {own}" if own is not None else "no softcap"
+        raise ValueError(
+            f"model_config: expected {softcap}, which {loss} applies, as final_logit_softcapping, got {own}: "
+            f"use a loss with {expected}, or {_LOGITS}"
+        )
+    for name in _SCALES:
+        scale = getattr(config, name, None)
+        if isinstance(scale, (int, float)) and scale != 1:
+            raise ValueError(f"model_config: expected {name} of 1, for {loss} does not scale, got {scale}: {_LOGITS}")
 
 
 def _expected(head: object) -> str:

@@ -113,6 +113,24 @@ def softcapping(value: float) -> None:
         raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
 
 
+def implementation(value: object) -> None:
+    """Raise unless it is one of Automodel's."""
+    if value not in ("cce", "torch_compile"):
+        raise ValueError(f"impl: expected 'cce' or 'torch_compile', got {value!r}")
+
+
+def dtype_of_logits(value: object) -> None:
+    """Raise unless it is a dtype, or none is given."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype: expected a torch.dtype or None, got {type(value).__name__}")
+
+
+def weighs_a_sum(loss_weights: object, reduction: str) -> None:
+    """Raise where weights come with another reduction, in which they could mean two things."""
+    if loss_weights is not None and reduction != "sum":
+        raise ValueError(f"loss_weights: expected None with reduction {reduction!r}, got weights: use 'sum'")
+
+
 def fields(owner: str, given: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> None:
     """Raise where a keyword is unknown; `elsewhere` says where some of these belong."""
     hints = []

@@ -32,6 +32,19 @@ def same_logits(
     same_device(name, value, device)
 
 
+def ranked(logits: Tensor, target_probs: Tensor, topk: Any) -> None:
+    """Raise unless a teacher orders the classes of the logits, so many of them."""
+    tensor("logits", logits)
+    floating("logits", logits)
+    if not logits.dim():
+        raise ValueError("logits: expected [..., V], got []")
+    tensor("target_probs", target_probs)
+    same_logits("target_probs", target_probs, "logits", target_probs.shape, logits.shape, logits.device)
+    topk = numbers.integer("topk", topk)
+    if not 1 <= topk <= logits.shape[-1]:
+        raise ValueError(f"topk: expected a number from 1 to V = {logits.shape[-1]}, got {topk}")
+
+
 def no_ignore_index(value: object) -> None:
     """Raise where `value` is a class: beside probabilities there is no label to ignore."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

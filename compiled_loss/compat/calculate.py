@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compiled_loss import checks
-from compiled_loss.compat.modules import FusedLinearCrossEntropy, mask_beside
+from compiled_loss.compat.layouts import mask_beside, with_own_ignore_index
+from compiled_loss.compat.linear import LinearHeadLoss
 from compiled_loss.functional.multi_token import multi_token_targets
 from compiled_loss.models import outputs as models
 
@@ -20,6 +21,11 @@ class MTPLosses(NamedTuple):
     loss: Tensor
     per_depth: list[Tensor]
 
+    @property
+    def per_depth_losses(self) -> list[Tensor]:
+        """`per_depth` as Automodel's `MTPLossOutput` calls it."""
+        return self.per_depth
+
 
 def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
     """Call a loss with what it takes: logits, or hidden states and the head's weight.
@@ -29,7 +35,9 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
             lm_weight, num_label_tokens, grad_reduce_group and, where there is one, lm_bias; any other with logits,
             labels and num_label_tokens.
         kwargs: labels; logits or hidden_states; for losses of hidden states lm_weight, or the model whose head has it;
-            num_label_tokens; grad_reduce_group. What the loss does not take may be there and is not looked at.
+            num_label_tokens; grad_reduce_group; loss_weights, shaped like the labels, for losses that take them;
+            logits_dtype, which is not looked at. What the loss does not take may be there and is not looked at.
+            Labels of -100 become those that the loss ignores.
             The bias is that of the model's head. Beside `lm_weight` it is `lm_bias`, and none without: the model is
             not looked at.
 
@@ -60,17 +68,22 @@ def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
         "num_label_tokens",
         "grad_reduce_group",
         "lm_bias",
+        "loss_weights",
+        "logits_dtype",
     )
     checks.modules.fields("calculate_loss", kwargs, list(known))
-    logits, hidden_states, labels, model, weight, count, group, bias = (kwargs.get(name) for name in known)
+    logits, hidden_states, labels, model, weight, count, group, bias, weights, _ = (kwargs.get(name) for name in known)
     checks.modules.given("labels", labels, loss_fn)
+    labels = with_own_ignore_index(labels, checks.modules.ignore_index(None, loss_fn))
+    optional = {} if weights is None else {"loss_weights": weights}
     if not getattr(loss_fn, "takes_hidden_states", False):
         checks.modules.given("logits", logits, loss_fn)
-        return loss_fn(logits=logits, labels=labels, num_label_tokens=count)  # type: ignore[no-any-return]
+        return loss_fn(logits=logits, labels=labels, num_label_tokens=count, **optional)  # type: ignore[no-any-return]
     checks.modules.given("hidden_states", hidden_states, loss_fn)
     if weight is None:
         weight, bias = models.head_weight(model, hidden_states)
     call = {"hidden_states": hidden_states, "labels": labels, "lm_weight": weight, "num_label_tokens": count}
+    call |= optional
     if bias is not None:
         checks.modules.takes_bias(loss_fn)
         call["lm_bias"] = bias
@@ -94,7 +107,10 @@ def calculate_mtp_loss(
     grad_reduce_group: Any = None,
     lm_bias: Tensor | None = None,
     mask: Tensor | None = None,  # broadcasts to the labels
-) -> Tensor:
+    loss_weights: Tensor | None = None,  # [B, S] or [S]
+    logits_dtype: torch.dtype | None = None,
+    return_per_depth: bool = False,
+) -> Tensor | MTPLosses:
     """Compute DeepSeek-V3's multi-token prediction through any loss: scaling_factor / D times the sum over D depths.
 
     Args:
@@ -112,9 +128,12 @@ def calculate_mtp_loss(
         grad_reduce_group: see :class:`FusedLinearCrossEntropy`.
         lm_bias: the head's bias [V], beside `lm_weight`; without it none is added.
         mask: broadcasts to `labels`; a label counts where it is not 0, and its mask moves with it.
+        loss_weights: multiply the tokens' losses at each depth, those of a position and not of its label.
+        logits_dtype: kept for its callers.
+        return_per_depth: whether to return :class:`MTPLosses`, as :func:`calculate_mtp_losses` does.
 
     Returns:
-        A scalar.
+        A scalar, or :class:`MTPLosses`.
 
     Memory:
         The loss's, for each depth: through :class:`FusedLinearCrossEntropy` D gradients of the weight are held at
@@ -135,7 +154,7 @@ def calculate_mtp_loss(
         tensor(0.4828)
 
     """
-    return calculate_mtp_losses(
+    found = calculate_mtp_losses(
         loss_fn,
         mtp_per_depth_h=mtp_per_depth_h,
         mtp_per_depth_logits=mtp_per_depth_logits,
@@ -151,7 +170,10 @@ def calculate_mtp_loss(
         grad_reduce_group=grad_reduce_group,
         lm_bias=lm_bias,
         mask=mask,
-    ).loss
+        loss_weights=loss_weights,
+        logits_dtype=logits_dtype,
+    )
+    return found if return_per_depth else found.loss
 
 
 def calculate_mtp_losses(
@@ -171,10 +193,17 @@ def calculate_mtp_losses(
     grad_reduce_group: Any = None,
     lm_bias: Tensor | None = None,
     mask: Tensor | None = None,  # broadcasts to the labels
+    loss_weights: Tensor | None = None,  # [B, S] or [S]
+    logits_dtype: torch.dtype | None = None,
 ) -> MTPLosses:
     """Compute `calculate_mtp_loss`, and return each depth's own loss too.
 
-    Args, Memory, Raises: see :func:`calculate_mtp_loss`.
+    Args:
+        loss_fn, mtp_per_depth_h, mtp_per_depth_logits, mtp_per_depth_targets, labels, model, scaling_factor,
+            num_label_tokens, ignore_index, cu_seqlens, seq_idx, lm_weight, grad_reduce_group, lm_bias, mask,
+            loss_weights, logits_dtype: see :func:`calculate_mtp_loss`.
+
+    Memory, Raises: see :func:`calculate_mtp_loss`.
 
     Returns:
         :class:`MTPLosses`.
@@ -225,6 +254,7 @@ def calculate_mtp_losses(
         if not fused and mtp_per_depth_logits is None:
             states = models.head_logits(model, states)
         call = {"hidden_states" if fused else "logits": states, "labels": targets, "num_label_tokens": num_label_tokens}
+        call |= {} if loss_weights is None else {"loss_weights": loss_weights}
         names = {"logits:": f"{given}[{k}]:", "hidden_states:": f"{given}[{k}]:"}
         if mtp_per_depth_targets is not None:
             names["labels:"] = f"mtp_per_depth_targets[{k}]:"
@@ -237,9 +267,7 @@ def shared_head(loss_fn: Any, model: Any, group: Any, hidden_states: Any) -> dic
     weight, bias = models.head_weight(model, hidden_states)
     gather: Any = getattr(loss_fn, "materialize_lm_weight", None)
     if gather is not None:
-        narrow = (
-            {"dtype": getattr(hidden_states, "dtype", None)} if isinstance(loss_fn, FusedLinearCrossEntropy) else {}
-        )
+        narrow = {"dtype": getattr(hidden_states, "dtype", None)} if isinstance(loss_fn, LinearHeadLoss) else {}
         weight = gather(weight, grad_reduce_group=group, **narrow)
         bias = None if bias is None else gather(bias, grad_reduce_group=group)
     return {"lm_weight": weight} | ({} if bias is None else {"lm_bias": bias})

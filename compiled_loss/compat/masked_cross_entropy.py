@@ -21,6 +21,7 @@ def masked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "sum",
     num_label_tokens: int | Tensor | None = None,
+    token_weights: Tensor | None = None,
     class_dim: int = -1,
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
@@ -36,6 +37,7 @@ def masked_cross_entropy(
         ignore_index: label of tokens to ignore.
         reduction: "sum", "mean" over the tokens that count, or "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
+        token_weights: broadcasts to the tokens; differentiable; see :func:`cross_entropy`.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
         vocab_shard: see :func:`cross_entropy`.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
@@ -69,6 +71,7 @@ def masked_cross_entropy(
         chunking=UNCHUNKED,
         mask=mask,
         mask_weighs=False,
+        token_weights=token_weights,
         ignore_index=ignore_index,
         reduction=reduction,
         num_label_tokens=num_label_tokens,

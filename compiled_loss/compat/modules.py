@@ -1,7 +1,4 @@
-"""Modules with the names, signatures and defaults of NeMo Automodel; no mathematics.
-
-A loss that takes a head's hidden states and weight instead of logits says so with `takes_hidden_states = True`: that is
-all that `calculate_loss` asks of it, whoever wrote it. Of a head with a bias it gets that too, as `lm_bias`.
+"""Modules of losses of logits with the names, signatures and defaults of NeMo Automodel; no mathematics.
 
 The fields are spelled once, in a dataclass of options that the Module and its config inherit: NOTE [Kept keywords].
 Errors name the arguments of these Modules and not those of the functions below.
@@ -10,17 +7,14 @@ Errors name the arguments of these Modules and not those of the functions below.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.compat.layouts import beside, mask_beside, with_own_ignore_index
 from compiled_loss.compat.masked_cross_entropy import masked_cross_entropy
-from compiled_loss.distributed.materialize import materialize
 from compiled_loss.distributed.vocab_shard import Ranks, VocabShard
-from compiled_loss.functional.cross_entropy import linear_cross_entropy
 from compiled_loss.functional.distillation import distillation
 from compiled_loss.nn.base import Loss, loss_module
-from compiled_loss.planner.chunking import Chunking
 
 
 @dataclass(eq=False, repr=False)
@@ -50,101 +44,31 @@ class MaskedCrossEntropy(MaskedCrossEntropyOptions, Loss):
 
     takes_hidden_states: ClassVar[bool] = False
 
-    @checks.modules.named(**{"class_dim=1": "logits.movedim(1, -1)"})
+    @checks.modules.named(token_weights="loss_weights", **{"class_dim=1": "logits.movedim(1, -1)"})
     def forward(
         self,
         logits: Tensor,
         labels: Tensor,
         mask: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits [B, S, V] and labels [B, S], or of a THD stream: [1, T, V] and [T]."""
+        """The loss of logits [B, S, V] and labels [B, S], or of a THD stream: [1, T, V] and [T].
+
+        Labels of -100 are ignored beside those of `ignore_index`. `loss_weights`, shaped like the labels, multiply the
+        tokens' losses of a "sum".
+        """
+        checks.modules.weighs_a_sum(loss_weights, self.reduction)
         return masked_cross_entropy(
             beside(logits, labels),
-            labels,
+            with_own_ignore_index(labels, self.ignore_index),
             mask_beside(mask, labels),
+            token_weights=mask_beside(loss_weights, labels),
             fp32_upcast=self.fp32_upcast,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             num_label_tokens=num_label_tokens,
         )
-
-
-@dataclass(eq=False, repr=False)
-class FusedLinearCrossEntropyOptions:
-    """The keywords that `FusedLinearCrossEntropy` and its config keep."""
-
-    ignore_index: int = -100
-    """Label of tokens to ignore."""
-    logit_softcapping: float = 0.0
-    """Bound of the logits; 0 for none."""
-    reduction: str = "sum"
-    """"sum", "mean" or "none"."""
-    chunking: Chunking = field(default=Chunking(), kw_only=True)
-    """How the loss is chunked, which does not change what it is."""
-
-
-@loss_module()
-@dataclass(eq=False, repr=False)
-class FusedLinearCrossEntropy(FusedLinearCrossEntropyOptions, Loss):
-    """:func:`compiled_loss.linear_cross_entropy`: logits are never held. `logit_softcapping` 0 means none.
-
-    Example:
-        >>> import torch
-        >>> from compiled_loss import FusedLinearCrossEntropy
-        >>> FusedLinearCrossEntropy()(torch.zeros(1, 2, 8), torch.tensor([[1, -100]]), torch.zeros(4, 8))
-        tensor(1.3863)
-
-    """
-
-    takes_hidden_states: ClassVar[bool] = True
-
-    @checks.modules.named(
-        hidden="hidden_states", weight="lm_weight", bias="lm_bias", softcap="logit_softcapping", second="third"
-    )
-    def forward(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor,
-        lm_weight: Tensor,
-        num_label_tokens: int | Tensor | None = None,
-        grad_reduce_group: Any = None,
-        lm_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of hidden states [B, S, H] and labels [B, S] under a head [V, H], and its bias [V] if it has one.
-
-        Both may be a THD stream: [1, T, H] with labels [T]. A weight wider than the hidden states, as FSDP holds it
-        under a mixed-precision policy, is multiplied in their dtype, and its gradient is in its own.
-        """
-        gather = self.materialize_lm_weight
-        return linear_cross_entropy(
-            beside(hidden_states, labels),
-            gather(lm_weight, grad_reduce_group=grad_reduce_group, dtype=getattr(hidden_states, "dtype", None)),
-            labels,
-            bias=None if lm_bias is None else gather(lm_bias, grad_reduce_group=grad_reduce_group),
-            ignore_index=self.ignore_index,
-            softcap=self.logit_softcapping or None,
-            reduction=self.reduction,
-            num_label_tokens=num_label_tokens,
-            chunking=self.chunking,
-        )
-
-    @staticmethod
-    def materialize_lm_weight(
-        lm_weight: Tensor, *, grad_reduce_group: Any = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """The whole weight: gathered once where it is a DTensor, to be shared by the main loss and all MTP depths.
-
-        Its gradient is reduce-scattered once as the ranks' mean, which is what FSDP makes of all others. The weight is
-        gathered over `grad_reduce_group`, or without it over all its mesh. The group may be that of one dimension, or
-        of several, flattened (HSDP). What is sharded over another dimension than the group's stays so, and is a
-        vocabulary over ranks; given to `forward` with the same group, it is not gathered again.
-
-        Where `dtype` is narrower than the weight's, the weight is gathered in it, and its gradient reduced in the
-        weight's: a mixed-precision policy's `param_dtype`, which is that of the hidden states.
-        """
-        checks.sharding.group_of("grad_reduce_group", grad_reduce_group)
-        return materialize(lm_weight, grad_reduce_group, dtype)
 
 
 @dataclass(eq=False, repr=False)
@@ -269,24 +193,6 @@ class KDLoss(KDLossOptions, Loss):
             vocab_shard=_shard(self._ranks, student_logits),
             chunk_size=self.chunk_size,
         )
-
-
-def beside(values: Tensor, labels: Tensor) -> Tensor:
-    """Logits or hidden states [..., X] in the shape of the labels, where one of both is flat or has a 1 more."""
-    if not isinstance(values, Tensor) or not isinstance(labels, Tensor) or not values.dim():
-        return values
-    theirs, shape = values.shape[:-1], labels.shape
-    if theirs == shape or theirs.numel() != shape.numel():
-        return values
-    flat = len(theirs) <= 1 or len(shape) <= 1 or [n for n in theirs if n != 1] == [n for n in shape if n != 1]
-    return values.reshape(*shape, values.shape[-1]) if flat else values
-
-
-def mask_beside(mask: Tensor | None, labels: Tensor) -> Tensor | None:
-    """A mask of as many tokens in the shape of the labels, as `beside`."""
-    if not isinstance(mask, Tensor) or mask.shape == labels.shape:
-        return mask
-    return beside(mask.unsqueeze(-1), labels).squeeze(-1)
 
 
 def _shard(ranks: Ranks, logits: Tensor) -> VocabShard | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compiled_loss import checks
-from compiled_loss.compat.calculate import calculate_loss, calculate_mtp_loss, shared_head
+from compiled_loss.compat.calculate import calculate_loss, calculate_mtp_losses, shared_head
 from compiled_loss.models import outputs as models
 
 
@@ -101,7 +101,7 @@ class PipelineCausalLMLoss(nn.Module):
         if (depth_hidden is None and depth_logits is None) or not self.model.training:
             return loss
         factor = models.mtp_factor(self.model, output) if self.scaling_factor is None else self.scaling_factor
-        return loss + calculate_mtp_loss(
+        auxiliary = calculate_mtp_losses(
             self.loss_fn,
             mtp_per_depth_h=depth_hidden,
             mtp_per_depth_logits=depth_logits,
@@ -113,6 +113,7 @@ class PipelineCausalLMLoss(nn.Module):
             seq_idx=seq_idx,
             **shared,
         )
+        return loss + auxiliary.loss
 
 
 def _parts(output: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from compiled_loss.config.base import LossConfig, LossFromFactoryConfig
 from compiled_loss.config.losses import (
     BradleyTerryLossConfig,
+    ChunkedCEConfig,
     CrossEntropyConfig,
     DistillationConfig,
     FusedLinearCEConfig,
@@ -31,6 +32,7 @@ from compiled_loss.config.registry import (
 __all__ = [
     "LOSS_CONFIG_REGISTRY",
     "BradleyTerryLossConfig",
+    "ChunkedCEConfig",
     "CrossEntropyConfig",
     "DistillationConfig",
     "FusedLinearCEConfig",

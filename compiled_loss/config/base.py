@@ -36,7 +36,7 @@ class Typed:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(f.default, Chunking) and isinstance(value, Mapping):
-                setattr(self, f.name, _chunking(value))
+                setattr(self, f.name, chunking_of(value))
         self.validate()
 
     def validate(self) -> None:
@@ -62,7 +62,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _chunking(values: Mapping[str, Any]) -> Chunking:
+def chunking_of(values: Mapping[str, Any]) -> Chunking:
+    """What plain values say, as YAML has them."""
     checks.modules.fields("Chunking", values, [f.name for f in dataclasses.fields(Chunking) if f.init])
     dtype = values.get("accumulate_dtype")
     return Chunking(**{**values, "accumulate_dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype})

@@ -7,12 +7,13 @@ because a tensor is no plain value. They are a buffer of the Module that is buil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from compiled_loss import checks
 from compiled_loss import nn as ours
+from compiled_loss.compat import linear
 from compiled_loss.compat import modules as compat
 from compiled_loss.compat.pipeline import PipelineCausalLMLoss
 from compiled_loss.config.base import LossConfig, Typed
@@ -33,10 +34,17 @@ class MaskedCrossEntropyConfig(compat.MaskedCrossEntropyOptions, LossConfig):
 
 
 @dataclass
-class FusedLinearCEConfig(compat.FusedLinearCrossEntropyOptions, LossConfig):
+class FusedLinearCEConfig(linear.FusedLinearCrossEntropyOptions, LossConfig):
     """The config of :class:`compiled_loss.FusedLinearCrossEntropy`."""
 
-    module: ClassVar[type[nn.Module] | None] = compat.FusedLinearCrossEntropy
+    module: ClassVar[type[nn.Module] | None] = linear.FusedLinearCrossEntropy
+
+
+@dataclass
+class ChunkedCEConfig(linear.ChunkedCrossEntropyOptions, LossConfig):
+    """The config of :class:`compiled_loss.ChunkedCrossEntropy`."""
+
+    module: ClassVar[type[nn.Module] | None] = linear.ChunkedCrossEntropy
 
 
 @dataclass
@@ -159,14 +167,14 @@ class MTPLossConfig(Typed):
 
     scaling_factor: float | None = None
     """Weight of the auxiliary loss, >= 0; None for the model's own."""
-    ignore_index: int | None = -100
+    ignore_index: int | None = None
     """Label of tokens to ignore; None for the loss's own."""
 
     def validate(self) -> None:
         """Raise where a field is not what it may be."""
         checks.modules.scaling(self.scaling_factor, self.ignore_index)
 
-    def build(self, loss_fn: nn.Module, model: nn.Module) -> PipelineCausalLMLoss:
+    def build(self, loss_fn: nn.Module, model: nn.Module, *, grad_reduce_group: Any = None) -> PipelineCausalLMLoss:
         """The loss of a pipeline's last stage."""
         self.validate()
-        return PipelineCausalLMLoss(loss_fn, model, scaling_factor=self.scaling_factor, ignore_index=self.ignore_index)
+        return PipelineCausalLMLoss(loss_fn, model, self.scaling_factor, self.ignore_index, grad_reduce_group)

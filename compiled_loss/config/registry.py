@@ -53,6 +53,7 @@ def register_loss_config(name: str, config: type[LossConfig]) -> None:
 for _config in (
     losses.MaskedCrossEntropyConfig,
     losses.FusedLinearCEConfig,
+    losses.ChunkedCEConfig,
     losses.TEParallelCEConfig,
     losses.KDLossConfig,
     losses.CrossEntropyConfig,

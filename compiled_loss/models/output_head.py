@@ -7,13 +7,16 @@ else is an error, for a loss that took the weight alone would be another one tha
 
 Hooks are refused, for none can be told from one that changes something. Those of torch.distributed and DeepSpeed are
 not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight. Nor is the
-forward that the tensor parallelism of transformers puts around that of a DTensor, which does the same, nor one of ours.
+forward that the tensor parallelism of transformers puts around that of a DTensor, or torchtitan around any, which does
+the same, nor one of ours.
+
+Who applies what a class does beside its multiplication, a softcap for instance, names its forward as `known`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -35,12 +38,13 @@ class OutputHead(NamedTuple):
     bias: Tensor | None
 
 
-def output_head(module: Any, name: str = "model") -> OutputHead:
+def output_head(module: Any, name: str = "model", known: Collection[Callable[..., Any]] = ()) -> OutputHead:
     """What a head multiplies by and adds: NOTE [What a head may be].
 
     Args:
         module: the head.
         name: what errors call it.
+        known: forwards of classes of heads whose own mathematics the caller applies.
 
     Returns:
         :class:`OutputHead`; of a parametrized head, or one with trainable tokens, new tensors of this call.
@@ -54,7 +58,7 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
     if inner is not module:
         if "_orig_mod" not in module._modules:  # torch.compile's replaces forward
             unchanged(module, name)
-        return output_head(inner, name)
+        return output_head(inner, name, known)
     if hasattr(type(module), "get_merged_weights"):  # trainable tokens, whose forward adds no bias
         output_head(module.base_layer, name)
         unchanged(module, name)
@@ -66,7 +70,7 @@ def output_head(module: Any, name: str = "model") -> OutputHead:
         checks.heads.present(name, module, value)
     checks.heads.dense(name, module, weight)
     if isinstance(module, nn.Module):
-        if type(module).forward not in _FORWARDS:
+        if type(module).forward not in (*_FORWARDS, *known):
             checks.heads.forward(name, module)
         unchanged(module, name)
     return OutputHead(weight, bias)
@@ -132,9 +136,8 @@ def unchanged(module: Any, name: str) -> None:
         forward = own.get("_old_forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         sharded = hasattr(module._parameters.get("weight"), "placements")
-        if not getattr(forward, _OURS, False) and not (
-            sharded and _origin(forward).startswith("transformers.distributed.")
-        ):
+        around = ("transformers.distributed.", "torchtitan.protocols.") if sharded else ("torchtitan.protocols.",)
+        if not getattr(forward, _OURS, False) and not _origin(forward).startswith(around):
             checks.heads.replaced(name, module)
     for kind in _HOOKS:
         for called in own.get(kind, {}).values():

@@ -68,7 +68,7 @@ def loss_module(function: Callable[..., Any] | None = None) -> Callable[[_Class]
             given = dict(zip(names, args, strict=False)) | keywords
             checks.modules.keywords(cls, keywords, cls)
             checks.modules.kept(given, Chunking)
-            super(Loss, self).__init__()
+            nn.Module.__init__(self)  # and of no other class that a subclass may be of
             assign(self, *args, **keywords)
 
         cls.__init__ = __init__  # type: ignore[assignment, method-assign]

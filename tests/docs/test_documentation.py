@@ -22,8 +22,10 @@ MODULES = ["compiled_loss", *(m.name for m in pkgutil.walk_packages(compiled_los
 WITH_EXTRAS = (
     "compiled_loss.demo",
     "compiled_loss.cli",
+    "compiled_loss.integrations.automodel",
     "compiled_loss.integrations.axolotl",
     "compiled_loss.integrations.lightning",
+    "compiled_loss.integrations.torchtitan",
 )
 FUNCTIONS = {name: f for name in compiled_loss.__all__ if inspect.isfunction(f := getattr(compiled_loss, name))}
 

@@ -103,6 +103,8 @@ THEIRS = {
     "MaskedCrossEntropy": f"fp32_upcast {CE} logits labels mask num_label_tokens loss_weights",
     "FusedLinearCrossEntropy": f"{CE} logit_softcapping impl hidden_states labels lm_weight num_label_tokens "
     "grad_reduce_group loss_weights",
+    "ChunkedCrossEntropy": f"{CE} chunk_len compile hidden_states labels lm_weight num_label_tokens grad_reduce_group "
+    "loss_weights mask logits_dtype",
     "TEParallelCrossEntropy": f"{CE} tp_group logits labels mask num_label_tokens",
     "KDLoss": "ignore_index temperature fp32_upcast tp_group chunk_size student_logits teacher_logits labels "
     "num_batch_labels",
@@ -164,7 +166,7 @@ def test_every_name_of_automodel_is_here():
     rows = {(module, name): ours for module, name, ours in re.findall(r"^\| `(\w+)\.(\w+)` \| `(\w+)`", GUIDE, re.M)}
     assert rows == {(module, name): name for module, names in AUTOMODEL.items() for name in names.split()}
     later = re.findall(r"^\| `\w+\.\w+` \(0\.7\) \| `(\w+)`", GUIDE, re.M)
-    assert len(later) == 3
+    assert len(later) == 5
     assert {*rows.values(), *later} <= set(compiled_loss.__all__)
 
 

@@ -21,6 +21,10 @@ COMPAT = {  # what the constructor needs, and what the call
         {},
         {"hidden_states": STATES, "labels": LABELS, "lm_weight": torch.zeros(V, H)},
     ),
+    compiled_loss.ChunkedCrossEntropy: (
+        {"compile": False},
+        {"hidden_states": STATES, "labels": LABELS, "lm_weight": torch.zeros(V, H)},
+    ),
     compiled_loss.TEParallelCrossEntropy: ({}, {"logits": LOGITS, "labels": LABELS}),
     compiled_loss.KDLoss: ({}, {"student_logits": LOGITS, "teacher_logits": LOGITS, "labels": LABELS}),
     compiled_loss.PipelineCausalLMLoss: (PIPELINE, {"output": LOGITS, "labels": LABELS}),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compiled_loss import (
+    ChunkedCrossEntropy,
     FusedLinearCrossEntropy,
     KDLoss,
     MaskedCrossEntropy,
@@ -22,13 +23,16 @@ from compiled_loss.testing import inputs_unchanged
 V = 11
 SIGNATURES = {
     MaskedCrossEntropy: "(fp32_upcast=True, ignore_index=-100, reduction='sum')",
-    FusedLinearCrossEntropy: "(ignore_index=-100, logit_softcapping=0.0, reduction='sum', *, chunking=...)",
+    FusedLinearCrossEntropy: "(ignore_index=-100, logit_softcapping=0.0, reduction='sum', impl='cce', *, chunking=...)",
+    ChunkedCrossEntropy: "(chunk_len=512, compile=True, ignore_index=-100, reduction='sum')",
     TEParallelCrossEntropy: "(ignore_index=-100, reduction='sum', tp_group=None)",
     KDLoss: "(ignore_index=-100, temperature=1.0, fp32_upcast=True, tp_group=None, chunk_size=0, *, "
     "temperature_squared=True)",
-    MaskedCrossEntropy.forward: "(self, logits, labels, mask=None, num_label_tokens=None)",
+    MaskedCrossEntropy.forward: "(self, logits, labels, mask=None, num_label_tokens=None, loss_weights=None)",
     FusedLinearCrossEntropy.forward: "(self, hidden_states, labels, lm_weight, num_label_tokens=None, "
-    "grad_reduce_group=None, lm_bias=None)",
+    "grad_reduce_group=None, loss_weights=None, lm_bias=None, *, mask=None, logits_dtype=None)",
+    FusedLinearCrossEntropy.prepare_lm_weight: "(self, lm_head, *, model_config=None, grad_reduce_group=None)",
+    FusedLinearCrossEntropy.validate_lm_head: "(self, lm_head, *, model_config=None)",
     FusedLinearCrossEntropy.materialize_lm_weight: "(lm_weight, *, grad_reduce_group=None, dtype=None)",
     TEParallelCrossEntropy.forward: "(self, logits, labels, mask=None, num_label_tokens=None)",
     KDLoss.forward: "(self, student_logits, teacher_logits, labels, num_batch_labels=None)",

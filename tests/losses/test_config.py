@@ -17,6 +17,7 @@ from torch import nn
 import compiled_loss
 from compiled_loss import (
     LOSS_CONFIG_REGISTRY,
+    ChunkedCEConfig,
     Chunking,
     CrossEntropyConfig,
     FusedLinearCEConfig,
@@ -38,8 +39,10 @@ FIELDS = {  # NeMo Automodel's, and ours
         "ignore_index": -100,
         "logit_softcapping": 0.0,
         "reduction": "sum",
+        "impl": "cce",
         "chunking": Chunking(),
     },
+    ChunkedCEConfig: {"chunk_len": 512, "compile": True, "ignore_index": -100, "reduction": "sum"},
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
     KDLossConfig: {
         "ignore_index": -100,
@@ -49,7 +52,7 @@ FIELDS = {  # NeMo Automodel's, and ours
         "chunk_size": 0,
         "temperature_squared": True,
     },
-    MTPLossConfig: {"scaling_factor": None, "ignore_index": -100},
+    MTPLossConfig: {"scaling_factor": None, "ignore_index": None},
 }
 LOSSES = list(LOSS_CONFIG_REGISTRY.values())
 # A value other than the default for every field.
@@ -65,6 +68,7 @@ CHANGED |= {
     "softcap": 2.0,
     "shift": 1,
 }
+CHANGED |= {"impl": "torch_compile", "chunk_len": 7, "compile": False}
 CHANGED |= {"class_dim": 1, "jsd_weight": 0.2, "hard_label_weight": 0.3, "scaling_factor": 0.7}
 CHANGED |= {"divergence": {"jsd": 0.3, "lk": 0.5}, "lk_decay": 2.0, "temperature_squared": False}
 CHANGED |= {"importance": "sequence", "clip_low": 0.1, "clip_high": 0.3, "kl": "k2", "kl_coefficient": 0.1}

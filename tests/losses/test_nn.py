@@ -253,6 +253,7 @@ BAD |= {"temperature_positive": 0.0, "temperature_negative": -1.0, "kl_coefficie
 BAD |= {"beta": 0.0, "margin": -1.0, "length_normalised": 1, "f_divergence": "kl", "alpha": float("nan")}
 BAD |= {"sft_coefficient": -1.0, "desirable_weight": -1.0, "undesirable_weight": "1", "center_coefficient": -0.1}
 BAD |= {"class_weights": torch.ones(2, requires_grad=True), "logit_softcapping": -1.0, "tp_group": "tp"}
+BAD |= {"impl": "triton", "chunk_len": 0, "compile": "auto"}
 
 
 @pytest.mark.parametrize("owner", [*CONFIGS, *CONFIGS.values()])
