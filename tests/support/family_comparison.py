@@ -1,5 +1,6 @@
 """The loss and all gradients of a model's fused head beside its own: equal, refused, or different."""
 
+import functools
 import inspect
 import math
 import traceback
@@ -31,15 +32,16 @@ class Row(NamedTuple):
 
 def row(name, kind, given):
     """Build the class's tiny model, compare, and say what became of it; `given` overrules its config."""
+    make = functools.partial(build, kind, given)  # a copy would not do: some models keep the state of a step
     try:
-        model = build(kind, given)
+        model = make()
         arguments = batch(model)
         own = compute(model, arguments)
     except Exception as error:  # transformers' own, or a config that this folder does not know how to make
         return Row(name, "not built", one_line(error))
     if not own.loss.isfinite():
         return Row(name, "not built", "its own loss is not finite")
-    exact = truth(model, arguments)
+    exact = truth(make(), arguments)
     items = role_of_items(model, arguments, own)
     row = Row(name, "equal", "", float(own.loss), None, largest_error(own, exact), None, items)
     attributes, evaluated = names_of_attributes(model), evaluation(model, arguments)
@@ -52,9 +54,10 @@ def row(name, kind, given):
     row = row._replace(fused_loss=float(fused.loss), fused_error=largest_error(fused, exact))
     by_items = None if items == "not taken" else compute(model, arguments | {"num_items_in_batch": COUNT})
     unfuse_head(model)
-    wrong = differences(model, arguments, fused, own, exact)
+    wrong = differences(make, arguments, fused, own, exact)
     if by_items is not None:
-        wrong += differences(model, arguments | {"num_items_in_batch": COUNT}, by_items)
+        with_items = arguments | {"num_items_in_batch": COUNT}
+        wrong += differences(make, with_items, by_items, compute(model, with_items), truth(make(), with_items))
     if isinstance(fused.logits, torch.Tensor):
         wrong.append("logits are made")
     if not same_evaluation:
@@ -75,15 +78,13 @@ def role_of_items(model, arguments, own):
     return "ignored" if torch.equal(divided.loss, own.loss) else "honoured"
 
 
-def differences(model, arguments, found, own=None, exact=None):
+def differences(make, arguments, found, own, exact):
     """Where errors exceed twice the model's own and some roundings."""
-    own = own or compute(model, arguments)
-    exact = exact or truth(model, arguments)
     wrong = beyond_budget(found, [own], exact)
     if not wrong:
         return []
     # Of a gradient that is one number, or few, the error of one run is chance: see what other roundings do.
-    shaken = [compute(shake(model, seed), arguments) for seed in range(SHAKES)]
+    shaken = [compute(shake(make(), seed), arguments) for seed in range(SHAKES)]
     return beyond_budget(found, [own, *shaken], exact)
 
 

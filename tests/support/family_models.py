@@ -1,6 +1,5 @@
 """Tiny random models of any class of `transformers`, and their loss and gradients in fp32 and in fp64."""
 
-import copy
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -69,9 +68,9 @@ def in_fp64():
 
 
 def truth(model, arguments):
-    """The model's own loss and gradients in fp64."""
+    """The loss and gradients of this model, which is spent, in fp64."""
     arguments = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
-    model = copy.deepcopy(model).double()
+    model.double()
     for module in model.modules():
         if getattr(module, "_can_set_experts_implementation", bool)():
             module.set_experts_implementation("eager")  # grouped GEMMs have no fp64
@@ -80,8 +79,8 @@ def truth(model, arguments):
 
 
 def shake(model, seed):
-    """A copy whose parameters differ by half a rounding."""
-    model, random = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    """This model with parameters that differ by half a rounding."""
+    random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + EPS * torch.randint(0, 2, parameter.shape, generator=random))
