@@ -61,7 +61,7 @@ def page(table) -> str:
 def reason(row) -> str:
     """Why, without the class's name and what to do instead."""
     for pattern, told in (
-        (r"which also does (\S+( \S+)?):", r"its forward also does \1"),
+        (r"which also does ([^:]+):", r"its forward also does \1 to its logits"),
         (r"an nn\.Linear, got \S+\.(\w+), which has a forward of its own", r"its head, \1, has a forward of its own"),
         (r"returns the Linear that gives its logits, got \w+ with (\w+)", r"get_output_embeddings() gives \1"),
         (r"whose head was replaced", "its forward does not call the head that get_output_embeddings() gives"),
