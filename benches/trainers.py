@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # 512 tokens each
     "DPO": {"per_device_train_batch_size": 2},
     "KTO": {"per_device_train_batch_size": 4},
     "GRPO": {"max_completion_length": ANSWER},
-    "RLOO": {"max_completion_length": ANSWER},
+    "RLOO": {"max_completion_length": ANSWER, "learning_rate": 1e-3},  # its ratios are of sums of 120 tokens
     "Distillation": {"max_completion_length": ANSWER},
     "GKD": {"per_device_train_batch_size": 4, "max_new_tokens": ANSWER, "lmbda": 0.0, "max_length": 256},
 }
