@@ -22,6 +22,7 @@ html_css_files = ["pictures.css"]
 html_show_sourcelink = False
 
 myst_heading_anchors = 3
+autodoc_mock_imports = ["axolotl", "nemo_automodel", "spmd_types", "torchtitan"]  # which pin another torch
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_use_type_comments = False
