@@ -137,6 +137,11 @@ THEIRS = {
     "num_items_in_batch max_completion_length beta epsilon_low epsilon_high delta loss_type importance_sampling_level "
     "sapo_temperature_pos sapo_temperature_neg temperature use_bias_correction_kl vespo_k_pos vespo_lambda_pos "
     "vespo_k_neg vespo_lambda_neg compiled chunk_size",
+    "trl.trainer.utils.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs labels shift_labels "
+    "FusedCausalLMOutput.loss FusedCausalLMOutput.log_probs FusedCausalLMOutput.entropy FusedCausalLMOutput.is_top1 "
+    "FusedCausalLMOutput.log_sum_sq_probs FusedCausalLMOutput.mean_logits FusedCausalLMOutput.label_mask",
+    "trl.experimental.gkd.GKDTrainer.generalized_jsd_loss": "student_logits teacher_logits labels beta temperature "
+    "reduction num_items_in_batch",
     "cut_cross_entropy.linear_cross_entropy": f"e c targets bias {CE} softcap shift return_lse filter_eps accum_e_fp32 "
     "accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options",
 }
@@ -171,7 +176,7 @@ def test_every_name_of_automodel_is_here():
 
 
 DIFFS = re.findall(r"^```diff\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-OTHERS = ("nemo_automodel", "liger_kernel", "cut_cross_entropy")
+OTHERS = ("nemo_automodel", "liger_kernel", "trl", "cut_cross_entropy")
 
 
 def run(lines):
@@ -208,7 +213,7 @@ def test_snippets(diff):
 
 def test_each_library_has_a_snippet():
     libraries = re.findall(r"^## From (.*?)\n.*?```diff", GUIDE, re.MULTILINE | re.DOTALL)
-    assert len(libraries) == len(re.findall("^## From ", GUIDE, re.MULTILINE)) == 5
+    assert len(libraries) == len(re.findall("^## From ", GUIDE, re.MULTILINE)) == 6
     assert sum(any(name in diff for name in OTHERS) for diff in DIFFS) == len(DIFFS) - 3
 
 
