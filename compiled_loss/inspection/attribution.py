@@ -5,7 +5,7 @@ Every node of a graph, forward and backward, says on whose behalf it is there: t
 function that was called in them, and the lines of the program. A name that a user gives, or one of the usual ones, is
 looked for among them; whatever this library's own code made is a loss, too. Inductor knows the nodes of each kernel,
 and a line in the host code before each launch tells the recorder. Memory is the loss's as long as a launch of the loss
-was the last to write there.
+was the last to write there, and from the start if an operator of the loss allocates it.
 """
 
 from __future__ import annotations

@@ -47,11 +47,12 @@ class Memory:
             self._live -= self._storages.pop(key)[1].size
         return self._live
 
-    def add(self, tensor: Tensor, origin: str) -> bool:
-        """Count a tensor's storage until it is freed, once; whether it was new."""
-        if tensor.untyped_storage()._cdata in self.keys():
+    def add(self, tensor: Tensor, origin: str, of_loss: bool) -> bool:
+        """Count a tensor's storage until it is freed, once; whether it was new. It may be the loss's unwritten."""
+        key = tensor.untyped_storage()._cdata
+        if key in self.keys():
             return False
-        self._of_loss.discard(tensor.untyped_storage()._cdata)  # of one before it in the same place
+        (self._of_loss.add if of_loss else self._of_loss.discard)(key)
         self._remember(tensor, origin, "")
         self._live += tensor.untyped_storage().nbytes()
         self.peak = max(self.peak, self._live)
@@ -234,7 +235,8 @@ class Recorder(FakeTensorMode):
 
     def _note(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        fresh = [t for t in outputs if t.device.type == self.device.type and self.memory.add(t, name)]
+        ours = self._of_loss and bool(self.inside)  # within an operator of the loss nobody else allocates
+        fresh = [t for t in outputs if t.device.type == self.device.type and self.memory.add(t, name, ours)]
         sends = func.namespace == "c10d"  # which write their first argument, and do not say so
         if name.startswith(_NO_LAUNCH) or not (fresh or sends or func._schema.is_mutable):
             return
