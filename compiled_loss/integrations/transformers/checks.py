@@ -46,6 +46,14 @@ def fused_already(model: object) -> NoReturn:
     )
 
 
+def shared_head(model: object) -> NoReturn:
+    """Raise: another model's head is fused, and it is this one's, too."""
+    raise ValueError(
+        f"model: expected a head that no other fused model has, got {type(model).__name__} with such a one: "
+        "unfuse_head(the other) first"
+    )
+
+
 def not_fused(model: object) -> NoReturn:
     """Raise: there is nothing to undo."""
     raise ValueError(f"model: expected one that fuse_head was called with, got {type(model).__name__}")

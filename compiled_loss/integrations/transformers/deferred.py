@@ -37,7 +37,8 @@ class DeferredLogits:
         self._hidden: Any = hidden  # [..., H]; None once the model's forward has returned
         self._transform = transform
         self._classes_second = classes_second  # [B, V, ...], as cross_entropy has them
-        call.made.append(self)
+        self._changed = False  # others, of which these may be a part, were changed in place
+        call.hold(self)
 
     @staticmethod
     def of(call: HeadCall, hidden: Tensor) -> DeferredLogits:
@@ -68,8 +69,7 @@ class DeferredLogits:
     ) -> Any:
         known = _FUNCTIONS.get(func)
         if known is None:
-            given = (*args, *(kwargs or {}).values())
-            next(v for v in given if isinstance(v, DeferredLogits)).refuse(getattr(func, "__name__", str(func)))
+            return indexing.first(DeferredLogits, args, kwargs or {}).refuse(getattr(func, "__name__", str(func)))
         return known(*args, **(kwargs or {}))
 
     # Metadata.
@@ -132,15 +132,13 @@ class DeferredLogits:
     __rmul__ = __mul__
 
     def __imul__(self, other: Any) -> DeferredLogits:
-        self._transform = (self * other)._transform
-        return self
+        return self._in_place(self._transform.times(self._number("a product", other)))
 
     def __truediv__(self, other: Any) -> DeferredLogits:
         return self._with(self._transform.over(self._number("a quotient", other)))
 
     def __itruediv__(self, other: Any) -> DeferredLogits:
-        self._transform = (self / other)._transform
-        return self
+        return self._in_place(self._transform.over(self._number("a quotient", other)))
 
     def tanh(self) -> DeferredLogits:
         """As `torch.tanh`, once."""
@@ -149,6 +147,7 @@ class DeferredLogits:
     def __add__(self, other: Any) -> DeferredLogits:
         if not isinstance(other, Tensor):
             self.refuse("a sum")
+        self._classes_last("a sum")
         name = f"a sum with {tuple(other.shape)} (of adapters? get_peft_model comes before fuse_head)"
         return self._with(self._transform.plus(other) or self.refuse(name))
 
@@ -261,11 +260,15 @@ class DeferredLogits:
         raise TypeError(self._explanation(name))
 
     def _explanation(self, name: str) -> str:
-        return checks.released(name) if self._hidden is None else checks.operation(self._call.model, name)
+        if self._changed:
+            name = f"a change in place, and then {name} of what may share memory with what was changed"
+        elif self._hidden is None:
+            return checks.released(name)
+        return checks.operation(self._call.model, name)
 
     def _positions(self, name: str) -> Tensor:
-        if self._hidden is None:
-            raise AttributeError(checks.released(name))
+        if self._hidden is None or self._changed:
+            raise AttributeError(self._explanation(name))
         hidden: Tensor = self._hidden
         return hidden
 
@@ -283,10 +286,31 @@ class DeferredLogits:
     def _like(self, hidden: Tensor) -> DeferredLogits:
         return DeferredLogits(self._call, hidden, self._transform, classes_second=self._classes_second)
 
+    def _in_place(self, transform: Transform) -> DeferredLogits:
+        """Whether others are views of these or copies is not known: they are not used any more."""
+        self._positions("arithmetic")
+        for other in self._call.made:
+            if other is not self:
+                other._changed = True
+        self._transform = transform
+        return self
+
     def _with(self, transform: Transform) -> DeferredLogits:
         hidden, second = self._positions("arithmetic"), self._classes_second
         return DeferredLogits(self._call, hidden, transform, classes_second=second)
 
+
+def _refused(name: str) -> Callable[..., Any]:
+    def method(self: DeferredLogits, *_others: Any, **_keywords: Any) -> NoReturn:
+        self.refuse(name)
+
+    return method
+
+
+for _name in ("array", "bool", "len", "float", "int", "neg", "abs", "sub", "rsub", "rtruediv", "matmul", "pow"):
+    setattr(DeferredLogits, f"__{_name}__", _refused(f"__{_name}__"))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(DeferredLogits, f"__{_name}__", _refused(f"__{_name}__"))
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: lambda input, *args, **kwargs: input.cross_entropy(*args, **kwargs),

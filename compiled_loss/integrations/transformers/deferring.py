@@ -24,18 +24,22 @@ def deferring(model: nn.Module) -> Iterator[None]:
     """
     head = checks.has_head(innermost(model))
     stood = head.__dict__.get("forward")
-    head.forward = MethodType(_head_forward, head)
+    calls: list[HeadCall] = []
+
+    @leaves_head
+    def forward(self: Any, hidden: Tensor, *, asked: Asked | None = None) -> Any:
+        if asked is not None:
+            return answer(self, hidden, asked)
+        calls.append(HeadCall(type(self).__name__, self, hidden.shape[:-1]))
+        return DeferredLogits.of(calls[-1], hidden)
+
+    head.forward = MethodType(forward, head)
     try:
         yield
     finally:
+        for call in calls:
+            call.release()
         if stood is None:
             del head.forward
         else:
             head.forward = stood
-
-
-@leaves_head
-def _head_forward(self: Any, hidden: Tensor, *, asked: Asked | None = None) -> Any:
-    if asked is not None:
-        return answer(self, hidden, asked)
-    return DeferredLogits.of(HeadCall(type(self).__name__, self, hidden.shape[:-1]), hidden)

@@ -61,7 +61,9 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
     The Trainer takes the model as it is. So does `torch.compile(model, fullgraph=True)`, before or after, and so do
     DistributedDataParallel, FSDP2 and ZeRO-3: a head that they gather for its forward alone is called a second time,
     for the loss. PEFT's LoRA, modules_to_save and trainable tokens on the head are part of the loss. What puts another
-    head in the model's place comes first: `get_peft_model`, `resize_token_embeddings`.
+    head in the model's place comes first: `get_peft_model`, `resize_token_embeddings`. `state_dict`, `save_pretrained` and
+    copies are as before; a pickle of the whole model, as `torch.save(model)` makes, wants `unfuse_head` first. A model is
+    trained by one thread at a time.
 
     Args:
         model: of `transformers`, or any whose forward takes `labels` and whose `get_output_embeddings()` returns the
@@ -103,16 +105,27 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
     arguments.instance("chunking", chunking, Chunking)
     arguments.statistics_wanted(statistics, WANTED)
     inner = innermost(model)
-    if _fused(inner) is not None:
+    before = _fused(inner)
+    if before is not None and not before.off:
         checks.fused_already(inner)
     parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
     checks.takes_labels(inner, parameters)
     head = checks.has_head(inner)
+    if _fused(head) not in (None, before):
+        checks.shared_head(inner)
     with contextlib.suppress(ValueError):  # a weight that is not here now may be when it is used
         base_weight(head, HEAD)
     fused = FusedHead(inner, head, chunking, statistics)
-    _replace("model", inner, fused, _model_forward(type(inner).forward, parameters.index("labels")))
-    _replace("head", head, fused, _head_forward)
+    if before is None:
+        _replace("model", inner, fused, _model_forward(type(inner).forward, parameters.index("labels")))
+    else:  # what wrapped the forward that is here looks this up
+        fused.placed["model"], fused.stood = before.placed["model"], before.stood
+        setattr(inner, _NAME, fused)
+    if _fused(head) is None:
+        _replace("head", head, fused, _head_forward)
+    else:
+        fused.placed["head"] = _head_forward
+        setattr(head, _NAME, fused)
 
 
 def unfuse_head(model: nn.Module) -> None:
@@ -170,21 +183,21 @@ def _model_forward(forward: Callable[..., Any], before_labels: int) -> Callable[
         fused: FusedHead = getattr(self, _NAME)
         labels = kwargs.get("labels", args[before_labels] if len(args) > before_labels else None)
         smoothed = labels is None and _label_smoothing()
-        if fused.off or not self.training or not torch.is_grad_enabled() or (labels is None and not smoothed):
-            return fused.original("model", self, *args, **kwargs)
+        plain = fused.off or not self.training or not torch.is_grad_enabled() or (labels is None and not smoothed)
         calls: list[HeadCall] = []
-        fused.calls = calls
+        around, fused.calls = fused.calls, None if plain else calls  # a hook may call the model within a call
         try:
             output = fused.original("model", self, *args, **kwargs)
-            if not smoothed:
+            if not plain and not smoothed:
                 checks.loss_of_logits(self, len(calls) > 0, any(call.asked for call in calls))
             return output
         finally:
-            fused.calls = None
-            if not smoothed:
-                for call in calls:
-                    call.release()
+            fused.calls = around
+            for call in calls:
+                call.leave() if smoothed else call.release()
 
+    fused_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    del fused_forward.__wrapped__  # by which Accelerate would unwrap it
     return fused_forward
 
 

@@ -44,7 +44,8 @@ class HeadCall:
         self.tokens = tokens  # the shape of all but the classes
         self.chunking = chunking
         self.wanted = statistics
-        self.made: list[Any] = []  # deferred logits, of which one may outlive the model's forward
+        self.made: list[Any] = []  # deferred logits of the forward that runs, of which one may outlive it
+        self.returned = False  # from that forward
         self.asked = False  # for what a loss is made of
         self.statistics: TokenStatistics | None = None
 
@@ -72,11 +73,20 @@ class HeadCall:
                 kept[name] = values.reshape(self.tokens) if values.numel() == self.tokens.numel() else values
         self.statistics = TokenStatistics(**kept)
 
+    def hold(self, deferred: Any) -> None:
+        """Remember deferred logits until the forward has returned: not longer, for they hold this call."""
+        if not self.returned:
+            self.made.append(deferred)
+
+    def leave(self) -> None:
+        """The forward has returned; its output is still to be asked for a loss."""
+        self.made, self.returned = [], True
+
     def release(self) -> None:
         """Hold hidden states and head no longer."""
         for deferred in self.made:
             deferred.release()
-        self.made = []
+        self.leave()
         self.module = None
 
 

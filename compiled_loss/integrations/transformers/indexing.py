@@ -1,4 +1,4 @@
-"""Arguments of methods that index and reshape, in the forms that torch takes."""
+"""Arguments of operations, in the forms that torch takes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def split(index: Any, dims: int) -> tuple[Any, Any]:
     if index[-1] is Ellipsis or (taken < dims and all(part is not Ellipsis for part in index)):
         return index, slice(None)
     return (*index[:-1], slice(None)), index[-1]
+
+
+def first(kind: type[Any], args: Any, keywords: Any) -> Any:
+    """The first argument of this kind, or the first in a sequence that is an argument."""
+    for given in (*args, *keywords.values()):
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, kind):
+                return value
+    raise TypeError("logits: expected operations on a training step's that fuse_head(model) knows, got another")
 
 
 def _dims(part: Any) -> int:

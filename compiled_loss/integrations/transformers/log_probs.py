@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compiled_loss.integrations.transformers import losses
+from compiled_loss.integrations.transformers import indexing, losses
 from compiled_loss.integrations.transformers.head_call import HeadCall
 
 
@@ -27,7 +27,7 @@ class DeferredLogProbs:
     ) -> Any:
         if func is F.nll_loss and isinstance(args[0], DeferredLogProbs):
             return args[0].nll_loss(*args[1:], **(kwargs or {}))
-        return next(v for v in args if isinstance(v, DeferredLogProbs)).refuse(getattr(func, "__name__", str(func)))
+        return indexing.first(DeferredLogProbs, args, kwargs or {}).refuse(getattr(func, "__name__", str(func)))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

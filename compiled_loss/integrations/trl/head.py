@@ -55,8 +55,13 @@ def unfuse(model: Any) -> None:
 
 
 def _ours(model: Any) -> FusedHead | None:
-    heads = [getattr(forward, "head", None) for forward in _forwards(model)]
-    return next((head for head in heads if isinstance(head, FusedHead)), None)
+    """The head that answers, if it is ours: a later trainer puts TRL's on top of one before it."""
+    for forward in _forwards(model):
+        if isinstance(found := getattr(forward, "head", None), FusedHead):
+            return found
+        if _is_of_trl(forward):
+            return None
+    return None
 
 
 def _forwards(model: Any) -> list[Any]:
@@ -65,10 +70,14 @@ def _forwards(model: Any) -> list[Any]:
     return [getattr(forward, "__func__", forward) for forward in (own.get("forward"), own.get("_original_forward"))]
 
 
+def _is_of_trl(forward: Any) -> bool:
+    return inspect.isfunction(forward) and forward.__code__.co_name == "_fused_forward"
+
+
 def _asked(model: Any) -> dict[str, Any]:
     """What TRL asked of its head."""
     for forward in _forwards(model):
-        if inspect.isfunction(forward) and forward.__code__.co_name == "_fused_forward":
+        if _is_of_trl(forward):
             return dict(inspect.getclosurevars(forward).nonlocals)
     return {}
 
