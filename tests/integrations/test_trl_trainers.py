@@ -13,6 +13,7 @@ import trl
 from trl_trainers import V, curves, lora, model, quiet, saved, trainer
 
 from compiled_loss import Chunking
+from compiled_loss.integrations.transformers import fuse_head
 from compiled_loss.integrations.trl import fuse_trainer, unfuse_trainer
 
 pytestmark = [
@@ -195,6 +196,24 @@ def test_class_of_a_user(make, folder):
     made.__class__ = Mine
     fuse_trainer(made)
     assert curves(made)["loss"].isfinite().all()
+
+
+def test_a_second_trainer_of_a_model(make, no_kernels, monkeypatch):
+    """To which TRL gives a head again, over what Accelerate put around ours in the first."""
+    first = make("SFT", bf16=True)
+    fuse_trainer(first)
+    first.train()
+    monkeypatch.setattr("trl_trainers.model_of", lambda _folder: first.model)
+    second = make("SFT", bf16=True)
+    fuse_trainer(second)
+    second.train()
+
+
+def test_a_model_whose_head_is_fused_already(make):
+    made = make("SFT")
+    fuse_head(made.model)
+    with pytest.raises(ValueError, match="unfuse_head\\(model\\) first, fuse_trainer"):
+        fuse_trainer(made)
 
 
 def test_copy_of_a_model_is_refused(make):

@@ -61,9 +61,9 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
     The Trainer takes the model as it is. So does `torch.compile(model, fullgraph=True)`, before or after, and so do
     DistributedDataParallel, FSDP2 and ZeRO-3: a head that they gather for its forward alone is called a second time,
     for the loss. PEFT's LoRA, modules_to_save and trainable tokens on the head are part of the loss. What puts another
-    head in the model's place comes first: `get_peft_model`, `resize_token_embeddings`. `state_dict`, `save_pretrained` and
-    copies are as before; a pickle of the whole model, as `torch.save(model)` makes, wants `unfuse_head` first. A model is
-    trained by one thread at a time.
+    head in the model's place comes first: `get_peft_model`, `resize_token_embeddings`. `state_dict`, `save_pretrained`
+    and copies are as before; a pickle of the whole model, as `torch.save(model)` makes, wants `unfuse_head` first. A
+    model is trained by one thread at a time.
 
     Args:
         model: of `transformers`, or any whose forward takes `labels` and whose `get_output_embeddings()` returns the

@@ -36,6 +36,15 @@ def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> No
         )
 
 
+def not_fused(model: object) -> None:
+    """Raise where `fuse_head` has put its forward over TRL's."""
+    if "_compiled_loss_fused_head" in vars(model):
+        raise ValueError(
+            f"trainer: expected a {type(model).__name__} whose head is not fused, got one that fuse_head was called "
+            "with: unfuse_head(model) first, fuse_trainer(trainer) does all of it"
+        )
+
+
 def original(model: object, forward: Any) -> None:
     """Raise where a copy of a fused model is called: its forward is the original's, with the original's weights."""
     if getattr(forward, "__self__", model) is not model:

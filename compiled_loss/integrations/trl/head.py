@@ -40,6 +40,7 @@ _STATISTICS = {  # ours, by the names of TRL's outputs
 
 def fuse(model: Any, autocast: Callable[[], Any], chunking: Chunking) -> None:
     """Replace the fused head that TRL gave to a model; all of a call runs in autocast()."""
+    checks.not_fused(model)
     if (ours := _ours(model)) is not None:  # Accelerate has put autocast around it
         ours.chunking, ours.active = chunking, True
     else:
