@@ -84,6 +84,12 @@ class LabelTokenMean(Callback):
         """Count the batch's label tokens."""
         self._microbatch = self.count(batch)
 
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Forget the tokens of gradients that no step has used: an epoch was left within one."""
+        self._step = 0
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the gradients of a microbatch; Lightning's own mean, over microbatches and ranks, is undone."""
         weight = self._microbatch * (trainer.accumulate_grad_batches * trainer.world_size / _TOKENS)

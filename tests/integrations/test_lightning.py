@@ -112,6 +112,15 @@ def test_counts_of_a_model_that_shifts():
     torch.testing.assert_close(module.gradients, gradients, **CLOSE)
 
 
+def test_an_epoch_left_within_a_step():
+    """Lightning zeroes the gradients of its microbatches, and their tokens count no more."""
+    module = make_module()
+    module.on_train_batch_start = lambda batch, batch_idx: -1 if module.current_epoch == 0 and batch_idx == 1 else None
+    fit(module, max_epochs=2)
+    gradients, _ = plain_steps(whole_steps(), torch.float64)
+    torch.testing.assert_close(module.gradients, gradients, **CLOSE)
+
+
 def test_refused():
     module = make_module()
     module.automatic_optimization = False
