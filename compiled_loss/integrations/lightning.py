@@ -49,7 +49,8 @@ class LabelTokenMean(Callback):
 
     Raises:
         ValueError: the module optimizes manually, or the strategy (DeepSpeed's) accumulates by itself, so that the
-            hooks which weigh and divide are not called.
+            hooks which weigh and divide are not called; or the Trainer has two of these callbacks. A count that is not
+            one number.
 
     Example:
         >>> import torch
@@ -66,7 +67,13 @@ class LabelTokenMean(Callback):
         self._step: Any = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what does not call the hooks below."""
+        """Refuse what does not call the hooks below once."""
+        given = sum(isinstance(callback, LabelTokenMean) for callback in trainer.callbacks)
+        if given > 1:
+            raise ValueError(
+                f"LabelTokenMean: expected one among the Trainer's callbacks, got {given}: remove all but one, for each "
+                "weighs the gradients"
+            )
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"LabelTokenMean: expected automatic optimization, got {type(pl_module).__name__} with "

@@ -121,6 +121,11 @@ def test_an_epoch_left_within_a_step():
     torch.testing.assert_close(module.gradients, gradients, **CLOSE)
 
 
+def test_given_twice():
+    with pytest.raises(ValueError, match=r"^LabelTokenMean: expected one among the Trainer's callbacks, got 2: remove"):
+        fit(make_module(), callbacks=[label_token_mean()(), label_token_mean()()])
+
+
 def test_refused():
     module = make_module()
     module.automatic_optimization = False
