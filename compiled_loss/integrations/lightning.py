@@ -100,7 +100,7 @@ class LabelTokenMean(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the gradients of a microbatch; Lightning's own mean, over microbatches and ranks, is undone."""
         weight = self._microbatch * (trainer.accumulate_grad_batches * trainer.world_size / _TOKENS)
-        loss.register_hook(lambda grad: grad * weight)
+        loss.register_hook(lambda grad: (grad * weight).to(grad.dtype))
         self._step += self._microbatch
 
     def on_before_optimizer_step(

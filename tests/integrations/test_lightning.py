@@ -121,6 +121,19 @@ def test_an_epoch_left_within_a_step():
     torch.testing.assert_close(module.gradients, gradients, **CLOSE)
 
 
+def test_a_loss_in_bf16():
+    """Its gradient is handed on in its dtype."""
+    module = make_module()
+    module.training_step = lambda batch, batch_idx: F.cross_entropy(
+        module.model.head(module.model.hidden(batch["inputs"])).flatten(0, 1), batch["labels"].flatten(), reduction="sum"
+    ) / (batch["labels"] != -100).sum().clamp(min=1)
+    fit(module, "bf16-true")
+    truth, _ = plain_steps(whole_steps()[:1], torch.float64)
+    for mine, exact in zip(module.gradients[0], truth[0], strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - exact).norm() < 8 * 2**-8 * exact.norm()  # of bf16's roundings on the way; three are summed
+
+
 def test_given_twice():
     with pytest.raises(ValueError, match=r"^LabelTokenMean: expected one among the Trainer's callbacks, got 2: remove"):
         fit(make_module(), callbacks=[label_token_mean()(), label_token_mean()()])
