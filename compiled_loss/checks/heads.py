@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# By what name the configs of models hold a bound of their logits, and a factor.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+FACTORS = (
+    "logit_scale",  # Cohere
+    "logits_scaling",  # Granite, HyperCLOVA X
+    "lm_head_multiplier",  # Falcon-H1
+    "output_multiplier",  # Muse
+)
+
 _LOGITS = "use a loss of logits"
-_SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 _TORCH = ("torch.distributed.", "torch._subclasses.")  # DTensor; fake and functional tensors
 _PACKED = ("qweight", "W_q", "weight_packed", "packed_weight")  # GPTQ and AWQ; HQQ; compressed-tensors; others
 
@@ -131,14 +139,16 @@ def without_bias(name: str, head: object, bias: object) -> None:
 def logit_map(loss: str, softcap: float | None, config: Any) -> None:
     """Raise where a model's config says that its logits are others than the loss's."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    own = getattr(config, "final_logit_softcapping", None)
-    if own != softcap:
-        expected = f"a softcap of {own}" if own is not None else "no softcap"
-        raise ValueError(
-            f"model_config: expected {softcap}, which {loss} applies, as final_logit_softcapping, got {own}: "
-            f"use a loss with {expected}, or {_LOGITS}"
-        )
-    for name in _SCALES:
+    given = [name for name in SOFTCAPS if getattr(config, name, None) is not None]
+    for name in given or SOFTCAPS[:1]:
+        own = getattr(config, name, None)
+        if own != softcap:
+            expected = f"a softcap of {own}" if own is not None else "no softcap"
+            raise ValueError(
+                f"model_config: expected {softcap}, which {loss} applies, as {name}, got {own}: "
+                f"use a loss with {expected}, or {_LOGITS}"
+            )
+    for name in FACTORS:
         scale = getattr(config, name, None)
         if isinstance(scale, (int, float)) and scale != 1:
             raise ValueError(f"model_config: expected {name} of 1, for {loss} does not scale, got {scale}: {_LOGITS}")

@@ -23,15 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compiled_loss.checks.heads import FACTORS, SOFTCAPS
 from compiled_loss.huggingface import checks
 
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
-FACTORS = (
-    "logit_scale",  # Cohere
-    "logits_scaling",  # Granite, HyperCLOVA X
-    "lm_head_multiplier",  # Falcon-H1
-    "output_multiplier",  # Muse
-)
 SHIFTS = {  # how far the labels of a loss_function are from what predicts them
     "ForCausalLMLoss": 1,
     "causal_lm_loss": 1,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 from pydantic import BaseModel, Field, model_validator
 
+from compiled_loss import checks
+from compiled_loss.config.base import chunking_of
 from compiled_loss.integrations.transformers import fuse_head
-from compiled_loss.planner.chunking import Chunking
 
 __all__ = ["CompiledLossArgs", "CompiledLossPlugin"]
 
@@ -19,6 +21,7 @@ _LOG = get_logger(__name__)
 _OTHER_LOSSES = (
     "chunked_cross_entropy",
     "cut_cross_entropy",
+    "flash_attn_cross_entropy",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
     "use_eaft",
@@ -44,14 +47,22 @@ class CompiledLossArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_other_losses(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what computes another loss; see :class:`CompiledLossPlugin`."""
+        """Refuse what computes another loss, and keys that nobody reads; see :class:`CompiledLossPlugin`."""
         for key in _OTHER_LOSSES:
             if data.get(key):
                 raise ValueError(
                     f"{key}: expected none beside CompiledLossPlugin, which computes the model's own loss without its "
                     f"logits, got {data[key]!r}: remove it, or the plugin"
                 )
-        Chunking(**(data.get("compiled_loss_chunking") or {}))
+        own = [key for key in data if key.startswith("compiled_loss_")]
+        checks.modules.fields("CompiledLossPlugin", own, list(CompiledLossArgs.model_fields))
+        chunking = data.get("compiled_loss_chunking")
+        if chunking is not None and not isinstance(chunking, Mapping):
+            raise TypeError(
+                "compiled_loss_chunking: expected a mapping of Chunking's fields, such as {memory_budget: 1GiB}, got "
+                f"{chunking!r}"
+            )
+        chunking_of(chunking or {})
         return data
 
 
@@ -74,8 +85,9 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
 
     Raises:
         ValueError: as the YAML is validated, where it asks for another loss (`cut_cross_entropy`,
-            `chunked_cross_entropy`, Liger's, EAFT, distillation, `rl`, reward models), or a chunking that is none.
-        TypeError: likewise; or the model has no head to fuse.
+            `chunked_cross_entropy`, `flash_attn_cross_entropy`, Liger's, EAFT, distillation, `rl`, reward models), or a
+            chunking that is none.
+        TypeError: likewise; or a key is misspelled; or the model has no head to fuse.
 
     Example:
         >>> from compiled_loss.integrations.axolotl import CompiledLossArgs
@@ -90,7 +102,7 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Fuse the head, after adapters are loaded."""
-        fuse_head(model, chunking=Chunking(**(cfg.compiled_loss_chunking or {})))
+        fuse_head(model, chunking=chunking_of(cfg.compiled_loss_chunking or {}))
         _LOG.info("CompiledLossPlugin: fused the head of %s", type(model).__name__)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

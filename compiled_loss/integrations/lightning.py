@@ -19,7 +19,15 @@ _TOKENS = 2.0**12
 
 def count_labels(batch: Any) -> Tensor:
     """The labels of a batch that are not -100, as an int64 tensor on its device."""
-    labels: Tensor = batch["labels"]
+    try:
+        labels = batch["labels"]
+    except (LookupError, TypeError):
+        labels = None
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f'batch: expected a Tensor as batch["labels"], got {type(batch).__name__}: '
+            "give LabelTokenMean(count=...), from a batch to the number of its label tokens"
+        )
     return (labels != -100).sum()
 
 
@@ -41,15 +49,17 @@ class LabelTokenMean(Callback):
 
     Args:
         count: from a batch, as `training_step` gets it, to the number of label tokens that its loss is the mean over,
-            as a tensor on the batch's device. By default those of `batch["labels"]` that are not -100; for a model
-            that shifts its labels itself, `lambda batch: (batch["labels"][:, 1:] != -100).sum()`.
+            as a tensor on the batch's device, or an int. By default those of `batch["labels"]` that are not -100; for a
+            model that shifts its labels itself, `lambda batch: (batch["labels"][:, 1:] != -100).sum()`.
 
     Memory:
         One count. The division is one pass over the gradients, and one all-reduce of 8 bytes where there are ranks.
 
     Raises:
         ValueError: the module optimizes manually, or the strategy (DeepSpeed's) accumulates by itself, so that the
-            hooks which weigh and divide are not called.
+            hooks which weigh and divide are not called; or the Trainer has two of these callbacks. A count that is not
+            one number.
+        TypeError: likewise; or a batch whose labels `count` does not find.
 
     Example:
         >>> import torch
@@ -60,13 +70,19 @@ class LabelTokenMean(Callback):
 
     """
 
-    def __init__(self, count: Callable[[Any], Tensor] = count_labels) -> None:
+    def __init__(self, count: Callable[[Any], Tensor | int] = count_labels) -> None:
         self.count = count
-        self._microbatch: Any = 0
-        self._step: Any = 0
+        self._microbatch: Tensor | int = 0
+        self._step: Tensor | int = 0  # 0 until the step's first backward
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what does not call the hooks below."""
+        """Refuse what does not call the hooks below once."""
+        given = sum(isinstance(callback, LabelTokenMean) for callback in trainer.callbacks)
+        if given > 1:
+            raise ValueError(
+                f"LabelTokenMean: expected one among the Trainer's callbacks, got {given}: "
+                "remove all but one, for each weighs the gradients"
+            )
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"LabelTokenMean: expected automatic optimization, got {type(pl_module).__name__} with "
@@ -82,21 +98,33 @@ class LabelTokenMean(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch's label tokens."""
-        self._microbatch = self.count(batch)
+        count = self.count(batch)
+        if not isinstance(count, (Tensor, int)):
+            raise TypeError(f"count: expected one number of label tokens, got {type(count).__name__}: return a Tensor")
+        if isinstance(count, Tensor) and count.numel() != 1:
+            raise ValueError(f"count: expected one number of label tokens, got {list(count.shape)}: return their sum")
+        self._microbatch = torch.as_tensor(count, device=pl_module.device).reshape(())
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Forget the tokens of gradients that no step has used: an epoch was left within one."""
+        self._step = 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the gradients of a microbatch; Lightning's own mean, over microbatches and ranks, is undone."""
         weight = self._microbatch * (trainer.accumulate_grad_batches * trainer.world_size / _TOKENS)
-        loss.register_hook(lambda grad: grad * weight)
-        self._step += self._microbatch
+        loss.register_hook(lambda grad: (grad * weight).to(grad.dtype))
+        self._step = self._step + self._microbatch
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Divide the gradients by the step's label tokens."""
-        tokens, self._step = self._step, 0
+        tokens, self._step = torch.as_tensor(self._step, device=pl_module.device), 0
         if trainer.world_size > 1:
             distributed.all_reduce(tokens)
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        torch._foreach_div_(local, tokens.clamp(min=1) / _TOKENS)
+        if local:  # none where no microbatch had a loss
+            torch._foreach_div_(local, tokens.clamp(min=1) / _TOKENS)

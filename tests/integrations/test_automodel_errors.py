@@ -166,6 +166,19 @@ def test_errors_of_depths_name_the_arguments_of_calculate_mtp_loss():
     assert text(**given).startswith("mtp_per_depth_targets[1]: expected 0 <= label < V = 17")
 
 
+@pytest.mark.parametrize(
+    ("config", "name"), [("RecurrentGemmaConfig", "logits_soft_cap"), ("xLSTMConfig", "output_logit_soft_cap")]
+)
+def test_a_softcap_by_any_name_of_a_config_has_to_be_the_losses(config, name):
+    config = getattr(pytest.importorskip("transformers"), config)(**{name: 20.0})
+    head = torch.nn.Linear(H, V, bias=False)
+    assert FUSED(logit_softcapping=20.0).validate_lm_head(head, model_config=config) is head
+    for loss, softcap in ((FUSED(), None), (FUSED(logit_softcapping=30.0), 30.0)):
+        text = f"model_config: expected {softcap}, which FusedLinearCrossEntropy applies, as {name}, got 20.0: use"
+        with pytest.raises(ValueError, match="^" + re.escape(text)):
+            loss.validate_lm_head(head, model_config=config)
+
+
 def test_what_is_no_error_of_ours_is_left_alone():
     class MineError(RuntimeError):
         def __init__(self, one, two):

@@ -85,11 +85,13 @@ def test_keys(manager):
     assert args(manager).model_dump() == {"compiled_loss_chunking": None, "compiled_loss_token_mean": False}
     chunking = {"memory_budget": "1GiB"}
     assert args(manager, compiled_loss_chunking=chunking, rl=None).compiled_loss_chunking == chunking
+    chunking = {"accumulate_dtype": "float32"}  # which YAML has as text
+    assert args(manager, compiled_loss_chunking=chunking).compiled_loss_chunking == chunking
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rl", "dpo"), ("cut_cross_entropy", True), ("liger_fused_linear_cross_entropy", True), ("use_eaft", True)],
+    [("rl", "dpo"), ("cut_cross_entropy", True), ("flash_attn_cross_entropy", True), ("use_eaft", True)],
 )
 def test_other_losses_are_refused(manager, key, value):
     with pytest.raises(ValueError, match=f"{key}: expected none beside CompiledLossPlugin, .* got {value!r}: remove"):
@@ -97,8 +99,18 @@ def test_other_losses_are_refused(manager, key, value):
 
 
 def test_wrong_keys_are_refused(manager):
-    with pytest.raises(TypeError, match="chunk_sise"):
-        args(manager, compiled_loss_chunking={"chunk_sise": 5})
+    with pytest.raises(
+        TypeError, match=r"^Chunking: expected only .*, got memory_budgt: did you mean memory_budget\?$"
+    ):
+        args(manager, compiled_loss_chunking={"memory_budgt": "1GiB"})
+    with pytest.raises(
+        TypeError, match=r"^compiled_loss_chunking: expected a mapping of Chunking's fields, .* got 'auto'"
+    ):
+        args(manager, compiled_loss_chunking="auto")
+    with pytest.raises(
+        TypeError, match=r"^CompiledLossPlugin: expected only .*: did you mean compiled_loss_token_mean"
+    ):
+        args(manager, compiled_loss_token_maen=True)
     with pytest.raises(ValueError, match="token_mean"):
         args(manager, compiled_loss_token_mean="maybe")
 

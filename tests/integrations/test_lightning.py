@@ -112,6 +112,68 @@ def test_counts_of_a_model_that_shifts():
     torch.testing.assert_close(module.gradients, gradients, **CLOSE)
 
 
+def test_an_epoch_left_within_a_step():
+    """Lightning zeroes the gradients of its microbatches, and their tokens count no more."""
+    module = make_module()
+    module.on_train_batch_start = lambda batch, batch_idx: -1 if module.current_epoch == 0 and batch_idx == 1 else None
+    fit(module, max_epochs=2)
+    gradients, _ = plain_steps(whole_steps(), torch.float64)
+    torch.testing.assert_close(module.gradients, gradients, **CLOSE)
+
+
+def test_a_loss_in_bf16():
+    """Its gradient is handed on in its dtype."""
+    module = make_module()
+    module.training_step = lambda batch, batch_idx: (
+        F.cross_entropy(
+            module.model.head(module.model.hidden(batch["inputs"])).flatten(0, 1),
+            batch["labels"].flatten(),
+            reduction="sum",
+        )
+        / (batch["labels"] != -100).sum().clamp(min=1)
+    )
+    fit(module, "bf16-true")
+    truth, _ = plain_steps(whole_steps()[:1], torch.float64)
+    for mine, exact in zip(module.gradients[0], truth[0], strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - exact).norm() < 8 * 2**-8 * exact.norm()  # of bf16's roundings on the way; three are summed
+
+
+def test_steps_without_a_loss():
+    """Lightning goes on where `training_step` returns None: here in the whole second step."""
+    module = make_module()
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) if batch_idx < MICROBATCHES else None
+    module.on_before_optimizer_step = lambda optimizer: None  # there is no gradient to keep
+    fit(module)
+    _, parameters = plain_steps(whole_steps()[:1], torch.float64)
+    torch.testing.assert_close(list(module.parameters()), parameters, **CLOSE)
+
+
+def test_counts_that_are_ints():
+    module = make_module()
+    fit(module, callbacks=[label_token_mean()(lambda batch: int((batch["labels"] != -100).sum()))])
+    gradients, _ = plain_steps(whole_steps(), torch.float64)
+    torch.testing.assert_close(module.gradients, gradients, **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [None, torch.zeros(2, 3), [torch.zeros(2)], {"input_ids": 1}, {"labels": [1, 2]}])
+def test_batches_without_labels(batch):
+    with pytest.raises(TypeError, match=r"^batch: expected a Tensor as batch\[\"labels\"\], got .*: give .*count="):
+        label_token_mean()().count(batch)
+
+
+@pytest.mark.parametrize("count", [None, torch.ones(2)])
+def test_counts_that_are_none(count):
+    with pytest.raises((TypeError, ValueError), match=r"^count: expected one number of label tokens, got "):
+        fit(make_module(), callbacks=[label_token_mean()(lambda batch: count)])
+
+
+def test_given_twice():
+    with pytest.raises(ValueError, match=r"^LabelTokenMean: expected one among the Trainer's callbacks, got 2: remove"):
+        fit(make_module(), callbacks=[label_token_mean()(), label_token_mean()()])
+
+
 def test_refused():
     module = make_module()
     module.automatic_optimization = False
