@@ -77,7 +77,8 @@ class LabelTokenMean(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what does not call the hooks below once."""
-        given = sum(isinstance(callback, LabelTokenMean) for callback in trainer.callbacks)
+        callbacks: list[Any] = vars(trainer)["callbacks"]  # an attribute that has no annotation
+        given = sum(isinstance(callback, LabelTokenMean) for callback in callbacks)
         if given > 1:
             raise ValueError(
                 f"LabelTokenMean: expected one among the Trainer's callbacks, got {given}: "
