@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from transformers_models import transformers
 
-pytestmark = pytest.mark.xdist_group("transformers")
+pytestmark = [
+    pytest.mark.xdist_group("transformers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of models that are to be trained in another way
+]
 
 TABLE = Path(__file__).parent / "transformers_families.json"
 SOME = {  # and what of them matters
