@@ -4,7 +4,6 @@ Automodel is imported in the ranks' processes alone, for it takes seconds.
 """
 
 import importlib.util
-import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -174,21 +173,9 @@ def list_mle():
 ONE_RANK = (training, inspections, heads, builders, values, mtp, list_mle)
 
 
-def one_rank():
-    """The traceback of each that fails."""
-    failures = {}
-    for test in ONE_RANK:
-        torch.manual_seed(0)
-        try:
-            test()
-        except Exception:
-            failures[test.__name__] = traceback.format_exc()
-    return failures
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    (failures,) = ranks.run(one_rank, 1, tmp_path_factory.mktemp("automodel"), limit=400)
+    (failures,) = ranks.run(ranks.failures_of, 1, tmp_path_factory.mktemp("automodel"), *ONE_RANK, limit=400)
     return failures
 
 

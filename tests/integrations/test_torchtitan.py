@@ -5,7 +5,6 @@ torchtitan is imported in the ranks' processes alone, for it takes seconds.
 
 import importlib.util
 import json
-import traceback
 
 import pytest
 import ranks
@@ -120,21 +119,9 @@ def refusals():
 ONE_RANK = (training, plain_head, muse_glimmer_head, config, refusals)
 
 
-def one_rank():
-    """The traceback of each that fails."""
-    failures = {}
-    for test in ONE_RANK:
-        torch.manual_seed(0)
-        try:
-            test()
-        except Exception:
-            failures[test.__name__] = traceback.format_exc()
-    return failures
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    (failures,) = ranks.run(one_rank, 1, tmp_path_factory.mktemp("torchtitan"), limit=400)
+    (failures,) = ranks.run(ranks.failures_of, 1, tmp_path_factory.mktemp("torchtitan"), *ONE_RANK, limit=400)
     return failures
 
 

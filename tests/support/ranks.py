@@ -61,6 +61,18 @@ def at(where):
     Path(os.environ["RANK_WHERE"]).write_text(where)
 
 
+def failures_of(*tests):
+    """The traceback of each function that fails, by its name."""
+    failures = {}
+    for test in tests:
+        torch.manual_seed(0)
+        try:
+            test()
+        except Exception:
+            failures[test.__name__] = traceback.format_exc()
+    return failures
+
+
 def as_torchrun():
     """Set the variables by which frameworks know that processes were launched; the group is there already."""
     size, rank = dist.get_world_size(), dist.get_rank()

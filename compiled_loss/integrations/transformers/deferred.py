@@ -22,10 +22,11 @@ from compiled_loss.engine.math.statistics import TokenStatistics
 from compiled_loss.integrations.transformers import checks, indexing, losses
 from compiled_loss.integrations.transformers.head_call import HeadCall
 from compiled_loss.integrations.transformers.log_probs import DeferredLogProbs
+from compiled_loss.integrations.transformers.refusing import Refusing
 from compiled_loss.integrations.transformers.transform import Transform
 
 
-class DeferredLogits:
+class DeferredLogits(Refusing):
     """The logits [..., V] of a training step, of which a model computes its loss: NOTE [Deferred logits].
 
     It is what `output.logits` is after a training step of a model that :func:`fuse_head` was called with. By then it
@@ -105,11 +106,11 @@ class DeferredLogits:
 
     # What changes nothing, for the loss is computed in fp32, of hidden states however they lie.
 
-    def float(self) -> DeferredLogits:
-        """These, in any dtype and layout."""
-        return self._like(self._positions("float"))
+    def contiguous(self) -> DeferredLogits:
+        """These, in any layout and dtype."""
+        return self._like(self._positions("contiguous"))
 
-    contiguous = float
+    float = contiguous
 
     def is_contiguous(self) -> bool:
         """True."""
@@ -299,18 +300,6 @@ class DeferredLogits:
         hidden, second = self._positions("arithmetic"), self._classes_second
         return DeferredLogits(self._call, hidden, transform, classes_second=second)
 
-
-def _refused(name: str) -> Callable[..., Any]:
-    def method(self: DeferredLogits, *_others: Any, **_keywords: Any) -> NoReturn:
-        self.refuse(name)
-
-    return method
-
-
-for _name in ("array", "bool", "len", "float", "int", "neg", "abs", "sub", "rsub", "rtruediv", "matmul", "pow"):
-    setattr(DeferredLogits, f"__{_name}__", _refused(f"__{_name}__"))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(DeferredLogits, f"__{_name}__", _refused(f"__{_name}__"))
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: lambda input, *args, **kwargs: input.cross_entropy(*args, **kwargs),

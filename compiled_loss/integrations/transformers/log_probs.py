@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from compiled_loss.integrations.transformers import indexing, losses
 from compiled_loss.integrations.transformers.head_call import HeadCall
+from compiled_loss.integrations.transformers.refusing import Refusing
 
 
-class DeferredLogProbs:
+class DeferredLogProbs(Refusing):
     """Log softmax [..., V] of deferred logits, or its negative."""
 
     def __init__(self, logits: Any, call: HeadCall, *, negative: bool = False) -> None:
