@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.kernels import Compiled
+from compiled_loss.engine.operators import is_compiling
 from compiled_loss.planner.chunking import is_compiled
 
 Output = tuple[Tensor, ...]
@@ -40,7 +41,7 @@ def given(
     **known: Known,
 ) -> Output:
     """What `run` writes of logits that exist, in new tensors; `like` makes them."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return body(logits, *_in_order(rows, rest), **_present(known))
     out = like()
     run(body, logits, rows, rest, out, compiled=is_compiled(logits.device, compile), **known)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compiled_loss.engine.operators import is_compiling
+
 _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
 _LEAST_WIDTH = 512  # columns of a GEMM that fill a GPU
 
@@ -109,7 +111,7 @@ def _(x: Tensor, after: Sequence[Tensor]) -> Tensor:
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient * factor in `dtype`, with one rounding; eager torch would first round the factor to gradient's dtype."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return (gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32)).expand_as(gradient)).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype)
     rows = max(1, _BLOCK // max(1, gradient[:1].numel()))

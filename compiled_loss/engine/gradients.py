@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compiled_loss.engine import gemm
 from compiled_loss.engine.math.statistics import statistics_dtype
+from compiled_loss.engine.operators import is_compiling
 
 
 class Needs(NamedTuple):
@@ -85,7 +86,7 @@ def scaled_gradients(
     `ctx.spent` remembers. Compiled code leaves to the compiler what it overwrites.
     """
     scaled = gemm.scaled
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         if ctx.spent:
             unscaled = form()
         ctx.spent, scaled = True, gemm.scaled_

@@ -9,6 +9,7 @@ come here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -25,7 +26,14 @@ _SCHEMA = {
     "str": "str",
     "str | None": "str?",
     "torch.dtype | None": "ScalarType?",
+    "tuple[int, ...]": "int[]",
 }
+_composing = ContextVar("_composing", default=False)
+
+
+def is_compiling() -> bool:
+    """Return whether a compiler is at work: Dynamo, or what comes after it and looks into a composite."""
+    return torch.compiler.is_compiling() or _composing.get()
 
 
 class Defined(NamedTuple):
@@ -53,6 +61,45 @@ def none(kind: type[Any]) -> Any:
     return kind(*(None,) * len(kind._fields))
 
 
+def _fields(name: str, kinds: Sequence[type[Any]]) -> str:
+    """Return the arguments of a schema."""
+    hints = [(field, hint) for kind in kinds for field, hint in kind.__annotations__.items()]
+    fields = [f"{_SCHEMA[hint.__forward_arg__]} {field}" for field, hint in hints]
+    if len(dict(hints)) < len(hints):  # Inductor would say so in the first compiled call
+        raise TypeError(f"{name}: expected fields of different names, got {', '.join(fields)}")
+    return ", ".join(fields)
+
+
+def composite(
+    name: str, *kinds: type[Any]
+) -> Callable[[Callable[..., Sequence[Tensor]]], Callable[..., list[Tensor]]]:
+    """Make a function of NamedTuples of these kinds one node for Dynamo; AOTAutograd looks into it.
+
+    It may apply autograd Functions. Dynamo would trace them, and guard all that they look at.
+    """
+    def define(function: Callable[..., Sequence[Tensor]]) -> Callable[..., list[Tensor]]:
+        def on_fields(*values: Any) -> list[Tensor]:
+            token = _composing.set(True)
+            try:
+                return list(function(*unpack(values, *kinds)[:-1]))
+            finally:
+                _composing.reset(token)
+
+        qualified = f"compiled_loss::{name}"
+        torch.library.define(qualified, f"({_fields(name, kinds)}) -> Tensor[]")
+        torch.library.impl(qualified, "CompositeImplicitAutograd")(on_fields)
+        opaque = getattr(torch.ops.compiled_loss, name).default
+
+        def call(*operands: Any) -> list[Tensor]:
+            if torch.compiler.is_dynamo_compiling():
+                return list(opaque(*chain.from_iterable(operands)))
+            return list(function(*operands))
+
+        return call
+
+    return define
+
+
 def operator(
     name: str, *kinds: type[Any], like: Callable[..., Sequence[Tensor]], operations: Callable[..., int]
 ) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
@@ -62,10 +109,7 @@ def operator(
     shapes in the place of tensors. In eager code the last argument's `compiled` says whether the operator is called or
     the function itself.
     """
-    hints = [(field, hint) for kind in kinds for field, hint in kind.__annotations__.items()]
-    fields = [f"{_SCHEMA[hint.__forward_arg__]} {field}" for field, hint in hints]
-    if len(dict(hints)) < len(hints):  # Inductor would say so in the first compiled call
-        raise TypeError(f"{name}: expected fields of different names, got {', '.join(fields)}")
+    fields = _fields(name, kinds)
 
     def define(implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
         def on_fields(*values: Any) -> list[Tensor]:
@@ -73,7 +117,7 @@ def operator(
                 return implementation(*unpack(values, *kinds)[:-1])
 
         qualified = f"compiled_loss::{name}"  # no custom_op, of which a call takes longer
-        torch.library.define(qualified, f"({', '.join(fields)}) -> Tensor[]")
+        torch.library.define(qualified, f"({fields}) -> Tensor[]")
         torch.library.impl(qualified, "CompositeExplicitAutograd")(on_fields)
         torch.library.register_fake(qualified)(lambda *values: list(like(*unpack(values, *kinds)[:-1])))
         opaque = getattr(torch.ops.compiled_loss, name).default

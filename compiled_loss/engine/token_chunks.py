@@ -21,7 +21,7 @@ from compiled_loss.engine.math.coefficients import Classes, Divisor, unit_scale
 from compiled_loss.engine.math.problem import Problem
 from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import RowStatistics, Wanted, statistics_dtype
-from compiled_loss.engine.operators import none, operator, unpack
+from compiled_loss.engine.operators import composite, is_compiling, none, operator, unpack
 from compiled_loss.engine.token_statistics import Asked, chunks, of_chunk, product, statistics_like
 from compiled_loss.planner.plan import Lengths
 
@@ -78,9 +78,9 @@ def summed(
     with_entropy: bool = False,
 ) -> tuple[Tensor, RowStatistics | None]:
     """The sum of a `RowLoss` / divisor, differentiable; if wanted the masked statistics, detached."""
-    options = _Options(classes, needs, _Forming(loss.name, group, with_statistics, with_entropy), lengths)
-    total, *rest = _TokenChunks.apply(*problem, *divisor, *options, *loss, *inputs.flat())
-    return total, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
+    forming = _Forming(loss.name, group, with_statistics, with_entropy)
+    total, *rest = _sum(problem, divisor, classes, needs, forming, lengths, _Beside(loss.numbers, loss.wanted), inputs)
+    return total, RowStatistics.of(rest, forming.wanted()).map(Tensor.detach) if with_statistics else None
 
 
 def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
@@ -203,18 +203,15 @@ class _TokenChunks(torch.autograd.Function):
         gradients = Gradients.pop_from(found, options.needs, problem.bias)
         factor, total, *rest = found
         d_inputs, rest = rest[: len(loss.wanted)], rest[len(loss.wanted) :]
-        known = none(RowStatistics)
-        if options.forming.with_statistics:
-            known = RowStatistics.of(rest, options.forming.wanted())
         again = (*problem, divisor.divisor, *flat)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             again = (None,) * len(again)
         ctx.save_for_backward(*_Saved(*gradients, factor), *d_inputs, *again)
         ctx.dtypes = [None if v is None else v.dtype for v in (problem.hidden, problem.weight, problem.bias)]
         ctx.divisor, ctx.options, ctx.loss = divisor._replace(divisor=None), options, loss
         ctx.inputs, ctx.spent = len(inputs.inputs), False
         ctx.set_materialize_grads(False)
-        return total, *known
+        return total, *rest
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
@@ -236,3 +233,26 @@ class _TokenChunks(torch.autograd.Function):
         for i, d in zip(loss.wanted, d_inputs, strict=True):
             d_flat[i] = g * saved.factor * d
         return *d_problem, *rest, *d_flat
+
+
+class _Beside(NamedTuple):
+    """The rest of a `Named`."""
+
+    of_numbers: int
+    wanted: tuple[int, ...]
+
+
+@composite("sum_token_chunks", Problem, Divisor, Classes, Needs, _Forming, Lengths, _Beside, Inputs)
+def _sum(
+    problem: Problem,
+    divisor: Divisor,
+    classes: Classes,
+    needs: Needs,
+    forming: _Forming,
+    lengths: Lengths,
+    beside: _Beside,
+    inputs: Inputs,
+) -> Sequence[Tensor]:
+    options, loss = _Options(classes, needs, forming, lengths), Named(forming.loss, beside.of_numbers, tuple(beside.wanted))
+    found: Sequence[Tensor] = _TokenChunks.apply(*problem, *divisor, *options, *loss, *inputs.flat())
+    return found
