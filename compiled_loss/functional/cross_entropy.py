@@ -137,7 +137,7 @@ def cross_entropy(
 
 
 def cross_entropy_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: int) -> Tensor:
-    """The cross-entropy of labels, or of probabilities."""
+    """Returns the cross-entropy with labels, or with probabilities."""
     checks.tensor("logits", logits)
     checks.tensor("labels", labels)
     if labels.is_floating_point() and labels.dim() == logits.dim():

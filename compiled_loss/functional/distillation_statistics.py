@@ -1,6 +1,6 @@
-"""Distillation with what the same pass saw of each token: distances, entropies, acceptance.
+"""Distillation with statistics of each token from the same pass: divergences, entropies, acceptance.
 
-N tokens (any leading shape), H width, H' the teacher's, V vocabulary. All in nats but the shares of 1.
+N tokens (any leading shape), H width, H' the teacher's, V vocabulary. Everything but probabilities is in nats.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from compiled_loss.planner.chunking import Chunking
 class DistillationStatistics(NamedTuple):
     """Statistics of each token's two distributions, p the teacher's and q the student's. Each is [...], detached.
 
-    All are at the loss's temperature, 0 for tokens that do not count, and None where nobody wants them. Beside a cached
-    teacher they are those of the listed classes and all others as one.
+    All are at the loss's temperature, 0 for tokens that do not count, and None if they are not wanted. With a cached
+    teacher they are over the classes that it lists, and all other classes as one.
 
     `divergence`: that of the loss, or the weighted sum of several; without T^2 and the token's weight.
     `student_entropy`: -sum(q log q), in nats.
     `teacher_entropy`: -sum(p log p), in nats.
     `acceptance`: sum(min(p, q)), the rate at which speculative decoding accepts the student's tokens.
-    `student_mass`: q of the classes that a cached teacher lists; None beside another teacher.
-    `teacher_mass`: p of them; None likewise.
+    `student_mass`: the sum of q over the classes that a cached teacher lists; None with any other teacher.
+    `teacher_mass`: the sum of p over the same classes; None with any other teacher.
     """
 
     divergence: Tensor | None

@@ -1,4 +1,4 @@
-"""Ids of classes, K of each token: how those that a sampler kept are laid side by side."""
+"""Ids of classes, K of each token: rows of padded ids from those that a sampler kept."""
 
 from __future__ import annotations
 

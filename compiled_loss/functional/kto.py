@@ -1,6 +1,7 @@
 """Losses of answers that are judged each by itself, as functions of log-probabilities and fused with a linear head.
 
-B answers are the rows of [B, S], or what `segment_ids` says of packed tokens [...]. H width, V vocabulary.
+B answers are the rows of [B, S], or the segments that `segment_ids` gives to packed tokens [...]. H width, V
+vocabulary.
 """
 
 from __future__ import annotations

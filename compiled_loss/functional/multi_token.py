@@ -275,5 +275,5 @@ def multi_token_losses(
 
 
 def _ahead(values: Tensor, by: int, fill: int) -> Tensor:
-    """values[..., t + by] at t, `fill` at the last `by` positions."""
+    """Returns values[..., t + by] at t, and `fill` at the last `by` positions."""
     return torch.nn.functional.pad(values[..., by:], (0, by), value=fill)

@@ -1,7 +1,7 @@
 """Policy-gradient losses, as functions of log-probabilities and fused with the linear head that gives them.
 
-Tokens have any leading shape [...]; sequences are the rows of [B, S], or what `segment_ids` says of packed tokens.
-H width, V vocabulary. Log-probabilities, KL and entropies are in nats.
+Tokens have any leading shape [...]; sequences are the rows of [B, S], or the segments that `segment_ids` gives to
+packed tokens. H width, V vocabulary. Log-probabilities, KL and entropies are in nats.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Losses of pairs of answers, as functions of log-probabilities and fused with the linear head that gives them.
 
-P pairs are 2 P sequences: the rows of [2 P, S], or what `segment_ids` says of packed tokens [...]. The chosen answers
-come first, and the rejected one of pair i is sequence P + i. H width, V vocabulary.
+P pairs are 2 P sequences: the rows of [2 P, S], or the segments that `segment_ids` gives to packed tokens [...]. The
+chosen answers come first, and the rejected one of pair i is sequence P + i. H width, V vocabulary.
 """
 
 from __future__ import annotations
