@@ -105,7 +105,7 @@ def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Te
 
 
 def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Compute z and its slope without the rows' temperatures."""
+    """Computes z and its slope without the rows' temperatures."""
     if head.scales is None:
         return raw, None
     if head.scales.dim() == 0:
@@ -286,7 +286,7 @@ def fold_and_gradient(
 def logits_loss_and_gradient(
     logits: Tensor, *operands: Tensor | None, classes: Classes, loss: str, group: str | None = None
 ) -> Output:
-    """Compute a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
+    """Computes a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
     assert group is None
     (labels,), head, rest = unpack(operands, Labels, Head)
     of = row_losses.of(loss)

@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
     @staticmethod
     def of(divergences: Iterable[str], statistics: Iterable[str] = (), *, probabilities: bool = False) -> Kind:
-        """Make the kind from names."""
+        """Makes the kind from names."""
         return Kind("+".join(divergences), "+".join(statistics), probabilities)
 
     def wants(self, statistic: str) -> bool:

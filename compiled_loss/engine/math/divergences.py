@@ -62,7 +62,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> tuple[Rows, list[Tensor]]:
-        """Take the fields from the front of a body's outputs, and return what follows them."""
+        """Takes the fields from the front of a body's outputs, and returns the rest."""
         left = list(present)
         rows = Rows(*[left.pop(0) if field else None for field in Rows.there(kind, labels, indices)])  # type: ignore[arg-type]
         return rows, left
@@ -101,7 +101,7 @@ class Found(NamedTuple):
 
     @staticmethod
     def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> Found:
-        """Take the fields from a body's outputs, of which there may be more."""
+        """Takes the fields from a body's outputs, of which there may be more."""
         left = list(present)
         return Found(*[left.pop(0) if field else None for field in Found.there(kind, labels, indices)])  # type: ignore[arg-type]
 

@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor, inverse_temperature: Tensor | None) -> Problem:
-        """Make a problem of these parts."""
+        """Makes a problem of these parts."""
         return Problem(hidden, weight, *head[:3], labels, inverse_temperature)
 
     @property

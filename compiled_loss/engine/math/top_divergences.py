@@ -78,7 +78,7 @@ def finite(logits: Tensor, student: LogitMap) -> Tensor:
 
 
 def finite_(logits: Tensor, student: LogitMap) -> None:
-    """Make the logits finite in place."""
+    """Makes the logits finite in place."""
     if student.inner is not None:
         logits.clamp_(min=torch.finfo(logits.dtype).min)
 
