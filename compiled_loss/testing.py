@@ -18,7 +18,7 @@ from compiled_loss.planner.chunking import Chunking
 
 
 class HeadInputs(NamedTuple):
-    """Inputs of a linear head: hidden [N, H], weight [V, H], labels [N], bias [V]; gradients but for labels."""
+    """Inputs of a linear head: hidden [N, H], weight [V, H], labels [N], bias [V]; all but labels require grad."""
 
     hidden: Tensor
     weight: Tensor
@@ -26,7 +26,7 @@ class HeadInputs(NamedTuple):
     bias: Tensor
 
     def to(self, dtype: torch.dtype) -> HeadInputs:
-        """Fresh leaves with the same values in another dtype."""
+        """Returns fresh leaves with the same values in another dtype."""
         hidden, weight, bias = (
             v.detach().to(dtype, copy=True).requires_grad_() for v in (self.hidden, self.weight, self.bias)
         )

@@ -1,4 +1,4 @@
-"""Losses as trainers call them: from a model's output, with multi-token prediction."""
+"""Losses as trainers call them: on a model's output, with multi-token prediction."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def calculate_mtp_losses(
 
 
 def shared_head(loss_fn: Any, model: Any, group: Any, hidden_states: Any) -> dict[str, Tensor]:
-    """The weight and bias of the model's head as a loss takes them, gathered once for all that share them."""
+    """Returns the weight and bias of the model's head as a loss takes them, gathered once for all that share them."""
     weight, bias = models.head_weight(model, hidden_states)
     gather: Any = getattr(loss_fn, "materialize_lm_weight", None)
     if gather is not None:

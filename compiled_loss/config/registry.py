@@ -1,4 +1,4 @@
-"""Configs by name, and the builders: what a YAML recipe says becomes a Module."""
+"""The registry of configs by name, and the builders, which make a Module from a YAML recipe's words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compiled_loss.config import losses
 from compiled_loss.config.base import LossConfig, LossFromFactoryConfig, Typed
 
 LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {}
-"""Configs by the name of what they build; :func:`register_loss_config` adds to it."""
+"""Configs by the names of the losses that they build; :func:`register_loss_config` adds to it."""
 
 
 def register_loss_config(name: str, config: type[LossConfig]) -> None:
