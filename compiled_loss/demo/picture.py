@@ -15,7 +15,7 @@ ORDINARY, OURS = "#f4a582", "#2166ac"  # apart in hue and in lightness
 
 
 def draw(ordinary: Run, ours: Run, title: str, path: Path) -> None:
-    """Write the picture at `path` as a PNG; what did not run is left out."""
+    """Writes the picture at `path` as a PNG; a loss that did not run is left out."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # no display needed
     curves, memory = figure.subplots(1, 2, width_ratios=(3, 2))

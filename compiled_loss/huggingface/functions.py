@@ -1,4 +1,4 @@
-"""Losses of logits that models of `transformers` call as their `loss_function`, and what sets them."""
+"""Losses of logits that models of `transformers` call as their `loss_function`, and a function that sets them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def set_loss_function(model: Any) -> None:
 def reduced(
     loss: Any, inputs: Any, labels: Any, count: int | Tensor | None, ignore_index: int, shift: int, **keywords: Any
 ) -> Tensor:
-    """A loss of ours with the labels and the count where the model is, and the reduction of `transformers`."""
+    """Returns a loss of ours with labels and count on the model's device, and with the reduction of `transformers`."""
     arguments.tensor("labels", labels)
     device = inputs[0].device
     return loss(  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """The first file of the child process, run by its path: the fake device must be loaded before torch is imported.
 
-Torch looks its CUDA hooks up once and keeps them; importing anything of this package would import torch first.
+Torch looks its CUDA hooks up once and keeps them. An import of anything in this package would import torch first.
 """
 
 import ctypes

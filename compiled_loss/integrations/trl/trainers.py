@@ -1,4 +1,4 @@
-"""What is replaced in which of TRL's trainers."""
+"""The replacements in TRL's trainers."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def unfuse_trainer(trainer: Any) -> None:
 
 
 def _kind(trainer: Any) -> str:
-    """The class of TRL that it is, or that a user's class inherits from."""
+    """Returns the name of the trainer's class of TRL, or of the one that a user's class inherits from."""
     return next((kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.")), "")
 
 
 def _models(trainer: Any) -> list[Any]:
-    """The trained one, and the reference where it is another."""
+    """Returns the trained model, and the reference if it is a different one."""
     models = (trainer.model, getattr(trainer, "ref_model", None))
     return [innermost(model) for model in models if model is not None]
