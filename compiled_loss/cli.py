@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command and its subcommands."""
+    """Makes the parser of the command and its subcommands."""
     parser = argparse.ArgumentParser(
         prog="compiled-loss",
         description="Losses for language-model training that never hold the logits.",

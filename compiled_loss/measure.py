@@ -71,7 +71,7 @@ class PeakMemory:
 
 
 def run_in_child(function: str, *, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
-    """Call `module:function` in a fresh Python process; arguments and result travel as JSON.
+    """Calls `module:function` in a fresh Python process; arguments and result travel as JSON.
 
     The child's own output goes to stderr, so that its progress is seen. Raises RuntimeError where it fails.
     """

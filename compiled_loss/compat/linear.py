@@ -93,10 +93,10 @@ class LinearHeadLoss(Loss):
         return materialize(lm_weight, grad_reduce_group, dtype)
 
     def validate_lm_head(self, lm_head: Any, *, model_config: Any = None) -> Any:
-        """The head; an error unless the loss of its weight alone is the model's own.
+        """Returns the head. Raises unless the loss of its weight alone is the model's own.
 
-        `model_config` is the model's, whose text part may say what is done to the logits: that has to be what the
-        loss does.
+        `model_config` is the model's. Its text part may have a softcap or a factor of the logits, which has to be the
+        loss's.
         """
         checks.heads.without_bias("lm_head", lm_head, output_head(lm_head, "lm_head").bias)
         kept: Any = self

@@ -41,17 +41,17 @@ class Typed:
         self.validate()
 
     def validate(self) -> None:
-        """Raise an error where a field has a wrong value."""
+        """Raises an error where a field has a wrong value."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values by field name: NOTE [Round trip]."""
+        """Returns plain values by field name: NOTE [Round trip]."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         checks.modules.no_runtime(type(self).__name__, "tp_group", values.pop("tp_group", None))
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the config from the values that `to_dict` returned."""
+        """Returns the config from the values that `to_dict` returned."""
         return cls(**values)
 
 
@@ -77,12 +77,12 @@ class LossConfig(Typed):
     module: ClassVar[type[nn.Module] | None] = None
 
     def validate(self) -> None:
-        """Raise an error where a field has a wrong value; the Module checks them."""
+        """Raises an error where a field has a wrong value; the Module checks them."""
         if self.module is not None:
             self._make()
 
     def build(self) -> nn.Module:
-        """Return the loss."""
+        """Returns the loss."""
         if self.module is None:
             raise NotImplementedError(f"{type(self).__name__}: expected a subclass that overrides build()")
         return self._make()
@@ -106,23 +106,23 @@ class LossFromFactoryConfig(LossConfig):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
-        """Raise an error unless the factory can be called."""
+        """Raises an error unless the factory can be called."""
         checks.modules.factory(self.factory, self.kwargs)
 
     def build(self) -> nn.Module:
-        """Call the factory, and return its result."""
+        """Calls the factory, and returns its result."""
         self.validate()
         assert self.factory is not None
         return self.factory(**self.kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the factory's name and its keywords: NOTE [Round trip]."""
+        """Returns the factory's name and its keywords: NOTE [Round trip]."""
         name = f"{getattr(self.factory, '__module__', None)}:{getattr(self.factory, '__qualname__', None)}"
         return {"factory": name if _found(name) == self.factory else self.factory, "kwargs": dict(self.kwargs)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the config from the values that `to_dict` returned; it imports a factory that is a name."""
+        """Returns the config from the values that `to_dict` returned; it imports a factory that is a name."""
         factory = values.get("factory")
         return cls(**{**values, "factory": _found(factory) or factory})
 

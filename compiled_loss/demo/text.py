@@ -52,7 +52,7 @@ def encode(texts: list[str], vocab: int) -> tuple[list[int], int]:
 
 
 def batches(tokens: Tensor, tokens_a_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and labels, [sequences, SEQUENCE] each, without end, in the same order every time."""
+    """Yields inputs and labels, [sequences, SEQUENCE] each, without end, in the same order every time."""
     sequences = tokens_a_step // SEQUENCE
     windows = tokens.unfold(0, SEQUENCE + 1, SEQUENCE)
     generator = torch.Generator().manual_seed(SEED)

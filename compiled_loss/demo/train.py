@@ -32,7 +32,7 @@ LOSSES = {"F.cross_entropy": materialised, "linear_cross_entropy": linear_cross_
 
 
 def train(path: str, loss: str, settings: dict[str, Any]) -> Iterator[Event]:
-    """Compile a step, measure its memory, then train on the tokens at `path`; each stage is reported as it ends."""
+    """Compiles a step, measures its memory, then trains on the tokens at `path`; each stage is reported as it ends."""
     run = Settings(**settings)
     device = torch.device(run.device)
     torch.manual_seed(SEED)

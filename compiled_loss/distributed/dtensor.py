@@ -120,7 +120,7 @@ def own_logits_shape(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
 
 
 def check_whole(name: str, value: Tensor) -> None:
-    """Raise unless every rank has all classes."""
+    """Raises unless every rank has all classes."""
     if is_sharded(value):
         shape = "[V']" if value.dim() == 1 else "[V', H']"
         checks.sharding.whole(name, _vocabulary(name, value, 0, None).group, shape)
@@ -141,7 +141,7 @@ def check_beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int
 
 
 def check_rows(name: str, value: Tensor) -> None:
-    """Raise unless a rank's own rows can be taken."""
+    """Raises unless a rank's own rows can be taken."""
     if is_sharded(value):
         for i, placement in enumerate(value.placements):
             if placement.is_partial():

@@ -66,7 +66,7 @@ class VocabShard:
 
     @staticmethod
     def even(vocab_size: int, group: Any) -> VocabShard:
-        """Return the shard that a DTensor would have: equal shares of the classes, fewer or none on the last ranks."""
+        """Returns the shard that a DTensor would have: equal shares of the classes, fewer or none on the last ranks."""
         checks.sharding.shard(0, 0, vocab_size, group)
         start, stop = even(vocab_size, group.rank(), group.size())
         return VocabShard(start, stop, vocab_size, group)

@@ -81,7 +81,7 @@ def distillation(
     chunk_size: int = 0,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Compute the divergence of a student's logits from a teacher's, over the tokens that count.
+    r"""Computes the divergence of a student's logits from a teacher's, over the tokens that count.
 
     With D, z and T as in NOTE [Divergences], lse = logsumexp(T z) and w the token's weight, valid * mask *
     token_weights, each token's loss is
@@ -210,7 +210,7 @@ def linear_distillation(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""Compute `distillation` of two heads, without ever holding the student's or the teacher's logits.
+    r"""Computes `distillation` of two heads, without ever holding the student's or the teacher's logits.
 
     Every keyword means what it means in :func:`distillation`. A bias comes before the scale and the softcap.
 

@@ -83,7 +83,7 @@ def distillation_with_statistics(
     compile: bool | Literal["auto"] = "auto",
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""Compute `distillation`, and the statistics of each token in the same pass.
+    r"""Computes `distillation`, and the statistics of each token in the same pass.
 
     Args:
         student_logits, teacher_logits, labels, teacher_topk, teacher_probabilities, mask, token_weights, divergence,
@@ -175,7 +175,7 @@ def linear_distillation_with_statistics(
     chunking: Chunking = Chunking(),
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""Compute `linear_distillation`, and the statistics of each token in the same pass, at no other GEMM or kernel.
+    r"""Computes `linear_distillation`, and the statistics of each token in the same pass, at no other GEMM or kernel.
 
     Args:
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, bias, teacher_bias, teacher_topk,

@@ -9,7 +9,7 @@ from compiled_loss import checks
 
 
 def pad_ids(offsets: Tensor, ids: Tensor, width: int) -> Tensor:  # [N + 1], [nnz]
-    """Pad the ids of N tokens, stored one after the other (CSR), to rows of `width`, with -1.
+    """Pads the ids of N tokens, stored one after the other (CSR), to rows of `width`, with -1.
 
     Args:
         offsets: where each token's ids begin, and the last end, [N + 1], int64 or int32: from 0 up to nnz.

@@ -33,7 +33,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     sequence_weights: Tensor | None = None,  # [B]
 ) -> KTOLoss:
-    r"""Compute a loss of desirable and undesirable answers from the log-probabilities of their tokens.
+    r"""Computes a loss of desirable and undesirable answers from the log-probabilities of their tokens.
 
     An answer's log-ratio d is the sum over its tokens of logprob - reference_logprob; z = max(0, mean(kl)) has no
     gradient.
@@ -134,7 +134,7 @@ def linear_kto_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> KTOLoss:
-    r"""Compute :func:`kto_loss` of a linear head, without ever holding the logits.
+    r"""Computes :func:`kto_loss` of a linear head, without ever holding the logits.
 
     Args:
         hidden, weight, bias, softcap, logit_scale, temperature, vocab_shard, chunking: see

@@ -51,7 +51,7 @@ def policy_loss(
     entropy_weights: Tensor | None = None,
     segment_ids: Tensor | None = None,  # [...]
 ) -> PolicyLoss:
-    r"""Compute a policy-gradient loss of given log-probabilities: r = exp(logprob - old_logprob), with advantages A.
+    r"""Computes a policy-gradient loss of given log-probabilities: r = exp(logprob - old_logprob), with advantages A.
 
     Log-ratios above 80 count as 80, so that no ratio is infinite.
 
@@ -182,7 +182,7 @@ def linear_policy_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> PolicyLoss:
-    r"""Compute :func:`policy_loss` of a linear head, without ever holding the logits.
+    r"""Computes :func:`policy_loss` of a linear head, without ever holding the logits.
 
     With `importance="token"` the gradient is formed while a chunk's logits are alive: three GEMMs, and everything of
     the loss in the one kernel that a chunk has anyway. "sequence" needs all log-probabilities of a sequence first:

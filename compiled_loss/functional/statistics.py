@@ -57,7 +57,7 @@ def token_statistics(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> TokenStatistics:
-    r"""Compute statistics of each token under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
+    r"""Computes statistics of tokens under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
@@ -138,7 +138,7 @@ def linear_token_statistics(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
-    r"""Compute statistics of each token under softmax(z), without holding the logits.
+    r"""Computes statistics of each token under softmax(z), without holding the logits.
 
     z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature.
 

@@ -26,7 +26,7 @@ def make_token_weights(
     num_sequences: int | Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
-    r"""Make token weights with which a sum over tokens is the normalised loss.
+    r"""Makes token weights with which a sum over tokens is the normalised loss.
 
     ================  ==============================  ===============================================
     normalisation     weight of a token that counts   who does so

@@ -70,7 +70,7 @@ def takes_loss_function(model: object) -> None:
 
 
 def calls_loss_function(model: object, calls: bool, others: tuple[str, ...]) -> None:
-    """Raise where a model's own loss is computed without its loss_function."""
+    """Raises where a model's own loss is computed without its loss_function."""
     if not calls:
         raise ValueError(
             f"model: expected one whose forward calls self.loss_function, got {type(model).__name__}, "

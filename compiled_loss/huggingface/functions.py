@@ -98,7 +98,7 @@ def aligned_lm_loss(
 
 
 def set_loss_function(model: Any) -> None:
-    """Make `causal_lm_loss` the loss of a model of `transformers`, or `aligned_lm_loss` where its labels are aligned.
+    """Makes `causal_lm_loss` the loss of a model of `transformers`, or `aligned_lm_loss` where its labels are aligned.
 
     Assigning `model.loss_function` does the same for most models, and nothing, without a word, for a wrapper of PEFT or
     of data parallelism, and for a model that computes its loss itself. This finds the model inside, and reads its

@@ -36,7 +36,7 @@ How to read the report: docs/inspection.md in the repository.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Add the subcommand's parser."""
+    """Adds the subcommand's parser."""
     parser = commands.add_parser(
         "inspect",
         help="show what torch.compile makes of a loss, for a GPU that need not be there",

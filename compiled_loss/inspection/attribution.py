@@ -34,7 +34,7 @@ class Attribution:
 
     @property
     def found(self) -> tuple[str, ...]:
-        """The names that were found on nodes. Without a head among them the begin of an unnamed loss is not known."""
+        """The names that were found on nodes. Without a head among them the start of an unnamed loss is not known."""
         if not self._told and self._found.isdisjoint((*HEADS, _OWN)):
             return ()
         return tuple(sorted(self._found))

@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> None:
-    """Load the fake device, then serve."""
+    """Loads the fake device, then serves."""
     settings = json.loads(sys.argv[1])
     sys.path[:] = settings["path"]
     shim = ctypes.CDLL(settings["shim"], mode=ctypes.RTLD_GLOBAL) if settings["shim"] else None

@@ -74,7 +74,7 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: Tensor) -> TensorSpec:
-        """Describe a tensor. Integers keep their range."""
+        """Describes a tensor. Integers keep their range."""
         low, high = 0, 1
         if (
             not tensor.is_floating_point()

@@ -61,7 +61,7 @@ class Case:
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:
-    """Make the call, and the one to compare it with: NOTE [Other]."""
+    """Makes the call, and the one to compare it with: NOTE [Other]."""
     labels = [_label(given, given.function.rpartition(":")[2], [])]
     other = given.compare
     if other is not None:
@@ -184,7 +184,7 @@ def _parameters(fn: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def _made(fn: Callable[..., Any], given: argparse.Namespace) -> tuple[Any, ...]:
-    """Make inputs of sizes N, H and V for a function of ours."""
+    """Makes inputs of sizes N, H and V for a function of ours."""
     from compiled_loss.inspection.call import parse_inputs
 
     sizes = {name: getattr(given, name) for name in SHAPE} | {"last": given.vocab - 1}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand."""
     arguments.add(commands).set_defaults(run=run)
 
 

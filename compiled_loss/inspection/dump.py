@@ -44,7 +44,7 @@ ul {{ columns: 30em; padding-left: 1.2em; overflow-wrap: anywhere }}
 
 
 def dump(inspection: Inspection, folder: Path) -> None:
-    """Write graphs, host code, kernels, the report and `index.html` into `folder`, and link the assembly there."""
+    """Writes graphs, host code, kernels, the report and `index.html` into `folder`, and links the assembly there."""
     files: dict[str, str] = {"report.json": inspection.to_json()}
     for i, graph in enumerate(inspection.graphs):
         name = _safe(f"{i:02}-{graph.direction}" + (f"-in-{graph.operator}" if graph.operator else ""))

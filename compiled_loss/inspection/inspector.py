@@ -35,7 +35,7 @@ def inspect(
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Report what `torch.compile` makes of `fn(*inputs)` and its backward, for a GPU that need not be there.
+    """Reports what `torch.compile` makes of `fn(*inputs)` and its backward, for a GPU that need not be there.
 
     Args:
         fn: any function or Module; it travels to a child process, by name where it can be imported, else by value.

@@ -54,7 +54,7 @@ class Skyline:
 
 
 def plot(inspections: Sequence[Inspection], path: Path) -> None:
-    """Write a PNG at `path` with a curve for each inspection; several share their width."""
+    """Writes a PNG at `path` with a curve for each inspection; several share their width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -67,7 +67,7 @@ class Launch:
     loss_bytes: int = 0
 
     def seconds(self, gpu: Gpu) -> float:
-        """Return the least seconds that this takes: by its operations or by its bytes, whichever is more."""
+        """Returns the least seconds that this takes: by its operations or by its bytes, whichever is more."""
         moving = (self.read_bytes + self.written_bytes) / gpu.bytes_per_second
         return max(self.operations / gpu.rate(self.dtype), moving) if self.operations else moving
 
@@ -228,7 +228,7 @@ class Inspection:
         return sum(tensor.size for tensor in self.saved if tensor.of_loss)
 
     def roofline_seconds(self, gpu: str | None = None, *, of_loss: bool = False) -> float | None:
-        """Return the sum of the least seconds of each launch, on `gpu` of `targets.GPUS` or the first of the device's.
+        """Returns the sum of the least seconds of each launch, on `gpu` of `targets.GPUS` or the first of the device's.
 
         It is None if no such GPU is known: a CPU's rates are not in a table. `of_loss` takes the loss's launches only.
         """
@@ -247,7 +247,7 @@ class Inspection:
         return sum(one.sent_bytes or 0 for p in self.passes for one in p.collectives)
 
     def communication_seconds(self, *, spread: bool = False) -> float | None:
-        """Return the sum of the least seconds of each collective, one after the other, in the model of `network.py`.
+        """Returns the sum of the least seconds of each collective, one after the other, in the model of `network.py`.
 
         The ranks are on as few nodes as hold a group's ranks, or with `spread` on as many as there are ranks. It is
         None if the device's network or a kind of collective is not in the model.
@@ -259,16 +259,16 @@ class Inspection:
         return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
     def kernel(self, name: str) -> Kernel:
-        """Return the kernel of that name."""
+        """Returns the kernel of that name."""
         return next(k for k in self.kernels if k.name == name)
 
     def to_json(self) -> str:
-        """Write the object as JSON, from which `from_json` makes an equal one."""
+        """Writes the object as JSON, from which `from_json` makes an equal one."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> Inspection:
-        """Make the object from the text that `to_json` returned."""
+        """Makes the object from the text that `to_json` returned."""
         found: Inspection = _read(Inspection, json.loads(text))
         return found
 

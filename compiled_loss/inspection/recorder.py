@@ -188,7 +188,7 @@ class Recorder(FakeTensorMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run an operator on fake tensors."""
+        """Runs an operator on fake tensors."""
         kwargs = kwargs or {}
         higher = isinstance(func, HigherOrderOperator)
         if higher and func not in registered_hop_fake_fns:

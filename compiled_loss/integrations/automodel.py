@@ -31,7 +31,7 @@ class CompiledLinearCrossEntropy(linear.FusedLinearCrossEntropy, chunked_ce.Chun
 
 
 class CompiledMaskedCrossEntropy(modules.MaskedCrossEntropy, masked_ce.MaskedCrossEntropy):
-    """:class:`compiled_loss.MaskedCrossEntropy`, which recipes do not replace, unlike others."""
+    """:class:`compiled_loss.MaskedCrossEntropy`, which recipes leave in place where they replace other losses."""
 
 
 class CompiledTEParallelCrossEntropy(modules.TEParallelCrossEntropy):

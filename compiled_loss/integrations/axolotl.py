@@ -101,7 +101,7 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
         return f"{CompiledLossArgs.__module__}.{CompiledLossArgs.__name__}"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Fuse the head, after adapters are loaded."""
+        """Fuses the head, after adapters are loaded."""
         fuse_head(model, chunking=chunking_of(cfg.compiled_loss_chunking or {}))
         _LOG.info("CompiledLossPlugin: fused the head of %s", type(model).__name__)
 

@@ -98,7 +98,7 @@ class LabelTokenMean(Callback):
         self._step = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the batch's label tokens."""
+        """Counts the batch's label tokens."""
         count = self.count(batch)
         if not isinstance(count, (Tensor, int)):
             raise TypeError(f"count: expected one number of label tokens, got {type(count).__name__}: return a Tensor")
@@ -121,7 +121,7 @@ class LabelTokenMean(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Divide the gradients by the step's label tokens."""
+        """Divides the gradients by the step's label tokens."""
         tokens, self._step = torch.as_tensor(self._step, device=pl_module.device), 0
         if trainer.world_size > 1:
             distributed.all_reduce(tokens)

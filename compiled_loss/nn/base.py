@@ -25,7 +25,7 @@ class Loss(nn.Module):
     """A dataclass that is a Module without parameters. Its fields are validated when it is made."""
 
     def extra_repr(self) -> str:
-        """Return the fields that do not have their default, as text."""
+        """Returns the fields that do not have their default, as text."""
         shown = []
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)

@@ -14,7 +14,7 @@ class PolicyOptions:
     """The keywords that policy losses of log-probabilities and of a head share."""
 
     kind: Kind = "clip"
-    """"clip", "cispo", "cispo_two_sided", "sapo" or "reinforce"."""
+    """"clip", "cispo", "cispo_two_sided", "sapo", "gmpo" or "reinforce"."""
     importance: Importance = "token"
     """"token" or "sequence"."""
     clip_low: float = 0.2

@@ -66,7 +66,7 @@ compile='auto')
         return checks.chunking.size("memory_budget", self.memory_budget)
 
     def rows(self, tokens: int) -> int | None:
-        """Return the number of rows to compute for so many tokens; None means all of them, as they are."""
+        """Returns the number of rows to compute for so many tokens; None means all of them, as they are."""
         if self.max_label_tokens is None:
             return None
         # Rounded up, except for the rounding of the fraction itself.

@@ -80,7 +80,7 @@ def plan(
     ranks: int = 1,
     device: str = "cuda",
 ) -> Explanation:
-    r"""Explain how a linear loss of these sizes is chunked: the alternatives with their predicted cost.
+    r"""Explains how a linear loss of these sizes is chunked: the alternatives with their predicted cost.
 
     Args:
         tokens: N.

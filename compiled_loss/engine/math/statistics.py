@@ -1,4 +1,4 @@
-"""Row statistics of logits: what a loop over chunks carries, and what losses are functions of.
+"""Row statistics of logits: the state that a loop over chunks carries, and the terms of losses that it becomes.
 
 N tokens, V vocabulary. Every tensor here is [N] (or the leading shape of the logits) in fp32; fp64 for fp64 inputs.
 

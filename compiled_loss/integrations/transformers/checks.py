@@ -11,7 +11,7 @@ _PLAIN = "call unfuse_head(model), and set_loss_function(model) for a loss witho
 
 
 def takes_labels(model: object, parameters: list[str]) -> None:
-    """Raise unless the model computes a loss."""
+    """Raises unless the model computes a loss."""
     if "labels" not in parameters:
         raise TypeError(
             f"model: expected one of transformers whose forward takes labels, got {type(model).__name__}: "
@@ -99,7 +99,7 @@ def released(name: str) -> str:
 
 
 def own_unit(modules: int) -> None:
-    """Raise where FSDP2 freed the head's weight with those of other modules."""
+    """Raises where FSDP2 freed the head's weight with those of other modules."""
     if modules != 1:
         raise ValueError(
             "model: expected a head that is an FSDP2 unit by itself, or stays gathered, got one in a unit of "

@@ -53,7 +53,7 @@ class DeferredLogits(Refusing):
         return self._call.statistics
 
     def release(self) -> None:
-        """Drop the hidden states."""
+        """Drops the hidden states."""
         self._hidden = None
 
     def __repr__(self) -> str:
@@ -97,27 +97,27 @@ class DeferredLogits(Refusing):
         return self._positions("dtype").dtype
 
     def dim(self) -> int:
-        """Return the number of dimensions."""
+        """Returns the number of dimensions."""
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
-        """Return the shape, or the size of one dimension, as `torch.Tensor.size` does."""
+        """Returns the shape, or the size of one dimension, as `torch.Tensor.size` does."""
         return self.shape if dim is None else self.shape[dim]
 
     # Operations that change nothing: the loss is computed in fp32, and takes hidden states of any layout.
 
     def contiguous(self) -> DeferredLogits:
-        """Return the same logits; they stand for any layout and dtype."""
+        """Returns the same logits; they stand for any layout and dtype."""
         return self._like(self._positions("contiguous"))
 
     float = contiguous
 
     def is_contiguous(self) -> bool:
-        """Return True."""
+        """Returns True."""
         return True
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
-        """Return the same logits, which stand for any dtype, on their device. Accelerate calls it after the step."""
+        """Returns the same logits, which stand for any dtype, on their device. Accelerate calls it after the step."""
         if self._hidden is None:
             return self
         hidden = self._positions("to")
@@ -142,7 +142,7 @@ class DeferredLogits(Refusing):
         return self._in_place(self._transform.over(self._number("a quotient", other)))
 
     def tanh(self) -> DeferredLogits:
-        """Return the tanh, as `torch.tanh` does; it can be taken once."""
+        """Returns the tanh, as `torch.tanh` does; it can be taken once."""
         return self._with(self._transform.tanh() or self.refuse("a second tanh"))
 
     def __add__(self, other: Any) -> DeferredLogits:
@@ -157,7 +157,7 @@ class DeferredLogits(Refusing):
     # Positions and classes.
 
     def view(self, *shape: Any) -> DeferredLogits:
-        """View the positions, as `torch.Tensor.view` does."""
+        """Views the positions, as `torch.Tensor.view` does."""
         hidden = self._classes_last("view")
         sizes = indexing.integers(shape)
         if sizes[-1] == -1 and math.prod(sizes[:-1]) == math.prod(hidden.shape[:-1]):
@@ -169,20 +169,20 @@ class DeferredLogits(Refusing):
     reshape = view
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> DeferredLogits:
-        """Flatten the positions, as `torch.Tensor.flatten` does."""
+        """Flattens the positions, as `torch.Tensor.flatten` does."""
         hidden = self._classes_last("flatten")
         if end_dim % hidden.dim() == hidden.dim() - 1:
             self.refuse("flatten of the classes")
         return self._like(hidden.flatten(start_dim, end_dim))
 
     def transpose(self, dim0: int, dim1: int) -> DeferredLogits:
-        """Exchange two dimensions, as `torch.Tensor.transpose` does."""
+        """Exchanges two dimensions, as `torch.Tensor.transpose` does."""
         order = list(range(self.ndim))
         order[dim0], order[dim1] = order[dim1], order[dim0]
         return self.permute(*order)
 
     def permute(self, *dims: Any) -> DeferredLogits:
-        """Permute dimensions, as `torch.Tensor.permute` does: the classes stay last, or become the second dimension."""
+        """Permutes dimensions, as `torch.Tensor.permute` does: the classes stay last, or become the second one."""
         hidden, last = self._positions("permute"), self.ndim - 1
         order = [dim % (last + 1) for dim in indexing.integers(dims)]
         if not self._classes_second and order[-1] == last:
@@ -214,7 +214,7 @@ class DeferredLogits(Refusing):
         reduction: str = "mean",
         label_smoothing: Any = 0.0,
     ) -> Tensor:
-        """Return the cross-entropy with labels, as `torch.nn.functional.cross_entropy` does."""
+        """Returns the cross-entropy with labels, as `torch.nn.functional.cross_entropy` does."""
         if self.ndim != 2 and not self._classes_second:
             self.refuse(f"cross_entropy of {tuple(self.shape)}, whose dimension 1 is not the classes,")
         if size_average is not None or reduce is not None:
@@ -231,7 +231,7 @@ class DeferredLogits(Refusing):
         return loss
 
     def logsumexp(self, dim: int, keepdim: bool = False) -> Tensor:
-        """Return the log-sum-exp over the classes, as `torch.logsumexp` does: for a z-loss."""
+        """Returns the log-sum-exp over the classes, as `torch.logsumexp` does: for a z-loss."""
         hidden = self._classes_last("logsumexp")
         if dim % hidden.dim() != hidden.dim() - 1:
             self.refuse("logsumexp over positions")
@@ -239,14 +239,14 @@ class DeferredLogits(Refusing):
         return found.unsqueeze(-1) if keepdim else found
 
     def log_softmax(self, dim: int) -> DeferredLogProbs:
-        """Return the log-probabilities over the classes, as `torch.log_softmax` does."""
+        """Returns the log-probabilities over the classes, as `torch.log_softmax` does."""
         hidden = self._classes_last("log_softmax")
         if dim % hidden.dim() != hidden.dim() - 1:
             self.refuse("log_softmax over positions")
         return DeferredLogProbs(self, self._call)
 
     def apply(self, function: Callable[..., Any]) -> Any:
-        """Return the result of a function of a linear head.
+        """Returns the result of a function of a linear head.
 
         Args:
             function: called as `function(hidden, weight, **keywords)`, as our linear functions are: `hidden` [..., H],
@@ -257,7 +257,7 @@ class DeferredLogits(Refusing):
         return self._call.apply(self._positions("apply"), self._transform, function)
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise an error: the operation cannot be done to hidden states."""
+        """Raises an error: the operation cannot be done to hidden states."""
         raise TypeError(self._explanation(name))
 
     def _explanation(self, name: str) -> str:

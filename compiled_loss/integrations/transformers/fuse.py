@@ -129,7 +129,7 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
 
 
 def unfuse_head(model: nn.Module) -> None:
-    """Give a model the forward back that it had before :func:`fuse_head`.
+    """Gives a model the forward back that it had before :func:`fuse_head`.
 
     Nothing is left on the instances. Where another has wrapped the forward since, as Accelerate does for autocast, it
     keeps ours inside, which does nothing from now on.

@@ -14,7 +14,7 @@ class Refusing:
     """The base of classes that refuse every operator which they do not define."""
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise an error that says what to do instead."""
+        """Raises an error that says what to do instead."""
         raise NotImplementedError(name)
 
 

@@ -10,7 +10,7 @@ _FUSED = "SFT, DPO, KTO, GRPO, RLOO, Distillation or GKD"
 
 
 def one_column(trainer: object) -> NoReturn:
-    """Raise: a reward model's head has one column."""
+    """Raises an error: a reward model's head has one column."""
     raise TypeError(
         f"trainer: expected one of a language model ({_FUSED}), got {type(trainer).__name__}, whose model's head has "
         "one column: there are no logits over a vocabulary to save, train it as it is"
@@ -37,7 +37,7 @@ def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> No
 
 
 def not_fused(model: object) -> None:
-    """Raise where `fuse_head` has put its forward over TRL's."""
+    """Raises where `fuse_head` has put its forward over TRL's."""
     if "_compiled_loss_fused_head" in vars(model):
         raise ValueError(
             f"trainer: expected a {type(model).__name__} whose head is not fused, got one that fuse_head was called "
@@ -46,7 +46,7 @@ def not_fused(model: object) -> None:
 
 
 def original(model: object, forward: Any) -> None:
-    """Raise where a copy of a fused model is called: its forward is the original's, with the original's weights."""
+    """Raises where a copy of a fused model is called: its forward is the original's, with the original's weights."""
     if getattr(forward, "__self__", model) is not model:
         raise ValueError(
             f"model: expected the {type(model).__name__} that a trainer was made with, got a copy of it, whose forward "

@@ -16,7 +16,7 @@ _DISTILLATION: dict[str, Callable[..., Any]] = {"DistillationTrainer": Distillat
 
 
 def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
-    """Compute a trainer's log-probabilities, entropies and divergences here: one call before `trainer.train()`.
+    """Computes a trainer's log-probabilities, entropies and divergences here: one call before `trainer.train()`.
 
     ============================================  ====================================================================
     trainer of TRL 1.16                           what is replaced
@@ -70,7 +70,7 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
 
 
 def unfuse_trainer(trainer: Any) -> None:
-    """Give a trainer its own code back, before or after training; one that is not fused stays as it is.
+    """Gives a trainer its own code back, before or after training; one that is not fused stays as it is.
 
     Args:
         trainer: one that :func:`fuse_trainer` was called with.
