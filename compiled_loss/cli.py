@@ -19,7 +19,7 @@ DEMO_EXTRAS = ("matplotlib", "rich", "tokenizers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; its exit status."""
+    """Runs a subcommand and returns its exit status."""
     parser = make_parser()
     try:
         given = parser.parse_args(arguments)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command and its subcommands."""
+    """Makes the parser of the command and its subcommands."""
     parser = argparse.ArgumentParser(
         prog="compiled-loss",
         description="Losses for language-model training that never hold the logits.",
@@ -87,7 +87,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _integer(least: int = 1, step: int = 1) -> Callable[[str], int]:
-    """Make an argument's type: an integer from `least` on, a multiple of `step`."""
+    """Makes an argument's type: an integer from `least` on, a multiple of `step`."""
 
     def parse(text: str) -> int:
         multiple = f"a multiple of {step}, " if step > 1 else ""
@@ -99,7 +99,7 @@ def _integer(least: int = 1, step: int = 1) -> Callable[[str], int]:
 
 
 def _png(text: str) -> Path:
-    """Check that a picture can be written there, which is better known before minutes of training."""
+    """Checks that a picture can be written there, before minutes of training."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png: {text}")

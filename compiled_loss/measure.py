@@ -14,8 +14,8 @@ import torch
 
 _STATUS = "/proc/self/status"
 _M_MMAP_THRESHOLD = -3  # mallopt's name for it in malloc.h
-_LARGE = 1 << 16  # bytes of what glibc is to take from the system, and give back
-_IS_MAPPED = 2  # glibc's mark of it, in the word before a block
+_LARGE = 1 << 16  # bytes from which on glibc maps a block for itself, and unmaps it when it is freed
+_IS_MAPPED = 2  # glibc's mark of such a block, in the word before it
 _MOST_FILLERS = 1 << 14
 
 
@@ -53,7 +53,7 @@ class PeakMemory:
         return self
 
     def now(self) -> int:
-        """Bytes held at this moment, from any start."""
+        """Returns the bytes held at this moment, from any start."""
         if self.device.type == "cpu":
             return _status("VmRSS")
         return int(torch.get_device_module(self.device).memory_allocated(self.device))
@@ -71,7 +71,7 @@ class PeakMemory:
 
 
 def run_in_child(function: str, *, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
-    """Call `module:function` in a fresh Python process; arguments and result travel as JSON.
+    """Calls `module:function` in a fresh Python process; arguments and result travel as JSON.
 
     The child's own output goes to stderr, so that its progress is seen. Raises RuntimeError where it fails.
     """
@@ -109,10 +109,10 @@ def _reset_high_water_mark() -> None:
 
 
 def _filled_heap() -> list[int]:
-    """Blocks that fill what glibc's heap holds free, after which each large block is mapped for itself.
+    """Returns blocks that fill the free parts of glibc's heap, after which each large block is mapped for itself.
 
-    A large block taken from the heap would not be counted, and one freed there would be counted again where it is taken
-    elsewhere. Other allocators give large blocks back.
+    A large block taken from the heap would not be counted. One freed there would be counted again when the memory is
+    taken from elsewhere. Other allocators give large blocks back.
     """
     libc = ctypes.CDLL(None)
     try:

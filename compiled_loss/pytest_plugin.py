@@ -39,7 +39,7 @@ def inspected() -> Callable[..., Inspection]:
 
 
 def _triton_exists() -> bool:
-    """Whether PyPI has triton for this interpreter: CPython on x86-64 or 64-bit ARM."""
+    """Returns True if PyPI has triton for this interpreter: CPython on x86-64 or 64-bit ARM."""
     import platform
 
     return sys.implementation.name == "cpython" and platform.machine() in ("x86_64", "aarch64")

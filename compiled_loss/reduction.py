@@ -1,8 +1,8 @@
-"""Masks, weights and normalisation: from a loss's keywords to each token's coefficients. The one owner of `reduction`.
+"""Masks, weights and normalisation: each token's coefficients from a loss's keywords. The one owner of `reduction`.
 
-N tokens (or any leading shape), V vocabulary. Everything here is [N] and cheap; nothing looks at a logit. Because the
-normalisation is in the coefficients, every path that reaches the engine is normalised alike, and an empty batch is a
-batch of zero coefficients: its loss is 0, attached to the graph, with zero gradients.
+N tokens (or any leading shape), V vocabulary. Everything here is [N] and cheap, and no logit is read. The normalisation
+is in the coefficients, so every path that reaches the engine is normalised in the same way. An empty batch is a batch
+of zero coefficients: its loss is 0, attached to the graph, with zero gradients.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from compiled_loss.planner.chunking import Chunking
 
 
 class Tokens(NamedTuple):
-    """The tokens of a loss: what they predict, and how much they weigh, each [...].
+    """The tokens of a loss, with their labels and weights, [...] each.
 
-    `classes` says which labels do not count: by `ignore_index` or by a mask of 0. Nothing of this is computed where
-    labels alone say it, so that a compiled loss needs no kernel for it.
+    `classes` says which labels do not count: those that are `ignore_index`, or where a mask is 0. Where labels alone
+    say it, no weight is computed, so that a compiled loss needs no kernel for it.
     """
 
     labels: Tensor
@@ -34,19 +34,19 @@ class Tokens(NamedTuple):
 
     @property
     def active(self) -> Tensor:
-        """False where ignored."""
+        """True for tokens that count."""
         return self.classes.active(self.labels)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
-        """How much each weighs."""
+        """Returns the weight of each token, 0 where it is ignored."""
         return self.active.to(dtype) if self.weight is None else self.weight
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        """The tensors changed."""
+        """Returns a copy with `change` applied to each tensor."""
         return self._replace(labels=change(self.labels), weight=None if self.weight is None else change(self.weight))
 
     def gathered(self, compact: Compaction) -> Tokens:
-        """The tokens of [N] that count, at the places they have then. Places that are left over do not count."""
+        """Returns the tokens of [N] that count, in their rows. Rows that are left over do not count."""
         moved = self.map(compact.gathered)
         return moved._replace(labels=torch.where(compact.taken, moved.labels, self.classes.ignored))
 
@@ -61,7 +61,7 @@ def tokens(
     vocab: int | None,
     dtype: torch.dtype,
 ) -> Tokens:
-    """Weight and validity of each token. A label out of range makes its token NaN; eager CPU code raises instead.
+    """Returns the tokens of a loss. A label out of range makes its token NaN; eager CPU code raises instead.
 
     Without `vocab` labels only tell which tokens count.
     """
@@ -84,7 +84,7 @@ def tokens(
 
 
 def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
-    """Which of the tokens [...] are computed; None for all, as they are."""
+    """Returns the compaction of the tokens, [...], that are computed; None if all of them are, as they are."""
     active = active.reshape(-1)
     rows = chunking.rows(active.shape[0])
     if rows is None:
@@ -95,7 +95,7 @@ def compacted(active: Tensor, chunking: Chunking) -> Compaction | None:
 
 
 class Terms(NamedTuple):
-    """A cross-entropy's numbers, checked."""
+    """The checked numbers of a cross-entropy."""
 
     class_weights: Tensor | None  # [V], of all ranks
     label_smoothing: float | Tensor
@@ -105,7 +105,7 @@ class Terms(NamedTuple):
 def normalised(
     tokens: Tokens, terms: Terms, reduction: str, num_label_tokens: int | Tensor | None, dtype: torch.dtype
 ) -> tuple[Coefficients, Divisor]:
-    """Each token's loss as a combination of its statistics, [...] each, and what their sum is divided by.
+    """Returns the coefficients of each token's statistics, [...] each, and the divisor of the sum.
 
     cross-entropy = c_y (1 - e) nll + e / V (sum(c) lse - total), with c the class weights and e the smoothing.
     """
@@ -143,7 +143,7 @@ def _divisor(reduction: str, num_label_tokens: int | Tensor | None) -> Divisor:
 
 
 def divided(weight: Tensor, by: Tensor, reduction: str, num_label_tokens: int | Tensor | None) -> Tensor:
-    """Each token's weight over what the reduction divides by: the sum of `by`, `num_label_tokens`, or nothing."""
+    """Returns each token's weight over the reduction's divisor: the sum of `by`, `num_label_tokens`, or nothing."""
     if reduction == "mean":
         return weight * _reciprocal(by.sum())
     if num_label_tokens is None:
@@ -156,17 +156,17 @@ def divided(weight: Tensor, by: Tensor, reduction: str, num_label_tokens: int | 
 
 
 def reduced(rows: Tensor, reduction: str) -> Tensor:
-    """Rows [...], or their sum: "mean" is in the coefficients."""
+    """Returns the rows, [...], or their sum: "mean" is in the coefficients."""
     return rows if reduction == "none" else rows.sum()
 
 
 def shifted(values: Tensor, shift: int, fill: float) -> Tensor:
-    """values[..., t + shift] at t, `fill` at the last `shift` positions."""
+    """Returns values[..., t + shift] at t, and `fill` at the last `shift` positions."""
     shift = min(shift, values.shape[-1])
     return torch.nn.functional.pad(values[..., shift:], (0, shift), value=fill)
 
 
 def _reciprocal(value: Tensor) -> Tensor:
-    """1 / value, or 0 where it is 0; without a NaN gradient there."""
+    """Returns 1 / value, or 0 where the value is 0; without a NaN gradient there."""
     empty = value == 0
     return torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, value))

@@ -18,7 +18,7 @@ from compiled_loss.planner.chunking import Chunking
 
 
 class HeadInputs(NamedTuple):
-    """Inputs of a linear head: hidden [N, H], weight [V, H], labels [N], bias [V]; gradients but for labels."""
+    """Inputs of a linear head: hidden [N, H], weight [V, H], labels [N], bias [V]; all but labels require grad."""
 
     hidden: Tensor
     weight: Tensor
@@ -26,7 +26,7 @@ class HeadInputs(NamedTuple):
     bias: Tensor
 
     def to(self, dtype: torch.dtype) -> HeadInputs:
-        """Fresh leaves with the same values in another dtype."""
+        """Returns fresh leaves with the same values in another dtype."""
         hidden, weight, bias = (
             v.detach().to(dtype, copy=True).requires_grad_() for v in (self.hidden, self.weight, self.bias)
         )
@@ -45,7 +45,7 @@ def head_inputs(
     confident: float = 0.0,
     seed: int = 0,
 ) -> HeadInputs:
-    """Make random inputs whose logits have unit scale.
+    """Makes random inputs whose logits have unit scale.
 
     Args:
         ignored: fraction of labels that are `ignore_index`.
@@ -75,7 +75,7 @@ def head_inputs(
 def assert_within_error_budget(
     actual: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, name: str = ""
 ) -> None:
-    """Fail unless `actual` is as close to the fp64 `truth` as `factor` times `baseline` plus one rounding of its dtype.
+    """Fails unless `actual` is as close to the fp64 `truth` as `factor` times `baseline` plus a rounding of its dtype.
 
     `baseline` is the ordinary computation in the same dtypes; errors are root mean squares over all elements, so the
     bound is derived from the arithmetic and not tuned.
@@ -104,7 +104,7 @@ def assert_within_error_budget(
 
 @contextmanager
 def inputs_unchanged(*inputs: Tensor) -> Iterator[None]:
-    """Fail unless the tensors are bit-identical when the block ends.
+    """Fails unless the tensors are bit-identical when the block ends.
 
     Example:
         >>> import torch
@@ -127,7 +127,7 @@ def inputs_unchanged(*inputs: Tensor) -> Iterator[None]:
 def count_graphs(
     fn: Callable[..., Any], calls: Sequence[Sequence[Any]], *, backend: str = "eager", dynamic: bool | None = None
 ) -> int:
-    """Count the graphs that `torch.compile(fn, fullgraph=True)` makes over several calls: 1 if nothing recompiles.
+    """Counts the graphs that `torch.compile(fn, fullgraph=True)` makes over several calls: 1 if nothing recompiles.
 
     With backend "eager" only Dynamo runs, which is what decides; "inductor" adds the guards of its own.
 
@@ -149,7 +149,7 @@ def count_graphs(
 
 
 def assert_single_graph(inspection: Inspection) -> None:
-    """Fail unless the function became one graph forward, with no graph break.
+    """Fails unless the function became one graph forward, with no graph break.
 
     Graphs that an operator compiles inside its own implementation are not the function's.
 
@@ -168,7 +168,7 @@ def assert_single_graph(inspection: Inspection) -> None:
 
 
 def assert_peak_below(inspection: Inspection, size: int) -> None:
-    """Fail unless the most bytes alive over the inputs, forward or backward, are fewer than `size`.
+    """Fails unless the most bytes alive over the inputs, forward or backward, are fewer than `size`.
 
     Example:
         >>> import torch
@@ -190,7 +190,7 @@ def assert_peak_below(inspection: Inspection, size: int) -> None:
 
 
 def assert_saves_nothing_larger_than(inspection: Inspection, size: int) -> None:
-    """Fail where a tensor kept between forward and backward, neither input nor result, is larger than `size` bytes.
+    """Fails where a tensor kept between forward and backward, neither input nor result, is larger than `size` bytes.
 
     Example:
         >>> import torch
@@ -208,7 +208,7 @@ def assert_saves_nothing_larger_than(inspection: Inspection, size: int) -> None:
 def assert_label_tokens_fit(
     labels: Tensor, chunking: Chunking, *, mask: Tensor | None = None, ignore_index: int = -100, shift: int = 0
 ) -> None:
-    """Fail unless the tokens of a batch that count are as few as `chunking.max_label_tokens` promises.
+    """Fails unless the tokens of a batch that count are as few as `chunking.max_label_tokens` promises.
 
     For the batches of a data set; all else as the loss is given it.
 
@@ -230,7 +230,7 @@ def assert_label_tokens_fit(
 
 
 def assert_kernel_count(inspection: Inspection, count: int) -> None:
-    """Fail unless there are `count` distinct generated kernels, forward and backward together.
+    """Fails unless there are `count` distinct generated kernels, forward and backward together.
 
     Example:
         >>> import torch
@@ -246,7 +246,7 @@ def assert_kernel_count(inspection: Inspection, count: int) -> None:
 
 
 def assert_assembles(inspection: Inspection, targets: Sequence[str], *, spills: int = 0) -> None:
-    """Fail unless every generated kernel was assembled for each of `targets`, the first configuration within `spills`.
+    """Fails unless every generated kernel was assembled for each of `targets`, the first configuration within `spills`.
 
     The inspection must have been asked to: `inspect(..., assemble=targets)`. `spills` are bytes a thread.
 

@@ -1,4 +1,4 @@
-"""Every error text of a loss, a file a subject: each names the argument, what was expected and what came."""
+"""Checks of a loss's arguments, a file per subject: each error names the argument, what was expected and what came."""
 
 from compiled_loss.checks import (
     chunking,

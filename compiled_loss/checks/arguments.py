@@ -1,4 +1,4 @@
-"""The errors of a loss's arguments: each names the argument, what was expected and what came, before any work."""
+"""Checks of a loss's arguments, before any work: each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UnsupportedTorchError(ImportError, ValueError):
 
 
 def torch_version(version: str) -> None:
-    """Raise unless `version` is one this library is tested on, or newer."""
+    """Raises unless `version` is one this library is tested on, or newer."""
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise UnsupportedTorchError(
@@ -28,7 +28,7 @@ def torch_version(version: str) -> None:
 
 
 def tensor(name: str, value: object) -> None:
-    """Raise unless `value` is a tensor whose elements lie in memory as its dtype says, or a DTensor."""
+    """Raises unless `value` is a tensor whose elements lie in memory as its dtype says, or a DTensor."""
     kind = type(value)
     if not isinstance(value, Tensor):
         own = isinstance(value, torch.nn.Module) and isinstance(getattr(value, "weight", None), Tensor)
@@ -49,10 +49,10 @@ def tensor(name: str, value: object) -> None:
 
 
 def _no_tangent(name: str, value: Tensor) -> None:
-    """Raise where a forward-mode derivative is asked for, outside functorch transforms."""
+    """Raises where a forward-mode derivative is asked for, outside functorch transforms."""
     if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
         return
-    # While tracing nobody can tell which tensors are dual: none is taken.
+    # While tracing nobody can tell which tensors are dual, so every tensor is refused.
     if torch.compiler.is_compiling() or forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"{name}: expected a Tensor without a tangent, got a dual one: this loss has no forward-mode derivative "
@@ -62,12 +62,12 @@ def _no_tangent(name: str, value: Tensor) -> None:
 
 
 def floating(name: str, value: Tensor) -> None:
-    """Raise unless `value` is of a floating dtype that gradients are computed in."""
+    """Raises unless `value` is of a floating dtype that gradients are computed in."""
     floating_dtype(name, value.dtype)
 
 
 def floating_dtype(name: str, value: object) -> None:
-    """Raise unless `value` is one that gradients are computed in."""
+    """Raises unless `value` is a dtype that gradients are computed in."""
     if value not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         quantised = isinstance(value, torch.dtype) and value.itemsize == 1 and value != torch.bool
         advice = f": {_DEQUANTISE}" if quantised else ""
@@ -75,7 +75,7 @@ def floating_dtype(name: str, value: object) -> None:
 
 
 def linear_weight(weight: object, bias: Tensor | None, called: str = "weight") -> None:
-    """Raise where the weight of a head is a Module that has a bias, too."""
+    """Raises where the weight of a head is a Module that has a bias, too."""
     if isinstance(weight, torch.nn.Module) and bias is None and isinstance(getattr(weight, "bias", None), Tensor):
         kind = type(weight).__name__
         name = kind.lower()
@@ -93,10 +93,10 @@ def labels(
     without: str = "its last dimension",
     hint: Callable[[], str] = str,
 ) -> None:
-    """Raise unless `value` is int64, shaped like `rows` without a dimension and on its device.
+    """Raises unless `value` is int64, shaped like `rows` without a dimension and on its device.
 
-    `own` is the shape of what the rank has of it. `hint` is for shapes. It is called when all else has failed: what it
-    compares would be a guard under torch.compile.
+    `own` is the shape of this rank's part of the value. `hint` explains a wrong shape. It is called only when the
+    shapes differ, because its own comparisons would be guards under torch.compile.
     """
     tensor(name, value)
     if value.is_floating_point() and value.dim() == len(shape) + 1:
@@ -114,13 +114,13 @@ def labels(
 
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
-    """Raise unless `value` is on `device`."""
+    """Raises unless `value` is on `device`."""
     if value.device != device:
         raise ValueError(f"{name}: expected on {device} like the first argument, got {value.device}")
 
 
 def class_dim(value: object, dimensions: int | None = None) -> None:
-    """Raise unless `value` is a dimension, of so many if that is known."""
+    """Raises unless `value` is a dimension of a tensor with so many `dimensions`, if their number is known."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"class_dim: expected an int, got {type(value).__name__}")
     if dimensions is not None and not -dimensions <= value < dimensions:
@@ -128,14 +128,14 @@ def class_dim(value: object, dimensions: int | None = None) -> None:
 
 
 def logits(value: Tensor, vocab: int, name: str = "logits") -> None:
-    """Raise unless `value` is [..., V], or a rank's part of it."""
+    """Raises unless `value` is [..., V], or a rank's part of it."""
     floating(name, value)
     if value.dim() < 1 or vocab < 1:
         raise ValueError(f"{name}: expected [..., V] with V >= 1, got {sizes(value.shape)}")
 
 
 def head(hidden: Tensor, weight: Tensor, vocab: int, names: tuple[str, str] = ("hidden", "weight")) -> None:
-    """Raise unless hidden @ weight.T exists; `names` are their arguments, `vocab` V of all ranks."""
+    """Raises unless hidden @ weight.T exists; `names` are their arguments, `vocab` V of all ranks."""
     for name, value in zip(names, (hidden, weight), strict=True):
         floating(name, value)
     if weight.dim() != 2 or weight.shape[1] == 0 or vocab == 0:
@@ -154,7 +154,7 @@ def head(hidden: Tensor, weight: Tensor, vocab: int, names: tuple[str, str] = ("
 
 
 def same_dtype(hidden: torch.dtype, weight: torch.dtype, names: tuple[str, str]) -> None:
-    """Raise unless one GEMM can take both."""
+    """Raises unless one GEMM can take both."""
     if hidden != weight:
         raise TypeError(
             f"{names[1]}: expected the dtype of {names[0]}, {hidden}, got {weight}: "
@@ -163,7 +163,7 @@ def same_dtype(hidden: torch.dtype, weight: torch.dtype, names: tuple[str, str])
 
 
 def vocabulary_vector(name: str, value: Tensor, vocab: int, device: torch.device) -> None:
-    """Raise unless `value` is a floating [V]."""
+    """Raises unless `value` is a floating [V]."""
     tensor(name, value)
     floating(name, value)
     if value.shape != (vocab,):
@@ -172,7 +172,7 @@ def vocabulary_vector(name: str, value: Tensor, vocab: int, device: torch.device
 
 
 def class_weights(value: Tensor | None, vocab: int, device: torch.device) -> None:
-    """Raise unless `value` is None or a constant [V]."""
+    """Raises unless `value` is None or a constant [V]."""
     if value is None:
         return
     vocabulary_vector("class_weights", value, vocab, device)
@@ -183,7 +183,7 @@ def class_weights(value: Tensor | None, vocab: int, device: torch.device) -> Non
 
 
 def per_token(name: str, value: Tensor, own: torch.Size, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless `value`, of which the rank has `own`, broadcasts to `shape`, that of the labels."""
+    """Raises unless `value`, of which the rank has `own`, broadcasts to `shape`, that of the labels."""
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
     pairs = zip(reversed(own), reversed(shape), strict=False)
@@ -197,7 +197,7 @@ def per_token(name: str, value: Tensor, own: torch.Size, shape: torch.Size, devi
 def tokens(
     own: torch.Size, labels_: Tensor, name: str, source: torch.Size, device: torch.device, weight: Tensor | None = None
 ) -> None:
-    """Raise unless labels, of which the rank has `own`, fit `source` [..., V or H], the argument before `weight`."""
+    """Raises unless labels, of which the rank has `own`, fit `source` [..., V or H], the argument before `weight`."""
 
     def hint() -> str:
         swapped = weight is not None and labels_.shape == weight.shape[:-1]
@@ -207,7 +207,7 @@ def tokens(
 
 
 def class_labels(own: torch.Size, labels_: Tensor, name: str, rows: torch.Size, given: Tensor, class_dim_: int) -> None:
-    """Raise unless labels fit the rows of logits, which were `given` as `name` with their classes along `class_dim`."""
+    """Raises unless labels fit the rows of logits, `given` as `name` with their classes along `class_dim`."""
     last = class_dim_ in (-1, given.dim() - 1)
 
     def hint() -> str:
@@ -222,20 +222,20 @@ def class_labels(own: torch.Size, labels_: Tensor, name: str, rows: torch.Size, 
 
 
 def instance(name: str, value: object, kind: type) -> None:
-    """Raise unless `value` is one of ours."""
+    """Raises unless `value` is an instance of a class of this library."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
 
 
 def labels_in_range(invalid: Tensor, values: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise if any is marked invalid. Reads the tensors: for eager CPU code alone."""
+    """Raises if a label is marked invalid. It reads the tensors, so it is for eager CPU code only."""
     if invalid.any():
         first = values[invalid].reshape(-1)[0].item()
         raise ValueError(f"labels: expected 0 <= label < V = {vocab}, or ignore_index = {ignore_index}, got {first}")
 
 
 def first_derivative() -> None:
-    """Raise in a backward that is to be differentiated again; a compiled one is refused by AOTAutograd itself."""
+    """Raises in a backward that is to be differentiated again; AOTAutograd itself refuses a compiled one."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "create_graph: expected False, got True: this loss has no second derivative outside torch.func transforms; "
@@ -244,7 +244,10 @@ def first_derivative() -> None:
 
 
 def differ(shape: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether sizes differ. Those of which nothing is known while tracing are asserted to be alike when code runs."""
+    """Returns True if the sizes differ.
+
+    Sizes of which nothing is known while tracing are asserted to be equal when the code runs.
+    """
     if len(shape) != len(expected):
         return True
     for one, other in zip(shape, expected, strict=True):
@@ -256,5 +259,5 @@ def differ(shape: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def sizes(shape: torch.Size) -> str:
-    """Write a shape as errors show it."""
+    """Returns a shape as errors show it."""
     return "[" + ", ".join([str(int(size)) for size in shape]) + "]"

@@ -1,4 +1,4 @@
-"""The errors of `Chunking`, on its own and beside a call."""
+"""Checks of `Chunking`, by itself and together with a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _STRATEGIES = ("auto", "tokens", "vocab")
 
 
 def whole_rows(strategy: str) -> None:
-    """Raise unless the token strategy, the only one for two distributions, is allowed."""
+    """Raises unless the token strategy is allowed, the only one for two distributions."""
     if strategy == "vocab":
         raise ValueError("strategy: expected 'tokens' or 'auto', got 'vocab': two distributions need whole rows")
 
@@ -16,7 +16,7 @@ def whole_rows(strategy: str) -> None:
 def chunking(
     strategy: str, chunk_size: int | None, memory_budget: int | str | None, accumulate_dtype: object, compile: object
 ) -> None:
-    """Raise unless the fields of a `Chunking` are each valid and go together."""
+    """Raises unless the fields of a `Chunking` are each valid and go together."""
     if strategy not in _STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, _STRATEGIES))}, got {strategy!r}")
     for name, value in (("chunk_size", chunk_size), ("memory_budget", size("memory_budget", memory_budget))):
@@ -34,13 +34,16 @@ def chunking(
 
 
 def compiles(compile: object) -> None:
-    """Raise unless it says whether eager calls are compiled."""
+    """Raises unless the value says whether eager calls are compiled."""
     if not isinstance(compile, bool) and compile != "auto":
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
 
 
 def size(name: str, value: int | str | None) -> int | None:
-    """Bytes, of a number of them or of a text such as "512MiB"; whatever else it is is left to be found out."""
+    """Returns a number of bytes, which may be given as a text such as "512MiB".
+
+    Any value that is not a text is returned as it is, and checked elsewhere.
+    """
     if not isinstance(value, str):
         return value
     for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)):
@@ -51,7 +54,7 @@ def size(name: str, value: int | str | None) -> int | None:
 
 
 def max_label_tokens(value: float | None) -> None:
-    """Raise unless it is a number of tokens or a fraction of them."""
+    """Raises unless the value is a number of tokens or a fraction of them."""
     expected = "expected an int >= 1, a float above 0 and up to 1, or None"
     if value is None:
         return
@@ -62,7 +65,7 @@ def max_label_tokens(value: float | None) -> None:
 
 
 def label_tokens_fit(count: int, rows: int, tokens: int) -> None:
-    """Raise unless the tokens that count are as few as `max_label_tokens` promised."""
+    """Raises unless as few tokens count as `max_label_tokens` promised."""
     if count > rows:
         raise ValueError(
             f"max_label_tokens: expected at least {count} of {tokens} tokens, so many count, got {rows}; "
@@ -71,7 +74,7 @@ def label_tokens_fit(count: int, rows: int, tokens: int) -> None:
 
 
 def chunk_size_counts_tokens(chunk_size: int) -> None:
-    """Raise: under "auto" a chunk size is one of tokens, and only the vocab strategy can do what is asked."""
+    """Raises an error: under "auto" a chunk size is one of tokens, and only the vocab strategy can do what is asked."""
     raise ValueError(
         f"chunk_size: expected strategy='vocab' beside it, got 'auto': what is asked needs the vocab strategy, "
         f"whose chunks are columns of the vocabulary, not {chunk_size} tokens"
@@ -79,7 +82,7 @@ def chunk_size_counts_tokens(chunk_size: int) -> None:
 
 
 def positive(name: str, value: int) -> None:
-    """Raise unless `value` is an int, 1 or more."""
+    """Raises unless `value` is an int, 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
     if value < 1:
@@ -87,25 +90,25 @@ def positive(name: str, value: int) -> None:
 
 
 def device_type(device: str) -> None:
-    """Raise unless there are rates of the type of device."""
+    """Raises unless the rates of this type of device are known."""
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device: expected 'cuda' or 'cpu', got {device!r}")
 
 
 def memory_budget(value: int, chunk: str, needed: int) -> None:
-    """Raise unless the budget holds the least chunk."""
+    """Raises unless the budget holds the least chunk."""
     if value < needed:
         raise ValueError(f"memory_budget: expected at least {needed} bytes, one {chunk} of logits, got {value}")
 
 
 def accumulator(accumulate_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """Raise unless sums in `accumulate_dtype` lose nothing that `dtype` holds."""
+    """Raises unless sums in `accumulate_dtype` lose nothing that `dtype` holds."""
     if torch.promote_types(accumulate_dtype, dtype) != accumulate_dtype:
         raise ValueError(f"accumulate_dtype: expected {dtype} like the inputs or wider, got {accumulate_dtype}")
 
 
 def tokens_strategy(reason: str) -> None:
-    """Raise: the token strategy cannot do what is asked."""
+    """Raises an error: the token strategy cannot do what is asked."""
     raise ValueError(
         f"strategy: expected 'vocab' or 'auto', got 'tokens', which cannot give {reason}: "
         "it forms gradients before it knows each token's upstream gradient"

@@ -1,4 +1,4 @@
-"""The errors of divergences: their names, their weights and their numbers."""
+"""Checks of divergences: their names, their weights and their numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "acceptance", "lk
 
 
 def named(value: Any) -> tuple[tuple[str, ...], tuple[Any, ...] | None]:
-    """The names of the divergences that `value` tells, in one order, and their weights as numbers; None for one name.
+    """Returns the names of divergences, in a fixed order, and their weights as numbers; None for a single name.
 
-    Raise unless it is a name, or numbers by name.
+    Raises unless `value` is a name, or a mapping of names to numbers.
     """
     expected = f"divergence: expected one of {', '.join(map(repr, NAMES))}"
     if not isinstance(value, (dict, Mapping)):
@@ -34,7 +34,7 @@ def named(value: Any) -> tuple[tuple[str, ...], tuple[Any, ...] | None]:
 
 
 def options(jsd_weight: Any, lk_decay: Any, temperature_squared: Any, hard_label_weight: Any) -> tuple[Any, Any, Any]:
-    """The numbers among them as numbers; raise unless each is in its range."""
+    """Returns the options that are numbers as numbers. Raises unless each option is in its range."""
     jsd_weight = numbers.number("jsd_weight", jsd_weight)
     if not (isinstance(jsd_weight, Tensor) or 0 < jsd_weight < 1):
         raise ValueError(f"jsd_weight: expected a number between 0 and 1, got {jsd_weight}")

@@ -1,4 +1,4 @@
-"""The errors of a loss that a user writes: what it was given, what it did, what it returned."""
+"""Checks of a loss that a user writes: its arguments, its operations and its results."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _meant(name: str) -> str:
 
 
 def function(name: str, value: object) -> None:
-    """Raise unless it can be called."""
+    """Raises unless the value can be called."""
     if not callable(value):
         raise TypeError(f"{_meant(name)}, got {type(value).__name__}")
 
 
 def given(name: str, value: Any) -> None:
-    """Raise unless an input is a tensor, or a number without gradient."""
+    """Raises unless an input is a tensor, or a number without gradient."""
     if isinstance(value, Tensor):
         arguments.tensor(name, value)
     if not isinstance(value, Tensor) or not value.dim():
@@ -33,7 +33,7 @@ def given(name: str, value: Any) -> None:
 
 
 def of_tokens(name: str, value: Tensor, own: torch.Size, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless an input, of which the rank has `own`, has a value for each token of [...]."""
+    """Raises unless an input, of which the rank has `own`, has a value for each token of [...]."""
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected bool, integer or floating, got {value.dtype}")
     if arguments.differ(own[: len(shape)], shape):
@@ -44,7 +44,7 @@ def of_tokens(name: str, value: Tensor, own: torch.Size, shape: torch.Size, devi
 
 
 def result(name: str, value: Any, shape: torch.Size) -> None:
-    """Raise unless it is a loss a row."""
+    """Raises unless the value has one loss per row."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{_meant(name)}; it returned {type(value).__name__}")
     if not value.dtype.is_floating_point:
@@ -58,7 +58,7 @@ def result(name: str, value: Any, shape: torch.Size) -> None:
 
 
 def closes_over(name: str = "token_loss") -> None:
-    """Raise: under torch.compile the token strategy takes only functions that close over nothing."""
+    """Raises an error: under torch.compile the token strategy takes only functions that close over nothing."""
     what = "a plain function without closure, defaults or global numbers"
     how = f"Give what it closes over as inputs: linear_{name}(..., {name}, tensor, number)"
     if name == "logits_loss":
@@ -69,7 +69,7 @@ def closes_over(name: str = "token_loss") -> None:
 
 
 def whole_rows(group: str | None, strategy: str, reduction: str) -> None:
-    """Raise unless a loss of logits can be had: it needs all of a token's, once."""
+    """Raises unless a loss of logits is possible: it needs all logits of a token, and a scalar result."""
     if group is not None:
         raise ValueError(
             "weight: expected all classes of the vocabulary, got a rank's: a logits_loss needs whole rows; use "
@@ -85,7 +85,7 @@ def whole_rows(group: str | None, strategy: str, reduction: str) -> None:
 
 @contextlib.contextmanager
 def tracing(name: str) -> Iterator[None]:
-    """Say what a function may do where it cannot be traced."""
+    """Turns an error of tracing into one that says what a function may do."""
     try:
         yield
     except AssertionError as error:
@@ -106,7 +106,7 @@ def tracing(name: str) -> Iterator[None]:
 
 
 def traced_operators(name: str, graph: torch.fx.GraphModule) -> None:
-    """Raise unless the function's operators give the same in every call, of its arguments alone."""
+    """Raises unless the function's operators give the same in every call, of its arguments alone."""
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             raise ValueError(
@@ -130,7 +130,7 @@ def traced_operators(name: str, graph: torch.fx.GraphModule) -> None:
 
 
 def traced_often(name: str, function: Any, times: int) -> None:
-    """Warn: what a function closes over changes from call to call."""
+    """Warns that the values a function closes over change from call to call."""
     called = getattr(function, "__qualname__", type(function).__name__)
     warnings.warn(
         f"{name}: {called} was another function in each of {times} calls, because it closes over values that change. "
@@ -142,7 +142,7 @@ def traced_often(name: str, function: Any, times: int) -> None:
 
 
 def number_of_rows(name: str, guards: object) -> None:
-    """Raise: what the function does depends on how many tokens there are."""
+    """Raises an error: the function's results depend on the number of tokens."""
     raise ValueError(
         f"{_meant(name)}; it depends on how many tokens a chunk has ({guards}). A token's loss must depend on that "
         "token alone"
@@ -150,7 +150,7 @@ def number_of_rows(name: str, guards: object) -> None:
 
 
 def own_row(name: str, together: Tensor, alone: Tensor) -> None:
-    """Raise unless a row's loss is the same without the other rows."""
+    """Raises unless a row's loss is the same without the other rows."""
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError(
             f"{_meant(name)}; a token's loss depends on other tokens, of which a chunk has only some. Compute what "

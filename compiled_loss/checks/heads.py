@@ -1,4 +1,4 @@
-"""The errors of heads that are more than a weight and a bias; see `checks`."""
+"""Checks of heads that may be more than a weight and a bias."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# By what name the configs of models hold a bound of their logits, and a factor.
+# The names by which models' configs hold a bound of their logits, and a factor.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 FACTORS = (
     "logit_scale",  # Cohere
@@ -23,7 +23,7 @@ _PACKED = ("qweight", "W_q", "weight_packed", "packed_weight")  # GPTQ and AWQ; 
 
 
 def one_head(model: object, names: Sequence[str]) -> None:
-    """Raise unless one of a model's Modules may be its head."""
+    """Raises unless one of a model's Modules may be its head."""
     if not names:
         raise ValueError(
             f"model: expected get_output_embeddings() or a Module called lm_head, got {type(model).__name__}: "
@@ -34,13 +34,13 @@ def one_head(model: object, names: Sequence[str]) -> None:
 
 
 def head_set(name: str, head: object) -> None:
-    """Raise unless a trainer has given the head."""
+    """Raises unless a trainer has given the head."""
     if head is None:
         raise ValueError(f"{name}: expected the model's head before the first call, got None: call set_lm_head(head)")
 
 
 def adapters(name: str, head: object, active: Sequence[str]) -> None:
-    """Raise: adapters change what the head gives."""
+    """Raises an error: adapters change the head's results."""
     raise TypeError(
         f"{name}: {_expected(head)} with the adapters {', '.join(active)}: merge them, by merge_adapter() or "
         f"merge_and_unload(), train the whole head, by modules_to_save, or {_LOGITS}"
@@ -48,7 +48,7 @@ def adapters(name: str, head: object, active: Sequence[str]) -> None:
 
 
 def merged_and_disabled(name: str, head: object, merged: Sequence[str]) -> None:
-    """Raise: the weight still holds adapters that the head's next forward would take out."""
+    """Raises an error: the weight still holds adapters that the head's next forward would unmerge."""
     raise ValueError(
         f"{name}: {_expected(head)}, whose adapters {', '.join(merged)} are merged and disabled: "
         "call unmerge_adapter() first"
@@ -56,23 +56,23 @@ def merged_and_disabled(name: str, head: object, merged: Sequence[str]) -> None:
 
 
 def members(name: str, head: object, count: int) -> None:
-    """Raise unless a container has one member."""
+    """Raises unless a container has one member."""
     if count != 1:
         raise TypeError(f"{name}: {_expected(head)} of {count}: {_otherwise()}")
 
 
 def forward(name: str, head: object) -> None:
-    """Raise: the head's class computes something else, or nothing that is known."""
+    """Raises an error: the head's class has a forward of its own, whose results are not known."""
     raise TypeError(f"{name}: {_expected(head)}, which has a forward of its own: {_otherwise()}")
 
 
 def replaced(name: str, head: object) -> None:
-    """Raise: this one's forward is another than its class's."""
+    """Raises an error: this head's forward is not that of its class."""
     raise TypeError(f"{name}: {_expected(head)} whose forward was replaced on the instance: {_otherwise()}")
 
 
 def offloaded(name: str, head: object, hook: object) -> None:
-    """Raise: the weight comes and goes with the head's forward."""
+    """Raises an error: the weight is on its device only during the head's forward."""
     raise ValueError(
         f"{name}: {_expected(head)} that {type(hook).__name__} brings to its device in forward alone: "
         f"keep the head on its device, by device_map, or {_LOGITS}"
@@ -80,7 +80,7 @@ def offloaded(name: str, head: object, hook: object) -> None:
 
 
 def hooked(name: str, head: object, hook: object) -> None:
-    """Raise: a hook may change what goes in, what comes out, or their gradients."""
+    """Raises an error: a hook may change the head's inputs, its results, or their gradients."""
     called = getattr(hook, "__qualname__", type(hook).__qualname__)
     raise ValueError(
         f"{name}: {_expected(head)} with the hook {called}, which may change its results: "
@@ -89,7 +89,7 @@ def hooked(name: str, head: object, hook: object) -> None:
 
 
 def present(name: str, head: object, weight: object) -> None:
-    """Raise unless the weight is there to be multiplied by."""
+    """Raises unless the head's weight is a tensor that holds all its numbers."""
     if not isinstance(weight, Tensor):
         if any(hasattr(head, packed) for packed in _PACKED):
             quantised(name, head, "packed integers")
@@ -102,7 +102,7 @@ def present(name: str, head: object, weight: object) -> None:
 
 
 def loaded(name: str, head: object, weight: Tensor, beside: object) -> None:
-    """Raise where there are hidden states and no weight."""
+    """Raises where the hidden states have data and the weight has none."""
     if weight.is_meta and isinstance(beside, Tensor) and not beside.is_meta:
         raise ValueError(
             f"{name}: {_expected(head)} whose weight is on the device meta, offloaded or never loaded: "
@@ -111,7 +111,7 @@ def loaded(name: str, head: object, weight: Tensor, beside: object) -> None:
 
 
 def dense(name: str, head: object, weight: Tensor) -> None:
-    """Raise unless the weight is what it looks like: floating, strided, multiplied as any other."""
+    """Raises unless the weight is an ordinary tensor: floating, strided, and multiplied like any other."""
     kind = type(weight)
     own = kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith(_TORCH)
     if own and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -123,7 +123,7 @@ def dense(name: str, head: object, weight: Tensor) -> None:
 
 
 def quantised(name: str, head: object, held: str) -> None:
-    """Raise: the weight is not held as numbers."""
+    """Raises an error: the weight is quantised or packed."""
     raise TypeError(
         f"{name}: {_expected(head)} that is quantised or packed, its weight held as {held}: "
         f"leave the head out of quantisation, dequantise it, or {_LOGITS}"
@@ -131,13 +131,13 @@ def quantised(name: str, head: object, held: str) -> None:
 
 
 def without_bias(name: str, head: object, bias: object) -> None:
-    """Raise where a head adds what a loss of its weight alone does not."""
+    """Raises where a head has a bias, and the loss takes its weight alone."""
     if bias is not None:
         raise ValueError(f"{name}: {_expected(head)} with a bias: give lm_bias beside lm_weight, or {_LOGITS}")
 
 
 def logit_map(loss: str, softcap: float | None, config: Any) -> None:
-    """Raise where a model's config says that its logits are others than the loss's."""
+    """Raises where a model's config has a softcap or a factor that the loss does not apply."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     given = [name for name in SOFTCAPS if getattr(config, name, None) is not None]
     for name in given or SOFTCAPS[:1]:

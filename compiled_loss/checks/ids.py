@@ -1,4 +1,4 @@
-"""The errors of classes that tokens ask for or keep: [..., K] ids, of which negative ones are padding."""
+"""Checks of ids, [..., K], of classes that tokens ask for or keep; negative ids are padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compiled_loss.checks import arguments, numbers
 
 
 def given(name: str, value: Tensor, own: torch.Size, shape: torch.Size, device: torch.device, *, shared: bool) -> None:
-    """Raise unless ids, of which the rank has `own`, belong to labels of this shape, or may be `shared` by all."""
+    """Raises unless ids, of which the rank has `own`, belong to labels of this shape, or may be `shared` by all."""
     if value.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
     if not (shared and len(own) == 1) and (len(own) != len(shape) + 1 or arguments.differ(own[:-1], shape)):
@@ -22,7 +22,7 @@ def given(name: str, value: Tensor, own: torch.Size, shape: torch.Size, device: 
 
 
 def classes(name: str, ids: Tensor, active: Tensor, vocab: int) -> None:
-    """Raise unless ids [N, K] are classes or padding. Reads the tensor: in eager CPU code alone."""
+    """Raises unless ids [N, K] are classes or padding. It reads the tensor only in eager CPU code."""
     if numbers.can_read_values(ids):
         outside = ids[active][ids[active] >= vocab]
         if outside.numel():
@@ -30,7 +30,7 @@ def classes(name: str, ids: Tensor, active: Tensor, vocab: int) -> None:
 
 
 def padded(offsets: object, ids: object, width: Any) -> None:
-    """Raise unless rows of ids, one behind the other, can be laid side by side."""
+    """Raises unless ids that are stored one row after another can be padded to rows of `width`."""
     arguments.tensor("offsets", offsets)
     arguments.tensor("ids", ids)
     for name, value in (("offsets", offsets), ("ids", ids)):
@@ -56,13 +56,13 @@ def padded(offsets: object, ids: object, width: Any) -> None:
 
 
 def top(k: Any, vocab: int) -> None:
-    """Raise unless so many of the largest may be wanted."""
+    """Raises unless the k largest of `vocab` classes exist, or k is None."""
     if k is not None and not 0 < numbers.integer("top_k", k, " or None") <= vocab:
         raise ValueError(f"top_k: expected from 1 to V = {vocab}, or None, got {k}")
 
 
 def over_kept(kept_ids: object, wanted: Collection[str], top_k: object) -> None:
-    """Raise where something of all classes is wanted of those that are kept."""
+    """Raises where kept classes are given, and a result over all classes is wanted."""
     if kept_ids is not None and top_k is not None:
         raise ValueError(f"top_k: expected None beside kept_ids, got {top_k}")
     if kept_ids is not None and "mean_logit" in wanted:

@@ -1,4 +1,4 @@
-"""The errors of Modules, configs and pipelines; see `checks`."""
+"""Checks of Modules, configs and pipelines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _R = TypeVar("_R")
 
 
 def named(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let the errors of a function speak of its own arguments: each keyword is a word of our texts, and what to say.
+    """Returns a decorator with which a function's errors name the function's own arguments.
 
-    It costs nothing while there is no error, and `torch.compile` traces it.
+    Each keyword is a name in this library's errors; its value is the name to show instead. This costs nothing while
+    there is no error, and `torch.compile` traces it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -36,7 +37,7 @@ def named(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 
 def calling(names: Mapping[str, str], function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """What the function returns; its errors with other names, as in `named`."""
+    """Calls the function and returns its result; its errors have other names, as in `named`."""
     try:
         return function(*args, **kwargs)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -47,9 +48,10 @@ def calling(names: Mapping[str, str], function: Callable[_P, _R], *args: _P.args
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
-    """A text with other names for arguments. After an article a word is prose, and after a dot it is an attribute.
+    """Returns the text with other names for arguments.
 
-    It is plain Python, without `re`, because Dynamo traces it where a compiled loss gets a bad argument.
+    A word after an article is prose, and a word after a dot is an attribute: these stay. It is plain Python, without
+    `re`, because Dynamo traces it where a compiled loss gets a bad argument.
     """
     words = [""]
     for word in text.split(" "):
@@ -63,7 +65,7 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
 
 
 def kept(values: Mapping[str, Any], chunking: type) -> None:
-    """Raise unless each keyword that a Module keeps, known by its name, is in its range; `chunking` is a class."""
+    """Raises unless each keyword that a Module keeps is in its range; `chunking` is the class of that keyword."""
     given = values.get
     options.transform(given("softcap"), given("temperature", 1.0))
     options.positive("logit_scale", given("logit_scale", 1.0))
@@ -91,7 +93,7 @@ def kept(values: Mapping[str, Any], chunking: type) -> None:
 
 
 def keywords(owner: Any, given: Mapping[str, object], module: Any) -> None:
-    """Raise where a constructor does not know a keyword. A config tells of which `module` it is."""
+    """Raises where a constructor does not know a keyword. `module` is the Module that a config builds."""
     if not given or torch.compiler.is_compiling():  # Dynamo asks for no signatures; it names the keyword itself
         return
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
@@ -107,32 +109,32 @@ def keywords(owner: Any, given: Mapping[str, object], module: Any) -> None:
 
 
 def softcapping(value: float) -> None:
-    """Raise unless a softcap, of which 0 means none, is one."""
+    """Raises unless the value is a softcap, or 0 for none."""
     numbers.number("logit_softcapping", value)
     if not 0 <= value < math.inf:
         raise ValueError(f"logit_softcapping: expected a number >= 0, 0 for none, got {value}")
 
 
 def implementation(value: object) -> None:
-    """Raise unless it is one of Automodel's."""
+    """Raises unless the value is one of Automodel's implementations."""
     if value not in ("cce", "torch_compile"):
         raise ValueError(f"impl: expected 'cce' or 'torch_compile', got {value!r}")
 
 
 def dtype_of_logits(value: object) -> None:
-    """Raise unless it is a dtype, or none is given."""
+    """Raises unless the value is a dtype or None."""
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"logits_dtype: expected a torch.dtype or None, got {type(value).__name__}")
 
 
 def weighs_a_sum(loss_weights: object, reduction: str) -> None:
-    """Raise where weights come with another reduction, in which they could mean two things."""
+    """Raises where weights are given with a reduction other than "sum", in which they could mean two things."""
     if loss_weights is not None and reduction != "sum":
         raise ValueError(f"loss_weights: expected None with reduction {reduction!r}, got weights: use 'sum'")
 
 
 def fields(owner: str, given: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> None:
-    """Raise where a keyword is unknown; `elsewhere` says where some of these belong."""
+    """Raises where a keyword is unknown; `elsewhere` says where some keywords belong."""
     hints = []
     unknown = sorted(set(given) - set(known))
     for name in unknown:
@@ -147,13 +149,13 @@ def fields(owner: str, given: Iterable[str], known: Sequence[str], elsewhere: Ma
 
 
 def no_runtime(owner: str, name: str, value: object) -> None:
-    """Raise where a config holds what only a running program has."""
+    """Raises where a config holds a value that exists only in a running program."""
     if value is not None:
         raise ValueError(f"{name}: expected None in a {owner} that is written down, got {type(value).__name__}")
 
 
 def factory(value: object, kwargs: object) -> None:
-    """Raise unless there is something to call, with keywords."""
+    """Raises unless the factory can be called, with keywords."""
     if not callable(value):
         came = repr(value) if isinstance(value, str) else type(value).__name__
         raise TypeError(f"factory: expected a callable that returns a loss, got {came}")
@@ -162,7 +164,7 @@ def factory(value: object, kwargs: object) -> None:
 
 
 def registration(name: str, config: object, base: type, taken: dict[str, type]) -> None:
-    """Raise unless a config may be known by a name."""
+    """Raises unless a config may be registered under the name."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a str, got {name!r}")
     if not isinstance(config, type) or not issubclass(config, base):
@@ -172,13 +174,13 @@ def registration(name: str, config: object, base: type, taken: dict[str, type]) 
 
 
 def no_keywords(kwargs: dict[str, object]) -> None:
-    """Raise where keywords come beside a config."""
+    """Raises where keywords are given together with a config."""
     if kwargs:
         raise ValueError(f"loss_kwargs: expected none beside a config, got {', '.join(sorted(kwargs))}: set its fields")
 
 
 def loss_target(loss: object, base: type, known: list[str]) -> None:
-    """Raise unless `loss` is a class or callable that may be a loss."""
+    """Raises unless `loss` is a class or callable that may be a loss."""
     names = f"a config, a name of {', '.join(known)}, or a loss class or callable"
     if isinstance(loss, base):
         raise TypeError(f"loss: expected {names}, got {type(loss).__name__}: call its build(loss_fn, model)")
@@ -189,7 +191,7 @@ def loss_target(loss: object, base: type, known: list[str]) -> None:
 
 
 def scaling(scaling_factor: float | None, ignored: int | None) -> None:
-    """Raise unless the numbers of an auxiliary loss are in range."""
+    """Raises unless the numbers of an auxiliary loss are in range."""
     if scaling_factor is not None:
         multi_token.scaling(scaling_factor, " or None")
     if ignored is not None:
@@ -197,7 +199,7 @@ def scaling(scaling_factor: float | None, ignored: int | None) -> None:
 
 
 def pipeline(loss: object, model: object) -> None:
-    """Raise unless a pipeline's loss can be called, and its model has Modules."""
+    """Raises unless a pipeline's loss can be called, and its model is a Module."""
     if not callable(loss):
         raise TypeError(f"loss_fn: expected a loss to call, got {type(loss).__name__}")
     if not isinstance(model, nn.Module):
@@ -205,13 +207,13 @@ def pipeline(loss: object, model: object) -> None:
 
 
 def given(name: str, value: object, loss: object) -> None:
-    """Raise where a loss misses what it takes."""
+    """Raises where an argument that a loss takes is missing."""
     if value is None:
         raise ValueError(f"{name}: expected, for {type(loss).__name__} takes them, got None")
 
 
 def mtp_outputs(hidden: Sequence[Tensor] | None, logits_: Sequence[Tensor] | None, loss: object) -> Sequence[Tensor]:
-    """Each depth's outputs; raise unless exactly one form is given, and the loss takes it."""
+    """Returns each depth's outputs. Raises unless exactly one form is given, and the loss takes that form."""
     if (hidden is None) == (logits_ is None):
         both = "both" if hidden is not None else "neither"
         raise ValueError(f"mtp_per_depth_h: expected it or mtp_per_depth_logits, got {both}")
@@ -225,7 +227,7 @@ def mtp_outputs(hidden: Sequence[Tensor] | None, logits_: Sequence[Tensor] | Non
 
 
 def ignore_index(value: int | None, loss: object) -> int:
-    """The label that a loss ignores; raise where another is to be put where there is no target."""
+    """Returns the label that a loss ignores. Raises where a different one is given."""
     own = getattr(loss, "ignore_index", -100 if value is None else value)
     own = int(own) if isinstance(own, Integral) and not isinstance(own, bool) else -100
     if value is not None and own != value:
@@ -234,7 +236,7 @@ def ignore_index(value: int | None, loss: object) -> int:
 
 
 def takes_bias(loss: Any) -> None:
-    """Raise where a loss would drop a head's bias."""
+    """Raises where a loss would drop a head's bias."""
     parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
     if "lm_bias" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(
@@ -244,7 +246,7 @@ def takes_bias(loss: Any) -> None:
 
 
 def seq_idx_tail(value: Tensor) -> None:
-    """Raise unless the int32 tensor at the end of a stage's output is a seq_idx."""
+    """Raises unless the int32 tensor at the end of a stage's output is a seq_idx."""
     if value.dim() != 2:
         raise ValueError(
             f"output: expected seq_idx [B, S], the int32 tensor at its end, got {arguments.sizes(value.shape)}: "

@@ -1,4 +1,4 @@
-"""The errors of multi-token prediction: depths, their targets, packed sequences."""
+"""Checks of multi-token prediction: depths, their targets, packed sequences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def multi_token(
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """Raise unless targets of a depth can be made of the labels."""
+    """Raises unless targets of a depth can be made of the labels."""
     arguments.tensor("labels", labels_)
     arguments.labels(labels_, labels_.shape, "labels", labels_.shape, labels_.device)
     if labels_.dim() not in (1, 2):
@@ -48,7 +48,7 @@ def multi_token(
 
 
 def sequence(name: str, value: Sequence[Tensor]) -> None:
-    """Raise unless there is something for each depth."""
+    """Raises unless the value is a sequence with an element for each depth."""
     if isinstance(value, Tensor) or not len(value):
         raise ValueError(f"{name}: expected a sequence of each depth's hidden states, one at least, got a tensor or []")
 
@@ -63,9 +63,10 @@ def depths(
     *,
     weighed: Sequence[str],
 ) -> torch.Size:
-    """The shape of a depth's tokens; raise unless each has hidden states and targets for the labels'.
+    """Returns the shape of a depth's tokens. Raises unless each depth has hidden states and targets for all labels.
 
-    `shapes` and `own` are those of a rank's hidden states and labels, `weighed` the arguments that weigh labels.
+    `shapes` and `own` are the shapes of a rank's hidden states and labels; `weighed` names the arguments that weigh
+    labels.
     """
     arguments.labels(labels, own, "labels", own, labels.device)
     for k, shape in enumerate(shapes):
@@ -92,7 +93,7 @@ def depths(
 
 
 def scaling(scaling_factor: Any, alternative: str = "") -> Any:
-    """The factor as a number; raise unless an auxiliary loss can be weighed so."""
+    """Returns the factor as a number. Raises unless it is >= 0."""
     scaling_factor = numbers.number("scaling_factor", scaling_factor, alternative)
     if not (isinstance(scaling_factor, Tensor) or scaling_factor >= 0):
         raise ValueError(f"scaling_factor: expected a number >= 0{alternative}, got {scaling_factor}")

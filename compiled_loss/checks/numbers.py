@@ -1,4 +1,4 @@
-"""What is taken where a number is meant: Python's and numpy's numbers, and tensors of one element without gradient."""
+"""Numbers as arguments: Python's and numpy's numbers, and tensors of one element without gradient."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def number(name: str, value: Any, alternative: str = "") -> Any:
-    """The number that `value` is; raise unless it is one, in an array or a tensor without gradient perhaps.
+    """Returns `value` as a number. Raises unless it is one, or an array or a tensor without gradient that holds one.
 
-    A tensor that cannot be read without a synchronisation stays one, and is not looked at.
+    A tensor that cannot be read without a synchronisation stays a tensor, and its value is not checked.
     """
     value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
@@ -20,7 +20,7 @@ def number(name: str, value: Any, alternative: str = "") -> Any:
 
 
 def integer(name: str, value: Any, alternative: str = "") -> Any:
-    """The int that `value` is; raise unless it is one, or a whole number of another type."""
+    """Returns `value` as an int. Raises unless it is one, or a whole number of another type."""
     scalar = _scalar(name, value)
     if isinstance(scalar, float) and scalar.is_integer():
         scalar = int(scalar)
@@ -30,7 +30,7 @@ def integer(name: str, value: Any, alternative: str = "") -> Any:
 
 
 def _scalar(name: str, value: Any) -> Any:
-    """What an array or a tensor holds, if it is one and may be read."""
+    """Returns the number in an array or a tensor, if it may be read; any other value as it is."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
             raise TypeError(f"{name}: expected a number, got a Tensor {list(value.shape)} of {value.dtype}")
@@ -42,12 +42,12 @@ def _scalar(name: str, value: Any) -> Any:
 
 
 def known(value: Any, is_: float) -> bool:
-    """Whether a number is this one, as far as may be known without reading a tensor."""
+    """Returns True if a number is this one, as far as can be known without reading a tensor."""
     return not isinstance(value, Tensor) and value == is_
 
 
 def holds(comparison: Any, otherwise: bool) -> bool:
-    """Whether a comparison of sizes holds; `otherwise` where nothing is known of one while tracing."""
+    """Returns True if a comparison of sizes holds; `otherwise` if nothing is known of a size while tracing."""
     if not torch.compiler.is_compiling():
         return bool(comparison)
     from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
@@ -56,6 +56,6 @@ def holds(comparison: Any, otherwise: bool) -> bool:
 
 
 def can_read_values(values: Tensor) -> bool:
-    """Whether numbers may be looked at without a synchronisation: in eager CPU code alone."""
+    """Returns True if values can be read without a synchronisation, which is only in eager CPU code."""
     special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return values.device.type == "cpu" and type(values) in (Tensor, torch.nn.Parameter) and not special

@@ -1,4 +1,4 @@
-"""The errors of a loss's numbers and names: each says the argument, what was expected and what came."""
+"""Checks of a loss's numbers and names: each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REDUCTIONS = ("none", "sum", "mean")
 
 
 def transform(softcap: Any, temperature: Any) -> tuple[Any, Any]:
-    """Both as numbers; raise unless z is defined."""
+    """Returns both as numbers. Raises unless each is in its range."""
     if softcap is not None:
         softcap = numbers.number("softcap", softcap, " or None")
         if not (isinstance(softcap, Tensor) or 0 < softcap < math.inf):  # inf * tanh(z / inf) is NaN
@@ -24,7 +24,7 @@ def transform(softcap: Any, temperature: Any) -> tuple[Any, Any]:
 
 
 def positive(name: str, value: Any) -> Any:
-    """The number; raise unless logits can be multiplied or divided by it."""
+    """Returns the number. Raises unless logits can be multiplied or divided by it."""
     value = numbers.number(name, value)
     if not (isinstance(value, Tensor) or 0 < value < math.inf):
         raise ValueError(f"{name}: expected a number > 0, got {value}")
@@ -32,7 +32,7 @@ def positive(name: str, value: Any) -> Any:
 
 
 def alignment(shift: Any, ignore_index: Any, dimensions: int) -> tuple[int, int]:
-    """Both as ints; raise unless tokens can be told apart and moved along so many dimensions."""
+    """Returns both as ints. Raises unless labels with so many dimensions can be shifted."""
     shift, ignore_index = numbers.integer("shift", shift), numbers.integer("ignore_index", ignore_index)
     if shift < 0:
         raise ValueError(f"shift: expected an int >= 0, got {shift}")
@@ -41,13 +41,13 @@ def alignment(shift: Any, ignore_index: Any, dimensions: int) -> tuple[int, int]
 
 
 def shift_fits(shift: int, dimensions: int) -> None:
-    """Raise where there is nothing to shift along."""
+    """Raises where there is nothing to shift along."""
     if shift and not dimensions:
         raise ValueError(f"shift: expected 0 where labels have no dimension, got {shift}")
 
 
 def terms(label_smoothing: Any, z_loss: Any) -> tuple[Any, Any]:
-    """Both as numbers; raise unless each term of the loss is in its range."""
+    """Returns both as numbers. Raises unless each is in its range."""
     label_smoothing, z_loss = numbers.number("label_smoothing", label_smoothing), numbers.number("z_loss", z_loss)
     if not (isinstance(label_smoothing, Tensor) or 0 <= label_smoothing <= 1):
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
@@ -57,13 +57,13 @@ def terms(label_smoothing: Any, z_loss: Any) -> tuple[Any, Any]:
 
 
 def reduction(value: str) -> None:
-    """Raise unless the reduction exists."""
+    """Raises unless the reduction exists."""
     if value not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {value!r}")
 
 
 def statistics_wanted(wanted: Any, names: Sequence[str]) -> None:
-    """Raise unless it is a collection of names of statistics."""
+    """Raises unless the value is a collection of names of statistics."""
     expected = f"wanted: expected some of {', '.join(map(repr, names))}"
     if isinstance(wanted, str) or not isinstance(wanted, Collection):
         raise TypeError(f"{expected} in a tuple, got {wanted!r}")
@@ -73,19 +73,19 @@ def statistics_wanted(wanted: Any, names: Sequence[str]) -> None:
 
 
 def argmax_wanted(wanted: bool, vocab: int) -> None:
-    """Raise where columns are too many to be told apart in fp32, in which they are compared."""
+    """Raises where there are more columns than fp32, in which they are compared, can distinguish."""
     if wanted and vocab > 2**24:
         raise ValueError(f"wanted: expected no 'first_argmax' of more than {2**24} classes, got V = {vocab}")
 
 
 def flag(name: str, value: object) -> None:
-    """Raise unless `value` is True or False."""
+    """Raises unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def count(num_label_tokens: Any, value: str) -> Any:
-    """The count as an int, a tensor or None; raise unless it is one, and goes with the reduction called `value`."""
+    """Returns the count as an int, a tensor or None. Raises unless it is one, and the reduction `value` takes it."""
     if num_label_tokens is None:
         return None
     if value != "sum":
@@ -105,6 +105,6 @@ def count(num_label_tokens: Any, value: str) -> Any:
 
 
 def count_device(count_: Any, device: torch.device) -> None:
-    """Raise unless what divides is where it can be read without a synchronisation."""
+    """Raises unless the count is on a device where it can be used without a synchronisation."""
     if isinstance(count_, Tensor) and count_.device != device and (count_.device.type != "cpu" or count_.dim()):
         raise ValueError(f"num_label_tokens: expected on {device}, got {count_.device}")

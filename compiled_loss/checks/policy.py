@@ -1,4 +1,4 @@
-"""The errors of policy losses and of token weights."""
+"""Checks of policy losses and of token weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NORMALISATIONS = ("token_mean", "sequence_mean", "sequence_sum", "fixed_length",
 
 
 def one_of(name: str, value: object, names: tuple[str, ...]) -> None:
-    """Raise unless it is one of the names."""
+    """Raises unless the value is one of the names."""
     if value not in names:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
 
@@ -22,7 +22,7 @@ def one_of(name: str, value: object, names: tuple[str, ...]) -> None:
 def normalisation(
     mask: Any, name: str, segment_ids: Tensor | None, num_tokens: Any, num_sequences: Any, length: Any
 ) -> None:
-    """Raise unless token weights can be made so."""
+    """Raises unless token weights can be made from these arguments."""
     arguments.tensor("mask", mask)
     one_of("normalisation", name, NORMALISATIONS)
     if mask.dtype.is_complex:
@@ -38,7 +38,7 @@ def normalisation(
 
 
 def segments(segment_ids: Any, shape: torch.Size, device: torch.device, mask: Tensor | None = None) -> None:
-    """Raise unless they say of each token which sequence it is of; what they are is read in eager CPU code alone."""
+    """Raises unless `segment_ids` give the sequence of each token. It reads their values only in eager CPU code."""
     if segment_ids is None:
         return
     segment_tensor(segment_ids, shape, device)
@@ -47,7 +47,7 @@ def segments(segment_ids: Any, shape: torch.Size, device: torch.device, mask: Te
 
 
 def segment_tensor(segment_ids: Any, shape: torch.Size, device: torch.device) -> None:
-    """Raise unless it has an integer for each token."""
+    """Raises unless `segment_ids` have an int64 for each token."""
     arguments.tensor("segment_ids", segment_ids)
     if segment_ids.dtype != torch.int64:
         raise TypeError(f"segment_ids: expected int64, got {segment_ids.dtype}")
@@ -55,7 +55,7 @@ def segment_tensor(segment_ids: Any, shape: torch.Size, device: torch.device) ->
 
 
 def segments_in_range(segment_ids: Tensor, counts: Tensor | None, number: int, of: str) -> None:
-    """Raise where a token that counts is of no sequence, as far as may be read; `of` says what there are so many of."""
+    """Raises where a token that counts is in no sequence, as far as can be read; `of` names what `number` counts."""
     if numbers.can_read_values(segment_ids):
         outside = (segment_ids < 0) | (segment_ids >= number)
         outside = outside if counts is None else outside & counts
@@ -65,7 +65,7 @@ def segments_in_range(segment_ids: Tensor, counts: Tensor | None, number: int, o
 
 
 def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device, *, floating: bool = False) -> None:
-    """Raise unless it is a tensor with a value for each token of [...]."""
+    """Raises unless the value is a tensor with a value for each token of [...]."""
     arguments.tensor(name, value)
     if floating:
         arguments.floating(name, value)
@@ -75,12 +75,12 @@ def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device, *,
 
 
 def tensor(name: str, value: Any) -> None:
-    """Raise unless it is one."""
+    """Raises unless the value is a tensor."""
     arguments.tensor(name, value)
 
 
 def expanded(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """A value for each token, of one for each sequence perhaps, [B, 1]; raise where it is neither."""
+    """Returns a value for each token. Raises unless there is one for each token, or for each sequence, [B, 1]."""
     arguments.tensor(name, value)
     arguments.floating(name, value)
     arguments.same_device(name, value, device)
@@ -93,7 +93,7 @@ def expanded(name: str, value: Any, shape: torch.Size, device: torch.device) -> 
 
 
 def broadcast(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """What broadcasts to the tokens, of their shape; None for None."""
+    """Returns a tensor that broadcasts to the tokens in their shape; None for None."""
     if value is None:
         return None
     arguments.tensor(name, value)
@@ -104,12 +104,12 @@ def broadcast(name: str, value: Any, shape: torch.Size, device: torch.device) ->
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a number is known to be 0."""
+    """Returns True if a number is known to be 0."""
     return numbers.known(value, 0)
 
 
 def number(name: str, value: Any) -> Any:
-    """The number, any that is finite."""
+    """Returns the number. Raises unless it is finite."""
     found = numbers.number(name, value)
     if not isinstance(found, Tensor) and not -math.inf < found < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
@@ -117,7 +117,7 @@ def number(name: str, value: Any) -> Any:
 
 
 def positive(name: str, value: Any) -> Any:
-    """The number, > 0."""
+    """Returns the number. Raises unless it is > 0."""
     number = numbers.number(name, value)
     if not isinstance(number, Tensor) and not number > 0:
         raise ValueError(f"{name}: expected a number > 0, got {value!r}")
@@ -125,7 +125,7 @@ def positive(name: str, value: Any) -> Any:
 
 
 def at_least_zero(name: str, value: Any) -> Any:
-    """The number, 0 or more."""
+    """Returns the number. Raises unless it is >= 0."""
     number = numbers.number(name, value)
     if not isinstance(number, Tensor) and not number >= 0:
         raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
@@ -133,7 +133,7 @@ def at_least_zero(name: str, value: Any) -> Any:
 
 
 def dual_clip(value: Any, kind: str) -> Any:
-    """The number, > 1; None for none."""
+    """Returns the number, or None for none. Raises unless it is > 1."""
     if value is None:
         return None
     if kind != "clip":
@@ -145,18 +145,18 @@ def dual_clip(value: Any, kind: str) -> Any:
 
 
 def sequences_alone(kind: str, importance: str) -> None:
-    """Raise unless a kind that is of sequences is taken of them."""
+    """Raises where a kind that is defined for sequences is used with token importance."""
     if kind == "gmpo" and importance != "sequence":
         raise ValueError(f"importance: expected 'sequence' beside kind='gmpo', got {importance!r}")
 
 
 def needed(name: str, value: object, reason: str) -> None:
-    """Raise unless it is given."""
+    """Raises unless the value is given."""
     if value is None:
         raise ValueError(f"{name}: expected a Tensor where {reason}, got None")
 
 
 def unused(name: str, value: object, reason: str) -> None:
-    """Raise unless it is missing."""
+    """Raises unless the value is None."""
     if value is not None:
         raise ValueError(f"{name}: expected None where {reason}, got a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""The errors of preference and reward losses."""
+"""Checks of preference and reward losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compiled_loss.checks.policy import at_least_zero, needed, of_tokens, one_of
 
 
 def smoothing(value: Any, kind: str, smoothed: tuple[str, ...]) -> Any:
-    """The number that a kind takes; raise where it takes none."""
+    """Returns the label smoothing as a number. Raises unless the kind takes it."""
     number = numbers.number("label_smoothing", value)
     if kind not in smoothed:
         zero("label_smoothing", number, kind)
@@ -31,27 +31,27 @@ def smoothing(value: Any, kind: str, smoothed: tuple[str, ...]) -> Any:
 
 
 def zero(name: str, value: Any, kind: str) -> None:
-    """Raise unless a number is known to be 0."""
+    """Raises unless a number is known to be 0."""
     if not numbers.known(value, 0):
         raise ValueError(f"{name}: expected 0 beside kind={kind!r}, got {value!r}")
 
 
 def divergence(value: str, names: tuple[str, ...], kind: str, scored: tuple[str, ...]) -> None:
-    """Raise unless it is one that the kind is defined with."""
+    """Raises unless it is a divergence that the kind is defined with."""
     one_of("f_divergence", value, names)
     if value != "reverse_kl" and kind not in scored:
         raise ValueError(f"f_divergence: expected 'reverse_kl' beside kind={kind!r}, got {value!r}")
 
 
 def normalised_length(value: Any, kind: str) -> None:
-    """Raise unless it is True or False; the odds of an answer are those of its mean token."""
+    """Raises unless the value is True or False. "orpo" needs True: an answer's odds are those of its mean token."""
     options.flag("length_normalised", value)
     if kind == "orpo" and not value:
         raise ValueError("length_normalised: expected True beside kind='orpo', got False")
 
 
 def pairs(name: str, shape: torch.Size, segment_ids: Any, num_pairs: Any, device: torch.device) -> int:
-    """The number of pairs; raise unless tokens of this shape, those of `name`, are of so many."""
+    """Returns the number of pairs. Raises unless tokens of this shape, those of `name`, can be of so many."""
     if segment_ids is None:
         unused("num_pairs", num_pairs, "segment_ids are not given")
         if len(shape) != 2 or numbers.holds(shape[0] % 2 != 0, otherwise=False):
@@ -68,7 +68,7 @@ def pairs(name: str, shape: torch.Size, segment_ids: Any, num_pairs: Any, device
 
 
 def answers(desirable: Any, name: str, shape: torch.Size, segment_ids: Any, device: torch.device) -> int:
-    """The number of answers; raise unless each has a judgement, and tokens of this shape are of so many."""
+    """Returns the number of answers. Raises unless each has a judgement, and tokens of this shape can be of so many."""
     arguments.tensor("desirable", desirable)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable: expected bool, got {desirable.dtype}")
@@ -87,7 +87,7 @@ def answers(desirable: Any, name: str, shape: torch.Size, segment_ids: Any, devi
 
 
 def of_each(name: str, value: Any, number: int, of: str, device: torch.device) -> None:
-    """Raise unless it has a number for each, where it is given."""
+    """Raises unless the value is None, or has a number for each of `number` pairs or answers."""
     if value is None:
         return
     arguments.tensor(name, value)
@@ -98,7 +98,7 @@ def of_each(name: str, value: Any, number: int, of: str, device: torch.device) -
 
 
 def reference_logprob(value: Any, shape: torch.Size, sequences: int, device: torch.device) -> None:
-    """Raise unless it has a value for each token, or for each sequence."""
+    """Raises unless the value is None, or has a value for each token, or for each sequence."""
     if value is None:
         return
     arguments.tensor("reference_logprob", value)
@@ -109,7 +109,7 @@ def reference_logprob(value: Any, shape: torch.Size, sequences: int, device: tor
 
 
 def one_reference(logprob: Any, hidden: Any, weight: Any, bias: Any, kind: str | None = None) -> None:
-    """Raise unless the arguments describe one reference at most."""
+    """Raises unless the arguments describe one reference at most."""
     if kind == "orpo":
         unused("reference_logprob", logprob, "kind='orpo', which has none")
         unused("reference_hidden", hidden, "kind='orpo', which has none")
@@ -122,12 +122,12 @@ def one_reference(logprob: Any, hidden: Any, weight: Any, bias: Any, kind: str |
 
 
 def num_chosen_tokens(value: Any) -> Any:
-    """The count, 0 or more; None for none."""
+    """Returns the count, or None for none. Raises unless it is >= 0."""
     return None if value is None else at_least_zero("num_chosen_tokens", value)
 
 
 def whole_answers(token_mesh_dims: tuple[str, ...]) -> None:
-    """Raise where tokens are divided between ranks that do not share a vocabulary."""
+    """Raises where tokens are divided between ranks that do not share a vocabulary."""
     if token_mesh_dims:
         raise ValueError(
             "hidden: expected all tokens of each answer on one rank, got them sharded over "
@@ -136,7 +136,7 @@ def whole_answers(token_mesh_dims: tuple[str, ...]) -> None:
 
 
 def baseline(kl: Any, kind: str, device: torch.device) -> None:
-    """Raise unless the divergence of KTO is there exactly where it is needed."""
+    """Raises unless the baseline of "kto" is given for this kind, and for no other."""
     if kind != "kto":
         unused("kl", kl, f"kind={kind!r}, which has no baseline")
         return
@@ -151,7 +151,7 @@ def baseline(kl: Any, kind: str, device: torch.device) -> None:
 
 
 def rewards(chosen: Any, rejected: Any) -> None:
-    """Raise unless each pair has two."""
+    """Raises unless each pair has two rewards."""
     arguments.tensor("chosen_rewards", chosen)
     arguments.floating("chosen_rewards", chosen)
     if chosen.dim() != 1:

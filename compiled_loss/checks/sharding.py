@@ -1,4 +1,4 @@
-"""The errors of sharded arguments; see `checks`. What ranks know differently is asked of all, so that all raise."""
+"""Checks of sharded arguments. Facts that may differ between ranks are gathered from all ranks, so that all raise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def shard(start: int, stop: int, vocab_size: int, group: object) -> None:
-    """Raise unless a rank's classes are some of the vocabulary's."""
+    """Raises unless a rank's classes are some of the vocabulary's."""
     for name, value in (("start", start), ("stop", stop), ("vocab_size", vocab_size)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
@@ -21,7 +21,7 @@ def shard(start: int, stop: int, vocab_size: int, group: object) -> None:
 
 
 def shards(known: Sequence[tuple[int, int, int]]) -> None:
-    """Raise unless the (start, stop, vocab_size) of a group's ranks, in their order, are one vocabulary."""
+    """Raises unless the (start, stop, vocab_size) of a group's ranks, in their order, are one vocabulary."""
     text = ", ".join(f"{start}:{stop} of {vocab}" for start, stop, vocab in known)
     if len({vocab for *_, vocab in known}) > 1:
         raise ValueError(f"vocab_size: expected the same on every rank of the group, got by rank {text}")
@@ -34,23 +34,23 @@ def shards(known: Sequence[tuple[int, int, int]]) -> None:
 
 
 def rows_of_shard(name: str, rows: int, start: int, stop: int) -> None:
-    """Raise unless a rank's tensor has as many classes as its part of the vocabulary."""
+    """Raises unless a rank's tensor has as many classes as its part of the vocabulary."""
     if rows != stop - start:
         raise ValueError(f"{name}: expected {stop - start} classes, {start} to {stop} of the vocabulary, got {rows}")
 
 
 def no_vocab_shard(name: str) -> None:
-    """Raise: a DTensor says itself how it is sharded."""
+    """Raises an error: a DTensor says itself how it is sharded."""
     raise ValueError(f"vocab_shard: expected None beside a DTensor, which says itself how it is sharded, got {name}")
 
 
 def placement(name: str, got: object, dimension: str, expected: str) -> None:
-    """Raise: a DTensor is placed as no loss can use it."""
+    """Raises an error: no loss can use a DTensor that is placed like this."""
     raise ValueError(f"{name}: expected {expected}, got {got} over mesh dimension {dimension}")
 
 
 def strided(name: str) -> None:
-    """Raise: what fully_shard holds has to be gathered first."""
+    """Raises an error: a tensor that fully_shard shards has to be gathered first."""
     raise ValueError(
         f"{name}: expected Shard over one mesh dimension, got one that fully_shard shards as well: "
         "call unshard() of its module first"
@@ -58,12 +58,12 @@ def strided(name: str) -> None:
 
 
 def one_dimension(name: str, dimensions: Sequence[str]) -> None:
-    """Raise: the vocabulary is sharded twice."""
+    """Raises an error: the vocabulary is sharded over more than one mesh dimension."""
     raise ValueError(f"{name}: expected the vocabulary sharded over one mesh dimension, got {', '.join(dimensions)}")
 
 
 def mesh(name: str, dimensions: Sequence[str], members: tuple[int, ...]) -> None:
-    """Raise: a mesh knows nothing of the ranks that share the vocabulary."""
+    """Raises an error: the mesh has no dimension along the ranks that share the vocabulary."""
     raise ValueError(
         f"{name}: expected a mesh that has the ranks {', '.join(map(str, members))} along a dimension, "
         f"got one of the dimensions {', '.join(dimensions)} without"
@@ -71,7 +71,7 @@ def mesh(name: str, dimensions: Sequence[str], members: tuple[int, ...]) -> None
 
 
 def alike(name: str, like: str, got: tuple[int, int], expected: tuple[int, int]) -> None:
-    """Raise unless two tensors have the same classes on a rank."""
+    """Raises unless two tensors have the same classes on a rank."""
     if got != expected:
         raise ValueError(
             f"{name}: expected the classes {expected[0]} to {expected[1]} on this rank, as {like} has, "
@@ -80,7 +80,7 @@ def alike(name: str, like: str, got: tuple[int, int], expected: tuple[int, int])
 
 
 def same(least: Sequence[int], most: Sequence[int]) -> None:
-    """Raise unless what ranks have between them of (N, V, a hash of their tokens) is one."""
+    """Raises unless (N, V, a hash of the tokens) is the same on all ranks, given its least and greatest values."""
     for name, low, high in zip(("tokens", "classes"), least, most, strict=False):
         if low != high:
             raise ValueError(
@@ -94,7 +94,7 @@ def same(least: Sequence[int], most: Sequence[int]) -> None:
 
 
 def whole(name: str, group: str | None, shape: str = "[V', H']") -> None:
-    """Raise where rows are to be picked from a weight or a bias that other ranks hold."""
+    """Raises where rows are to be picked from a weight or a bias that other ranks hold."""
     if group is not None:
         raise ValueError(
             f"{name}: expected the whole {shape} on every rank beside draft_to_target, got a shard: give the chosen "
@@ -103,7 +103,7 @@ def whole(name: str, group: str | None, shape: str = "[V', H']") -> None:
 
 
 def token_mesh_dims(reduction: str, dimensions: Sequence[str]) -> None:
-    """Raise where a mean would be a rank's own."""
+    """Raises where a mean would be over this rank's tokens only."""
     if dimensions and reduction == "mean":
         raise ValueError(
             f"num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over "
@@ -112,14 +112,14 @@ def token_mesh_dims(reduction: str, dimensions: Sequence[str]) -> None:
 
 
 def transforms() -> None:
-    """Raise: functorch's transforms do not go over ranks."""
+    """Raises an error: functorch's transforms do not work over ranks."""
     raise NotImplementedError(
         "torch.func: expected a vocabulary on one rank, got one over several: use autograd, with backward()"
     )
 
 
 def group_of(name: str, value: object) -> None:
-    """Raise unless `value` is a process group or None; compiled code cannot be asked."""
+    """Raises unless `value` is a process group or None. Compiled code does not check it."""
     if value is None or torch.compiler.is_compiling():
         return
     if not callable(getattr(value, "size", None)):

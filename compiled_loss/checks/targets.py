@@ -1,4 +1,4 @@
-"""The errors of what a loss is compared with: a teacher, its top, probabilities, positions that count."""
+"""Checks of the targets of losses: a teacher, its top, probabilities, positions that count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from compiled_loss.checks.options import flag
 def same_logits(
     name: str, value: Tensor, other: str, own: torch.Size, expected: torch.Size, device: torch.device
 ) -> None:
-    """Raise unless `value`, of which the rank has `own`, has a number for each of the argument called `other`."""
+    """Raises unless `value`, of which the rank has `own`, has a number for each of the argument called `other`."""
     tensor(name, value)
     floating(name, value)
     if differ(own, expected):
@@ -33,7 +33,7 @@ def same_logits(
 
 
 def ranked(logits: Tensor, target_probs: Tensor, topk: Any) -> None:
-    """Raise unless a teacher orders the classes of the logits, so many of them."""
+    """Raises unless the teacher's probabilities have the shape of the logits, and `topk` classes exist."""
     tensor("logits", logits)
     floating("logits", logits)
     if not logits.dim():
@@ -46,7 +46,7 @@ def ranked(logits: Tensor, target_probs: Tensor, topk: Any) -> None:
 
 
 def no_ignore_index(value: object) -> None:
-    """Raise where `value` is a class: beside probabilities there is no label to ignore."""
+    """Raises where `value` is a class: with probabilities there is no label to ignore."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
     if value >= 0:
@@ -58,7 +58,10 @@ def no_ignore_index(value: object) -> None:
 def teacher(
     hidden: Tensor, weight: Tensor, vocab: int, own: torch.Size, rows: torch.Size, device: torch.device
 ) -> None:
-    """Raise unless a teacher's head of V classes fits its student's tokens, of both of which the rank has these."""
+    """Raises unless a teacher's head of V classes fits its student's tokens.
+
+    The rank has `own` of the teacher's tokens and `rows` of the student's.
+    """
     head(hidden, weight, vocab, ("teacher_hidden", "teacher_weight"))
     if differ(own, rows):
         raise ValueError(
@@ -68,13 +71,13 @@ def teacher(
 
 
 def teacher_rows(weight: Tensor, rows: int) -> None:
-    """Raise unless a teacher has the student's classes."""
+    """Raises unless a teacher has the student's classes."""
     if weight.shape[0] != rows:
         raise ValueError(f"teacher_weight: expected the student's V = {rows} rows, got {weight.shape[0]}")
 
 
 def head_weight(name: str, weight: object, bias_name: str, bias: Tensor | None) -> None:
-    """Raise where the weight of a head is a Module that has a bias, too."""
+    """Raises where the weight of a head is a Module that has a bias, too."""
     if isinstance(weight, torch.nn.Module) and bias is None and isinstance(getattr(weight, "bias", None), Tensor):
         kind = type(weight).__name__
         own = kind.lower()
@@ -82,7 +85,7 @@ def head_weight(name: str, weight: object, bias_name: str, bias: Tensor | None) 
 
 
 def logit_map(softcap: Any, logit_scale: Any, prefix: str = "") -> tuple[Any, Any]:
-    """Both as numbers; raise unless z is defined. The names begin with `prefix`."""
+    """Returns both as numbers. Raises unless each is in its range. The names in errors begin with `prefix`."""
     found = []
     for name, value, none in (("softcap", softcap, True), ("logit_scale", logit_scale, bool(prefix))):
         alternative = " or None" if none else ""
@@ -95,40 +98,40 @@ def logit_map(softcap: Any, logit_scale: Any, prefix: str = "") -> tuple[Any, An
 
 
 def teacher_bias(value: Tensor | None, weight: Tensor) -> None:
-    """Raise unless `value` is None or has a number for each row of the teacher's weight."""
+    """Raises unless `value` is None or has a number for each row of the teacher's weight."""
     if value is not None:
         vocabulary_vector("teacher_bias", value, weight.shape[0], weight.device)
 
 
 def no_teacher(beside: str, **others: object) -> None:
-    """Raise unless nothing that speaks of a teacher's head or logits is given beside the argument called `beside`."""
+    """Raises where an argument of a teacher's head or logits is given together with the argument called `beside`."""
     for name, other in others.items():
         if other is not None:
             raise ValueError(f"{name}: expected None beside {beside}, got a {type(other).__name__}")
 
 
 def teacher_given(name: str, value: Tensor | None) -> Tensor:
-    """The teacher; raise where it is missing, and none that is stored came instead."""
+    """Returns the teacher's tensor. Raises where it is missing."""
     if value is None:
         raise ValueError(f"{name}: expected a Tensor, or teacher_topk or teacher_probabilities, got none of them")
     return value
 
 
 def two_tensors(name: str, value: object) -> None:
-    """Raise unless `value` is a pair."""
+    """Raises unless `value` is a pair."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{name}: expected (values, indices) or None, got {type(value).__name__}")
 
 
 def top(name: str, value: Tensor, own: torch.Size, k: torch.Size, rows: torch.Size, vocab: int) -> None:
-    """Raise unless `value` has numbers [..., k] for the rows; of its own rows the rank has `own`."""
+    """Raises unless `value` has numbers [..., k] for the rows; `own` are the rank's rows of `value`."""
     if not k or differ(own, rows) or not 1 <= k[0] <= vocab:
         expected = sizes(rows)[:-1] + (", " if rows else "") + "k]"
         raise ValueError(f"{name}: expected {expected} with k from 1 to V = {vocab}, got {sizes(value.shape)}")
 
 
 def teacher_topk(values: Tensor, indices: Tensor) -> None:
-    """Raise unless both are of their dtypes and of one shape."""
+    """Raises unless both have their dtypes and the same shape."""
     floating("teacher_topk[0]", values)
     if indices.dtype != torch.int64:
         raise TypeError(f"teacher_topk[1]: expected int64, got {indices.dtype}: use indices.long()")
@@ -137,7 +140,7 @@ def teacher_topk(values: Tensor, indices: Tensor) -> None:
 
 
 def teacher_topk_values(values: Tensor, indices: Tensor, vocab: int) -> None:
-    """Raise unless rows [rows, k], each class once, are parts of distributions. For eager CPU code alone: it reads."""
+    """Raises unless rows [rows, k], each class once, are parts of distributions. It reads them, in eager CPU code."""
     outside = indices[((indices < 0) | (indices >= vocab)) & ~values.isneginf()]
     if outside.numel():
         raise ValueError(f"teacher_topk[1]: expected 0 <= index < V = {vocab}, got {outside[0].item()}")
@@ -151,14 +154,14 @@ def teacher_topk_values(values: Tensor, indices: Tensor, vocab: int) -> None:
 
 
 def kept_for_callers(fp32_upcast: bool, chunk_size: int) -> None:
-    """Raise unless what changes nothing is at least what its callers give."""
+    """Raises unless arguments that are accepted and ignored have valid values."""
     flag("fp32_upcast", fp32_upcast)
     if numbers.integer("chunk_size", chunk_size, " >= 0") < 0:
         raise ValueError(f"chunk_size: expected an int >= 0, got {chunk_size}")
 
 
 def position_mask(value: Tensor, own: torch.Size, name: str, rows: torch.Size, device: torch.device) -> None:
-    """Raise unless `value`, of which the rank has `own`, has one number for each row of the argument called `name`."""
+    """Raises unless `value`, of which the rank has `own`, has one number for each row of the argument called `name`."""
     if value.dtype.is_complex:
         raise TypeError(f"position_mask: expected bool, integer or floating, got {value.dtype}")
     if own not in (rows, torch.Size([*rows, 1])):
@@ -170,7 +173,7 @@ def position_mask(value: Tensor, own: torch.Size, name: str, rows: torch.Size, d
 
 
 def one_target(target_probs: object, teacher_hidden: object, teacher_weight: object, draft_to_target: object) -> None:
-    """Raise unless exactly one form of target is given."""
+    """Raises unless exactly one form of target is given."""
     head_given = teacher_hidden is not None or teacher_weight is not None
     if (target_probs is not None) == head_given or (teacher_hidden is None) != (teacher_weight is None):
         named = {"target_probs": target_probs, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
@@ -181,7 +184,7 @@ def one_target(target_probs: object, teacher_hidden: object, teacher_weight: obj
 
 
 def target_probs(value: Tensor, own: torch.Size, expected: torch.Size, device: torch.device) -> None:
-    """Raise unless `value`, of which the rank has `own`, is a constant probability of each class."""
+    """Raises unless `value`, of which the rank has `own`, is a constant probability of each class."""
     floating("target_probs", value)
     if differ(own, expected):
         raise ValueError(f"target_probs: expected [..., V] = {sizes(expected)}, got {sizes(own)}")
@@ -194,7 +197,7 @@ def target_probs(value: Tensor, own: torch.Size, expected: torch.Size, device: t
 
 
 def draft_to_target(value: Tensor, vocab: int, device: torch.device) -> None:
-    """Raise unless `value` names a row of the teacher for each of the draft's classes."""
+    """Raises unless `value` names a row of the teacher for each of the draft's classes."""
     tensor("draft_to_target", value)
     if value.dtype != torch.int64:
         raise TypeError(f"draft_to_target: expected int64, got {value.dtype}: use draft_to_target.long()")

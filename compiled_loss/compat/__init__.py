@@ -1,1 +1,1 @@
-"""Other code bases' names, signatures and defaults, kept: NeMo Automodel's."""
+"""Names, signatures and defaults of other code bases: NeMo Automodel's."""

@@ -1,4 +1,4 @@
-"""Losses as trainers call them: from a model's output, with multi-token prediction."""
+"""Losses as trainers call them: on a model's output, with multi-token prediction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MTPLosses(NamedTuple):
 
 
 def calculate_loss(loss_fn: Any, **kwargs: Any) -> Tensor:
-    """Call a loss with what it takes: logits, or hidden states and the head's weight.
+    """Calls a loss with what it takes: logits, or hidden states and the head's weight.
 
     Args:
         loss_fn: a Module or function. One with `takes_hidden_states = True` is called with hidden_states, labels,
@@ -111,7 +111,7 @@ def calculate_mtp_loss(
     logits_dtype: torch.dtype | None = None,
     return_per_depth: bool = False,
 ) -> Tensor | MTPLosses:
-    """Compute DeepSeek-V3's multi-token prediction through any loss: scaling_factor / D times the sum over D depths.
+    """Computes DeepSeek-V3's multi-token prediction through any loss: scaling_factor / D times the sum over D depths.
 
     Args:
         loss_fn: the main loss; see :func:`calculate_loss`.
@@ -196,7 +196,7 @@ def calculate_mtp_losses(
     loss_weights: Tensor | None = None,  # [B, S] or [S]
     logits_dtype: torch.dtype | None = None,
 ) -> MTPLosses:
-    """Compute `calculate_mtp_loss`, and return each depth's own loss too.
+    """Computes `calculate_mtp_loss`, and returns each depth's own loss too.
 
     Args:
         loss_fn, mtp_per_depth_h, mtp_per_depth_logits, mtp_per_depth_targets, labels, model, scaling_factor,
@@ -263,7 +263,7 @@ def calculate_mtp_losses(
 
 
 def shared_head(loss_fn: Any, model: Any, group: Any, hidden_states: Any) -> dict[str, Tensor]:
-    """The weight and bias of the model's head as a loss takes them, gathered once for all that share them."""
+    """Returns the weight and bias of the model's head as a loss takes them, gathered once for all that share them."""
     weight, bias = models.head_weight(model, hidden_states)
     gather: Any = getattr(loss_fn, "materialize_lm_weight", None)
     if gather is not None:

@@ -10,7 +10,7 @@ DATASET_IGNORE_INDEX = -100
 
 
 def beside(values: Tensor, labels: Tensor) -> Tensor:
-    """Logits or hidden states [..., X] in the shape of the labels, where one of both is flat or has a 1 more."""
+    """Returns logits or hidden states [..., X] in the shape of the labels, if one of both is flat or has one more 1."""
     if not isinstance(values, Tensor) or not isinstance(labels, Tensor) or not values.dim():
         return values
     theirs, shape = values.shape[:-1], labels.shape
@@ -21,14 +21,14 @@ def beside(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def mask_beside(mask: Tensor | None, labels: Tensor) -> Tensor | None:
-    """A mask of as many tokens in the shape of the labels, as `beside`."""
+    """Returns a mask with as many elements as labels in the shape of the labels; see `beside`."""
     if not isinstance(mask, Tensor) or mask.shape == labels.shape:
         return mask
     return beside(mask.unsqueeze(-1), labels).squeeze(-1)
 
 
 def with_own_ignore_index(labels: Any, ignore_index: int) -> Any:
-    """Labels in which what a data set ignores is what the loss ignores."""
+    """Returns labels in which -100, which data sets use, is the label that the loss ignores."""
     if ignore_index == DATASET_IGNORE_INDEX or not isinstance(labels, Tensor) or labels.is_floating_point():
         return labels
     return labels.masked_fill(labels == DATASET_IGNORE_INDEX, ignore_index)

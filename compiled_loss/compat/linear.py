@@ -1,7 +1,7 @@
 """Modules of losses of a head with the names, signatures and defaults of NeMo Automodel; no mathematics.
 
-A loss that takes a head's hidden states and weight instead of logits says so with `takes_hidden_states = True`: that is
-all that `calculate_loss` asks of it, whoever wrote it. Of a head with a bias it gets that too, as `lm_bias`.
+A loss that takes a head's hidden states and weight instead of logits declares it by `takes_hidden_states = True`.
+`calculate_loss` needs nothing else, whoever wrote the loss. If the head has a bias, the loss gets it as `lm_bias`.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from compiled_loss.planner.chunking import Chunking
 
 @dataclass(eq=False, repr=False)
 class LinearHeadLoss(Loss):
-    """What losses of hidden states and a head's weight share."""
+    """The base of losses of hidden states and a head's weight."""
 
     takes_hidden_states: ClassVar[bool] = True
 
@@ -93,10 +93,10 @@ class LinearHeadLoss(Loss):
         return materialize(lm_weight, grad_reduce_group, dtype)
 
     def validate_lm_head(self, lm_head: Any, *, model_config: Any = None) -> Any:
-        """The head; an error unless the loss of its weight alone is the model's own.
+        """Returns the head. Raises unless the loss of its weight alone is the model's own.
 
-        `model_config` is the model's, whose text part may say what is done to the logits: that has to be what the
-        loss does.
+        `model_config` is the model's. Its text part may have a softcap or a factor of the logits, which has to be the
+        loss's.
         """
         checks.heads.without_bias("lm_head", lm_head, output_head(lm_head, "lm_head").bias)
         kept: Any = self
@@ -113,7 +113,7 @@ class LinearHeadLoss(Loss):
 
 
 def _is_fully_sharded(module: Any) -> bool:
-    """Whether fully_shard holds a Module. Nobody has one who has not imported its package."""
+    """Returns True if fully_shard manages a Module. There is none before its package is imported."""
     package = getattr(dist, "fsdp", None)
     return package is not None and isinstance(module, package.FSDPModule)
 
@@ -162,9 +162,9 @@ class FusedLinearCrossEntropyOptions:
     reduction: str = "sum"
     """"sum", "mean" or "none"."""
     impl: str = "cce"
-    """Kept for its callers, "cce" or "torch_compile"; without effect."""
+    """Accepted and ignored, "cce" or "torch_compile"."""
     chunking: Chunking = field(default=Chunking(), kw_only=True)
-    """How the loss is chunked, which does not change what it is."""
+    """The chunks of the loss. They change speed and memory, and never the result."""
 
 
 @loss_module()
@@ -190,7 +190,7 @@ class FusedLinearCrossEntropy(FusedLinearCrossEntropyOptions, LinearHeadLoss):
 
     @property
     def chunks(self) -> Chunking:
-        """How the loss is chunked."""
+        """The chunks of the loss."""
         return self.chunking
 
 
@@ -199,9 +199,9 @@ class ChunkedCrossEntropyOptions:
     """The keywords that `ChunkedCrossEntropy` and its config keep."""
 
     chunk_len: int = 512
-    """Tokens a chunk, > 0."""
+    """Tokens per chunk, > 0."""
     compile: bool = True
-    """Whether eager calls run a chunk's elementwise work as a compiled kernel. It hides the Module's method."""
+    """True to run a chunk's elementwise work as a compiled kernel in eager calls. It hides the Module's method."""
     ignore_index: int = -100
     """Label of tokens to ignore."""
     reduction: str = "sum"

@@ -13,7 +13,7 @@ def listmle_loss(
     target_probs: Tensor,  # [..., V]
     topk: int,
 ) -> Tensor:
-    """How unlikely the student makes the order of a teacher's `topk` most likely classes (Plackett-Luce).
+    """Computes the negative log-likelihood of a teacher's order of its `topk` most likely classes (Plackett-Luce).
 
     With z the student's logits at these classes, the teacher's best first, each token's loss is the sum over k of
     log(sum of exp(z[j]) over j >= k) - z[k].

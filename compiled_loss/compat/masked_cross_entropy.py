@@ -26,7 +26,7 @@ def masked_cross_entropy(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    """Compute `cross_entropy` with a mask that only says which tokens count, and "sum" as the default.
+    """Computes `cross_entropy` with a mask that only says which tokens count, and "sum" as the default.
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.

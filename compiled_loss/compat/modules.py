@@ -22,7 +22,7 @@ class MaskedCrossEntropyOptions:
     """The keywords that `MaskedCrossEntropy` and its config keep."""
 
     fp32_upcast: bool = True
-    """Kept for its callers; without effect."""
+    """Accepted and ignored."""
     ignore_index: int = -100
     """Label of tokens to ignore."""
     reduction: str = "sum"
@@ -136,13 +136,13 @@ class KDLossOptions:
     temperature: float = 1.0
     """Divides both logits, > 0."""
     fp32_upcast: bool = True
-    """Kept for its callers; without effect."""
+    """Accepted and ignored."""
     tp_group: Any = None
     """The tensor-parallel process group, which exists where the program runs."""
     chunk_size: int = 0
-    """Kept for its callers, an int >= 0; without effect."""
+    """Accepted and ignored, an int >= 0."""
     temperature_squared: bool = field(default=True, kw_only=True)
-    """Whether the loss is multiplied by the temperature's square."""
+    """True to multiply the loss by the temperature's square."""
 
 
 @loss_module()
@@ -196,5 +196,5 @@ class KDLoss(KDLossOptions, Loss):
 
 
 def _shard(ranks: Ranks, logits: Tensor) -> VocabShard | None:
-    """The rank's part of logits; None of what are none, and whose errors are the function's."""
+    """Returns the rank's part of logits; None if they are no logits, for which the function itself raises."""
     return ranks.shard(logits) if isinstance(logits, Tensor) and logits.dim() else None

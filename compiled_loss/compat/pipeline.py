@@ -68,7 +68,7 @@ class PipelineCausalLMLoss(nn.Module):
 
     @staticmethod
     def _extract_seq_idx_tail(output: Any) -> tuple[Tensor | None, Any]:
-        """The trailing seq_idx of an output tuple, if its last element is int32, and the rest."""
+        """Returns the trailing seq_idx of an output tuple, if its last element is int32, and the rest."""
         if isinstance(output, tuple) and output and isinstance(output[-1], Tensor) and output[-1].dtype == torch.int32:
             checks.modules.seq_idx_tail(output[-1])
             return output[-1], output[:-1]
@@ -117,7 +117,7 @@ class PipelineCausalLMLoss(nn.Module):
 
 
 def _parts(output: Any) -> dict[str, str]:
-    """What errors call the parts of a stage's output."""
+    """Returns the names in errors of the parts of a stage's output."""
     if isinstance(output, Tensor):
         main, depths = "output", "output"
     elif isinstance(output, tuple) and not hasattr(output, "_fields"):

@@ -1,9 +1,10 @@
-"""What configs share: fields, validation, and what is written down of them.
+"""The base of the configs: fields, validation, and plain values to write down.
 
 NOTE [Round trip]
-`to_dict` gives plain values that JSON and YAML hold, and `from_dict` takes them back. A process group is made where the
-program runs, so a config that holds one has no dict, and says so. A factory is written as "module:name", which
-`from_dict` imports. What has no such name, a lambda for instance, and a factory's keywords stay as they are.
+`to_dict` gives plain values that JSON and YAML hold, and `from_dict` takes them back. A process group exists only in a
+running program, so a config that holds one has no dict, and says so. A factory is written as "module:name", which
+`from_dict` imports. A factory without such a name, a lambda for instance, stays as it is, and so do a factory's
+keywords.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Typed:
-    """What all configs share. Fields stay assignable, so they are validated on construction and again by `build`."""
+    """The base of all configs. Fields stay assignable, so they are validated on construction and again by `build`."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> Self:
         checks.modules.keywords(cls, keywords, getattr(cls, "module", None))
@@ -40,17 +41,17 @@ class Typed:
         self.validate()
 
     def validate(self) -> None:
-        """Raise where a field is not what it may be."""
+        """Raises an error where a field has a wrong value."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name: NOTE [Round trip]."""
+        """Returns plain values by field name: NOTE [Round trip]."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         checks.modules.no_runtime(type(self).__name__, "tp_group", values.pop("tp_group", None))
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config of `to_dict`."""
+        """Returns the config from the values that `to_dict` returned."""
         return cls(**values)
 
 
@@ -63,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 
 def chunking_of(values: Mapping[str, Any]) -> Chunking:
-    """What plain values say, as YAML has them."""
+    """Returns a chunking from plain values, as YAML has them."""
     checks.modules.fields("Chunking", values, [f.name for f in dataclasses.fields(Chunking) if f.init])
     dtype = values.get("accumulate_dtype")
     return Chunking(**{**values, "accumulate_dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype})
@@ -76,12 +77,12 @@ class LossConfig(Typed):
     module: ClassVar[type[nn.Module] | None] = None
 
     def validate(self) -> None:
-        """Raise where a field is not what it may be: the Module looks."""
+        """Raises an error where a field has a wrong value; the Module checks them."""
         if self.module is not None:
             self._make()
 
     def build(self) -> nn.Module:
-        """The loss."""
+        """Returns the loss."""
         if self.module is None:
             raise NotImplementedError(f"{type(self).__name__}: expected a subclass that overrides build()")
         return self._make()
@@ -105,29 +106,29 @@ class LossFromFactoryConfig(LossConfig):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
-        """Raise unless there is something to call."""
+        """Raises an error unless the factory can be called."""
         checks.modules.factory(self.factory, self.kwargs)
 
     def build(self) -> nn.Module:
-        """Call the factory, and return its result."""
+        """Calls the factory, and returns its result."""
         self.validate()
         assert self.factory is not None
         return self.factory(**self.kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The factory's name and its keywords: NOTE [Round trip]."""
+        """Returns the factory's name and its keywords: NOTE [Round trip]."""
         name = f"{getattr(self.factory, '__module__', None)}:{getattr(self.factory, '__qualname__', None)}"
         return {"factory": name if _found(name) == self.factory else self.factory, "kwargs": dict(self.kwargs)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config of `to_dict`; it imports a factory that is a name."""
+        """Returns the config from the values that `to_dict` returned; it imports a factory that is a name."""
         factory = values.get("factory")
         return cls(**{**values, "factory": _found(factory) or factory})
 
 
 def _found(name: Any) -> Any:
-    """What "module:name" stands for, None where it stands for nothing."""
+    """Returns the object that "module:name" stands for; None if there is none."""
     try:
         return pkgutil.resolve_name(name)
     except (TypeError, ValueError, ImportError, AttributeError):

@@ -171,10 +171,10 @@ class MTPLossConfig(Typed):
     """Label of tokens to ignore; None for the loss's own."""
 
     def validate(self) -> None:
-        """Raise where a field is not what it may be."""
+        """Raises an error where a field has a wrong value."""
         checks.modules.scaling(self.scaling_factor, self.ignore_index)
 
     def build(self, loss_fn: nn.Module, model: nn.Module, *, grad_reduce_group: Any = None) -> PipelineCausalLMLoss:
-        """The loss of a pipeline's last stage."""
+        """Returns the loss of a pipeline's last stage."""
         self.validate()
         return PipelineCausalLMLoss(loss_fn, model, self.scaling_factor, self.ignore_index, grad_reduce_group)

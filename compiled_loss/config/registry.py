@@ -1,4 +1,4 @@
-"""Configs by name, and the builders: what a YAML recipe says becomes a Module."""
+"""The registry of configs by name, and the builders, which make a Module from a YAML recipe's words."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from compiled_loss.config import losses
 from compiled_loss.config.base import LossConfig, LossFromFactoryConfig, Typed
 
 LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {}
-"""Configs by the name of what they build; :func:`register_loss_config` adds to it."""
+"""Configs by the names of the losses that they build; :func:`register_loss_config` adds to it."""
 
 
 def register_loss_config(name: str, config: type[LossConfig]) -> None:
-    """Register a config under a name, and under its class `module` if it has one.
+    """Registers a config under a name, and under its class `module` if it has one.
 
     Args:
         name: the key; a name that is taken is refused.
@@ -78,7 +78,7 @@ def build_loss_config(
     loss: LossConfig | str | Callable[..., nn.Module],
     **loss_kwargs: Any,
 ) -> LossConfig:
-    """Make the config of a loss that is named in any of four ways.
+    """Makes the config of a loss that is named in any of four ways.
 
     Args:
         loss: a config, which is returned as it is; a name of the registry; a registered loss class, known by identity
@@ -120,7 +120,7 @@ def build_loss_module(
     loss: LossConfig | str | Callable[..., nn.Module],
     **loss_kwargs: Any,
 ) -> nn.Module:
-    """Make the loss that `build_loss_config` describes.
+    """Makes the loss that `build_loss_config` describes.
 
     Args, Memory, Raises: see :func:`build_loss_config`.
 

@@ -18,10 +18,10 @@ Event = dict[str, Any]
 
 
 def events(module: str, **arguments: Any) -> Generator[Event]:
-    """Run `module`, which calls :func:`serve`, in a fresh Python; its events as they come.
+    """Runs `module`, which calls :func:`serve`, in a fresh Python, and yields its events as they come.
 
-    Inductor's cache starts empty and ends with the process, so that compile time is the time of compiling. Raises
-    RuntimeError with the child's own messages where it fails. Closing the iterator kills the child.
+    Inductor's cache starts empty and ends with the process, so that compile time is the time of compiling. If the child
+    fails, a RuntimeError has its own messages. Closing the iterator kills the child.
     """
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
@@ -48,7 +48,7 @@ def events(module: str, **arguments: Any) -> Generator[Event]:
 
 
 def serve(job: Callable[..., Iterator[Event]]) -> None:
-    """In the child: run `job` on the arguments, and write its events; whatever else is printed goes to stderr."""
+    """Runs `job` on the arguments, in the child, and writes its events; everything else printed goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
@@ -59,7 +59,7 @@ def serve(job: Callable[..., Iterator[Event]]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the child and what it started; nothing where it has ended."""
+    """Ends the child and what it started; does nothing where it has ended."""
     if process.poll() is None:
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

@@ -14,9 +14,9 @@ from compiled_loss.demo.settings import HEAD_WIDTH, SEQUENCE
 
 
 class Transformer(nn.Module):
-    """Tokens [B, S] to hidden states [B, S, H]; the embedding's weight is the head's as well.
+    """A transformer from tokens [B, S] to hidden states [B, S, H]; the embedding's weight is the head's as well.
 
-    The blocks are checkpointed: where memory matters they are in practice, and then it is the logits that fill it.
+    The blocks are checkpointed, as they are in practice where memory is scarce. Then the logits fill the memory.
     """
 
     def __init__(self, vocab: int, width: int, layers: int) -> None:
@@ -59,13 +59,13 @@ class Block(nn.Module):
 
 
 def rotations(positions: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [positions, width / 2] of rotary positions (RoFormer, section 3.4)."""
+    """Returns cosines and sines, [positions, width / 2], of rotary positions (RoFormer, section 3.4)."""
     frequencies = 10000.0 ** (-torch.arange(0, width, 2) / width)
     angles = torch.outer(torch.arange(positions), frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of a head's halves by its position's angle."""
+    """Turns each pair of a head's halves by its position's angle."""
     left, right = heads.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)

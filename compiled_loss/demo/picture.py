@@ -15,7 +15,7 @@ ORDINARY, OURS = "#f4a582", "#2166ac"  # apart in hue and in lightness
 
 
 def draw(ordinary: Run, ours: Run, title: str, path: Path) -> None:
-    """Write the picture at `path` as a PNG; what did not run is left out."""
+    """Writes the picture at `path` as a PNG; a loss that did not run is left out."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # no display needed
     curves, memory = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -28,7 +28,7 @@ def draw(ordinary: Run, ours: Run, title: str, path: Path) -> None:
 
 
 def _curves(axes: Axes, ordinary: Run, ours: Run) -> None:
-    """Draw a thick light line under a thin dashed one: both are seen where they coincide."""
+    """Draws a thick light line under a thin dashed one: both are seen where they coincide."""
     for run, line, color, width, dot in ((ordinary, "-o", ORDINARY, 7.0, 7.0), (ours, "--o", OURS, 1.8, 3.0)):
         if run.losses:
             steps = range(1, len(run.losses) + 1)
@@ -42,7 +42,7 @@ def _curves(axes: Axes, ordinary: Run, ours: Run) -> None:
 
 
 def _memory(axes: Axes, ordinary: Run, ours: Run) -> None:
-    """Draw a bar for each loss that was measured, with its size above it."""
+    """Draws a bar for each loss that was measured, with its size above it."""
     axes.set_title("Peak memory of a step over the model")
     axes.set_ylabel("memory (MiB)")
     axes.margins(x=0.2, y=0.15)

@@ -1,4 +1,4 @@
-"""What the demo is doing now: bars on a terminal, elsewhere a plain line every few seconds."""
+"""The progress of the demo: bars on a terminal, elsewhere a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECONDS_A_LINE = 5.0
 
 
 class Bars:
-    """One bar a stage, which pulses until the stage knows how long it is."""
+    """One bar per stage, which pulses until the stage knows how long it is."""
 
     def __init__(self, console: Console) -> None:
         self._task = TaskID(0)
@@ -39,7 +39,7 @@ class Bars:
 
 
 class Lines:
-    """Show progress as plain lines, where there is no cursor to move: a log file, a pipe."""
+    """Progress as plain lines, where there is no cursor to move: a log file, a pipe."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -66,5 +66,5 @@ class Lines:
 
 
 def progress(console: Console) -> Bars | Lines:
-    """Choose the one that suits `console`."""
+    """Returns the one that suits `console`."""
     return Bars(console) if console.is_terminal else Lines(console)

@@ -1,4 +1,4 @@
-"""What was measured of each loss, and the final table."""
+"""The measurements of each loss, and the final table."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from compiled_loss.demo.child import Event
 
 @dataclass(slots=True)
 class Run:
-    """A training with one loss, as far as it came; None is what was not measured."""
+    """A training with one loss, as far as it came; None stands for a value that was not measured."""
 
     loss: str
-    losses: list[float] = field(default_factory=list)  # nats a token, one a step
+    losses: list[float] = field(default_factory=list)  # nats per token, one value per step
     seconds: list[float] = field(default_factory=list)
     compile_seconds: float | None = None
     peak: int | None = None  # bytes over the model
 
     def add(self, event: Event) -> None:
-        """Take in what the child reports: see `train`."""
+        """Adds what the child reports: see `train`."""
         if "loss" in event:
             self.losses.append(event["loss"])
             self.seconds.append(event["seconds"])
@@ -44,7 +44,7 @@ def largest_difference(ordinary: Run, ours: Run) -> float | None:
 
 
 def compared(ordinary: float | None, ours: float | None, less: str, more: str) -> str:
-    """Say how many times less `ours` is, or more; nothing where either is unknown."""
+    """Returns how many times less `ours` is, or more, as text; an empty text where either is unknown."""
     if not ordinary or not ours:
         return ""
     times = f"{max(ordinary / ours, ours / ordinary):.1f}"
@@ -52,12 +52,12 @@ def compared(ordinary: float | None, ours: float | None, less: str, more: str) -
 
 
 def mebibytes(size: float) -> str:
-    """Write bytes in the unit of the report."""
+    """Returns bytes in the unit of the report."""
     return f"{size / 2**20:,.0f} MiB"
 
 
 def table(ordinary: Run, ours: Run) -> Table:
-    """Lay out every figure of both runs, and what lies between them."""
+    """Returns a table of every figure of both runs, and of what lies between them."""
     numbers = (Column(run.loss, justify="right") for run in (ordinary, ours))
     result = Table("", *numbers, "", box=None, collapse_padding=True, pad_edge=False)  # fits 80 columns
 

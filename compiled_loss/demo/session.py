@@ -21,7 +21,7 @@ INTERRUPTED = 130  # a shell's exit status for it
 
 
 def demo(settings: Settings, output: Path) -> int:
-    """Train with both losses and report, on what ran until then if interrupted; the exit status."""
+    """Trains with both losses, reports, and returns the exit status. An interruption leaves a report on what ran."""
     console = Console(highlight=False)
     console.print(str(settings))
     ordinary, ours = (Run(loss) for loss in LOSSES)
@@ -45,7 +45,7 @@ def demo(settings: Settings, output: Path) -> int:
 
 
 def _tokenise(path: str, settings: Settings, shown: Bars | Lines) -> int:
-    """Save the tokens at `path`; return how many kinds the text had."""
+    """Saves the tokens at `path`, and returns the number of kinds that the text had."""
     found = 0
     shown.begin("tokenizer", "training on the standard library")
     with closing(events("compiled_loss.demo.text", path=path, vocab=settings.vocab)) as reports:

@@ -1,4 +1,4 @@
-"""What the demo runs, and its defaults."""
+"""The options of a run of the demo, and their defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """A run. `tokens` is what a step sees, in sequences of SEQUENCE."""
+    """The options of a run. `tokens` is the number of tokens per step, in sequences of SEQUENCE."""
 
     device: str
     dtype: str = "float32"
@@ -34,15 +34,16 @@ class Settings:
 
 
 def devices() -> list[str]:
-    """Kinds of device of this machine, the preferred one first."""
+    """Returns the kinds of device of this machine, the preferred one first."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
 
 
 def settings_for(device: str, **given: Any) -> Settings:
-    """Take the device's defaults, and in their place those of `given` that are not None.
+    """Returns the device's defaults, replaced by those of `given` that are not None.
 
-    Logits of 2 GiB on CUDA and XPU, 384 MiB elsewhere, and layers so few and narrow that they count for little.
+    The logits have 2 GiB on CUDA and XPU, and 384 MiB elsewhere. The layers are so few and narrow that they count for
+    little.
     """
     settings = Settings(device=device)
     if device in ("cuda", "xpu"):

@@ -18,7 +18,7 @@ SEPARATOR = "<|end of file|>"
 
 
 def sources(most_bytes: int = SAMPLE_BYTES) -> list[str]:
-    """Files of the standard library in the order of their paths, until they exceed `most_bytes`."""
+    """Returns the files of the standard library in the order of their paths, until they exceed `most_bytes`."""
     texts: list[str] = []
     size = 0
     for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
@@ -35,7 +35,7 @@ def sources(most_bytes: int = SAMPLE_BYTES) -> list[str]:
 
 
 def encode(texts: list[str], vocab: int) -> tuple[list[int], int]:
-    """Tokens of `texts` under a byte-pair encoding trained on them, and how many kinds of token it found."""
+    """Returns the tokens of `texts` under a byte-pair encoding trained on them, and the number of kinds of token."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -52,7 +52,7 @@ def encode(texts: list[str], vocab: int) -> tuple[list[int], int]:
 
 
 def batches(tokens: Tensor, tokens_a_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and labels, [sequences, SEQUENCE] each, without end, in the same order every time."""
+    """Yields inputs and labels, [sequences, SEQUENCE] each, without end, in the same order every time."""
     sequences = tokens_a_step // SEQUENCE
     windows = tokens.unfold(0, SEQUENCE + 1, SEQUENCE)
     generator = torch.Generator().manual_seed(SEED)
@@ -65,7 +65,7 @@ def batches(tokens: Tensor, tokens_a_step: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def prepare(path: str, vocab: int) -> Iterator[Event]:
-    """Save the tokens at `path`; report how many there are, and the vocabulary they need."""
+    """Saves the tokens at `path`, and reports their number and the vocabulary that they need."""
     tokens, found = encode(sources(), vocab)
     torch.save(torch.tensor(tokens), path)
     yield {"tokens": len(tokens), "vocab": found}

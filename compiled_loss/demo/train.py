@@ -24,7 +24,7 @@ LEARNING_RATE = 3e-3
 
 
 def materialised(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Hold all logits: the ordinary loss."""
+    """Computes the ordinary loss, which holds all logits."""
     return F.cross_entropy((hidden @ weight.T).float().flatten(0, -2), labels.flatten())
 
 
@@ -32,7 +32,7 @@ LOSSES = {"F.cross_entropy": materialised, "linear_cross_entropy": linear_cross_
 
 
 def train(path: str, loss: str, settings: dict[str, Any]) -> Iterator[Event]:
-    """Compile a step, measure its memory, then train on the tokens at `path`; each stage is reported as it ends."""
+    """Compiles a step, measures its memory, then trains on the tokens at `path`; each stage is reported as it ends."""
     run = Settings(**settings)
     device = torch.device(run.device)
     torch.manual_seed(SEED)
@@ -65,7 +65,10 @@ def train(path: str, loss: str, settings: dict[str, Any]) -> Iterator[Event]:
 
 
 def measured(device: torch.device, work: Callable[[], object]) -> tuple[int | None, float]:
-    """Peak bytes and seconds of `work`; None bytes where the system counts no peak: Linux does, allocators may."""
+    """Returns the peak bytes and seconds of `work`; None for bytes where the system counts no peak.
+
+    Linux counts one, and allocators of accelerators may.
+    """
     countable = (
         os.access("/proc/self/clear_refs", os.W_OK)
         if device.type == "cpu"

@@ -1,4 +1,4 @@
-"""From distillation's arguments to two distributions: its options, its tokens, its teacher.
+"""Dispatch of distillation: from its arguments, with their options, tokens and teacher, to two distributions.
 
 N tokens (any leading shape), H width, V vocabulary. Nothing is computed before the last check.
 """
@@ -28,7 +28,7 @@ from compiled_loss.engine.math.statistics import statistics_dtype
 
 
 class Options(NamedTuple):
-    """What distillation has beside the keywords of all losses."""
+    """The options of distillation besides the keywords of all losses."""
 
     divergence: Any  # a name, or weights by name
     jsd_weight: Any
@@ -39,10 +39,10 @@ class Options(NamedTuple):
     teacher_logit_scale: Any
     wanted: Any = ()  # names of statistics
     names: tuple[str, ...] = ()  # of the divergences, once they are checked
-    weights: tuple[Any, ...] | None = None  # of each; None for the one that was named alone
+    weights: tuple[Any, ...] | None = None  # of each divergence; None if a single one was named
 
     def checked(self) -> Options:
-        """Raise unless each is in its range; numbers come back as numbers, and divergences by their names."""
+        """Returns the options with divergences as names and numbers as numbers. Raises unless each is in its range."""
         names, weights = checks.divergences.named(self.divergence)
         jsd_weight, lk_decay, hard_label_weight = checks.divergences.options(
             self.jsd_weight, self.lk_decay, self.temperature_squared, self.hard_label_weight
@@ -60,17 +60,17 @@ class Options(NamedTuple):
 
     @property
     def hard(self) -> bool:
-        """Whether the labels' own cross-entropy is wanted."""
+        """True if the cross-entropy with the labels is wanted."""
         return not numbers.known(self.hard_label_weight, 0)
 
     def kind(self, stored: Stored) -> Kind:
-        """What the engine computes."""
+        """Returns the engine's `Kind`: the divergences and statistics to compute."""
         return Kind.of(self.names, sorted(self.wanted), probabilities=stored.probabilities is not None)
 
     def weighted(
         self, tokens: reductions.Tokens, keywords: Keywords, dtype: torch.dtype, outside: Tensor | None
     ) -> Weighted:
-        """The coefficients of each token's divergence and cross-entropy, NaN where `outside` is True."""
+        """Returns the coefficients of each token's divergence and cross-entropy, NaN where `outside` is True."""
         weight, active = tokens.weights(dtype), tokens.active
         weight = reductions.divided(weight, weight, keywords.reduction, keywords.num_label_tokens)
         weight = weight * tokens.classes.nan_if_invalid(tokens.labels, dtype)
@@ -85,7 +85,7 @@ class Options(NamedTuple):
         return Weighted(soft, weight * self.hard_label_weight, tokens.labels, active)
 
     def pair(self, like: Tensor, keywords: Keywords, bias: Tensor | None, teacher_bias: Tensor | None) -> Pair:
-        """How the engine compares them."""
+        """Returns the engine's `Pair`: the parameters of student and teacher."""
         return two.pair(
             like,
             keywords.temperature,
@@ -108,7 +108,7 @@ def of_logits(
     *,
     class_dim: int,
 ) -> tuple[Tensor, Found]:
-    """The loss of logits that exist, and its statistics, [...]."""
+    """Returns the loss of logits that exist already, and its statistics, [...]."""
     options, keywords = options.checked(), keywords.checked()
     dim = check_class_dim("student_logits", student_logits, class_dim)
     part = dtensor.logits_layout("student_logits", student_logits, dim, keywords.vocab_shard)
@@ -164,7 +164,10 @@ def of_heads(
     options: Options,
     keywords: Keywords,
 ) -> tuple[Tensor, Found]:
-    """The loss of two heads' logits, which are not held, and its statistics, [...]. The bias is the student's."""
+    """Returns the loss of two heads, whose logits are never stored whole, and its statistics, [...].
+
+    The bias among the keywords is the student's.
+    """
     options, keywords = options.checked(), keywords.checked()
     names = ("student_hidden", "student_weight")
     part = check_head(student.hidden, student.weight, keywords, names)
@@ -221,12 +224,15 @@ def _with_statistics(
     loss: Tensor,
     found: Found,
     active: Tensor,  # [...]
-    outside: Tensor | None,  # [...], tokens whose teacher is none
+    outside: Tensor | None,  # [...], tokens whose cached teacher lists an id that is no class
     alike: Tensor,
     options: Options,
     part: Vocabulary,
 ) -> tuple[Tensor, Found]:
-    """The loss and the statistics, NaN where ranks disagree; 0 for tokens that do not count, NaN where `outside`."""
+    """Returns the loss and the statistics, both NaN where ranks disagree.
+
+    Statistics are 0 for tokens that do not count, and NaN where `outside` is True.
+    """
     if not options.wanted:
         return part.nan_unless_equal(loss, alike, loss), found
     fits = part.nan_unless_equal(torch.ones_like(active, dtype=loss.dtype), alike, loss)

@@ -1,4 +1,4 @@
-"""From two distributions' arguments to losses: what distillation and soft cross-entropy share.
+"""Dispatch from the arguments of two distributions to losses, shared by distillation and soft cross-entropy.
 
 N tokens, H width, V vocabulary. The engine sees [N, H], [N, V] and [N].
 """
@@ -29,7 +29,10 @@ from compiled_loss.planner.plan import Lengths, lengths
 
 
 class Transform(NamedTuple):
-    """What a head does to h @ w.T, as its caller says it: softcap * tanh(logit_scale * (h @ w.T + bias) / softcap)."""
+    """A head's transform of h @ w.T, with the caller's arguments.
+
+    z is softcap * tanh(logit_scale * (h @ w.T + bias) / softcap).
+    """
 
     softcap: Any = None  # a number, or None for none
     logit_scale: Any = None  # a number, or None for 1
@@ -47,9 +50,12 @@ def pair(
     lk_decay: Any = None,
     hard: bool = False,
 ) -> Pair:
-    """The engine's `Pair`; `hard` where a cross-entropy with labels is wanted, which is at temperature 1."""
-    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
-    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
+    """Returns the engine's `Pair`.
+
+    `hard` says that a cross-entropy with labels is wanted, which is at temperature 1.
+    """
+    # Products with a number, not torch.full. If a number changes from step to step, the compiler makes it an input only
+    # where it meets a tensor in arithmetic. Elsewhere it recompiles for every value.
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
 
     def scalars(transform: Transform, temperature: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -72,7 +78,7 @@ def pair(
 
 
 def at_temperatures(target: Target, keywords: Keywords, tokens: reduction.Tokens, dtype: torch.dtype) -> Target:
-    """Beside temperatures that tokens [...] have for themselves, if they do."""
+    """Returns the target with the tokens' own temperatures, [...], if they have some."""
     inverse = keywords.inverse_temperature(tokens, dtype)
     if inverse is None:
         return target
@@ -88,7 +94,7 @@ def on_logits(
     vocabulary: Vocabulary,
     compile: bool | str,
 ) -> tuple[Tensor, Found]:
-    """Each active token's soft * divergence + hard * cross-entropy, [...], and what was found of each."""
+    """Returns each active token's soft * divergence + hard * cross-entropy, [...], and the `Found` of each."""
     labels = None if weighted.labels is None else vocabulary.labels(weighted.labels)
     if traced():
         logits, target = _looked_at(logits, target, kind, weighted.active)
@@ -114,7 +120,7 @@ def planned(
     *,
     heads: int,  # whose logits a chunk holds
 ) -> Lengths:
-    """How heads are chunked: over tokens, or raise."""
+    """Returns the chunk lengths of heads, chunked over tokens. Raises an error if another strategy is asked for."""
     chunking = keywords.chunking
     checks.chunking.whole_rows(chunking.strategy)
     tokens = prod(shape[:-1])
@@ -142,7 +148,7 @@ def on_head(
     how: Lengths,
     keywords: Keywords,
 ) -> tuple[Tensor, Found]:
-    """Each active token's soft * divergence + hard * cross-entropy, [...], or their sum; and the statistics, [...]."""
+    """Returns active tokens' soft * divergence + hard * cross-entropy, [...], or their sum; and statistics, [...]."""
     shape, scalar = hidden.shape[:-1], keywords.reduction != "none"
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.map(_rows)
     weighted = weighted.map(lambda v: v.reshape(-1))
@@ -173,7 +179,7 @@ def _on_rows(
     *,
     scalar: bool,
 ) -> tuple[Tensor, Found]:
-    """`on_head`, [N], of all rows that there are."""
+    """Does what `on_head` does, for rows [N] that are compacted already."""
     group = part.group
     if weighted.labels is not None:
         weighted = weighted._replace(labels=part.labels(weighted.labels))
@@ -199,11 +205,11 @@ def _on_rows(
 
 
 def _looked_at(rows: Tensor, target: Target, kind: Kind, active: Tensor) -> tuple[Tensor, Target]:
-    """Rows that count, and in all others what has a finite divergence."""
+    """Returns the rows that count; in all others, values whose divergence is finite."""
     count, other = active.unsqueeze(-1), 1 if kind.probabilities else 0
     return torch.where(count, rows, 0), target.map(lambda v: torch.where(count, v, other))
 
 
 def _rows(values: Tensor) -> Tensor:
-    """[rows, columns], of which there may be none."""
+    """Returns values as [rows, columns], either of which may be 0."""
     return values.reshape(prod(values.shape[:-1]), values.shape[-1])

@@ -22,13 +22,16 @@ from compiled_loss.engine.traced_losses import Input, Signature
 from compiled_loss.engine.transforms import traced
 from compiled_loss.planner.chunking import Chunking
 
-UNCHUNKED = Chunking()  # what losses of logits that exist pass
+UNCHUNKED = Chunking()  # passed by losses of logits that exist already
 
 
 class Keywords(NamedTuple):
-    """What a loss was called with. A loss that lacks a keyword leaves it at the value that changes nothing."""
+    """The keywords that a loss was called with.
 
-    chunking: Chunking  # no default: of an object Dynamo 2.11 makes none
+    A loss without some keyword leaves it at the value that changes nothing.
+    """
+
+    chunking: Chunking  # no default: Dynamo 2.11 does not support an object as a default
     bias: Tensor | None = None
     mask: Tensor | None = None
     token_weights: Tensor | None = None
@@ -44,17 +47,20 @@ class Keywords(NamedTuple):
     num_label_tokens: int | Tensor | None = None
     vocab_shard: VocabShard | None = None
     compile: bool | Literal["auto"] = "auto"
-    mask_weighs: bool = True  # or only tells which tokens count
+    mask_weighs: bool = True  # False if it only tells which tokens count
     token_loss: Callable[..., Tensor] | None = None  # the user's own
-    inputs: tuple[Any, ...] = ()  # its own, a value a token or a number
-    kept_ids: Tensor | None = None  # [..., K], those of all classes that a sampler kept
-    ids: Tensor | None = None  # [..., K] or [K], whose log-probabilities are asked for
+    inputs: tuple[Any, ...] = ()  # of the token loss: one value per token, or a number
+    kept_ids: Tensor | None = None  # [..., K], the classes that a sampler kept
+    ids: Tensor | None = None  # [..., K] or [K], the classes whose log-probabilities are asked for
     top_k: int | None = None
-    token_temperature: Tensor | None = None  # what `temperature` was, where it is no number
-    of_logits: bool = False  # whether it takes a token's logits, and not its statistics
+    token_temperature: Tensor | None = None  # the value of `temperature` if tokens have their own
+    of_logits: bool = False  # whether the token loss takes a token's logits instead of its statistics
 
     def checked(self) -> Keywords:
-        """Raise unless each that is no tensor of numbers is in its range; numbers come back as numbers."""
+        """Returns the keywords with numbers as numbers. Raises an error if one is out of its range.
+
+        Tensors of numbers are checked elsewhere.
+        """
         checks.instance("chunking", self.chunking, Chunking)
         checks.chunking.compiles(self.compile)
         checks.reduction(self.reduction)
@@ -79,7 +85,7 @@ class Keywords(NamedTuple):
         )
 
     def check_tensors(self, shape: torch.Size, part: Vocabulary, device: torch.device) -> None:
-        """Raise unless those that are tensors fit the vocabulary, and labels of which a rank has this shape."""
+        """Raises an error unless tensors fit the vocabulary, and labels of which a rank has this shape."""
         if self.token_temperature is not None:
             dtensor.check_rows("temperature", self.token_temperature)
             own = dtensor.own_shape(self.token_temperature, part)
@@ -106,7 +112,7 @@ class Keywords(NamedTuple):
         checks.sharding.token_mesh_dims(self.reduction, part.token_mesh_dims)
 
     def own(self, labels: Tensor, part: Vocabulary) -> tuple[Tensor, Keywords]:
-        """The labels and the keywords of a rank."""
+        """Returns the labels and the keywords of this rank."""
         of_tokens = (self.mask, self.token_weights, self.token_temperature)
         mask, token_weights, temperature = (None if v is None else dtensor.rows(v, part) for v in of_tokens)
         if mask is not None and not self.mask_weighs:
@@ -125,7 +131,7 @@ class Keywords(NamedTuple):
         )
 
     def tokens(self, labels: Tensor, vocab: int | None, dtype: torch.dtype) -> reductions.Tokens:
-        """Which tokens count, and how much."""
+        """Returns the tokens that count, with their weights."""
         return reductions.tokens(
             labels,
             self.mask,
@@ -137,14 +143,17 @@ class Keywords(NamedTuple):
         )
 
     def named(self, dims: int, dtype: torch.dtype, device: torch.device, vocab: int) -> Named | None:
-        """The user's loss of tokens [...], so many dimensions, as the token strategy takes it; None where it cannot."""
+        """Returns the user's loss as the token strategy takes it; None if it cannot.
+
+        `dims` is the number of dimensions of the tokens, [...].
+        """
         if self.token_loss is None or traced() or not user_losses.may_be_named(self.token_loss):
             return None
         enabled, wide = torch.is_grad_enabled(), statistics_dtype(dtype)
         inputs = []
         for value in self.inputs:
             if isinstance(value, Tensor) and value.dim():
-                shape = tuple([len(range(n)) for n in value.shape[dims:]])  # not a symbol any longer
+                shape = tuple([len(range(n)) for n in value.shape[dims:]])  # numbers instead of symbols
                 inputs.append(Input(value.dtype, shape, enabled and value.requires_grad))
             else:
                 inputs.append(Input(wide, None, wants_gradient=False))
@@ -156,7 +165,7 @@ class Keywords(NamedTuple):
         return user_losses.named(self.token_loss, signature)
 
     def inverse_temperature(self, tokens: reductions.Tokens, dtype: torch.dtype) -> Tensor | None:
-        """Return 1 / temperature of each token [...] that has its own; NaN where a temperature is not above 0."""
+        """Returns 1 / temperature of each token [...] that has its own; NaN where a temperature is not above 0."""
         if self.token_temperature is None:
             return None
         active, temperature = tokens.active, self.token_temperature.detach().to(statistics_dtype(dtype))
@@ -166,20 +175,20 @@ class Keywords(NamedTuple):
         return torch.where(active, inverse, 1.0)
 
     def scales(self, like: Tensor) -> Tensor | None:
-        """The `scales` of the engine's `Head`."""
+        """Returns the `scales` of the engine's `Head`."""
         return scales(like, self.softcap, self.logit_scale, self.temperature)
 
 
 def scales(like: Tensor, softcap: Any, logit_scale: Any, temperature: Any) -> Tensor | None:
-    """The `scales` of the engine's `Head`, in the statistics' dtype."""
+    """Returns the `scales` of the engine's `Head`, in the dtype of statistics."""
     if softcap is None and numbers.known(logit_scale, 1) and numbers.known(temperature, 1):
         return None
-    # Products with a number, not torch.full: of a number that changes from step to step Inductor makes an input only
-    # where it meets a tensor in arithmetic, and recompiles for every value elsewhere.
+    # Products with a number, not torch.full. If a number changes from step to step, the compiler makes it an input only
+    # where it meets a tensor in arithmetic. Elsewhere it recompiles for every value.
     one = torch.ones((), dtype=statistics_dtype(like.dtype), device=like.device)
     outer: Tensor = one * (logit_scale if softcap is None else softcap) / temperature
     if softcap is None:
         return outer
     both = torch.stack((one * logit_scale / softcap, outer))
-    # Opaque, or the compiler counts what both are made of among what a logit reads, and writes out an [N, V].
+    # Opaque: otherwise Inductor counts the operands of both among the reads of a logit, and writes out an [N, V].
     return opaque_copy(both, []) if torch.compiler.is_compiling() and not traced() else both

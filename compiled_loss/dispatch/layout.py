@@ -1,4 +1,4 @@
-"""How logits lie: any dimension may be the vocabulary, and any strides are taken without a copy."""
+"""Layouts of logits: any dimension may be the vocabulary, and any strides are taken without a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compiled_loss.engine.transforms import traced
 
 
 def check_class_dim(name: str, value: Tensor, class_dim: int) -> int:
-    """The dimension of a tensor that is V, counted from its first; raise unless there is one."""
+    """Returns the dimension of a tensor that is V, counted from its first. Raises an error unless there is one."""
     checks.tensor(name, value)
     checks.class_dim(class_dim)
     if class_dim == -1:
@@ -24,7 +24,7 @@ def check_class_dim(name: str, value: Tensor, class_dim: int) -> int:
 
 
 def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
-    """A view [..., V]."""
+    """Returns a view [..., V]."""
     checks.tensor(name, value)
     checks.class_dim(class_dim)
     if class_dim == -1:
@@ -37,7 +37,10 @@ def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
 
 
 class _ClassesLast(torch.autograd.Function):
-    """The view, whose gradient is no view: of those Inductor writes out what is seen, and then copies it."""
+    """The view [..., V], whose gradient is computed and is no view.
+
+    If it were a view, Inductor would write out the gradient in the other layout, and then copy it.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, class_dim: int) -> Tensor:
@@ -46,18 +49,18 @@ class _ClassesLast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g.movedim(-1, ctx.class_dim).clamp(min=-inf), None  # which changes nothing, and is computed
+        return g.movedim(-1, ctx.class_dim).clamp(min=-inf), None  # the clamp changes nothing, but is computed
 
 
 def merged(*values: Tensor) -> list[Tensor]:
-    """Views of [..., V or k] with as few leading dimensions as all their strides allow, at least one: no copies.
+    """Returns views of [..., V or k] with as few leading dimensions as all their strides allow, at least one.
 
-    Eager code goes through all but two dimensions in a loop.
+    Nothing is copied. Eager code loops over all but two dimensions.
     """
     shape = values[0].shape
     if len(shape) < 2 or all(v.is_contiguous() for v in values):
         return [v.reshape(prod(shape[:-1]), v.shape[-1]) for v in values]
-    if torch.compiler.is_compiling():  # where there is no loop
+    if torch.compiler.is_compiling():  # there is no loop then
         return list(values)
     if values[0].numel() == 0:
         return [v.reshape(0, v.shape[-1]) for v in values]

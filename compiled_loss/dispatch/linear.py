@@ -1,7 +1,7 @@
-"""From a linear head's arguments to a `LinearCall`: what every loss of `hidden`, `weight` and `labels` shares.
+"""Dispatch from a linear head's arguments to a `LinearCall`, shared by all losses of `hidden`, `weight` and `labels`.
 
-H width, V vocabulary. `linear_call` goes one way: options, tensors as they came, the plan; then a rank's own, tokens,
-the cast. Nothing is computed before the last check.
+H width, V vocabulary. `linear_call` goes one way: it checks options, then tensors as they were given, and plans. Then
+it takes a rank's own tensors and tokens, and casts. Nothing is computed before the last check.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from compiled_loss.planner.plan import lengths
 def linear_call(
     hidden: Tensor, weight: Tensor, labels: Tensor | None, keywords: Keywords, *, statistics: bool = False
 ) -> LinearCall:
-    """Check, plan, take a rank's own, and cast: once, outside the chunk loop. Then ask it for what is wanted.
+    """Checks, plans, takes a rank's own tensors, and casts: once, outside of the chunk loop.
 
-    `statistics` says that they are to be differentiable. Without labels every token has one, the first class.
+    Its result is then asked for a loss or for statistics. `statistics` says that the statistics are to be
+    differentiable. If there are no labels, every token has the first class as its label.
     """
     keywords = keywords.checked()
     bias, chunking = keywords.bias, keywords.chunking
@@ -67,7 +68,10 @@ def linear_call(
 def check_tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor | None, keywords: Keywords
 ) -> tuple[Vocabulary, torch.Size]:
-    """As `check_head`, and of the hidden states a rank has; raise unless labels fit them."""
+    """Returns the rank's part of the vocabulary, and the shape of its hidden states.
+
+    Raises an error unless hidden states and a head fit each other, and labels fit them.
+    """
     part = check_head(hidden, weight, keywords)
     shape = dtensor.own_shape(hidden, part)
     if labels is not None:
@@ -82,7 +86,7 @@ def check_tokens(
 def check_head(
     hidden: Tensor, weight: Tensor, keywords: Keywords, names: tuple[str, str] = ("hidden", "weight")
 ) -> Vocabulary:
-    """A rank's part of the vocabulary; raise unless hidden states and a head fit each other."""
+    """Returns the rank's part of the vocabulary. Raises an error unless hidden states and a head fit each other."""
     checks.linear_weight(weight, keywords.bias, names[1])
     part = dtensor.head_layout(hidden, weight, keywords.bias, keywords.vocab_shard, names)
     checks.head(hidden, weight, part.size, names)
@@ -93,7 +97,10 @@ def check_head(
 
 
 def computed_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> torch.dtype:
-    """That of their product: autocast's where it is on, else the one they share; raise where they share none."""
+    """Returns the dtype of hidden @ weight.T: autocast's where it is on, else the dtype of both.
+
+    Raises an error if they differ.
+    """
     autocast = autocast_dtype(hidden.device)
     mine, theirs = (v.dtype if autocast is None or v.dtype == torch.float64 else autocast for v in (hidden, weight))
     checks.same_dtype(mine, theirs, names)
@@ -103,7 +110,7 @@ def computed_dtype(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hi
 def _strategies(
     keywords: Keywords, needs: Needs, *, statistics: bool, token_loss: Named | None
 ) -> tuple[Strategy, ...]:
-    """The strategies that can do what is asked, the best first."""
+    """Returns the strategies that can do what is asked, the best first."""
     chunking, unnamed = keywords.chunking, keywords.token_loss is not None and token_loss is None
     if keywords.of_logits:
         if unnamed and not traced():

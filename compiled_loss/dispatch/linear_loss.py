@@ -1,4 +1,4 @@
-"""A linear head's loss and statistics, of arguments that are checked: which engine runs, and what it is given.
+"""The loss and statistics of a linear head, from checked arguments: the choice of an engine, and its operands.
 
 N tokens, H width, V vocabulary. The engine sees [N, H] and [N].
 """
@@ -32,7 +32,7 @@ from compiled_loss.planner.plan import Lengths
 
 
 class LinearCall(NamedTuple):
-    """Checked arguments, a rank's own, after autocast: [N, H], [V, H], the rest of the head, the tokens [...]."""
+    """Checked arguments of this rank, cast: hidden [N, H], weight [V, H], the rest of the head, the tokens [...]."""
 
     hidden: Tensor
     weight: Tensor
@@ -47,21 +47,21 @@ class LinearCall(NamedTuple):
     token_loss: Named | None  # the user's own, where it has a name
 
     def loss(self) -> Tensor:
-        """The loss."""
+        """Returns the loss."""
         return self._loss_and_rows(with_statistics=False, with_entropy=False)[0]
 
     def loss_and_statistics(self, *, entropy: bool = True) -> tuple[Tensor, RowStatistics]:
-        """The loss, and masked statistics [...] from the same pass."""
+        """Returns the loss, and masked statistics, [...], from the same pass."""
         loss, rows = self._loss_and_rows(with_statistics=True, with_entropy=entropy)
         assert rows is not None
         return loss, rows
 
     def statistics(self, wanted: Wanted) -> RowStatistics:
-        """Masked statistics [...], differentiable."""
+        """Returns masked statistics, [...], differentiable."""
         return self.statistics_and_top(wanted, 0)[0]
 
     def statistics_and_top(self, wanted: Wanted, k: int) -> tuple[RowStatistics, Top | None]:
-        """The statistics, and the k largest logits, [..., k], from the same pass; None for k = 0."""
+        """Returns the statistics, and the k largest logits, [..., k], from the same pass; None for k = 0."""
         compact, shape = reduction.compacted(self.tokens.active, self.keywords.chunking), self.tokens.labels.shape
         rows, top = self._gathered(compact)._statistics(wanted, k)
         if top is not None:
@@ -91,7 +91,7 @@ class LinearCall(NamedTuple):
         )
 
     def _gathered(self, compact: Compaction | None) -> LinearCall:
-        """The same call for the tokens that count, [N]."""
+        """Returns the same call for the tokens that count, [N]."""
         inverse = self.inverse_temperature
         inverse = None if inverse is None else inverse.reshape(-1)
         flat = self._replace(tokens=self.tokens.map(lambda v: v.reshape(-1)), inverse_temperature=inverse)
@@ -105,7 +105,7 @@ class LinearCall(NamedTuple):
         return flat
 
     def _inputs(self, compact: Compaction | None) -> tuple[Tensor, ...]:
-        """The inputs of the user's loss: [N, ...], or numbers, []."""
+        """Returns the inputs of the user's loss: [N, ...], or numbers, []."""
         dims, dtype = self.tokens.labels.dim(), statistics_dtype(self.hidden.dtype)
         found = []
         for value in self.keywords.inputs:
@@ -117,7 +117,7 @@ class LinearCall(NamedTuple):
         return tuple(found)
 
     def factor(self, compact: Compaction | None, after: Tensor) -> Tensor | None:
-        """A factor for all results: NaN where more tokens count than was promised or ranks disagree."""
+        """Returns a factor of all results; it is NaN where more tokens count than was promised, or ranks disagree."""
         factor = None if compact is None else compact.fits
         if self.vocabulary.group is not None:
             factor = after.new_ones(()) if factor is None else factor.to(after.dtype)
@@ -125,7 +125,7 @@ class LinearCall(NamedTuple):
         return factor
 
     def _back(self, rows: RowStatistics, compact: Compaction | None, factor: Tensor | None) -> RowStatistics:
-        """Statistics [...] of those of the rows."""
+        """Returns the statistics of tokens [...] from those of the rows."""
         if compact is not None:
             rows = rows.map(compact.scattered)
         rows = rows.map(lambda v: v.reshape(self.tokens.labels.shape))
@@ -134,13 +134,13 @@ class LinearCall(NamedTuple):
         return rows
 
     def _engine(self) -> tuple[Problem, Classes]:
-        """What the engine is given: labels are counted from the rank's first class."""
+        """Returns the engine's operands; labels are counted from the rank's first class."""
         labels, start = self.vocabulary.labels(self.tokens.labels), self.vocabulary.start
         problem = Problem.of(self.hidden, self.weight, self.head, labels, self.inverse_temperature)
         return problem, self.tokens.classes.counted_from(start)
 
     def _statistics(self, wanted: Wanted, k: int = 0) -> tuple[RowStatistics, Top | None]:
-        """Masked statistics of all rows that there are, [N]."""
+        """Returns masked statistics of all rows that there are, [N]."""
         (problem, classes), active = self._engine(), self.tokens.active
         if traced():
             hidden = torch.where(active.unsqueeze(1), self.hidden, 0.0)
@@ -160,7 +160,7 @@ class LinearCall(NamedTuple):
     def _loss(
         self, coefficients: Coefficients, divisor: Divisor, *, with_statistics: bool, with_entropy: bool
     ) -> tuple[Tensor, RowStatistics | None]:
-        """The loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
+        """Returns the loss of coefficients [N], and if wanted masked statistics [N], of all rows that there are."""
         (problem, classes), group = self._engine(), self.vocabulary.group
         scalar, own = self.keywords.reduction != "none", self.keywords.token_loss
         if ((scalar and any(self.needs)) or self.keywords.of_logits) and not traced():
@@ -203,7 +203,7 @@ class LinearCall(NamedTuple):
         return losses, rows if with_statistics else None
 
     def _plain_logits_loss(self, coefficients: Coefficients, divisor: Divisor) -> Tensor:
-        """A loss of logits under functorch's transforms, which holds them."""
+        """Computes a loss of logits under functorch's transforms; it holds all logits."""
         (problem, classes), own = self._engine(), self.keywords.token_loss
         assert own is not None
         logits = torch.where(self.tokens.active.unsqueeze(1), self.hidden, 0.0) @ self.weight.t()
@@ -217,7 +217,7 @@ class LinearCall(NamedTuple):
         return total
 
     def _clean_inputs(self) -> list[Tensor]:
-        """The inputs of the user's loss, 0 where a token does not count."""
+        """Returns the inputs of the user's loss, 0 where a token does not count."""
         active = self.tokens.active
         return [
             torch.where(active.view(-1, *[1] * (v.dim() - 1)), v, 0.0) if v.dim() and v.is_floating_point() else v
@@ -225,7 +225,7 @@ class LinearCall(NamedTuple):
         ]
 
     def _row_loss(self, coefficients: Coefficients) -> tuple[Named, token_chunks.Inputs]:
-        """What the token strategy sums, and its operands."""
+        """Returns the `RowLoss` that the token strategy sums, and its operands."""
         if self.keywords.token_loss is None:
             of = row_losses.cross_entropy(coefficients, gradients=torch.is_grad_enabled())
             return of, token_chunks.Inputs([], coefficients.present())
@@ -236,7 +236,7 @@ class LinearCall(NamedTuple):
         )
 
     def _evaluated(self, own: Callable[..., Tensor], rows: RowStatistics, weight: Tensor) -> Tensor:
-        """The user's loss of all rows, [N], 0 for those that do not count, whose inputs may hold anything."""
+        """Returns the user's loss of all rows, [N], 0 for rows that do not count, whatever their inputs hold."""
         active, inputs = self.tokens.active, self._clean_inputs()
         statistics = of_rows(rows, self.tokens.labels, self.vocabulary.size)
         with without_autocast(self.hidden.device):

@@ -1,4 +1,4 @@
-"""From the arguments of logits that exist to row statistics: what all losses of them share.
+"""Dispatch from logits that exist already to row statistics, shared by all losses of them.
 
 N tokens (any leading shape), V vocabulary. Nothing is computed before the last check.
 """
@@ -24,7 +24,7 @@ from compiled_loss.engine.transforms import traced, without_autocast
 
 
 class LogitsCall(NamedTuple):
-    """Checked arguments, a rank's own: [..., V], what is done to them, the tokens [...]."""
+    """Checked arguments of this rank: logits [..., V], the parameters of their transform, and the tokens [...]."""
 
     logits: Tensor
     scales: Tensor | None
@@ -34,7 +34,7 @@ class LogitsCall(NamedTuple):
     keywords: Keywords
 
     def loss(self) -> Tensor:
-        """The loss."""
+        """Returns the loss."""
         keywords, tokens, dtype = self.keywords, self.tokens, statistics_dtype(self.logits.dtype)
         terms = reduction.Terms(keywords.class_weights, keywords.label_smoothing, keywords.z_loss)
         coefficients, divisor = reduction.normalised(
@@ -47,7 +47,7 @@ class LogitsCall(NamedTuple):
         return self.vocabulary.nan_unless_equal(loss, tokens.labels, loss)
 
     def statistics(self, wanted: Wanted) -> RowStatistics:
-        """Masked statistics [...], differentiable; NaN where ranks have other labels."""
+        """Returns masked statistics, [...], differentiable; NaN where ranks have different labels."""
         rows = self._statistics(wanted)
         if self.vocabulary.group is None:
             return rows
@@ -75,7 +75,7 @@ class LogitsCall(NamedTuple):
 
 
 def logits_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: int) -> LogitsCall:
-    """Check, and take a rank's own. Then ask it for what is wanted."""
+    """Checks the arguments and takes this rank's own. Its result is then asked for a loss or for statistics."""
     keywords = keywords.checked()
     dim = check_class_dim("logits", logits, class_dim)
     part = dtensor.logits_layout("logits", logits, dim, keywords.vocab_shard)

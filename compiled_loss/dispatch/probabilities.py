@@ -26,7 +26,7 @@ def probability_cross_entropy(
     keywords: Keywords,
     class_dim: int,
 ) -> Tensor:
-    """What `cross_entropy` gives of floating labels: sum_v c_v ((1 - e) p_v + e / V) (lse - z_v) at each position."""
+    """Returns the cross-entropy with floating labels: sum_v c_v ((1 - e) p_v + e / V) (lse - z_v) at each position."""
     checks.targets.no_ignore_index(keywords.ignore_index)
     keywords = keywords.checked()
     checks.temperatures.one(keywords.token_temperature, "labels are probabilities")

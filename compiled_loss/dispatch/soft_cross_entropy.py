@@ -1,4 +1,4 @@
-"""From the arguments of soft-target cross-entropy to two distributions.
+"""Dispatch from the arguments of soft-target cross-entropy to two distributions.
 
 N tokens (any leading shape), H width, V vocabulary. Nothing is computed before the last check.
 """
@@ -26,7 +26,7 @@ from compiled_loss.engine.math.statistics import statistics_dtype
 
 
 class Teacher(NamedTuple):
-    """A teacher's head, and what is done to its logits."""
+    """A teacher's head, and the parameters of its logits' transform."""
 
     head: Head
     softcap: Any
@@ -34,7 +34,7 @@ class Teacher(NamedTuple):
 
 
 def of_logits(logits: Tensor, target_probs: Tensor, position_mask: Tensor, keywords: Keywords) -> Tensor:
-    """The loss of logits that exist."""
+    """Returns the loss of logits that exist already."""
     keywords = keywords.checked()
     checks.tensor("logits", logits)
     dim, device = logits.dim() - 1, logits.device
@@ -66,7 +66,7 @@ def of_heads(
     draft_to_target: Tensor | None,
     keywords: Keywords,
 ) -> Tensor:
-    """The loss of a draft's head, whose logits are not held."""
+    """Returns the loss of a draft's head, whose logits are never stored whole."""
     keywords, head = keywords.checked(), teacher.head
     softcap, logit_scale = checks.targets.logit_map(teacher.softcap, teacher.logit_scale, "teacher_")
     checks.targets.one_target(target_probs, head.hidden, head.weight, draft_to_target)
@@ -115,7 +115,7 @@ def _check_mask(
 
 
 class _Positions(NamedTuple):
-    """The coefficient of each position, what ranks must have alike, which count, and a rank's own keywords."""
+    """The coefficients of positions, the tensor that must be equal on all ranks, the tokens, and a rank's keywords."""
 
     weighted: Weighted
     compared: Tensor
@@ -126,8 +126,8 @@ class _Positions(NamedTuple):
 def _weighted(
     position_mask: Tensor, rows: torch.Size, keywords: Keywords, part: Vocabulary, dtype: torch.dtype
 ) -> _Positions:
-    """The positions of this rank, with their weights."""
-    positions = torch.zeros(rows, dtype=torch.int64, device=position_mask.device)  # which all count
+    """Returns the positions of this rank, with their weights."""
+    positions = torch.zeros(rows, dtype=torch.int64, device=position_mask.device)  # all of them count
     positions, keywords = keywords.own(positions, part)
     mask = dtensor.rows(position_mask, part).reshape(rows)
     tokens = keywords._replace(mask=mask).tokens(positions, None, dtype)

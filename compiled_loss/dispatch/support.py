@@ -1,12 +1,12 @@
-"""Statistics of a few classes of each token: log-probabilities of given ones, or all statistics over those kept.
+"""Statistics of a few classes of each token: log-probabilities of given classes, or all statistics over kept ones.
 
 N tokens (any leading shape), K classes of each, V vocabulary. See engine/gathered_head.py.
 
 NOTE [Kept classes]
-A sampler that keeps the top of a distribution draws from it renormalised. Its log-probabilities are those over what it
-kept, and the importance ratios of a trainer that takes them over V are biased. So the kept classes of a token, and its
-label, are the whole support: z - log sum(exp(z)) over them. A negative id is padding, and a class that is there twice
-counts once.
+A sampler that keeps the top of a distribution draws from the renormalised top. Its log-probabilities are over the
+classes that it kept. A trainer that takes log-probabilities over all V classes has biased importance ratios. So here
+the kept classes of a token and its label are the whole support: z - log sum(exp(z)) over them. A negative id is
+padding. A class that is listed twice counts once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from compiled_loss.engine.transforms import without_autocast
 
 
 def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
-    """Masked statistics [...], differentiable, over all classes or those that are kept."""
+    """Returns masked statistics, [...], differentiable, over all classes or over those that are kept."""
     if call.keywords.kept_ids is None:
         return call.statistics(wanted)
     kept = _once(_rows("kept_ids", call.keywords.kept_ids, call))
@@ -51,7 +51,7 @@ def row_statistics(call: LinearCall, wanted: Wanted) -> RowStatistics:
 
 
 def logprobs(call: LinearCall, rows: RowStatistics) -> Tensor:
-    """Log-probabilities of the classes that were asked for, [..., K]: -inf for padding, 0 where a token is ignored."""
+    """Returns log-probabilities of the requested classes, [..., K]: -inf for padding, 0 where a token is ignored."""
     tokens = call.tokens
     assert call.keywords.ids is not None
     ids = _rows("ids", call.keywords.ids, call)
@@ -62,7 +62,7 @@ def logprobs(call: LinearCall, rows: RowStatistics) -> Tensor:
 
 
 def _rows(name: str, ids: Tensor, call: LinearCall) -> Tensor:
-    """[N, K], of all tokens or of each."""
+    """Returns the ids [N, K] of each token, from the ids of each or of all."""
     active = call.tokens.active.reshape(-1)
     shape = (active.shape[0], ids.shape[-1])
     ids = ids.expand(shape) if ids.dim() == 1 else ids.reshape(shape)
@@ -72,7 +72,7 @@ def _rows(name: str, ids: Tensor, call: LinearCall) -> Tensor:
 
 
 def _once(ids: Tensor) -> Tensor:
-    """Each class once, in order."""
+    """Returns the ids sorted, each class once, with -1 instead of a repetition."""
     if ids.shape[-1] < 2:
         return ids
     ids, _ = ids.sort(-1)
@@ -80,7 +80,7 @@ def _once(ids: Tensor) -> Tensor:
 
 
 def top_k(call: LinearCall, rows: RowStatistics, top: Top) -> TopK:
-    """The most probable classes of each token."""
+    """Returns the most probable classes of each token."""
     tokens, inverse = call.tokens, call.inverse_temperature
     z, _ = transformed(top.logits, Head(None, None, call.head.scales), inverse)
     active = tokens.active.unsqueeze(-1)
@@ -94,14 +94,14 @@ class _Chosen(NamedTuple):
     ids: Tensor  # [N, K]
     there: Tensor  # [N, K] bool, False for padding
     z: Tensor  # [N, K]
-    nan: Tensor  # [N], NaN where one is no class, or ranks have others
+    nan: Tensor  # [N], NaN where an id is no class, or ranks have different ids; else 1
 
     @staticmethod
     def of(call: LinearCall, ids: Tensor, *, rounded: bool) -> _Chosen:
-        """Make it from ids [N, K] that count from the first of all classes; `rounded` if a GEMM made the others."""
+        """Makes it from ids [N, K], counted from the first of all classes; `rounded` if a GEMM made other logits."""
         head, vocabulary = call.head, call.vocabulary
         active = call.tokens.active.reshape(-1)
-        own = vocabulary.labels(ids)  # of padding none of ours, whatever a rank starts with
+        own = vocabulary.labels(ids)  # padding stays no class of the rank, wherever the rank's classes start
         gathered = Gathered(call.hidden, call.weight, head.bias, torch.where(ids < 0, -1, own), active)
         inverse = call.inverse_temperature
         inverse = None if inverse is None else inverse.reshape(-1)

@@ -1,4 +1,4 @@
-"""What a student is compared with: a teacher's head, its top alone, or its probabilities.
+"""Teachers that a student is compared with: a head, the top of a distribution, or probabilities.
 
 N tokens (any leading shape), H width, V vocabulary. All checks come first.
 """
@@ -23,7 +23,7 @@ Topk = tuple[Tensor, Tensor]
 
 
 class Head(NamedTuple):
-    """A head as it is given."""
+    """The arguments of a head as they were given."""
 
     hidden: Any  # [..., H]
     weight: Any  # [V, H]
@@ -37,7 +37,7 @@ class Stored(NamedTuple):
     probabilities: Tensor | None  # [..., V]
 
     def check_alone(self, **others: object) -> None:
-        """Raise where something else is said of the teacher."""
+        """Raises an error if a stored teacher is given together with another argument of the teacher."""
         if self.topk is not None:
             checks.targets.no_teacher("teacher_topk", teacher_probabilities=self.probabilities, **others)
         elif self.probabilities is not None:
@@ -53,7 +53,10 @@ def check_teacher(
     like: str,
     picked: bool = False,
 ) -> None:
-    """Raise unless a teacher's head fits. Its classes lie as those of the weight called `like`, or some are picked."""
+    """Raises an error unless a teacher's head fits the student's hidden states.
+
+    Its classes are laid out like those of the weight called `like`, or some of them are picked.
+    """
     hidden = checks.targets.teacher_given("teacher_hidden", teacher.hidden)
     weight = checks.targets.teacher_given("teacher_weight", teacher.weight)
     names = ("teacher_hidden", "teacher_weight")
@@ -81,9 +84,9 @@ def check_teacher(
 def own_teacher(
     teacher: Head, shared: Tensor | None, part: Vocabulary, picked: Tensor | None = None
 ) -> tuple[Target, Tensor | None]:
-    """The teacher's head, a rank's own, of the rows that are picked, and its bias.
+    """Returns this rank's part of the teacher's head, of the rows that are picked, and its bias.
 
-    `shared` is its weight where it is the student's, which is cast once.
+    If the teacher's weight is the student's, `shared` is that weight, which is cast once.
     """
     dtype = computed_dtype(teacher.hidden, teacher.weight, ("teacher_hidden", "teacher_weight"))
     vectors = [None if v is None else dtensor.own(v).detach() for v in (teacher.weight, teacher.bias)]
@@ -96,7 +99,7 @@ def own_teacher(
 
 
 def check_topk(teacher_topk: Any, rows: torch.Size, part: Vocabulary, class_dim: int, device: torch.device) -> None:
-    """Raise unless it is the top of a distribution for each of a rank's rows."""
+    """Raises an error unless it is the top of a distribution for each of a rank's rows."""
     checks.targets.two_tensors("teacher_topk", teacher_topk)
     for i, value in enumerate(teacher_topk):
         name = f"teacher_topk[{i}]"
@@ -110,15 +113,15 @@ def check_topk(teacher_topk: Any, rows: torch.Size, part: Vocabulary, class_dim:
 def cached(
     values: Tensor, indices: Tensor, labels: Tensor, active: Tensor, vocabulary: Vocabulary
 ) -> tuple[Target, Tensor, Tensor]:
-    """The cached teacher, where it lists what is no class, and what ranks must have alike.
+    """Returns the cached teacher, True for tokens where it lists an id that is no class, and what ranks must share.
 
-    Each class is in it once. All else has the value -inf and the index V, which is no class of any rank.
+    Each class is in it once. Every other place has the value -inf and the index V, which is no class of any rank.
     """
     alike = labels
     if vocabulary.group is not None:
         alike = torch.cat([labels.reshape(-1), indices.reshape(-1)])
         vocabulary.check_equal(alike)
-    # Sorted by class, and within a class by value: whatever follows its own class is there twice.
+    # Sorted by class, and within a class by value: an entry that follows one of the same class is a repetition.
     values, order = values.detach().sort(dim=-1, descending=True, stable=True)
     padding = values.exp() == 0
     indices = indices.gather(-1, order).masked_fill(padding, vocabulary.size)

@@ -1,18 +1,18 @@
-"""From tensors sharded over ranks to each rank's own, and back in backward.
+"""Each rank's own tensors, from tensors that are sharded over ranks, and their gradients in backward.
 
 N tokens, H width, V vocabulary. Losses and the engine see plain tensors and a `Vocabulary`.
 
 NOTE [Layouts]
-The vocabulary is sharded over one group of ranks at most: the mesh dimension over which a weight is Shard(0), or logits
-are Shard(-1), or the group of a `VocabShard`. All ranks of it see the same tokens:
+The vocabulary is sharded over at most one group of ranks. It is the mesh dimension over which a weight is Shard(0), or
+logits are Shard(-1), or the group of a `VocabShard`. All ranks of this group see the same tokens:
 
-- a plain tensor is taken as replicated over it; its gradient is complete on every rank;
-- a DTensor Shard over tokens there is gathered, and its gradient reduce-scattered; a Replicate one gets its gradient as
-  a Partial, which the layer below reduces when it must.
+- a plain tensor is taken as replicated over the group; its gradient is complete on every rank;
+- a DTensor that is Shard over tokens there is gathered, and its gradient is reduce-scattered; a Replicate one gets its
+  gradient as a Partial, which the layer below reduces when it must.
 
-Over every other mesh dimension a weight is Replicate, and a DTensor of hidden states may be Shard over tokens: then a
-rank's loss is its own tokens' part, and the weight's gradient a Partial. A plain tensor is there what DDP and FSDP take
-it for: the rank's own.
+Over every other mesh dimension a weight is Replicate, and a DTensor of hidden states may be Shard over tokens. Then a
+rank's loss is the part of its own tokens, and the weight's gradient is a Partial. A plain tensor is there the rank's
+own, as DDP and FSDP take it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def vocabulary(weight: Tensor, vocab_shard: VocabShard | None, name: str = "weight") -> Vocabulary:
-    """A rank's part of a weight's."""
+    """Returns the rank's part of the vocabulary of a weight."""
     checks.tensor(name, weight)
     return _vocabulary(name, weight, 0, vocab_shard)
 
@@ -46,7 +46,7 @@ def head_layout(
     names: tuple[str, str] = ("hidden", "weight"),
     bias_name: str = "bias",
 ) -> Vocabulary:
-    """A rank's part of a head's vocabulary; raise unless all lie so that it can be taken. Nothing is computed."""
+    """Returns the rank's part of a head's vocabulary. Raises unless all layouts are supported. Nothing is computed."""
     for name, value in zip(names, (hidden, weight), strict=True):
         checks.tensor(name, value)
     if bias is not None:
@@ -66,13 +66,16 @@ def head_layout(
 def own_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, part: Vocabulary
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A rank's own of each."""
+    """Returns the rank's own hidden states, weight and bias."""
     own = None if bias is None else _own(bias, part.token_groups)
     return _states(hidden, part), _own(weight, part.token_groups), own
 
 
 def logits_layout(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None) -> Vocabulary:
-    """A rank's part of the vocabulary, dimension `dim` of logits; raise unless it can be taken. Nothing is computed."""
+    """Returns the rank's part of the vocabulary, which is dimension `dim` of logits.
+
+    Raises unless the layout is supported. Nothing is computed.
+    """
     checks.tensor(name, value)
     if vocab_shard is None and not is_sharded(value):
         size = value.shape[dim] if value.dim() else 0
@@ -84,12 +87,12 @@ def logits_layout(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | 
 
 
 def own(value: Tensor) -> Tensor:
-    """A rank's own, and its gradient's."""
+    """Returns the rank's own part; its gradient is laid out as the value is."""
     return value.to_local(grad_placements=value.placements) if is_sharded(value) else value
 
 
 def own_shape(value: Tensor, part: Vocabulary) -> torch.Size:
-    """The shape of a rank's own of what belongs to tokens, before it is taken."""
+    """Returns the shape of the rank's own part of a tensor of tokens, before the part is taken."""
     if not is_sharded(value):
         return value.shape
     shape, mesh = list(value.shape), value.device_mesh
@@ -101,14 +104,14 @@ def own_shape(value: Tensor, part: Vocabulary) -> torch.Size:
 
 
 def own_rows(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
-    """The shape of a rank's own logits without their classes, the dimension `dim`."""
+    """Returns the shape of the rank's own logits without `dim`, the dimension of their classes."""
     shape = list(own_shape(value, part))
     del shape[dim : dim + 1]
     return torch.Size(shape)
 
 
 def own_logits_shape(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
-    """The shape of a rank's own logits, whose classes are the dimension `dim`."""
+    """Returns the shape of the rank's own logits, whose classes are the dimension `dim`."""
     if not is_sharded(value):
         return value.shape
     shape = list(own_shape(value, part))
@@ -117,19 +120,19 @@ def own_logits_shape(value: Tensor, part: Vocabulary, dim: int) -> torch.Size:
 
 
 def check_whole(name: str, value: Tensor) -> None:
-    """Raise unless every rank has all classes."""
+    """Raises unless every rank has all classes."""
     if is_sharded(value):
         shape = "[V']" if value.dim() == 1 else "[V', H']"
         checks.sharding.whole(name, _vocabulary(name, value, 0, None).group, shape)
 
 
 def classes_of(value: Tensor, part: Vocabulary) -> int:
-    """How many classes a vector over them has as it came: all in a DTensor, else a rank's own."""
+    """Returns the number of classes in a vector as it was given: all in a DTensor, else the rank's own."""
     return part.size if is_sharded(value) else part.stop - part.start
 
 
 def check_beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int, *, of_head: bool = False) -> None:
-    """Raise unless a target lies over the same classes."""
+    """Raises unless a target has the same classes on this rank."""
     if is_sharded(value):
         theirs = _vocabulary(name, value, dim % value.dim(), None, of_head=of_head)
         checks.sharding.alike(name, like, theirs[1:3], part[1:3])
@@ -138,7 +141,7 @@ def check_beside(name: str, value: Tensor, like: str, part: Vocabulary, dim: int
 
 
 def check_rows(name: str, value: Tensor) -> None:
-    """Raise unless a rank's own rows can be taken."""
+    """Raises unless a rank's own rows can be taken."""
     if is_sharded(value):
         for i, placement in enumerate(value.placements):
             if placement.is_partial():
@@ -146,7 +149,7 @@ def check_rows(name: str, value: Tensor) -> None:
 
 
 def rows(value: Tensor, part: Vocabulary) -> Tensor:
-    """A rank's own rows of what belongs to tokens."""
+    """Returns the rank's own rows of a tensor of tokens."""
     if not is_sharded(value):
         return value
     placements = [
@@ -157,12 +160,12 @@ def rows(value: Tensor, part: Vocabulary) -> Tensor:
 
 
 def local(value: Tensor) -> Tensor:
-    """A rank's own, as it lies."""
+    """Returns the rank's own part as it is, without its gradient's placements."""
     return value.to_local() if is_sharded(value) else value
 
 
 def replicated(value: Tensor, part: Vocabulary) -> Tensor:
-    """A DTensor of hidden states, gathered over the ranks that share the vocabulary; others as they are."""
+    """Returns a DTensor of hidden states gathered over the ranks that share the vocabulary; any other as it is."""
     if not is_sharded(value):
         return value
     placements = zip(mesh_groups(value), value.placements, strict=True)
@@ -170,12 +173,12 @@ def replicated(value: Tensor, part: Vocabulary) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """The whole of a tensor without gradient; what is no DTensor as it is."""
+    """Returns the whole of a DTensor without gradient; any other value as it is."""
     return value.full_tensor() if is_sharded(value) else value
 
 
 class _Replicated(torch.autograd.Function):
-    """What every rank of a group has alike, and each uses for a part of the loss."""
+    """A tensor that is equal on all ranks of a group, and that each rank uses for its part of the loss."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: str) -> Tensor:
@@ -189,13 +192,13 @@ class _Replicated(torch.autograd.Function):
 
 
 def mesh_groups(value: DTensor) -> list[tuple[int, ...]]:
-    """The ranks of the groups along a mesh; names would tell equal meshes apart."""
+    """Returns the ranks of the groups along a mesh. Group names would not do: they differ between equal meshes."""
     mesh = value.device_mesh
     return [tuple(dist.get_process_group_ranks(mesh.get_group(i))) for i in range(mesh.ndim)]
 
 
 def mesh_dimension(value: DTensor, i: int) -> str:
-    """What a mesh calls its dimension."""
+    """Returns the name of a mesh's dimension, or its number."""
     names = value.device_mesh.mesh_dim_names
     return str(i) if names is None else names[i]
 
@@ -203,7 +206,7 @@ def mesh_dimension(value: DTensor, i: int) -> str:
 def _vocabulary(
     name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None, *, of_head: bool = True
 ) -> Vocabulary:
-    """The rank's part of the dimension `dim` of a tensor; a head's other dimension may not be sharded."""
+    """Returns the rank's part of the dimension `dim` of a tensor; a head's other dimension may not be sharded."""
     part = _part(name, value, dim, vocab_shard, of_head=of_head)
     if part.group is not None and traced():
         checks.sharding.transforms()
@@ -244,7 +247,7 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None, *,
 
 
 def _states(hidden: Tensor, part: Vocabulary) -> Tensor:
-    """A rank's hidden states."""
+    """Returns the rank's hidden states."""
     if not is_sharded(hidden):
         return hidden if part.group is None else _Replicated.apply(hidden, part.group)
     placements, gradients = list(hidden.placements), list(hidden.placements)
@@ -255,7 +258,7 @@ def _states(hidden: Tensor, part: Vocabulary) -> Tensor:
 
 
 def _tokens(name: str, value: DTensor, part: Vocabulary, classes: int | None) -> dict[tuple[int, ...], str]:
-    """Groups over which the tokens of [..., H], or of logits, are sharded, and their mesh dimensions' names.
+    """Returns the groups over which the tokens of [..., H], or of logits, are sharded, and their mesh dimensions.
 
     `classes` is the dimension of logits that is V.
     """
@@ -278,7 +281,7 @@ def _tokens(name: str, value: DTensor, part: Vocabulary, classes: int | None) ->
 
 
 def _own(value: Tensor, token_groups: tuple[tuple[int, ...], ...]) -> Tensor:
-    """A rank's own of a parameter, whose gradient the ranks' tokens are to be summed into."""
+    """Returns the rank's own part of a parameter, whose gradient is summed over ranks with different tokens."""
     if not is_sharded(value):
         return value
     gradients = [

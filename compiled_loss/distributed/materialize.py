@@ -1,4 +1,4 @@
-"""A weight that fully_shard holds, gathered once for all losses that take it."""
+"""A weight that fully_shard shards, gathered once for all losses that take it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def materialize(weight: Tensor, group: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A weight that fully_shard holds, gathered over `group`, or over all its mesh; its gradient the ranks' mean.
+    """Returns a weight that fully_shard shards, gathered over `group` or all its mesh; its gradient is the ranks' mean.
 
-    One gather and, in backward, one reduce-scatter, however many losses take the result. In `dtype` where it is
-    narrower: gathered so, and reduced in the weight's own.
+    There is one gather and, in backward, one reduce-scatter, however many losses take the result. If `dtype` is
+    narrower than the weight's, the weight is gathered in `dtype`, and its gradient is reduced in its own.
     """
     if not isinstance(weight, Tensor):
         return weight

@@ -1,7 +1,7 @@
-"""Tokens that count, moved together, so that those that are masked cost no GEMM.
+"""Compaction: tokens that count are moved together, so that masked tokens cost no GEMM.
 
-N tokens, K rows. A device does not say how many tokens count without being waited for, so K is the user's bound: rows
-that no token needs are zero and inactive. Where more tokens count than there are rows everything is NaN.
+N tokens, K rows. To read from a device how many tokens count would wait for the device, so K is the user's bound. Rows
+that no token needs are zero and inactive. If more tokens count than there are rows, everything is NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compiled_loss.engine.transforms import traced
 
 
 class Compaction(NamedTuple):
-    """Which token each row has, and which row each token."""
+    """The token of each row, and the row of each token."""
 
     token: Tensor  # [K]
     taken: Tensor  # [K] bool, whether the row has a token
@@ -26,10 +26,10 @@ class Compaction(NamedTuple):
 
     @staticmethod
     def of(active: Tensor, rows: int) -> Compaction:
-        """The active of [N] tokens in the first of [rows], in their order."""
+        """Makes the compaction that puts the active of [N] tokens into the first of [rows], in their order."""
         tokens, device = active.shape[0], active.device
         row = active.cumsum(0) - 1
-        last = torch.where(active, row, rows).clamp(max=rows)  # the row behind the last is for all others
+        last = torch.where(active, row, rows).clamp(max=rows)  # one row more is for all other tokens
         count = active.sum()
         token = (count * 0).expand(rows + 1).scatter(0, last, torch.arange(tokens, device=device))
         fits = torch.where(count > rows, float("nan"), 1.0).to(torch.float32)
@@ -37,11 +37,11 @@ class Compaction(NamedTuple):
         return Compaction(token.narrow(0, 0, rows), taken, row.clamp(0, max(0, rows - 1)), active, fits)
 
     def gathered(self, tokens: Tensor) -> Tensor:
-        """[N, ...] as [K, ...], differentiable."""
+        """Returns the rows [K, ...] of tokens [N, ...], differentiable."""
         return _moved(tokens, self.token, self.taken, self.row, self.active)
 
     def scattered(self, rows: Tensor) -> Tensor:
-        """[K, ...] as [N, ...], 0 where a token does not count; differentiable."""
+        """Returns the tokens [N, ...] of rows [K, ...], 0 where a token does not count; differentiable."""
         return _moved(rows, self.row, self.active, self.token, self.taken)
 
 
@@ -53,12 +53,13 @@ def _moved(values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Te
 
 
 def _picked(values: Tensor, source: Tensor, there: Tensor) -> Tensor:
-    # Not filled in place: Dynamo 2.11 returns what was written from forward as well, and the gradient is lost.
+    # Not filled in place: Dynamo 2.11 would return the tensor that was written from forward as well, and the gradient
+    # would be lost.
     return values.index_select(0, source).masked_fill(~there.reshape(-1, *(1,) * (values.dim() - 1)), 0)
 
 
 class _Moved(torch.autograd.Function):
-    """Some rows of a tensor in other places, 0 elsewhere: either direction of either pass gathers, and adds nothing."""
+    """Moves rows of a tensor to other places, with 0 elsewhere. Forward and backward both gather, and never add."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:

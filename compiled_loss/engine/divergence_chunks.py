@@ -1,9 +1,9 @@
-"""Losses of two distributions chunked over tokens, as autograd sees them; the passes are `divergence_operators`.
+"""Autograd Functions of divergences chunked over tokens; the passes are in `divergence_operators`.
 
-N tokens, H width, H' the target's, V vocabulary. `weighted_sum` forms gradients in forward: three GEMMs of the student
-where both its gradients are wanted, 6 N H V operations, and the target's 2 N H' V where it is a head too; it keeps dH,
-dW and O(N). `divergence` gives each row's own and takes any upstream gradient: it computes the logits again in
-backward, 8 N H V and 4 N H' V, and keeps O(N).
+N tokens, H width, H' the target's width, V vocabulary. `weighted_sum` forms gradients in forward. If both gradients of
+the student are wanted, it runs three GEMMs, 6 N H V operations; if the target is a head too, 2 N H' V more. It keeps
+dH, dW and O(N). `divergence` returns each row's divergence and takes any upstream gradient. It computes the logits
+again in backward, 8 N H V and 4 N H' V operations, and keeps O(N).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from compiled_loss.planner.plan import Lengths
 
 
 class Weighted(NamedTuple):
-    """A loss as data: soft * divergence + hard * cross-entropy with the labels, summed over the active; [N] each."""
+    """A loss as data: soft * divergence + hard * cross-entropy with the labels, summed over active tokens; [N] each."""
 
     soft: Tensor
     hard: Tensor | None
@@ -37,12 +37,15 @@ class Weighted(NamedTuple):
     active: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Weighted:
-        """Each changed; what is None stays None."""
+        """Returns a copy with `change` applied to each tensor; None stays None."""
         hard, labels = (None if v is None else change(v) for v in (self.hard, self.labels))
         return Weighted(change(self.soft), hard, labels, change(self.active))
 
     def of(self, found: Found) -> Tensor:
-        """Each token's loss. Of tokens that are not active neither is looked at: 0 * NaN would be NaN."""
+        """Returns each token's loss.
+
+        Results of tokens that are not active are not used: 0 * NaN would be NaN.
+        """
         losses = self.soft * torch.where(self.active, found.divergence, 0.0)
         if found.cross_entropy is not None and self.hard is not None:
             losses = losses + self.hard * torch.where(self.active, found.cross_entropy, 0.0)
@@ -60,9 +63,9 @@ def weighted_sum(
     group: str | None,
     needs: Needs,
 ) -> tuple[Tensor, Found]:
-    """The loss, differentiable with respect to hidden, weight, bias and coefficients, and what was found of each row.
+    """Returns the loss, differentiable in hidden, weight, bias and coefficients, and the `Found` of each row.
 
-    Over a group: NOTE [Ranks]. Beside gradients nothing is told of a row where no statistic is wanted.
+    Over a group: NOTE [Ranks]. If gradients are formed and no statistic is wanted, all fields of the `Found` are None.
     """
     problem, how = Problem(hidden, weight, *target, weighted.labels), How(*kind, group)
     if any(needs):
@@ -84,7 +87,7 @@ def divergence(
     lengths: Lengths,
     group: str | None,
 ) -> Found:
-    """What is found of each row; divergence and cross-entropy are differentiable in hidden, weight and bias."""
+    """Returns the `Found` of each row; divergence and cross-entropy are differentiable in hidden, weight and bias."""
     problem = Problem(hidden, weight, *target, labels)
     return Found.of(_Divergence.apply(*problem, *pair, How(*kind, group), lengths), kind, labels, target.indices)
 
@@ -98,7 +101,7 @@ def _folded(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[R
 def _formed(
     problem: Problem, pair: Pair, upstream: RowGradients, counts: Counts, needs: Needs, how: How, lengths: Lengths
 ) -> tuple[UnscaledGradients, Found]:
-    """The gradients, still to be multiplied by their scale, and what was found of each row."""
+    """Returns the gradients, still to be multiplied by their scale, and the `Found` of each row."""
     of_logits = upstream.map(lambda g: times(g, pair.student.factor()))
     scale = unit_scale(problem.hidden.dtype, *of_logits)
     upstream = upstream.map(lambda g: torch.where(counts.active, g if scale is None else g / scale, 0.0))
@@ -108,13 +111,13 @@ def _formed(
 
 
 class _Saved(NamedTuple):
-    """What backward needs beside the inputs, which it needs a second time."""
+    """Tensors that backward needs besides the inputs, which only a second backward needs."""
 
     d_hidden: Tensor | None
     d_weight: Tensor | None
     d_bias: Tensor | None
     scale: Tensor | None
-    soft: Tensor | None  # of each row's divergence, where its coefficient's gradient is wanted
+    soft: Tensor | None  # each row's divergence, if its coefficient's gradient is wanted
     hard: Tensor | None
 
 
@@ -179,7 +182,7 @@ class _Divergence(torch.autograd.Function):
             hard = torch.zeros_like(like) if g.cross_entropy is None else g.cross_entropy.to(like.dtype)
         upstream = RowGradients(soft, hard)
         counts = Counts(upstream.counts())
-        with without_autocast(problem.hidden.device):  # whatever backward's caller is in
+        with without_autocast(problem.hidden.device):  # backward may be called under autocast
             scale = unit_scale(problem.hidden.dtype, *upstream.map(lambda g: times(g, pair.student.factor())))
             if scale is not None:
                 upstream = upstream.map(lambda g: g / scale)
@@ -190,7 +193,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _in_dtypes(gradients: Gradients, scale: Tensor | None, problem: Problem, pair: Pair) -> Gradients:
-    """Times the scale, each in the dtype of its input."""
+    """Returns the gradients times the scale, each in the dtype of its input."""
     found: list[Tensor | None] = []
     for d, source in zip(gradients, (problem.hidden, problem.weight, pair.bias), strict=True):
         if d is None or source is None:

@@ -1,4 +1,4 @@
-"""Divergences of logits that exist already: one pass forward, one back, nothing of [N, V] kept beyond them."""
+"""Divergences of logits that exist already: one pass forward, one back, and no further [N, V] tensor is kept."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def divergence(
     group: str | None,
     compile: bool | str,
 ) -> Found:
-    """What is found of each row; its divergence and, with labels, its cross-entropy are differentiable."""
+    """Returns the `Found` of each row; its divergence and, with labels, its cross-entropy are differentiable."""
     inputs = _Inputs(logits, target.values, target.indices, target.inverse_temperature, labels)
     return Found.of(_Divergence.apply(*inputs, *pair, kind, group, compile), kind, labels, target.indices)
 
 
 def plain_divergence(logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair) -> Found:
-    """Compute the divergence by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
+    """Computes the divergence by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
     beside = _beside(logits, target, pair, None, fold=True)
     found = beside.bodies.fold(beside.logits, labels, *pair, *beside.target, kind=kind)
     _, left = Rows.of(found, kind, labels, target.indices)
@@ -43,7 +43,7 @@ def plain_divergence(logits: Tensor, target: Target, labels: Tensor | None, kind
 
 
 class _Beside(NamedTuple):
-    """The bodies, and logits and target as they take them."""
+    """The bodies for a target, with the logits and the target as the bodies take them."""
 
     bodies: Bodies
     logits: Tensor
@@ -52,7 +52,7 @@ class _Beside(NamedTuple):
 
 
 def _beside(logits: Tensor, target: Target, pair: Pair, group: str | None, *, fold: bool) -> _Beside:
-    """For `fold` the logits are a copy without the target's top."""
+    """Returns the bodies and their operands; for `fold` the logits are a copy without the target's top."""
     values, indices, _, inverse = target
     if indices is None:
         return _Beside(divergence_bodies.WHOLE, logits, Whole(values, inverse), None)
@@ -71,7 +71,7 @@ class _Inputs(NamedTuple):
     labels: Tensor | None
 
     def as_target(self) -> Target:
-        """What the logits are compared with."""
+        """Returns the target that the logits are compared with."""
         return Target(self.target, self.indices, None, self.inverse_temperature)
 
 
@@ -111,9 +111,9 @@ class _Divergence(torch.autograd.Function):
         d = d_target = hard = None
         like = known.log_sum
         given = functools.partial(execution.given, rest=pair, compile=compile)
-        with without_autocast(logits.device):  # whatever backward's caller is in
+        with without_autocast(logits.device):  # backward may be called under autocast
             soft = torch.zeros_like(like) if g.divergence is None else g.divergence.to(like.dtype)
-            # Opaque copies, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
+            # Opaque copies: otherwise the partitioner finds forward's expressions here, and may keep one of [N, V].
             known = known._replace(maximum=gemm.opaque_copy(known.maximum, [soft]))
             if known.target_maximum is not None:
                 known = known._replace(target_maximum=gemm.opaque_copy(known.target_maximum, [soft]))

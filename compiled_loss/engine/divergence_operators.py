@@ -1,7 +1,8 @@
-"""The passes over two distributions, chunked over tokens: a head's logits against a target's, neither held.
+"""The passes of divergences chunked over tokens: a head's logits against a target, neither of which is stored whole.
 
-N tokens, H width, H' the target's, V vocabulary, C rows per chunk. Each pass is an operator, NOTE [Operators], and a
-plain loop inside. It holds the student's [C, V] and, where the target is a head too, the target's.
+N tokens, H width, H' the target's width, V vocabulary, C rows per chunk. Each pass is an operator with a plain loop
+inside: NOTE [Operators]. It holds one [C, V] of the student's logits and, if the target is a head too, one of the
+target's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from compiled_loss.planner.plan import Lengths
 
 
 class Problem(NamedTuple):
-    """Two distributions that nobody holds: N hidden states, a head of V classes, and what it is compared with."""
+    """Two distributions that are never stored whole: N hidden states and a head of V classes, and a target."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -39,27 +40,27 @@ class Problem(NamedTuple):
 
 
 class How(NamedTuple):
-    """What is computed of each row, and over which ranks."""
+    """The kind of divergence, and the group of ranks."""
 
-    divergences: str  # of the `Kind`, whose fields come first
+    divergences: str  # the first three fields are those of the `Kind`
     statistics: str
     probabilities: bool
     group: str | None
 
     @property
     def kind(self) -> Kind:
-        """What is computed."""
+        """The kind of divergence."""
         return Kind(self.divergences, self.statistics, self.probabilities)
 
 
 class Counts(NamedTuple):
-    """Which rows have a gradient."""
+    """The rows that have a gradient."""
 
     active: Tensor  # [N] bool
 
 
 class _Chunk(NamedTuple):
-    """Rows of both: their logits, and the target as a body takes it."""
+    """Rows of both distributions: the student's logits, and the target as a body takes it."""
 
     rows: slice
     z: Tensor  # [rows, V]
@@ -68,9 +69,9 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(problem: Problem, pair: Pair, group: str | None, lengths: Lengths, *, fold: bool) -> Iterator[_Chunk]:
-    """Each chunk, in one buffer for all, and a second one where the target is a head.
+    """Yields each chunk. All chunks share one buffer, and a second one if the target is a head.
 
-    Beside a top the logits are without it, as `fold` wants them.
+    For `fold` with a top, the logits are -inf at the top's classes.
     """
     hidden, weight, values, indices, target_weight, inverse, _ = problem
     buffer = None
@@ -98,12 +99,12 @@ def _new_rows(problem: Problem, count: int) -> list[Tensor]:
 
 
 def _found_like(problem: Problem, how: How) -> list[Tensor]:
-    """`Found` without data."""
+    """Returns uninitialised tensors like those of `Found`."""
     return _new_rows(problem, sum(Found.there(how.kind, problem.labels, problem.indices)))
 
 
 def _known_like(problem: Problem, how: How) -> list[Tensor]:
-    """`Rows` without data."""
+    """Returns uninitialised tensors like those of `Rows`."""
     return _new_rows(problem, sum(Rows.there(how.kind, problem.labels, problem.indices)))
 
 
@@ -113,7 +114,7 @@ def _gradients_like(problem: Problem, pair: Pair, needs: Needs, lengths: Lengths
 
 
 def _operations(problem: Problem, needs: Needs | None = None) -> int:
-    """Count the GEMMs' operations: both heads' logits and the student's gradients. The problem holds shapes."""
+    """Counts the GEMMs' operations: both heads' logits and the student's gradients. The problem holds shapes."""
     (tokens, width), (vocab, *_) = problem.hidden, problem.weight
     gradients = 0 if needs is None else needs.needs_hidden + needs.needs_weight
     columns = (1 + gradients) * int(width) + (0 if problem.target_weight is None else int(problem.values[1]))
@@ -134,7 +135,7 @@ def _bodies(problem: Problem) -> divergence_bodies.Bodies:
     operations=lambda problem, _pair, _how, _lengths: _operations(problem),
 )
 def fold(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> list[Tensor]:
-    """What is known of each row, and what is found."""
+    """Returns the `Rows` and the `Found`."""
     found = [*_known_like(problem, how), *_found_like(problem, how)]
     body = _bodies(problem).fold
     for rows, z, target, _ in _chunks(problem, pair, how.group, lengths, fold=True):
@@ -162,7 +163,7 @@ def fold(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> list[Tenso
 def form(
     problem: Problem, pair: Pair, upstream: RowGradients, counts: Counts, needs: Needs, how: How, lengths: Lengths
 ) -> list[Tensor]:
-    """The gradients that are wanted, and what is found of each row."""
+    """Returns the gradients that are needed, and the `Found`."""
     found = _found_like(problem, how)
     return [*_summed(problem, pair, upstream, counts, needs, how, lengths, None, found), *found]
 
@@ -192,7 +193,7 @@ def gradients(
     how: How,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """The gradients that are wanted, of rows that are known."""
+    """Returns the gradients that are needed, given the `Rows`."""
     return _summed(problem, pair, upstream, counts, needs, how, lengths, known, [])
 
 
@@ -207,14 +208,14 @@ def _summed(
     known: Rows | None,
     found: list[Tensor],
 ) -> list[Tensor]:
-    """The gradients that are wanted, of rows that are known, or of such that each chunk finds."""
+    """Returns the gradients that are needed, given the `Rows`; without them, each chunk finds its own."""
     hidden, weight, bias = problem.hidden, problem.weight, pair.bias
     accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
     bodies, group = _bodies(problem), how.group
     body = bodies.fold_and_gradient if known is None else bodies.gradient
     if known is not None and problem.indices is None:
-        group = None  # nothing is reduced
+        group = None  # nothing is reduced over ranks
     for rows, z, target, place in _chunks(problem, pair, how.group, lengths, fold=known is None):
         of_rows = of_chunk(rows, *(() if known is None else known), *upstream)
         operands = (*of_chunk(rows, problem.labels), *target, *of_rows)

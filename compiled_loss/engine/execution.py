@@ -1,10 +1,11 @@
-"""How the elementwise mathematics of a chunk runs: as a kernel that Inductor wrote once, or eagerly.
+"""Execution of a chunk's elementwise mathematics: by a kernel that Inductor wrote once, or eagerly.
 
 NOTE [Execution]
-A chunked loss is a plain loop over chunks, in eager code as it stands and under `torch.compile` behind one operator a
-pass. The compiler sees the operator and never the loop, so that it cannot undo it: memory is what the loop allocates,
-and neither graphs nor compile time depend on the number of chunks. What the compiler is asked for is the body, the
-elementwise mathematics of a chunk, which reads logits and writes their gradient over them.
+A chunked loss is a plain loop over chunks. Eager code runs the loop as it stands; under `torch.compile` there is one
+operator per pass, with the loop inside. The compiler sees the operator and never the loop, so it cannot undo the loop.
+Memory is what the loop allocates. Neither the number of graphs nor the compile time depends on the number of chunks.
+Only the body is compiled: the elementwise mathematics of a chunk, which reads logits and writes their gradient over
+them.
 
 - compiled: Inductor's kernels of the body, NOTE [Kernels].
 - eager:    the body in plain torch, a block of rows at a time so that fp32 temporaries stay small.
@@ -27,7 +28,7 @@ Body = Callable[..., Output]
 Optional = Sequence[Tensor | None]
 Known = str | bool | tuple[str | bool | int, ...] | None
 
-_BLOCK = 1 << 19  # logits of a block in eager code, at least: 2 MiB a temporary in fp32
+_BLOCK = 1 << 19  # the least number of logits per block in eager code: an fp32 temporary has 2 MiB
 
 
 def given(
@@ -40,7 +41,7 @@ def given(
     compile: bool | str,
     **known: Known,
 ) -> Output:
-    """What `run` writes of logits that exist, in new tensors; `like` makes them."""
+    """Returns a body's results for logits that exist already, in new tensors; `like` makes the tensors."""
     if is_compiling():
         return body(logits, *_in_order(rows, rest), **_present(known))
     out = like()
@@ -58,14 +59,14 @@ def run(
     compiled: bool,
     **known: Known,
 ) -> None:
-    """Write what the body returns of logits z [..., columns] to `out`, in which None is for what nobody wants.
+    """Writes a body's results for logits z, [..., columns], into `out`, in which None stands for a result not wanted.
 
-    The body is called with z, the first of `rows`, all of `rest` and the other `rows`, which have a row for each of
-    z's; and with what is `known` to a kernel, such as a `group` of ranks. What it returns is new, so that z may be
-    among `out`.
+    The body is called with z, the first of `rows`, all of `rest`, and the other `rows`, in this order. The tensors of
+    `rows` have a row for each row of z. `known` are constants of the kernel, such as a `group` of ranks, and are passed
+    as keywords. The results of a body are new tensors, so z may be among `out`.
     """
     if known.get("group") is not None and not (compiled and z.dim() == 2):
-        # Whole, or ranks whose columns lie otherwise would reduce more or less often than others.
+        # All rows at once: ranks whose columns have another number or layout would otherwise reduce more or less often.
         _write(out, body(z, *_in_order(rows, rest), **_present(known)))
     elif z.dim() > 2:  # not flattened: any strides, and no copy
         for i in range(z.shape[0]):
@@ -73,7 +74,7 @@ def run(
     elif compiled and z.shape[0]:
         _compiled(body, z, rows, rest, out, _present(known))
     else:
-        block_size = max(_BLOCK, z.numel() >> 7)  # so that a temporary is small, or small beside the chunk
+        block_size = max(_BLOCK, z.numel() >> 7)  # a temporary is small, or small compared with the chunk
         step = max(1, block_size // max(1, z.shape[1]))
         for i in range(0, max(1, z.shape[0]), step):
             block = slice(i, i + step)
@@ -93,7 +94,7 @@ def _of(block: int | slice, rows: Optional) -> list[Tensor | None]:
 
 
 def _write(out: Optional, values: Output) -> Output:
-    """Copy each value to its place, and return the values that have none."""
+    """Copies each value to its place, and returns the values that have no place."""
     for place, value in zip(out, values, strict=False):
         if place is not None:
             place.copy_(value)
@@ -104,12 +105,12 @@ _KERNELS: dict[tuple[object, ...], Compiled] = {}
 
 
 def forget() -> None:
-    """Compile all bodies anew when they are next called; `torch.compiler.reset()` does not reach them."""
+    """Makes all bodies compile anew when they are next called; `torch.compiler.reset()` does not reach them."""
     _KERNELS.clear()
 
 
 def _compiled(body: Body, z: Tensor, rows: Optional, rest: Optional, out: Optional, known: dict[str, Known]) -> None:
-    """`run`, by the kernel for operands that lie so."""
+    """Does what `run` does, by the kernel for operands of this layout."""
     overwrite = out[0] is z
     operands = (z, *rows, *rest, *(out[1:] if overwrite else out))
     layout = tuple([None if v is None else (v.dtype, v.shape[1:], v.stride()) for v in operands])

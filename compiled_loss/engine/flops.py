@@ -1,7 +1,8 @@
-"""How many floating-point operations our operators do, for `torch.utils.flop_counter`, which cannot look into them.
+"""Formulas that count the floating-point operations of our operators, for `torch.utils.flop_counter`.
 
-What eager code multiplies outside of operators torch counts itself. Its counter imports Triton, which takes longer than
-the rest of it by far, so it is not imported here: the formulas are registered as soon as somebody else imports it.
+The counter cannot look into our operators. Outside of operators, torch itself counts what eager code multiplies. The
+counter imports Triton, which takes far longer than the rest of its import, so it is not imported here: the formulas are
+registered as soon as other code imports it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def _register(counter: ModuleType) -> None:
 
 
 class _OnImport(MetaPathFinder):
-    """Finds the counter as everybody does, and registers the formulas once it is there."""
+    """Finds the counter as any import does, and registers the formulas once it is loaded."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find the counter where it is, so that loading it registers the formulas; find no other module."""
+        """Finds the counter where it is, so that loading it registers the formulas; finds no other module."""
         if fullname != _COUNTER:
             return None
         sys.meta_path.remove(self)
@@ -47,7 +48,7 @@ class _OnImport(MetaPathFinder):
 
 
 def register() -> None:
-    """Now, or when the counter is imported."""
+    """Registers the formulas now, or when the counter is imported."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
     else:

@@ -1,7 +1,8 @@
-"""Logits of a few classes of each token, of a head whose other rows are not read.
+"""Logits of a few classes of each token, from a head whose other rows are not read.
 
-N tokens, K classes of each, H width, V vocabulary. 2 N K H operations a pass and no GEMM over V; a block of gathered
-rows [rows, K, H] at a time. Keeps the inputs alone between forward and backward, which creates dW in fp32.
+N tokens, K classes of each, H width, V vocabulary. A pass does 2 N K H operations and no GEMM over V. It gathers one
+block of rows of the weight, [rows, K, H], at a time. Only the inputs are kept between forward and backward. Backward
+creates dW in fp32.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _BLOCK = 1 << 24  # gathered numbers at a time: 64 MiB in fp32
 
 
 class Gathered(NamedTuple):
-    """Hidden states, a head, and which of its classes each token asks for."""
+    """Hidden states, a head, and the classes whose logits each token asks for."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
-    ids: Tensor  # [N, K], counted from a rank's first class; what is not among its classes has the logit 0
-    active: Tensor  # [N] bool: the hidden states of others are not looked at
+    ids: Tensor  # [N, K], counted from a rank's first class; the logit of a class that it does not have is 0
+    active: Tensor  # [N] bool: the hidden states of all other tokens are not used
 
 
 class _Way(NamedTuple):
@@ -38,7 +39,10 @@ class _Way(NamedTuple):
 
 
 def gathered_logits(gathered: Gathered, group: str | None, *, rounded: bool) -> Tensor:
-    """Logits of each token's classes [N, K], in the statistics' dtype, differentiable. Over a group: NOTE [Ranks]."""
+    """Returns the logits of each token's classes, [N, K], in the dtype of statistics, differentiable.
+
+    Over a group: NOTE [Ranks].
+    """
     if traced():
         return _plain(gathered, rounded=rounded)
     with without_autocast(gathered.hidden.device):
@@ -47,7 +51,7 @@ def gathered_logits(gathered: Gathered, group: str | None, *, rounded: bool) -> 
 
 
 def _plain(gathered: Gathered, *, rounded: bool) -> Tensor:
-    """Compute the gathered logits by ordinary autograd, which holds [N, K, H]."""
+    """Computes the gathered logits by ordinary autograd, which holds [N, K, H]."""
     dtype = statistics_dtype(gathered.hidden.dtype)
     ours = _ours(gathered)
     ids = torch.where(ours, gathered.ids, 0)
@@ -66,7 +70,7 @@ def _ours(gathered: Gathered) -> Tensor:
 
 class _Block(NamedTuple):
     rows: slice
-    ids: Tensor  # [rows, K], 0 of what is not ours
+    ids: Tensor  # [rows, K], 0 for a class that the rank does not have
     states: Tensor  # [rows, H]
 
 
@@ -91,7 +95,7 @@ def _operations(gathered: Gathered, *_rest: Any) -> int:
 
 @operator("gather_logits", Gathered, _Way, like=_like, operations=_operations)
 def _gather(gathered: Gathered, way: _Way) -> list[Tensor]:
-    """The logits of a rank's own classes, 0 for all others."""
+    """Returns the logits of a rank's own classes, and 0 for all other classes."""
     (logits,) = _like(gathered, way)
     logits.zero_()
     ours = _ours(gathered)
@@ -130,7 +134,7 @@ def _gradients_like(gathered: Gathered, _upstream: _Upstream, needs: Needs, _way
     ),
 )
 def _gradients(gathered: Gathered, upstream: _Upstream, needs: Needs, _way: _Way) -> list[Tensor]:
-    """The gradients that are needed. That of the hidden states is a rank's part of a sum."""
+    """Returns the gradients that are needed. That of the hidden states is the rank's part of a sum over ranks."""
     hidden, weight, bias, _, _ = gathered
     wide = statistics_dtype(hidden.dtype)
     found = Gradients.empty(hidden, weight, bias, needs, weight_dtype=wide)
@@ -165,7 +169,7 @@ class _GatheredLogits(torch.autograd.Function):
         gathered, _ = unpack(ctx.saved_tensors, Gathered)
         wanted, _ = unpack(ctx.needs_input_grad, Gathered)
         needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
-        with without_autocast(g.device):  # whatever backward's caller is in
+        with without_autocast(g.device):  # backward may be called under autocast
             found = _gradients(gathered, _Upstream(g), needs, _Way(False, torch.compiler.is_compiling()))
         hidden, weight, bias = Gradients.pop_from(found, needs, gathered.bias)
         return *none(Gathered)._replace(hidden=hidden, weight=weight, bias=bias), None, None

@@ -1,4 +1,4 @@
-"""GEMMs and sums that write where they are told, in plain code for loops that the compiler does not see."""
+"""GEMMs and sums that write into given tensors: plain code for loops that the compiler does not see."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def accumulate_gradients(
     column: int,
     scale: Tensor | None,
 ) -> None:
-    """Where the chunk lies, from (row, column) on, dH += d @ weight, dW += d.T @ hidden and db += d.sum(0).
+    """Adds a chunk's gradients from (row, column) on: dH += d @ weight, dW += d.T @ hidden and db += d.sum(0).
 
-    Chunks come by rows or by columns: the first in a place writes it. `scale`, of chunks of columns, is dW's. Hidden
-    states of rows that do not count are taken as 0: their d is 0, and 0 * NaN would be NaN in all of dW. The copy lies
-    where dH is written next, or is one of a few columns at a time.
+    Chunks are either of rows or of columns. The first chunk in a place writes instead of adding. `scale`, which
+    multiplies dW, is given only with chunks of columns. Hidden states of rows that do not count are taken as 0: their d
+    is 0, and 0 * NaN would be NaN in all of dW. This takes a copy of the hidden states. It is written where dH is
+    written next, or made for a few columns at a time.
     """
     states = None if d_hidden is None else d_hidden.narrow(0, row, d.shape[0])
     if d_weight is not None:
@@ -50,7 +51,7 @@ def accumulate_gradients(
 
 
 def _add_column_sums(out: Tensor, d: Tensor, *, write: bool) -> None:
-    # For a wider sum torch first copies all it sums on a CPU.
+    # For a sum in a wider dtype torch first copies the whole input on a CPU.
     copied = d.dtype != out.dtype and d.device.type == "cpu"
     columns = max(1, _BLOCK // max(1, d.shape[0]) if copied else d.shape[1])
     for block, part in zip(out.split(columns), d.split(columns, 1), strict=True):
@@ -69,27 +70,27 @@ def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _scaled_mm_out(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
-    """Out = (a @ b) * scale, rounded once: a sum over tokens may be past fp16's range before it is scaled."""
+    """Computes out = (a @ b) * scale with one rounding: a sum over tokens may exceed fp16's range before the scale."""
     rows = max(1, _BLOCK // max(1, b.shape[1]))
     for block, part in zip(out.split(rows), a.split(rows), strict=True):
         block.copy_(_wide_product(part, b) * scale)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b in fp32."""
+    """Returns a @ b in fp32."""
     if _adds_wide(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def _adds_wide(a: Tensor) -> bool:
-    """Whether the device has GEMMs of 16-bit inputs and fp32 results."""
+    """Returns True if the device has GEMMs of 16-bit inputs and fp32 results."""
     return a.is_cuda and torch.version.hip is None
 
 
 def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     if accumulator.dtype == a.dtype:
-        torch.addmm(accumulator, a, b, out=accumulator)  # torch counts its operations, and not addmm_'s
+        torch.addmm(accumulator, a, b, out=accumulator)  # torch counts the operations of addmm, but not of addmm_
     elif _adds_wide(a) and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, a, b, torch.float32, out=accumulator)
     else:
@@ -100,7 +101,7 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 @torch.library.custom_op("compiled_loss::opaque_copy", mutates_args=())
 def opaque_copy(x: Tensor, after: Sequence[Tensor]) -> Tensor:
-    """A copy of x, made once `after` is there, through which the compiler does not look."""
+    """Returns a copy of x that is made once `after` has been computed; the compiler does not look through it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -110,7 +111,10 @@ def _(x: Tensor, after: Sequence[Tensor]) -> Tensor:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient * factor in `dtype`, with one rounding; eager torch would first round the factor to gradient's dtype."""
+    """Returns gradient * factor in `dtype`, with one rounding.
+
+    Eager torch would first round the factor to the gradient's dtype.
+    """
     if is_compiling():
         return (gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32)).expand_as(gradient)).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype)
@@ -121,9 +125,9 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient * factor as `scaled` does, written over the gradient where the dtypes are the same.
+    """Returns gradient * factor as `scaled` does, written over the gradient if the dtypes are the same.
 
-    Autograd keeps the gradient and would refuse a second backward if it saw the write, so it does not see it.
+    Autograd keeps the gradient and would refuse a second backward if it saw the write, so the write is hidden from it.
     """
     if gradient.dtype != dtype:
         return scaled(gradient, factor, dtype)

@@ -1,4 +1,4 @@
-"""dH, dW and db of a chunked loss: where chunks add them up, and how autograd gets them.
+"""The gradients dH, dW and db of a chunked loss: where chunks add them up, and how autograd gets them.
 
 N tokens, H width, V vocabulary.
 """
@@ -17,7 +17,7 @@ from compiled_loss.engine.operators import is_compiling
 
 
 class Needs(NamedTuple):
-    """Whose gradients to form."""
+    """The inputs whose gradients are needed."""
 
     needs_hidden: bool
     needs_weight: bool
@@ -41,7 +41,7 @@ class Gradients(NamedTuple):
         hidden_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
     ) -> Gradients:
-        """Without data; None for a dtype is that of the tensor."""
+        """Makes uninitialised gradients; a dtype of None is that of the input."""
         d_bias = None
         if bias is not None and needs.needs_bias:
             d_bias = bias.new_empty(weight.shape[:1], dtype=statistics_dtype(hidden.dtype))
@@ -53,7 +53,7 @@ class Gradients(NamedTuple):
 
     @staticmethod
     def pop_from(found: list[Tensor], needs: Needs, bias: Tensor | None) -> Gradients:
-        """Take the gradients from the front of a list."""
+        """Takes the gradients from the front of a list."""
         there = (needs.needs_hidden, needs.needs_weight, needs.needs_bias and bias is not None)
         return Gradients(*[found.pop(0) if one else None for one in there])
 
@@ -67,7 +67,7 @@ class Gradients(NamedTuple):
 
 
 class UnscaledGradients(NamedTuple):
-    """Gradients of a loss that forward has formed, still to be multiplied by `scale` and by the upstream one."""
+    """Gradients of a loss that forward has formed, still to be multiplied by `scale` and by the upstream gradient."""
 
     gradients: Gradients
     scale: Tensor | None
@@ -80,10 +80,10 @@ def scaled_gradients(
     dtypes: Iterable[torch.dtype | None],
     form: Callable[[], UnscaledGradients],
 ) -> Gradients:
-    """The gradients times the upstream one, g, in their inputs' dtypes.
+    """Returns the gradients times the upstream gradient g, in the dtypes of their inputs.
 
-    Eager code writes them over those that forward kept, and in a second backward forms them again from the inputs:
-    `ctx.spent` remembers. Compiled code leaves to the compiler what it overwrites.
+    Eager code writes them over the gradients that forward kept. A second backward, which `ctx.spent` tells, forms the
+    gradients again from the inputs. In compiled code the compiler decides what is overwritten.
     """
     scaled = gemm.scaled
     if not is_compiling():

@@ -1,12 +1,12 @@
 """Kernels of a function of tensors that Inductor writes once, for any number of rows.
 
 NOTE [Kernels]
-A body is traced by us and compiled by Inductor, without Dynamo and AOTAutograd. There is nothing in it to guard but
-the layout of its operands, and nothing to differentiate, and it writes its inputs only at its end. It is compiled
-once for each combination of dtypes, strides and number of columns. The number of rows is a symbol. Fewer rows than
-MIN_ROWS have kernels of their own, for which Inductor splits reductions over columns. Inductor's assumptions about
-the number of rows, such as that 32 bits count the elements, are checked. If one does not hold, the body is compiled
-again.
+We trace a body ourselves, and Inductor compiles it, without Dynamo and AOTAutograd. These are not needed: only the
+layout of its operands has to be guarded, nothing is differentiated, and the body writes its inputs only at its end. It
+is compiled once for each combination of dtypes, strides and number of columns. The number of rows is a symbol. Fewer
+rows than MIN_ROWS have kernels of their own, for which Inductor splits reductions over columns. Inductor's assumptions
+about the number of rows, such as that 32 bits count the elements, are checked. If one does not hold, the body is
+compiled again.
 
 By default Inductor writes out an expression that reads more than four tensors and is used twice. That would be a second
 chunk, in fp32. Here it computes the expression again. Mostly that is in the same kernel, which then computes it once.
@@ -24,11 +24,11 @@ from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import MIN_ROWS
 
 Kernel = Callable[[list[Tensor]], Any]
-_READS = 1 << 10  # more than anything reads
+_READS = 1 << 10  # more tensors than any expression reads
 
 
 def symbolic_rows(rows: int) -> tuple[Any, Any, Any, Any]:
-    """The environment of a number of rows that is not known, its fake tensors' mode, its symbol, and it as a size."""
+    """Returns a symbolic number of rows, as (its environment, a mode of fake tensors, its symbol, it as a size)."""
     from torch._dynamo.source import ConstantSource
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -39,7 +39,7 @@ def symbolic_rows(rows: int) -> tuple[Any, Any, Any, Any]:
 
 
 class Compiled:
-    """A function compiled for one layout of its operands; those that `rows` marks share their first dimension."""
+    """A function compiled for one layout of its operands; the operands marked by `rows` share their first dimension."""
 
     def __init__(self, function: Callable[..., Any], rows: Sequence[bool]) -> None:
         self._function, self._rows = function, rows
@@ -47,7 +47,7 @@ class Compiled:
         self._of: dict[int, Kernel] = {}
 
     def __call__(self, *operands: Tensor) -> None:
-        """Run it on operands of that layout."""
+        """Runs the function on operands of that layout."""
         rows = operands[0].shape[0]
         kernel = self._of.get(rows)
         if kernel is None:

@@ -1,4 +1,4 @@
-"""Row statistics of logits that exist already: one pass forward, one back, nothing of [N, V] kept beyond the logits."""
+"""Row statistics of logits that exist already: one pass forward, one back, and no further [N, V] tensor is kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from compiled_loss.engine.transforms import without_autocast
 
 
 class Given(NamedTuple):
-    """Logits that exist, what is done to them, and labels."""
+    """Logits that exist already, the parameters of their transform, and labels."""
 
     logits: Tensor  # [..., V], two dimensions or more, any strides
     class_weights: Tensor | None  # [V]
@@ -29,12 +29,12 @@ class Given(NamedTuple):
 
     @property
     def head(self) -> Head:
-        """The head but for its weight."""
+        """The head without its weight."""
         return Head(None, self.class_weights, self.scales)
 
 
 class _Options(NamedTuple):
-    """What is no tensor."""
+    """The arguments that are not tensors."""
 
     classes: Classes
     wanted: Wanted
@@ -43,14 +43,17 @@ class _Options(NamedTuple):
 
 
 def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None, compile: bool | str) -> RowStatistics:
-    """The statistics of NOTE [Relative statistics], all but `correct` differentiable with respect to the logits."""
+    """Returns the statistics of NOTE [Relative statistics].
+
+    All but `correct` and `argmax` are differentiable with respect to the logits.
+    """
     return RowStatistics(*_Logits.apply(*given, *_Options(classes, wanted, group, compile)))
 
 
 def plain_statistics(
     logits: Tensor, labels: Tensor, head: Head, inverse_temperature: Tensor | None, wanted: Wanted
 ) -> RowStatistics:
-    """Compute the statistics by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
+    """Computes the statistics by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
     state = initial_state(logits, labels.shape, wanted)
     return finish(state.replaced(bodies.fold(logits, labels, *head, inverse_temperature, *state)))
 
@@ -88,9 +91,9 @@ class _Logits(torch.autograd.Function):
         checks.first_derivative()
         given, state, _ = unpack(ctx.saved_tensors, Given, State)
         logits, options = given.logits, ctx.options
-        with without_autocast(logits.device):  # whatever backward's caller is in
+        with without_autocast(logits.device):  # backward may be called under autocast
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy, g_squares)
-            if ctx.moved:  # or Inductor writes a long expression out twice, in its layout and in theirs
+            if ctx.moved:  # else Inductor writes out a long expression twice, in its own layout and in the logits'
                 upstream = upstream.map(lambda v: gemm.opaque_copy(v, []))
             (d,) = execution.given(
                 bodies.gradient,

@@ -1,9 +1,9 @@
-"""Operators and their operands by name: each argument is a field of a NamedTuple, and none is counted.
+"""Operators with named operands: each argument is a field of a NamedTuple, and none is addressed by its position.
 
 NOTE [Operators]
-A pass over the chunks is one operator for the compiler: it sees sizes and dtypes of what comes out, never the loop.
-Forward mode and functorch do not look into an operator either, and would give zeros: callers go another way before they
-come here.
+A pass over the chunks is one operator for the compiler. The compiler sees the sizes and dtypes of the results, and
+never the loop. Forward-mode differentiation and functorch do not look into an operator either, and would give zeros. So
+callers check for them first, and then call plain torch code instead.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_compiling() -> bool:
 
 
 class Defined(NamedTuple):
-    """What an operator runs, and how many floating-point operations it does for the shapes of its operands."""
+    """The implementation of an operator, and its number of floating-point operations as a function of shapes."""
 
     implementation: Callable[..., list[Tensor]]
     operations: Callable[..., int]
@@ -47,7 +47,7 @@ DEFINED: dict[str, Defined] = {}
 
 
 def unpack(values: Iterable[Any], *kinds: type[Any]) -> tuple[Any, ...]:
-    """One of each kind of NamedTuple, of as many values as it has fields, and a tuple of what is left."""
+    """Returns one NamedTuple of each kind, filled with the values in their order, and a tuple of the values left."""
     rest, found = tuple(values), []
     for kind in kinds:
         count = len(kind._fields)
@@ -57,7 +57,7 @@ def unpack(values: Iterable[Any], *kinds: type[Any]) -> tuple[Any, ...]:
 
 
 def none(kind: type[Any]) -> Any:
-    """The kind of NamedTuple with None in every field."""
+    """Returns the kind of NamedTuple with None in every field."""
     return kind(*(None,) * len(kind._fields))
 
 
@@ -103,11 +103,11 @@ def composite(
 def operator(
     name: str, *kinds: type[Any], like: Callable[..., Sequence[Tensor]], operations: Callable[..., int]
 ) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
-    """Make a function of NamedTuples of these kinds, which returns new tensors, an operator.
+    """Returns a decorator that makes an operator of a function from NamedTuples of these kinds to new tensors.
 
-    `like` takes the same and returns tensors of the same sizes and dtypes, without data; `operations` takes them with
-    shapes in the place of tensors. In eager code the last argument's `compiled` says whether the operator is called or
-    the function itself.
+    `like` takes the same arguments, and returns tensors of the same sizes and dtypes as the function, without data.
+    `operations` takes them with shapes in place of tensors. In eager code the last argument's `compiled` decides
+    whether the operator is called or the function itself.
     """
     fields = _fields(name, kinds)
 
@@ -116,7 +116,7 @@ def operator(
             with torch.no_grad():
                 return implementation(*unpack(values, *kinds)[:-1])
 
-        qualified = f"compiled_loss::{name}"  # no custom_op, of which a call takes longer
+        qualified = f"compiled_loss::{name}"  # not by custom_op: a call of one takes longer
         torch.library.define(qualified, f"({fields}) -> Tensor[]")
         torch.library.impl(qualified, "CompositeExplicitAutograd")(on_fields)
         torch.library.register_fake(qualified)(lambda *values: list(like(*unpack(values, *kinds)[:-1])))

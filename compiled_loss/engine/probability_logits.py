@@ -1,4 +1,4 @@
-"""Losses of logits beside a probability of each class: one pass forward, one back for each gradient that is wanted."""
+"""Losses of logits with a probability of each class: one pass forward, one back for each gradient that is wanted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compiled_loss.engine.transforms import without_autocast
 
 
 class Given(NamedTuple):
-    """Logits that exist, what is done to them, and probabilities beside them."""
+    """Logits that exist already, the parameters of their transform, and probabilities of the classes."""
 
     logits: Tensor  # [..., V], two dimensions or more, any strides
     class_weights: Tensor | None  # [V]
@@ -28,12 +28,12 @@ class Given(NamedTuple):
 
     @property
     def rest(self) -> tuple[Tensor | None, ...]:
-        """What bodies take that is no row's."""
+        """The operands of bodies that have no rows."""
         return *Head(None, self.class_weights, self.scales), self.smoothing
 
 
 class _Rows(NamedTuple):
-    """What backward knows of each row."""
+    """Results of forward for each row that backward needs."""
 
     maximum: Tensor
     log_sum: Tensor
@@ -41,13 +41,13 @@ class _Rows(NamedTuple):
 
 
 def statistics(given: Given, group: str | None, compile: bool | str) -> tuple[Tensor, Tensor]:
-    """Each row's loss and log-sum-exp, differentiable with respect to logits and probabilities."""
+    """Returns each row's loss and log-sum-exp, differentiable with respect to logits and probabilities."""
     loss, lse = _Probabilities.apply(*given, group, compile)
     return loss, lse
 
 
 def plain_statistics(given: Given) -> tuple[Tensor, Tensor]:
-    """Compute the statistics by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
+    """Computes the statistics by ordinary autograd, for functorch's transforms: any derivative, no memory promise."""
     operands = (None, *given.rest, given.probabilities)
     maximum, log_sum, _, loss = probability_bodies.fold_beside_probabilities(given.logits, *operands)
     return loss, maximum + log_sum
@@ -81,11 +81,11 @@ class _Probabilities(torch.autograd.Function):
         wanted, _ = unpack(ctx.needs_input_grad, Given)
         logits, probabilities = given.logits, given.probabilities
         d = d_probabilities = None
-        with without_autocast(logits.device):  # whatever backward's caller is in
+        with without_autocast(logits.device):  # backward may be called under autocast
             loss, lse = (torch.zeros_like(mass) if g is None else g.to(mass.dtype) for g in (g_loss, g_lse))
             if ctx.moved:  # see logits.py
                 loss, lse = gemm.opaque_copy(loss, []), gemm.opaque_copy(lse, [])
-            # An opaque copy, for the partitioner finds the expressions of forward here, and may keep one of [N, V].
+            # An opaque copy: otherwise the partitioner finds forward's expressions here, and may keep one of [N, V].
             maximum = gemm.opaque_copy(maximum, [loss])
             rows: tuple[Tensor | None, ...] = (None, probabilities, maximum, log_sum)
             if wanted.logits:

@@ -1,8 +1,9 @@
 """Losses chunked over tokens: a chunk's gradient is formed while its logits are alive.
 
-N tokens, H width, V vocabulary, C rows per chunk. Three GEMMs where both gradients are wanted, 6 N H V operations, all
-in forward; scalar losses only, since the upstream gradient of each row is needed before it exists: a `RowLoss` tells.
-Keeps dH, dW and O(N) between forward and backward; creates no [N, V] tensor, one [C, V].
+N tokens, H width, V vocabulary, C rows per chunk. If both gradients are wanted there are three GEMMs, 6 N H V
+operations, all in forward. Only scalar losses are possible: the gradient of each row is needed before autograd gives
+it, and a `RowLoss` supplies it. dH, dW and O(N) are kept between forward and backward. No [N, V] tensor is created, but
+one [C, V].
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from compiled_loss.planner.plan import Lengths
 
 
 class Inputs(NamedTuple):
-    """What a `RowLoss` is given."""
+    """The numbers and inputs of a `RowLoss`."""
 
     numbers: list[Tensor]  # [] each
     inputs: list[Tensor]  # [N, ...] each
 
     def flat(self) -> list[Tensor]:
-        """The inputs as autograd takes them."""
+        """Returns the numbers and inputs in one list, as autograd takes them."""
         return [*self.numbers, *self.inputs]
 
     @staticmethod
     def of(flat: Sequence[Tensor], numbers: int) -> Inputs:
-        """Make the inputs from what `flat()` gave."""
+        """Makes the inputs from the list that `flat()` returned."""
         return Inputs(list(flat[:numbers]), list(flat[numbers:]))
 
 
 class _Forming(NamedTuple):
-    """What the pass that forms gradients does."""
+    """The options of the pass that forms gradients."""
 
     loss: str  # the name of a `RowLoss`
     group: str | None
@@ -51,12 +52,12 @@ class _Forming(NamedTuple):
     with_entropy: bool  # among the statistics
 
     def wanted(self) -> Wanted:
-        """The statistics that are returned."""
+        """Returns the statistics that are wanted."""
         return Wanted(total=row_losses.uses_total(self.loss), entropy=self.with_entropy)
 
 
 class _Options(NamedTuple):
-    """What is no tensor."""
+    """The arguments that are not tensors."""
 
     classes: Classes
     needs: Needs
@@ -77,26 +78,26 @@ def summed(
     with_statistics: bool = False,
     with_entropy: bool = False,
 ) -> tuple[Tensor, RowStatistics | None]:
-    """The sum of a `RowLoss` / divisor, differentiable; if wanted the masked statistics, detached."""
+    """Returns the sum of a `RowLoss` / divisor, differentiable, and, if wanted, the masked statistics, detached."""
     forming = _Forming(loss.name, group, with_statistics, with_entropy)
     total, *rest = _sum(problem, divisor, classes, needs, forming, lengths, _Beside(loss.numbers, loss.wanted), inputs)
     return total, RowStatistics.of(rest, forming.wanted()).map(Tensor.detach) if with_statistics else None
 
 
 def kept(dtype: torch.dtype, lengths: Lengths) -> torch.dtype:
-    """The dtype in which dW waits for backward: wider than the weight's for fp16, whose sums are not yet scaled."""
+    """Returns the dtype in which dW is kept for backward; for fp16 it is wider, because the sums are not yet scaled."""
     return lengths.accumulate_dtype or (torch.float32 if dtype == torch.float16 else dtype)
 
 
 def _known_like(problem: Problem, forming: _Forming) -> list[Tensor]:
-    """The statistics that are wanted, without data."""
+    """Returns uninitialised tensors like the statistics that are wanted."""
     if not forming.with_statistics:
         return []
     return statistics_like(problem, Asked(*forming.wanted(), forming.group))
 
 
 def _inputs_like(inputs: Inputs, forming: _Forming) -> list[Tensor]:
-    """The gradients of inputs that are wanted, without data."""
+    """Returns uninitialised tensors like the inputs' gradients that are wanted."""
     return [torch.empty_like(inputs.inputs[i]) for i in row_losses.of(forming.loss).wanted]
 
 
@@ -146,7 +147,10 @@ def _form(
     forming: _Forming,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """The wanted gradients of the problem, by what to multiply all, the loss, of the inputs, masked statistics."""
+    """Returns the problem's gradients, the factor of all gradients, the loss, the inputs' gradients, and statistics.
+
+    The gradients are those that are wanted. The statistics, if they are wanted, are masked.
+    """
     hidden, weight, bias = problem[:3]
     labels, head = problem.labels, problem.head.packed()
     loss = row_losses.of(forming.loss)
@@ -186,7 +190,7 @@ def _form(
 
 
 class _Saved(NamedTuple):
-    """What backward needs beside the inputs, which it needs a second time."""
+    """Tensors that backward needs besides the inputs, which only a second backward needs."""
 
     d_hidden: Tensor | None
     d_weight: Tensor | None

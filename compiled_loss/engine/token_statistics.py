@@ -1,6 +1,6 @@
 """Statistics chunked over tokens, without gradients, and the chunks themselves.
 
-N tokens, H width, V vocabulary, C rows per chunk. Creates no [N, V] tensor, one [C, V].
+N tokens, H width, V vocabulary, C rows per chunk. No [N, V] tensor is created, but one [C, V].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compiled_loss.planner.plan import Lengths
 
 
 class Asked(NamedTuple):
-    """Which statistics are asked for, as `Wanted` says it, and over which ranks."""
+    """The statistics that are asked for, first the fields of `Wanted`, and the group of ranks."""
 
     with_total: bool
     with_entropy: bool
@@ -37,36 +37,36 @@ class Asked(NamedTuple):
 
 
 def statistics(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[RowStatistics, Top | None]:
-    """The statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
+    """Returns the statistics of NOTE [Relative statistics], without gradients: one GEMM, 2 N H V operations."""
     return found_statistics(_fold(problem, asked, lengths), asked)
 
 
 def found_statistics(found: list[Tensor], asked: Asked) -> tuple[RowStatistics, Top | None]:
-    """Take the statistics and the top from what a fold returns."""
+    """Takes the statistics and the top from the list that a fold returns."""
     count = 3 + sum(asked.wanted)
     return RowStatistics.of(found[:count], asked.wanted), Top(*found[count:]) if asked.top_k else None
 
 
 def statistics_like(problem: Problem, asked: Asked, _lengths: Lengths | None = None) -> list[Tensor]:
-    """`RowStatistics`, and `Top` if it is asked for, without data."""
+    """Returns uninitialised tensors like `RowStatistics`, and like `Top` if it is asked for."""
     dtype = statistics_dtype(problem.hidden.dtype)
     labels, dtypes = problem.labels, RowStatistics.dtypes(dtype, asked.wanted)
     return [*[labels.new_empty(labels.shape, dtype=d) for d in dtypes], *Top.like(labels, asked.top_k, dtype)]
 
 
 def fold_operations(problem: Problem, *_rest: Any) -> int:
-    """Count the operations of the one GEMM."""
+    """Counts the operations of the one GEMM."""
     return product(problem)
 
 
 def product(problem: Problem) -> int:
-    """Operations of the logits' GEMM, and of each of the gradients'; the problem has shapes for tensors."""
+    """Counts the operations of the logits' GEMM, which each gradient's GEMM has too. The problem holds shapes."""
     tokens, width = problem.hidden
     return 2 * int(tokens * width) * int(next(iter(problem.weight)))
 
 
 def chunks(hidden: Tensor, weight: Tensor, lengths: Lengths) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each chunk, and its logits, in one buffer for all."""
+    """Yields the rows of each chunk, and its logits. All chunks share one buffer."""
     rows, plan = hidden.shape[0], lengths.plan("tokens", hidden)
     buffer = hidden.new_empty(min(plan.chunk, rows), weight.shape[0])
     for i in range(plan.count):
@@ -77,13 +77,13 @@ def chunks(hidden: Tensor, weight: Tensor, lengths: Lengths) -> Iterator[tuple[s
 
 
 def of_chunk(chunk: slice, *rows: Tensor | None) -> list[Tensor | None]:
-    """A chunk's part of each."""
+    """Returns a chunk's rows of each tensor; None stays None."""
     return [None if v is None else v[chunk] for v in rows]
 
 
 @operator("fold_token_chunks", Problem, Asked, Lengths, like=statistics_like, operations=fold_operations)
 def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
-    """The statistics of every row."""
+    """Returns the statistics of every row."""
     state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
     found, head = state.map(torch.empty_like), problem.head.packed()
     tops = Top.like(problem.labels, asked.top_k, problem.hidden.dtype)

@@ -13,30 +13,30 @@ from torch import Tensor
 from compiled_loss.engine.collectives import all_gathered
 from compiled_loss.engine.math.statistics import statistics_dtype
 
-_BLOCKS = 16  # of a chunk with a bias: a block is copied in fp32
+_BLOCKS = 16  # blocks of a chunk with a bias: one block at a time is copied in fp32
 
 
 class Top(NamedTuple):
     """The k largest logits of each row, the largest first."""
 
     logits: Tensor  # [..., k], with their bias, in the statistics' dtype
-    behind: Tensor  # [..., k], how many columns behind the label's each is
+    behind: Tensor  # [..., k], the column of each minus the label's
 
     @staticmethod
     def like(labels: Tensor, k: int, dtype: torch.dtype) -> list[Tensor]:
-        """Without data; nothing for k = 0."""
+        """Returns uninitialised tensors like those of a top; none for k = 0."""
         if not k:
             return []
         return [labels.new_empty((*labels.shape, k), dtype=d) for d in (statistics_dtype(dtype), torch.int64)]
 
     def merged(self, other: Top) -> Top:
-        """The top of both."""
+        """Returns the k largest of both tops."""
         logits = torch.cat([self.logits, other.logits], -1)
         logits, order = logits.topk(self.logits.shape[-1], dim=-1)
         return Top(logits, torch.cat([self.behind, other.behind], -1).gather(-1, order))
 
     def of_ranks(self, ranks: int, group: str | None) -> Top:
-        """The top of rows whose columns are spread over the ranks of a group: two collectives."""
+        """Returns the top of rows whose columns are spread over the ranks of a group; this takes two collectives."""
         if group is None:
             return self
         logits, behind = (all_gathered(v, ranks, group) for v in self)
@@ -45,7 +45,7 @@ class Top(NamedTuple):
 
 
 def top(z: Tensor, bias: Tensor | None, labels: Tensor, start: Tensor | None, k: int) -> Top:
-    """The top of logits [..., C] without their bias, whose first column is `start`; -inf if there are fewer than k."""
+    """Returns the top of z + bias, z [..., C] from the column `start` on; if C < k, the rest of the top is -inf."""
     dtype, columns = statistics_dtype(z.dtype), z.shape[-1]
     few = min(k, columns)
     if bias is None:

@@ -1,4 +1,4 @@
-"""Losses that users write: traced, checked and differentiated once, then a `RowLoss` like the library's own.
+"""Losses that users write: traced, checked and differentiated once, then used as a `RowLoss` like the library's own.
 
 C rows of a chunk, V vocabulary. See engine/math/row_losses.py, NOTE [Row losses].
 """
@@ -24,7 +24,7 @@ _ROWS = 5  # of the example on which a function is tried
 
 
 class Input(NamedTuple):
-    """What a function is given beside the statistics: a value a row, or, without a shape, a number."""
+    """An argument of a function besides the statistics: one value per row, or a number if `shape` is None."""
 
     dtype: torch.dtype
     shape: tuple[int, ...] | None  # of a row
@@ -32,7 +32,7 @@ class Input(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a function is traced for."""
+    """The properties of its arguments for which a function is traced."""
 
     inputs: tuple[Input, ...]
     dtype: torch.dtype  # of the statistics
@@ -42,26 +42,26 @@ class Signature(NamedTuple):
     vocab: int | None  # of logits [C, V], which a function is given instead of statistics
 
     def first(self) -> list[Input]:
-        """What comes before the inputs."""
+        """Returns the arguments before the inputs: the statistics, or the logits."""
         if self.vocab is not None:
             return [Input(self.dtype, (self.vocab,), wants_gradient=True)]
         constant = {"correct": torch.bool, "first_argmax": torch.int64}
         return [Input(constant.get(kind, self.dtype), (), kind not in constant) for kind in NAMES]
 
     def name(self) -> str:
-        """The name of the argument that the function is."""
+        """Returns the name of the argument by which the user passed the function."""
         return "token_loss" if self.vocab is None else "logits_loss"
 
     def of_rows(self) -> list[Input]:
-        """The inputs with a value a row."""
+        """Returns the inputs that have one value per row."""
         return [one for one in self.inputs if one.shape is not None]
 
 
 def traced(function: Callable[..., Tensor], signature: Signature) -> str:
-    """The name of the `RowLoss` that a function is. Raise unless it is one."""
+    """Defines the `RowLoss` of a function, and returns its name. Raises an error if the function is no row loss."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    # Nothing of what happens here is the caller's: no mode sees it.
+    # The caller's modes do not apply here, and do not see these operations.
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(signature.device), _disable_current_modes():
         graph, uses = _loss_of(function, signature)
         _check_rows(graph, signature)
@@ -79,7 +79,7 @@ def traced(function: Callable[..., Tensor], signature: Signature) -> str:
 
 
 def _loss_of(function: Callable[..., Tensor], signature: Signature) -> tuple[torch.fx.GraphModule, list[bool]]:
-    """The function as a graph for a CPU, and which of what comes first it uses."""
+    """Returns the function as a graph for a CPU, and for each argument before the inputs whether the graph uses it."""
 
     def loss(*operands: Tensor) -> Tensor:
         return _called(function, operands, signature)
@@ -104,7 +104,7 @@ def _called(function: Callable[..., Tensor], operands: Sequence[Tensor], signatu
 def _with_gradients(
     function: Callable[..., Tensor], signature: Signature, uses: Sequence[bool]
 ) -> torch.fx.GraphModule:
-    """(weight, *first, *inputs) -> (weight * loss, the loss if its gradient is wanted, *gradients)."""
+    """Returns a graph: (weight, *first, *inputs) -> (weight * loss, loss if weight wants a gradient, *gradients)."""
     wanted = [used and one.wants_gradient for one, used in zip(signature.first(), uses, strict=True)]
     wanted += [one.wants_gradient for one in signature.inputs]
 
@@ -146,9 +146,10 @@ def _graph(function: Callable[..., Any], signature: Signature, *, weight: bool) 
 
 
 def _check_rows(graph: torch.fx.GraphModule, signature: Signature) -> None:
-    """Raise unless each row's loss is its own: the same with the other rows as without them.
+    """Raises an error unless each row's loss is its own: the same with the other rows and without them.
 
-    On numbers of several sizes and signs; integers may be divisors or indices, so that not all can be tried.
+    It is tried on numbers of several sizes and signs. Integers may be divisors or indices, so not all of them can be
+    tried.
     """
     random = torch.Generator("cpu").manual_seed(0)
 
@@ -222,7 +223,7 @@ def _evaluated(
     numbers: Sequence[Tensor],
     inputs: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
-    """The losses, the gradients of what comes first, and those of the inputs."""
+    """Returns the losses, the gradients of the statistics or logits, and those of the inputs."""
     numbers, inputs, ignored = list(numbers), list(inputs), labels == classes.ignored
     weight = inputs.pop(0) if signature.weighted else classes.nan_if_invalid(labels, signature.dtype)
     given = [numbers.pop(0) if one.shape is None else inputs.pop(0) for one in signature.inputs]

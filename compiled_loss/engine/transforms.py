@@ -1,4 +1,4 @@
-"""What the caller is in: functorch transforms, autocast."""
+"""Transforms and modes of the caller: functorch and autocast."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import torch
 
 
 def traced() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, ...) is at work, for which all is composed of plain operators."""
+    """Returns True if a functorch transform (grad, vmap, jvp, ...) is active; then only plain operators are used."""
     return torch._C._are_functorch_transforms_active()
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """What is computed inside is computed in the dtypes it has.
+    """Returns a context in which computations keep the dtypes of their operands.
 
-    No context where none is needed: AOTAutograd's cache takes no graph that holds one. Nor, by default, one with an
-    autograd Function: README, Limits.
+    It does nothing where autocast is off already: AOTAutograd's cache takes no graph with an autocast context. By
+    default it takes no graph with an autograd Function either: README, Limits.
     """
     return contextlib.nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What GEMMs are computed in; None outside of autocast, and on meta, which has none and raises when asked.
+    """Returns the dtype of GEMMs under autocast; None outside of autocast, and on meta, which has none.
 
-    `torch.amp.is_autocast_available` would say so, and Dynamo 2.11 does not trace it.
+    Asking for autocast on meta raises. `torch.amp.is_autocast_available` would say so, but Dynamo 2.11 does not trace
+    it.
     """
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

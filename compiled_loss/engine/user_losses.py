@@ -1,11 +1,11 @@
-"""The names of losses that users write: when a function is traced, and when one that was traced is the same.
+"""The names of losses that users write: when a function is traced, and when an earlier trace is used again.
 
 NOTE [What a function closes over]
-Dynamo does not look into a function whose name is a constant of its graph, so nothing would tell it that a number the
-function closes over has changed. Under `torch.compile` only a function that closes over nothing which can change has a
-name: no closure, no default, and among the globals it reads nothing but torch and math. Any other is left to Dynamo,
-in the vocab strategy. Eager code looks at the values in each call, and traces in each call what it cannot follow, such
-as a Module.
+Dynamo does not look into a function whose name is a constant of its graph. So it would not notice that a number which
+the function closes over has changed. Under `torch.compile` a function therefore has a name only if it closes over
+nothing that can change: it has no closure and no default, and among the globals that it reads are only torch and math.
+Any other function is left to Dynamo, in the vocab strategy. Eager code looks at the values in each call. If it cannot
+follow them, as in a Module, it traces the function in each call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compiled_loss.engine.traced_losses import Input, Signature, traced
 
 
 def may_be_named(function: Any) -> bool:
-    """Whether the function might be a constant of Dynamo's graph, as far as Dynamo itself can tell."""
+    """Returns True if the function might be a constant of Dynamo's graph, as far as Dynamo itself can tell."""
     if not torch.compiler.is_compiling():
         return True
     if not isinstance(function, types.FunctionType):
@@ -37,12 +37,15 @@ def may_be_named(function: Any) -> bool:
 
 
 def _is_ours(function: Any) -> bool:
-    """Whether it is the library's own, whose closures nobody changes."""
+    """Returns True if the function is the library's own. Nobody changes what these close over."""
     return getattr(function, "__module__", None) == "compiled_loss.functional.policy_terms"
 
 
 def named(function: Callable[..., Tensor], signature: Signature) -> Named | None:
-    """Its `RowLoss`; None under `torch.compile` where it might change unseen. Raise unless it is a loss."""
+    """Returns the function's `RowLoss` by name; None under `torch.compile` if the function might change unseen.
+
+    Raises an error unless the function is a loss.
+    """
     name = _constant_name(function, *signature) if torch.compiler.is_compiling() else _name(function, signature)
     if not name:
         return None
@@ -65,7 +68,7 @@ _CONSTANTS = (bool, int, float, str, torch.dtype, types.NoneType)
 _LOOKING_AROUND = {"globals", "locals", "vars", "getattr", "eval", "exec", "__import__"}  # what a key cannot follow
 _NAMES: dict[tuple[Any, ...], str] = {}
 _DIFFERENT: dict[tuple[Any, ...], set[str]] = {}  # names of one function's code
-_MANY = 8  # of them, from which on somebody should hear of it
+_MANY = 8  # so many names of one function cause a warning
 
 
 def _name(function: Callable[..., Tensor], signature: Signature) -> str:
@@ -85,14 +88,14 @@ def _name(function: Callable[..., Tensor], signature: Signature) -> str:
 
 
 class _Values(NamedTuple):
-    """What a function computes with: two with one key compute the same."""
+    """The values that a function computes with; two functions with the same key compute the same."""
 
     key: tuple[Any, ...]
     changing: bool  # whether it closes over, or looks up, anything that can change
 
 
 def _values(value: Any, inside: tuple[int, ...] = ()) -> _Values | None:
-    """The values of a plain function, a partial of one, or a constant; None for others, which each call traces."""
+    """Returns the values of a function, a partial of one, or a constant; None for others, which each call traces."""
     if isinstance(value, _CONSTANTS):
         return _Values((type(value), value), changing=True)
     if isinstance(value, types.BuiltinFunctionType):
@@ -132,7 +135,7 @@ def _joined(own: tuple[Any, ...], parts: list[_Values | None]) -> _Values | None
 
 
 def _is_fixed(module: str | None) -> bool:
-    """Whether nobody changes what is in a module."""
+    """Returns True if nobody changes the contents of the module."""
     return (module or "").partition(".")[0] in ("builtins", "torch", "math")
 
 
@@ -144,7 +147,10 @@ def _content(cell: Any) -> Any:
 
 
 def _looked_up(code: types.CodeType) -> list[str] | None:
-    """What a function's code may look for among its globals, the functions inside of it included."""
+    """Returns the names that a function's code, with its inner functions, may look up among its globals.
+
+    It returns None if they cannot be known.
+    """
     names = list(code.co_names)
     if _LOOKING_AROUND & set(names) or any(one.opname == "IMPORT_NAME" for one in dis.get_instructions(code)):
         return None

@@ -1,7 +1,8 @@
 """Statistics chunked over the vocabulary: streamed over columns, logits computed again in backward.
 
-N tokens, H width, V vocabulary, C columns per chunk. Four GEMMs where both gradients are wanted, 8 N H V operations;
-any upstream gradient. Keeps O(N) between forward and backward; creates no [N, V] tensor, one [N, C].
+N tokens, H width, V vocabulary, C columns per chunk. If both gradients are wanted there are four GEMMs, 8 N H V
+operations. Any upstream gradient is possible. O(N) is kept between forward and backward. No [N, V] tensor is created,
+but one [N, C].
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from compiled_loss.planner.plan import Lengths
 
 
 class _Sought(NamedTuple):
-    """Gradients of the rows' statistics, [N] each; of a loss its `Coefficients`, times `g` and `factor`, [] each."""
+    """Gradients of the rows' statistics, [N] each.
+
+    For a loss they are its `Coefficients`, still to be multiplied by `g` and `factor`, [] each.
+    """
 
     d_nll: Tensor | None
     d_lse: Tensor | None
@@ -48,9 +52,9 @@ class _Sought(NamedTuple):
     factor: Tensor | None
 
     def upstream(self, state: State, labels: Tensor, classes: Classes) -> Upstream:
-        """The gradients of the logits' rows."""
+        """Returns the coefficients of the logits' gradient."""
         nll, lse, total, square, entropy, squares, g, factor = self
-        if square is not None:  # of lse squared
+        if square is not None:  # the coefficient of lse squared
             square = 2 * square * finish(state).lse
             lse = square if lse is None else lse + square
         if g is not None and factor is not None:
@@ -61,7 +65,7 @@ class _Sought(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What is no tensor."""
+    """The arguments that are not tensors."""
 
     classes: Classes
     asked: Asked
@@ -69,9 +73,9 @@ class _Options(NamedTuple):
 
 
 def statistics(problem: Problem, classes: Classes, asked: Asked, lengths: Lengths) -> tuple[RowStatistics, Top | None]:
-    """The statistics of NOTE [Relative statistics], those that are floating differentiable. Over a group: NOTE [Ranks].
+    """Returns the statistics of NOTE [Relative statistics], and the top, detached.
 
-    The top is detached.
+    Statistics of a floating dtype are differentiable. Over a group: NOTE [Ranks].
     """
     found = list(_Statistics.apply(*problem, *_Options(classes, asked, lengths)))
     rows, top_ = found[: len(RowStatistics._fields)], found[len(RowStatistics._fields) :]
@@ -88,7 +92,10 @@ def weighted_sum(
     *,
     with_statistics: bool,
 ) -> tuple[Tensor, RowStatistics | None]:
-    """sum(combine(statistics, coefficients)) / divisor, differentiable; if wanted the masked statistics, detached."""
+    """Returns sum(combine(statistics, coefficients)) / divisor, differentiable, and the masked statistics, detached.
+
+    The statistics are None unless they are wanted.
+    """
     wanted = Wanted(total=coefficients.total is not None, entropy=with_statistics)
     options = _Options(classes, Asked(*wanted, group), lengths)
     loss, *rest = _WeightedSum.apply(*problem, *coefficients, *divisor, *options)
@@ -96,9 +103,9 @@ def weighted_sum(
 
 
 def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, Head, Tensor]]:
-    """The first column of each chunk, its weight and head, and its logits, in one buffer for all.
+    """Yields the first column of each chunk, its weight, its head and its logits. All chunks share one buffer.
 
-    A rank without columns has one chunk of none.
+    A rank without columns has one chunk of no columns.
     """
     hidden, weight, head = problem.hidden, problem.weight, problem.head
     tokens, columns = hidden.shape[0], weight.shape[0]
@@ -123,12 +130,12 @@ def _state_like(problem: Problem, asked: Asked) -> list[Tensor]:
 
 
 def _pop_state(found: list[Tensor], asked: Asked) -> State:
-    """The state, from the front of a list of what there is."""
+    """Takes the state from the front of a list."""
     return State.of([found.pop(0) for _ in range(3 + sum(asked.wanted))], asked.wanted)
 
 
 def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[State, Top | None]:
-    """The state of every row, and its top if it is asked for."""
+    """Returns the state of every row, and its top if it is asked for."""
     state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
     best: Top | None = None
     for _, _, head, z in _chunks(problem, lengths):
@@ -148,14 +155,14 @@ def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[
 
 @operator("fold_vocab_chunks", Problem, Asked, Lengths, like=_statistics_like, operations=fold_operations)
 def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
-    """The state of every row, and its statistics."""
+    """Returns the state of every row, and its statistics."""
     state, best = _folded(problem, asked, lengths)
     rows = [v.clone() if v is state.total else v for v in _finished(problem, state).present()]
     return [*state.present(), *rows, *(() if best is None else best)]
 
 
 class _Summing(NamedTuple):
-    """Whether rows' statistics are wanted besides."""
+    """The options of the pass that sums a loss."""
 
     with_statistics: bool
 
@@ -195,9 +202,9 @@ def _sum(
     summing: _Summing,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """The state of every row, by what to multiply its gradients, the loss, and statistics if wanted, masked.
+    """Returns the state of every row, the factor of its gradients, the loss, and, if wanted, the masked statistics.
 
-    In one operator, so that a compiled caller has no kernel of the loss to compile.
+    All this is one operator, so that a compiled caller has no kernel of the loss to compile.
     """
     labels, (state, _) = problem.labels, _folded(problem, asked, lengths)
     known = _finished(problem, state)
@@ -235,7 +242,7 @@ def _operations(problem: Problem, _state: Any, _sought: Any, _classes: Any, need
 def _gradients(
     problem: Problem, state: State, sought: _Sought, classes: Classes, needs: Needs, lengths: Lengths
 ) -> list[Tensor]:
-    """The gradients that are needed."""
+    """Returns the gradients that are needed."""
     hidden, weight, bias = problem[:3]
     upstream = sought.upstream(state, problem.labels, classes)
     scale = unit_scale(hidden.dtype, *upstream)
@@ -258,10 +265,10 @@ def _gradients(
 
 
 def _d_problem(ctx: Any, problem: Problem, state: State, sought: _Sought, options: _Options) -> Problem:
-    """The gradients of what backward may be asked for."""
+    """Returns the gradients of the parts of the problem that may have one."""
     wanted, _ = unpack(ctx.needs_input_grad, Problem)
     needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
-    with without_autocast(problem.hidden.device):  # whatever backward's caller is in
+    with without_autocast(problem.hidden.device):  # backward may be called under autocast
         found = _gradients(problem, state, sought, options.classes, needs, options.lengths)
     hidden, weight, bias = Gradients.pop_from(found, needs, problem.bias)
     return none(Problem)._replace(hidden=hidden, weight=weight, bias=bias)  # type: ignore[no-any-return]

@@ -1,1 +1,1 @@
-"""The stateless losses, one family a file."""
+"""The stateless losses, one family per file."""

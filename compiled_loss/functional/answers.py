@@ -1,4 +1,4 @@
-"""What a linear head says of the tokens of answers, and what a reference says of them, both without the logits.
+"""Log-probabilities of answers' tokens under a linear head and under a reference, without holding the logits.
 
 Tokens have any shape [...]. H width, V vocabulary.
 """
@@ -22,7 +22,7 @@ _NAMES = {"hidden": "reference_hidden", "weight": "reference_weight", "bias": "r
 
 
 class Reference(NamedTuple):
-    """What says how likely the reference finds the tokens: log-probabilities, hidden states and a head, or nothing."""
+    """A reference policy: log-probabilities of the tokens, or hidden states and a head, or nothing."""
 
     logprob: Tensor | None
     hidden: Tensor | None
@@ -30,7 +30,7 @@ class Reference(NamedTuple):
     bias: Tensor | None
 
     def check(self, labels: Tensor, weight: Tensor, keywords: Keywords, sequences: int, kind: str) -> None:
-        """Raise unless it fits the policy's tokens."""
+        """Raises unless the reference fits the policy's tokens."""
         checks.preference.one_reference(self.logprob, self.hidden, self.weight, self.bias, kind)
         checks.preference.reference_logprob(self.logprob, labels.shape, sequences, labels.device)
         if self.hidden is not None:
@@ -38,7 +38,7 @@ class Reference(NamedTuple):
             checks.modules.calling(_NAMES, check_tokens, self.hidden, weight, labels, keywords)
 
     def logprobs(self, weight: Tensor, labels: Tensor, keywords: Keywords) -> Tensor | None:
-        """The reference's log-probabilities of the tokens from its hidden states, if it has these; without gradient."""
+        """Returns the reference's log-probabilities, from its hidden states if it has these; without gradient."""
         if self.hidden is None:
             return self.logprob
         weight, keywords = self._head(weight, keywords)
@@ -53,16 +53,16 @@ class Reference(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Log-probabilities of answers' tokens [...], the reference's of the tokens or the answers, and what counts."""
+    """Log-probabilities of answers' tokens, [...], those of the reference, and the tokens that count."""
 
     logprob: Tensor
-    reference_logprob: Tensor | None
+    reference_logprob: Tensor | None  # of tokens, [...], or of answers
     counts: Tensor
     sequences: Sequences
 
 
 def check_answers(hidden: Tensor, weight: Tensor, labels: Tensor, keywords: Keywords) -> None:
-    """Raise unless a rank has all tokens of its answers."""
+    """Raises unless a rank has all tokens of its answers."""
     part, _ = check_tokens(hidden, weight, labels, keywords)
     checks.preference.whole_answers(part.token_mesh_dims)
 
@@ -77,7 +77,10 @@ def linear_answers(
     number: int,
     of: str,
 ) -> Answers:
-    """Computed; all but numbers and what is in tensors is checked already. `of` says what `number` is."""
+    """Computes the log-probabilities of the answers' tokens.
+
+    Everything is checked already, except numbers and the values in tensors. `of` says what `number` counts.
+    """
     call = linear_call(hidden, weight, labels, keywords, statistics=True)
     counts, part = call.tokens.active, call.vocabulary
     if segment_ids is not None:

@@ -47,7 +47,7 @@ def cross_entropy(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Compute the cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
+    r"""Computes the cross-entropy of logits [..., V], with the semantics of `torch.nn.functional.cross_entropy`.
 
     With z = softcap tanh(logit_scale logits / softcap) / temperature, lse = logsumexp(z), e = label_smoothing,
     c = class_weights, and w the token's weight, valid * mask * token_weights, each token's loss is
@@ -137,7 +137,7 @@ def cross_entropy(
 
 
 def cross_entropy_call(logits: Tensor, labels: Tensor, keywords: Keywords, class_dim: int) -> Tensor:
-    """The cross-entropy of labels, or of probabilities."""
+    """Returns the cross-entropy with labels, or with probabilities."""
     checks.tensor("logits", logits)
     checks.tensor("labels", labels)
     if labels.is_floating_point() and labels.dim() == logits.dim():
@@ -166,7 +166,7 @@ def linear_cross_entropy(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""Compute `cross_entropy(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
+    r"""Computes `cross_entropy(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
 
     Every keyword means what it means in :func:`cross_entropy`; the bias comes before the softcap.
 
@@ -258,7 +258,7 @@ def linear_cross_entropy_with_statistics(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> LossAndStatistics:
-    r"""Compute `linear_cross_entropy`, and the statistics of each token in the same pass, without another GEMM.
+    r"""Computes `linear_cross_entropy`, and the statistics of each token in the same pass, without another GEMM.
 
     Args, Memory, Raises: see :func:`linear_cross_entropy`.
 

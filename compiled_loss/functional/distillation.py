@@ -1,6 +1,6 @@
-"""Knowledge distillation: how far a student's distribution is from its teacher's, on logits and on heads.
+"""Knowledge distillation: divergences of a student's distribution from its teacher's, on logits and on heads.
 
-N tokens (any leading shape), H width, H' the teacher's, V vocabulary, C tokens a chunk. Losses are in nats.
+N tokens (any leading shape), H width, H' the teacher's, V vocabulary, C tokens per chunk. Losses are in nats.
 
 NOTE [Divergences]
 With p = softmax of the teacher's z and q = softmax of the student's, where each side has its own softcap c and scale s,
@@ -17,24 +17,24 @@ and with one temperature T for both:
     lk               l forward_kl + (1 - l) total_variation           the same, l = exp(-lk_decay alpha), detached
 
 alpha is the rate at which speculative decoding accepts the student's tokens. An alpha below the dtype's least normal
-number, 1.2e-38 in fp32, counts as that: the loss is then 87.3, and its gradient falls to 0. Where alpha stays that
-small, begin with "lk". The l of "lk" is each token's own.
+number, 1.2e-38 in fp32, counts as that number: the loss is then 87.3, and its gradient falls to 0. Where alpha stays
+that small, begin with "lk". Each token has its own l in "lk".
 
-Several at once, {name: weight}, are their weighted sum, for one pass over the logits. A token's loss is
-(1 - a) T^2 divergence + a cross-entropy(student, label), a the `hard_label_weight`. The cross-entropy is of the
-student's z at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1);
-`temperature_squared=False` leaves it away.
+A mapping {name: weight} stands for the weighted sum of several divergences, in one pass over the logits. A token's loss
+is (1 - a) T^2 divergence + a cross-entropy(student, label), where a is the `hard_label_weight`. The cross-entropy is of
+the student's z at temperature 1. T^2 keeps the gradient's size as T changes (Hinton et al., section 2.1);
+`temperature_squared=False` leaves it out.
 
 NOTE [Cached teacher]
-`teacher_topk` is a teacher whose top alone was kept: values [..., k], log-probabilities, the largest of
-log_softmax(teacher_logits / T), and indices [..., k], int64, of their classes. An entry whose probability is 0, as that
-of -inf and of -1e9, is padding: its index may be any number. Of a class that is listed twice, as a sampled token that
-was appended to the top, the largest value counts.
+`teacher_topk` is a teacher of which only the top was kept: values [..., k], the largest of log_softmax(teacher_logits /
+T), and indices [..., k], int64, the classes of the values. An entry whose probability is 0, such as -inf or -1e9, is
+padding, and its index may be any number. If a class is listed twice, such as a sampled token that was appended to the
+top, its largest value counts.
 
-What the values leave of 1 is the mass of all other classes. It is compared with the student's on them as one class
-(engine/math/top_divergences.py, NOTE [Tail]). The loss is at most that of the whole teacher, equal to it where k is V,
-and its gradient leaves the proportions in the tail as they are. The mass at another temperature than the cache's cannot
-be known: make it with the loss's own.
+The probability that the values leave to 1 is the mass of all other classes. It is compared with the student's mass on
+these classes as if they were one class (engine/math/top_divergences.py, NOTE [Tail]). The loss is at most that of the
+whole teacher, and equal to it where k is V. Its gradient keeps the student's proportions in the tail. The mass at a
+temperature other than the cache's cannot be known, so make the cache at the temperature of the loss.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def distillation(
     chunk_size: int = 0,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Compute the divergence of a student's logits from a teacher's, over the tokens that count.
+    r"""Computes the divergence of a student's logits from a teacher's, over the tokens that count.
 
     With D, z and T as in NOTE [Divergences], lse = logsumexp(T z) and w the token's weight, valid * mask *
     token_weights, each token's loss is
@@ -210,7 +210,7 @@ def linear_distillation(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""Compute `distillation` of two heads, without ever holding the student's or the teacher's logits.
+    r"""Computes `distillation` of two heads, without ever holding the student's or the teacher's logits.
 
     Every keyword means what it means in :func:`distillation`. A bias comes before the scale and the softcap.
 

@@ -1,6 +1,6 @@
-"""Distillation with what the same pass saw of each token: distances, entropies, acceptance.
+"""Distillation with statistics of each token from the same pass: divergences, entropies, acceptance.
 
-N tokens (any leading shape), H width, H' the teacher's, V vocabulary. All in nats but the shares of 1.
+N tokens (any leading shape), H width, H' the teacher's, V vocabulary. Everything but probabilities is in nats.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from compiled_loss.planner.chunking import Chunking
 class DistillationStatistics(NamedTuple):
     """Statistics of each token's two distributions, p the teacher's and q the student's. Each is [...], detached.
 
-    All are at the loss's temperature, 0 for tokens that do not count, and None where nobody wants them. Beside a cached
-    teacher they are those of the listed classes and all others as one.
+    All are at the loss's temperature, 0 for tokens that do not count, and None if they are not wanted. With a cached
+    teacher they are over the classes that it lists, and all other classes as one.
 
     `divergence`: that of the loss, or the weighted sum of several; without T^2 and the token's weight.
     `student_entropy`: -sum(q log q), in nats.
     `teacher_entropy`: -sum(p log p), in nats.
     `acceptance`: sum(min(p, q)), the rate at which speculative decoding accepts the student's tokens.
-    `student_mass`: q of the classes that a cached teacher lists; None beside another teacher.
-    `teacher_mass`: p of them; None likewise.
+    `student_mass`: the sum of q over the classes that a cached teacher lists; None with any other teacher.
+    `teacher_mass`: the sum of p over the same classes; None with any other teacher.
     """
 
     divergence: Tensor | None
@@ -83,7 +83,7 @@ def distillation_with_statistics(
     compile: bool | Literal["auto"] = "auto",
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""Compute `distillation`, and the statistics of each token in the same pass.
+    r"""Computes `distillation`, and the statistics of each token in the same pass.
 
     Args:
         student_logits, teacher_logits, labels, teacher_topk, teacher_probabilities, mask, token_weights, divergence,
@@ -175,7 +175,7 @@ def linear_distillation_with_statistics(
     chunking: Chunking = Chunking(),
     wanted: Collection[str] = WANTED,
 ) -> DistillationLoss:
-    r"""Compute `linear_distillation`, and the statistics of each token in the same pass, at no other GEMM or kernel.
+    r"""Computes `linear_distillation`, and the statistics of each token in the same pass, at no other GEMM or kernel.
 
     Args:
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, bias, teacher_bias, teacher_topk,

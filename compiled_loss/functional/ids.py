@@ -1,4 +1,4 @@
-"""Ids of classes, K of each token: how those that a sampler kept are laid side by side."""
+"""Ids of classes, K of each token: rows of padded ids from those that a sampler kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compiled_loss import checks
 
 
 def pad_ids(offsets: Tensor, ids: Tensor, width: int) -> Tensor:  # [N + 1], [nnz]
-    """Pad the ids of N tokens, stored one after the other (CSR), to rows of `width`, with -1.
+    """Pads the ids of N tokens, stored one after the other (CSR), to rows of `width`, with -1.
 
     Args:
         offsets: where each token's ids begin, and the last end, [N + 1], int64 or int32: from 0 up to nnz.

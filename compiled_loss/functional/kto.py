@@ -1,6 +1,7 @@
 """Losses of answers that are judged each by itself, as functions of log-probabilities and fused with a linear head.
 
-B answers are the rows of [B, S], or what `segment_ids` says of packed tokens [...]. H width, V vocabulary.
+B answers are the rows of [B, S], or the segments that `segment_ids` gives to packed tokens [...]. H width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     sequence_weights: Tensor | None = None,  # [B]
 ) -> KTOLoss:
-    r"""Compute a loss of desirable and undesirable answers from the log-probabilities of their tokens.
+    r"""Computes a loss of desirable and undesirable answers from the log-probabilities of their tokens.
 
     An answer's log-ratio d is the sum over its tokens of logprob - reference_logprob; z = max(0, mean(kl)) has no
     gradient.
@@ -133,7 +134,7 @@ def linear_kto_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> KTOLoss:
-    r"""Compute :func:`kto_loss` of a linear head, without ever holding the logits.
+    r"""Computes :func:`kto_loss` of a linear head, without ever holding the logits.
 
     Args:
         hidden, weight, bias, softcap, logit_scale, temperature, vocab_shard, chunking: see

@@ -1,4 +1,4 @@
-"""The options of a loss of single answers, checked, and what it makes of log-probabilities that exist.
+"""The options of a loss of single answers, checked, and the loss as a function of log-probabilities.
 
 Tokens have any shape [...]; B answers.
 """
@@ -61,7 +61,7 @@ class Numbers(NamedTuple):
 
 
 def checked_numbers(*, kind: str, beta: Any, desirable_weight: Any, undesirable_weight: Any) -> Numbers:
-    """The numbers of options; raise where one is off."""
+    """Returns the options that are numbers. Raises unless each is in its range."""
     checks.policy.one_of("kind", kind, KINDS)
     return Numbers(
         checks.policy.positive("beta", beta),
@@ -71,7 +71,7 @@ def checked_numbers(*, kind: str, beta: Any, desirable_weight: Any, undesirable_
 
 
 class Unpaired(NamedTuple):
-    """The options of the loss, and what answers have beside their tokens."""
+    """The options of the loss, and the values of answers besides their tokens."""
 
     kind: str
     numbers: Numbers
@@ -83,14 +83,14 @@ class Unpaired(NamedTuple):
     def of(
         desirable: Tensor, kl: Tensor | None, sequence_weights: Tensor | None, *, kind: str, **numbers: Any
     ) -> Unpaired:
-        """Checked, but for `desirable`, which is."""
+        """Makes it from arguments, which are checked here, except `desirable`, which is checked already."""
         found = checked_numbers(kind=kind, **numbers)
         checks.preference.baseline(kl, kind, desirable.device)
         checks.preference.of_each("sequence_weights", sequence_weights, desirable.shape[0], "answer", desirable.device)
         return Unpaired(kind, found, desirable, kl, sequence_weights)
 
     def loss(self, logprob: Tensor, reference_logprob: Tensor | None, counts: Tensor, sequences: Sequences) -> KTOLoss:
-        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
+        """Computes the loss over the tokens that count. The values of other tokens are not used."""
         logprob = torch.where(counts, logprob, 0.0)
         one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
         numbers, desirable = Numbers(*[one * v for v in self.numbers]), self.desirable

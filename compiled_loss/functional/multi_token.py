@@ -38,7 +38,7 @@ def multi_token_targets(
     cu_seqlens: Tensor | None = None,  # [sequences + 1]
     mask: Tensor | None = None,  # broadcasts to the labels
 ) -> Tensor:
-    """Make the labels of one depth: at position t the main loss's label of t + depth + 1.
+    """Makes the labels of one depth: at position t the main loss's label of t + depth + 1.
 
     Args:
         labels: [B, S], [S] or THD [1, T], int64: those of the main loss, aligned to it already. Never written.
@@ -109,7 +109,7 @@ def multi_token_prediction(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    """Compute scaling_factor / D times the sum over D depths of the cross-entropy of their targets.
+    """Computes scaling_factor / D times the sum over D depths of the cross-entropy of their targets.
 
     Args:
         hidden: each depth's hidden states, [B, S, H], [S, H] or [1, T, H]; fp32, bf16, fp16 or fp64.
@@ -189,7 +189,7 @@ def multi_token_losses(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> MultiTokenLosses:
-    """Compute `multi_token_prediction`, and each depth's loss in the same pass.
+    """Computes `multi_token_prediction`, and each depth's loss in the same pass.
 
     Args, Memory, Raises: see :func:`multi_token_prediction`.
 
@@ -275,5 +275,5 @@ def multi_token_losses(
 
 
 def _ahead(values: Tensor, by: int, fill: int) -> Tensor:
-    """values[..., t + by] at t, `fill` at the last `by` positions."""
+    """Returns values[..., t + by] at t, and `fill` at the last `by` positions."""
     return torch.nn.functional.pad(values[..., by:], (0, by), value=fill)

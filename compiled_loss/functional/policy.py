@@ -1,7 +1,7 @@
 """Policy-gradient losses, as functions of log-probabilities and fused with the linear head that gives them.
 
-Tokens have any leading shape [...]; sequences are the rows of [B, S], or what `segment_ids` says of packed tokens.
-H width, V vocabulary. Log-probabilities, KL and entropies are in nats.
+Tokens have any leading shape [...]; sequences are the rows of [B, S], or the segments that `segment_ids` gives to
+packed tokens. H width, V vocabulary. Log-probabilities, KL and entropies are in nats.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def policy_loss(
     entropy_weights: Tensor | None = None,
     segment_ids: Tensor | None = None,  # [...]
 ) -> PolicyLoss:
-    r"""Compute a policy-gradient loss of given log-probabilities: r = exp(logprob - old_logprob), with advantages A.
+    r"""Computes a policy-gradient loss of given log-probabilities: r = exp(logprob - old_logprob), with advantages A.
 
     Log-ratios above 80 count as 80, so that no ratio is infinite.
 
@@ -182,7 +182,7 @@ def linear_policy_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> PolicyLoss:
-    r"""Compute :func:`policy_loss` of a linear head, without ever holding the logits.
+    r"""Computes :func:`policy_loss` of a linear head, without ever holding the logits.
 
     With `importance="token"` the gradient is formed while a chunk's logits are alive: three GEMMs, and everything of
     the loss in the one kernel that a chunk has anyway. "sequence" needs all log-probabilities of a sequence first:

@@ -1,4 +1,4 @@
-"""The options of a policy loss, checked, and what it makes of log-probabilities that exist: the loss, what to log.
+"""The options of a policy loss, checked, and the loss and its metrics as functions of log-probabilities.
 
 Tokens have any leading shape [...].
 """
@@ -73,7 +73,7 @@ def checked_numbers(
     kl_coefficient: Any,
     entropy_coefficient: Any,
 ) -> Numbers:
-    """The numbers of options that go together; raise where they do not."""
+    """Returns the options that are numbers. Raises unless the options are in range and go together."""
     checks.policy.one_of("kind", kind, KINDS)
     checks.policy.one_of("kl", kl, KLS)
     checks.policy.one_of("importance", importance, ("token", "sequence"))
@@ -111,7 +111,7 @@ class Policy(NamedTuple):
         entropy_weights: Tensor | None,
         **options: Any,
     ) -> Policy:
-        """Checked: which terms there are, what each token has, and the numbers."""
+        """Makes it from arguments, which are checked here: the loss's terms, the values of tokens, and the numbers."""
         numbers = checked_numbers(**options)
         advantages = checks.policy.expanded("advantages", advantages, shape, device)
         checks.policy.of_tokens("old_logprob", old_logprob, shape, device, floating=True)
@@ -141,20 +141,20 @@ class Policy(NamedTuple):
         return Policy(terms, rows, numbers, options["importance"])
 
     def without_weights(self) -> tuple[Policy, Tensor | None]:
-        """The same policy for tokens that weigh 1, and their weights, which are the entropy's too."""
+        """Returns the same policy for tokens that weigh 1, and their weights, which are the entropy's too."""
         rows = self.rows._replace(weight=None, entropy_weight=None)
         return self._replace(terms=self.terms._replace(weighted=False), rows=rows), self.rows.weight
 
     def loss(self, logprob: Tensor, entropy: Tensor | None, counts: Tensor, segment_ids: Tensor | None) -> PolicyLoss:
-        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
+        """Computes the loss over the tokens that count. The values of other tokens are not used."""
         rows = self.rows.map(lambda v: torch.where(counts, v, 0.0))
         logprob = torch.where(counts, logprob, 0.0)
         entropy = None if entropy is None else torch.where(counts, entropy, 0.0)
         detached, old = logprob.detach(), rows.old_logprob
-        if self.importance == "sequence":  # each token has its sequence's mean ratio to these
+        if self.importance == "sequence":  # each token has the mean ratio of its sequence
             log_ratio = detached - old.detach()
             free = self.free(log_ratio, rows.advantages)
-            if free is not None:  # the others are at their bound, without a gradient
+            if free is not None:  # all other log-ratios are at their bound, without a gradient
                 log_ratio = torch.where(free, log_ratio, self.bound(rows.advantages))
             old = detached if free is None else torch.where(free, detached, logprob)
             old = old - means_of_sequences(log_ratio, counts, segment_ids)
@@ -168,19 +168,19 @@ class Policy(NamedTuple):
         return PolicyLoss(loss, self._replace(rows=rows).metrics(detached, old, counts, entropy), detached)
 
     def bound(self, advantages: Tensor) -> Tensor:
-        """The bound of each token's log-ratio for "gmpo": from above, or from below if the advantage is negative."""
+        """Returns each token's bound of the log-ratio in "gmpo": the upper one, or the lower one if A < 0."""
         by, ones = self.numbers, torch.ones_like(advantages)  # products: keywords.py, `scales`
         return torch.where(advantages < 0, -(ones * by.clip_low), ones * by.clip_high)
 
     def free(self, log_ratio: Tensor, advantages: Tensor) -> Tensor | None:
-        """Which log-ratios are within it; None but for "gmpo"."""
+        """Returns True for log-ratios within the bound of "gmpo"; None for other kinds."""
         if self.terms.kind != "gmpo":
             return None
         bound = self.bound(advantages)
         return torch.where(advantages < 0, log_ratio >= bound, log_ratio <= bound)
 
     def metrics(self, logprob: Tensor, compared: Tensor, counts: Tensor, entropy: Tensor | None) -> PolicyMetrics:
-        """Metrics of the ratio to `compared`, which the loss takes. The KL is of the tokens' own log-ratios."""
+        """Returns metrics of the ratio to `compared`, as in the loss. The KL is of the tokens' own log-ratios."""
         terms, numbers = self.terms, self.numbers
         rows, compared = self.rows.map(Tensor.detach), compared.detach()
         number = counts.sum().clamp(min=1)

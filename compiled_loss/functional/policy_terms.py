@@ -15,7 +15,7 @@ KLS = ("k1", "k2", "k3", "k1_straight_through", "k3_straight_through")
 
 
 class Terms(NamedTuple):
-    """Which terms a loss has: what a kernel knows, while the numbers are its operands."""
+    """The terms that a loss has. A kernel has them as constants, and the numbers as operands."""
 
     kind: str
     dual: bool
@@ -26,7 +26,7 @@ class Terms(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The options that are numbers; those that a loss's terms lack are not looked at."""
+    """The options that are numbers. A number is not used unless the loss has its term."""
 
     clip_low: Any
     clip_high: Any
@@ -38,7 +38,7 @@ class Numbers(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a token has beside its statistics; None where no term needs it."""
+    """The values of a token besides its statistics; None where no term needs them."""
 
     old_logprob: Tensor
     advantages: Tensor
@@ -48,18 +48,18 @@ class Rows(NamedTuple):
     entropy_weight: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """Each changed; what is None stays None."""
+        """Returns a copy with `change` applied to each value; None stays None."""
         old_logprob, advantages, *rest = self
         return Rows(change(old_logprob), change(advantages), *[None if v is None else change(v) for v in rest])
 
 
 def inputs_of(rows: Rows, numbers: Numbers) -> tuple[Any, ...]:
-    """The inputs of `token_loss`."""
+    """Returns the inputs of `token_loss`."""
     return (*[v for v in rows if v is not None], *numbers)
 
 
 def kl_of(kl: str, logprob: Tensor, reference_logprob: Tensor) -> Tensor:
-    """An estimate of KL(policy || reference) from the token that was sampled."""
+    """Returns an estimate of KL(policy || reference) from the token that was sampled."""
     log_ratio = reference_logprob - logprob
     k2 = log_ratio.square() / 2
     if kl == "k2":
@@ -69,21 +69,21 @@ def kl_of(kl: str, logprob: Tensor, reference_logprob: Tensor) -> Tensor:
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """At most 80: the exponential is finite in fp32, or its product with 0 were NaN."""
+    """Returns the log-ratio, at most 80: its exponential is then finite in fp32, and times 0 it is not NaN."""
     return log_ratio.clamp(max=80.0)
 
 
 def token_loss(terms: Terms) -> Callable[..., Tensor]:
-    """The loss of these terms."""
+    """Returns the loss function of these terms."""
     return _TOKEN_LOSSES[tuple(terms)]
 
 
 def _surrogate(terms: Terms, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, by: Numbers) -> Tensor:
-    """The policy term of each token."""
+    """Returns the policy term of each token."""
     if terms.kind == "reinforce":
         return -logprob * advantages
     ratio = bounded(logprob - old_logprob).exp()
-    if terms.kind == "gmpo":  # of sequences, whose mean has been clipped
+    if terms.kind == "gmpo":  # the ratio is a sequence's, whose log-ratios are clipped already
         return -ratio * advantages
     if terms.kind == "cispo":
         return -torch.minimum(ratio, by.clip_high).detach() * advantages * logprob

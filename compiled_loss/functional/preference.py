@@ -1,7 +1,7 @@
 """Losses of pairs of answers, as functions of log-probabilities and fused with the linear head that gives them.
 
-P pairs are 2 P sequences: the rows of [2 P, S], or what `segment_ids` says of packed tokens [...]. The chosen answers
-come first, and the rejected one of pair i is sequence P + i. H width, V vocabulary.
+P pairs are 2 P sequences: the rows of [2 P, S], or the segments that `segment_ids` gives to packed tokens [...]. The
+chosen answers come first, and the rejected one of pair i is sequence P + i. H width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def preference_loss(
     num_chosen_tokens: int | Tensor | None = None,
     pair_weights: Tensor | None = None,  # [P]
 ) -> PreferenceLoss:
-    r"""Compute a loss of pairs of answers from the log-probabilities of their tokens.
+    r"""Computes a loss of pairs of answers from the log-probabilities of their tokens.
 
     An answer's log-ratio is the sum over its tokens of logprob - reference_logprob, or of logprob where there is no
     reference; c and r are the scores of the chosen and of the rejected answer, their log-ratios unless `f_divergence`
@@ -188,7 +188,7 @@ def linear_preference_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> PreferenceLoss:
-    r"""Compute :func:`preference_loss` of a linear head, without ever holding the logits.
+    r"""Computes :func:`preference_loss` of a linear head, without ever holding the logits.
 
     The log-probabilities of an answer's tokens are needed before its gradient is: the vocab strategy, four GEMMs, and
     one more for a reference that is given by its hidden states.

@@ -1,4 +1,4 @@
-"""The options of a preference loss, checked, and what it makes of log-probabilities that exist: the loss, what to log.
+"""The options of a preference loss, checked, and the loss and its metrics as functions of log-probabilities.
 
 Tokens have any shape [...]; P pairs are 2 P sequences, the chosen answers and then the rejected.
 """
@@ -71,7 +71,7 @@ def checked_numbers(
     alpha: Any,
     sft_coefficient: Any,
 ) -> Numbers:
-    """The numbers of options that go together; raise where they do not."""
+    """Returns the options that are numbers. Raises unless the options are in range and go together."""
     checks.policy.one_of("kind", kind, KINDS)
     checks.preference.normalised_length(length_normalised, kind)
     checks.preference.divergence(f_divergence, DIVERGENCES, kind, SCORED)
@@ -88,7 +88,7 @@ def checked_numbers(
 
 
 class Preference(NamedTuple):
-    """The options of a preference loss, and what its pairs have beside their tokens."""
+    """The options of a preference loss, and the values of pairs besides their tokens."""
 
     kind: str
     f_divergence: str
@@ -111,7 +111,7 @@ class Preference(NamedTuple):
         num_chosen_tokens: Any,
         **numbers: Any,
     ) -> Preference:
-        """Checked."""
+        """Makes it from arguments, which are checked here."""
         found = checked_numbers(kind=kind, f_divergence=f_divergence, length_normalised=length_normalised, **numbers)
         checks.preference.of_each("pair_margins", pair_margins, pairs, "pair", device)
         checks.preference.of_each("pair_weights", pair_weights, pairs, "pair", device)
@@ -123,7 +123,7 @@ class Preference(NamedTuple):
     def loss(
         self, logprob: Tensor, reference_logprob: Tensor | None, counts: Tensor, sequences: Sequences
     ) -> PreferenceLoss:
-        """Compute the loss over the tokens that count. What other tokens have is not looked at."""
+        """Computes the loss over the tokens that count. The values of other tokens are not used."""
         logprob = torch.where(counts, logprob, 0.0)
         one = torch.ones((), dtype=logprob.dtype, device=logprob.device)
         numbers, pairs = Numbers(*[one * v for v in self.numbers]), sequences.number // 2
@@ -157,7 +157,7 @@ class Preference(NamedTuple):
 
 
 def sums_of(logprob: Tensor | None, like: Tensor, counts: Tensor, sequences: Sequences) -> Tensor | None:
-    """A reference's log-probability of each sequence, of its tokens' or of its own; without gradient."""
+    """Returns a reference's log-probability of each sequence, from that of tokens or of sequences; without gradient."""
     if logprob is None:
         return None
     logprob = logprob.detach().to(like.dtype)
@@ -168,7 +168,7 @@ def sums_of(logprob: Tensor | None, like: Tensor, counts: Tensor, sequences: Seq
 
 
 def total(losses: Tensor, there: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum of the losses that are there times their weights, or their mean."""
+    """Returns the sum of the losses that are there times their weights; without weights, their mean."""
     if weights is None:
         return torch.where(there, losses, 0.0).sum() / there.sum().clamp(min=1)
     weights = torch.where(there, weights.to(losses.dtype), 0.0)
@@ -176,5 +176,5 @@ def total(losses: Tensor, there: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def mean(values: Tensor, there: Tensor) -> Tensor:
-    """The mean of the values that are there, detached; 0 of none."""
+    """Returns the mean of the values that are there, detached; 0 if there is none."""
     return torch.where(there, values.detach(), 0.0).sum() / there.sum().clamp(min=1)

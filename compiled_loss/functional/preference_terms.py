@@ -1,6 +1,6 @@
 """The terms of preference losses: scores of answers, and losses of a pair's two scores. P pairs; all is [P].
 
-A score is what a loss compares: the answer's log-ratio to the reference, or a divergence's function of it.
+A loss compares scores. A score is the answer's log-ratio to the reference, or a divergence's function of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGEST_EXPONENT = 80.0  # exp is finite in fp32
 
 
 class Numbers(NamedTuple):
-    """The options that are numbers; those that a kind lacks are not looked at."""
+    """The options that are numbers. A number is not used by a kind that does not have it."""
 
     beta: Any
     label_smoothing: Any
@@ -33,7 +33,7 @@ class Numbers(NamedTuple):
 
 
 def scores(divergence: str, log_ratios: Tensor, alpha: Any) -> Tensor:
-    """f'(exp(log_ratios)) of the divergence's f, without a constant that cancels between two answers."""
+    """Returns f'(exp(log_ratios)) of the divergence's f, without a constant that cancels between two answers."""
     if divergence == "reverse_kl":
         return log_ratios
     if divergence == "js":
@@ -46,7 +46,7 @@ def scores(divergence: str, log_ratios: Tensor, alpha: Any) -> Tensor:
 
 
 def pair_losses(kind: str, chosen: Tensor, rejected: Tensor, margins: Tensor, by: Numbers) -> Tensor:
-    """The loss of each pair, of its two scores."""
+    """Returns the loss of each pair, given its two scores."""
     logits = by.beta * (chosen - rejected) - margins
     return _LOSSES[kind](_Pairs(chosen, rejected, logits, by.beta, by.label_smoothing))
 
@@ -107,10 +107,10 @@ def _orpo(p: _Pairs) -> Tensor:
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p <= 0."""
+    """Returns log(p / (1 - p)), given log p <= 0."""
     logprob = logprob.clamp(max=-torch.finfo(logprob.dtype).tiny)  # an answer of no tokens has 0
     near_one = logprob > -math.log(2)
-    # Each branch is given what it can take, or the gradient of the other would be NaN.
+    # Each branch gets arguments that it can take: otherwise the gradient of the branch not taken would be NaN.
     above = (-torch.where(near_one, logprob, -1.0).expm1()).log()
     below = (-torch.where(near_one, -1.0, logprob).exp()).log1p()
     return logprob - torch.where(near_one, above, below)

@@ -47,7 +47,7 @@ def bradley_terry_loss(
     center_coefficient: float = 0.0,
     pair_weights: Tensor | None = None,  # [P]
 ) -> RewardLoss:
-    r"""Compute the negative log-likelihood of preferences under the Bradley-Terry model.
+    r"""Computes the negative log-likelihood of preferences under the Bradley-Terry model.
 
     A pair's loss is -log sigmoid(c - r - margin) + center_coefficient (c + r)^2, of the rewards c and r of its chosen
     and of its rejected answer. The second term keeps rewards near 0, which the first leaves open.

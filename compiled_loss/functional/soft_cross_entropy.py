@@ -30,7 +30,7 @@ def masked_soft_cross_entropy(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Compute the soft-target cross-entropy over the positions of a mask, by default its mean.
+    r"""Computes the soft-target cross-entropy over the positions of a mask, by default its mean.
 
     With z = softcap tanh(logit_scale logits / softcap) / temperature, or z = logit_scale logits / temperature without a
     softcap, log q = z - logsumexp(z), and w the position's weight, position_mask * token_weights, each position's loss
@@ -117,7 +117,7 @@ def linear_soft_cross_entropy(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""Compute `masked_soft_cross_entropy` of a draft head, without ever holding its logits or its teacher's.
+    r"""Computes `masked_soft_cross_entropy` of a draft head, without ever holding its logits or its teacher's.
 
     The draft's logits are `hidden @ weight.T + bias`. The teacher's z is made of its own bias, scale and softcap, and
     of the same temperature; its softmax is the target.

@@ -1,6 +1,6 @@
-"""What logits say of given tokens: log-probability, log-sum-exp, entropy, and whether they would have been right.
+"""Statistics of given tokens under logits: log-probability, log-sum-exp, entropy, correctness, and more.
 
-N tokens (any leading shape), H width, V vocabulary, C columns a chunk. All in nats.
+N tokens (any leading shape), H width, V vocabulary, C columns per chunk. All in nats.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from compiled_loss.engine.math.statistics import NAMES, RowStatistics, TokenStat
 from compiled_loss.engine.math.statistics import wanted as wanted_of_rows
 from compiled_loss.planner.chunking import Chunking
 
-WANTED = ("logprob", "logsumexp", "entropy", "correct")  # unless said
+WANTED = ("logprob", "logsumexp", "entropy", "correct")  # by default
 
 
 def of_tokens(rows: RowStatistics, tokens: reduction.Tokens, wanted: Collection[str] = NAMES) -> TokenStatistics:
-    """Rows' statistics as a user sees them: NaN and False where the label is no class, None where nobody wants them."""
+    """Returns rows' statistics as a user sees them.
+
+    Where the label is no class they are NaN and False. Statistics that are not wanted are None.
+    """
     classes, labels = tokens.classes, tokens.labels
     nan_if_invalid = classes.nan_if_invalid(labels, rows.nll.dtype)
     rows = rows.map(lambda v: v * nan_if_invalid if v.is_floating_point() else v)
@@ -54,7 +57,7 @@ def token_statistics(
     vocab_shard: VocabShard | None = None,
     compile: bool | Literal["auto"] = "auto",
 ) -> TokenStatistics:
-    r"""Compute statistics of each token under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
+    r"""Computes statistics of tokens under softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature.
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
@@ -135,7 +138,7 @@ def linear_token_statistics(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> TokenStatistics:
-    r"""Compute statistics of each token under softmax(z), without holding the logits.
+    r"""Computes statistics of each token under softmax(z), without holding the logits.
 
     z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature.
 
@@ -216,7 +219,7 @@ def linear_token_statistics(
     found = of_tokens(rows, call.tokens, wanted)
     if ids is None and top is None:
         return found
-    return TokenStatistics(  # not _replace, of which Dynamo 2.11 returns nothing
+    return TokenStatistics(  # not _replace: Dynamo 2.11 returns nothing from it
         found.logprob,
         found.logsumexp,
         found.entropy,

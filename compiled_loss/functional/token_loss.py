@@ -34,7 +34,7 @@ def linear_token_loss(
     vocab_shard: VocabShard | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""Reduce `token_loss(statistics, *inputs)` over tokens, without ever holding the logits.
+    r"""Reduces `token_loss(statistics, *inputs)` over tokens, without ever holding the logits.
 
     The statistics are those of z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature. The
     gradient of the loss is formed while a chunk's logits are there, by the derivative of `token_loss`.
@@ -124,7 +124,7 @@ def linear_logits_loss(
     num_label_tokens: int | Tensor | None = None,
     chunking: Chunking = Chunking(),
 ) -> Tensor:
-    r"""Reduce `logits_loss(logits, *inputs)` over tokens, with one chunk of logits [C, V] at a time.
+    r"""Reduces `logits_loss(logits, *inputs)` over tokens, with one chunk of logits [C, V] at a time.
 
     For what :func:`linear_token_loss` cannot say: anything that a row of logits gives. The token strategy alone, three
     GEMMs; whether a chunk needs more than one kernel, and more than one [C, V], is up to the function.

@@ -1,6 +1,7 @@
-"""Token weights: how trainers normalise a loss over tokens and sequences, as tensors that nothing waits for.
+"""Token weights: the normalisations of losses over tokens and sequences that trainers use, without synchronisation.
 
-Tokens have any leading shape [...]; sequences are the rows of [B, S], or what `segment_ids` says of packed tokens.
+Tokens have any leading shape [...]; sequences are the rows of [B, S], or the segments that `segment_ids` gives to
+packed tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def make_token_weights(
     num_sequences: int | Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
-    r"""Make token weights with which a sum over tokens is the normalised loss.
+    r"""Makes token weights with which a sum over tokens is the normalised loss.
 
     ================  ==============================  ===============================================
     normalisation     weight of a token that counts   who does so
@@ -81,13 +82,13 @@ def make_token_weights(
 
 
 def means_of_sequences(values: Tensor, mask: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """At each token the mean over its sequence's tokens that count; values are 0 elsewhere."""
+    """Returns at each token the mean over its sequence's tokens that count; all other values have to be 0."""
     lengths = _sums_of_sequences(mask.to(values.dtype), segment_ids)
     return _sums_of_sequences(values, segment_ids) * _reciprocal(lengths, values)
 
 
 def _sums_of_sequences(values: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """At each token the sum over its sequence."""
+    """Returns at each token the sum over its sequence."""
     if segment_ids is None:
         return values.sum(-1, keepdim=True).expand_as(values)
     sequences = Sequences(values.numel(), segment_ids)
@@ -95,7 +96,7 @@ def _sums_of_sequences(values: Tensor, segment_ids: Tensor | None) -> Tensor:
 
 
 def _reciprocal(value: int | Tensor, like: Tensor) -> Tensor:
-    """1 / value, 0 where it is 0."""
+    """Returns 1 / value, and 0 where the value is 0."""
     number = (
         torch.ones((), dtype=like.dtype, device=like.device) * value
     )  # keywords.py, `scales`, says why no as_tensor

@@ -1,4 +1,4 @@
-"""Whom a loss was called by. Models and the Trainer pass nothing of themselves, and what they want differs."""
+"""The caller of a loss. Models and the Trainer do not pass themselves, and what they want differs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def caller(method: str, attribute: str) -> Any:
-    """The nearest object in whose method of this name we are, if it has this attribute; else None. For eager code."""
+    """Returns the nearest caller's object with a method of this name and this attribute, or None. For eager code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == method:

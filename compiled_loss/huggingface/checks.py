@@ -1,4 +1,4 @@
-"""The errors of models of `transformers`; see `compiled_loss.checks.arguments`."""
+"""Checks of models of `transformers`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _INSTEAD = "use set_loss_function(model), which leaves them to the model"
 
 
 def vocab_size(value: int, logits: Tensor) -> None:
-    """Raise unless the logits are those of a vocabulary of this size."""
+    """Raises unless the logits are those of a vocabulary of this size."""
     if value != logits.shape[-1]:
         raise ValueError(f"vocab_size: expected V = {logits.shape[-1]}, the logits' last dimension, got {value}")
 
 
 def number(name: str, value: Any) -> float:
-    """A number of a model that changes its logits or its loss; raise where it is none."""
+    """Returns a number of a model that changes its logits or its loss. Raises where it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TypeError(f"model: expected a number as {name}, got {value!r}: {_INSTEAD}")
     return float(value)
 
 
 def unreadable(kind: type) -> NoReturn:
-    """Raise: what a class does cannot be known."""
+    """Raises an error: the source of a class cannot be read."""
     raise TypeError(
         f"model: expected a class whose source can be read, for its forward says what becomes of logits and loss, "
         f"got {kind.__name__}: put it in a file"
@@ -35,7 +35,7 @@ def unreadable(kind: type) -> NoReturn:
 
 
 def unknown_loss_function(model: object, name: str) -> NoReturn:
-    """Raise: the loss that takes the logits is another one."""
+    """Raises an error: the loss that takes the logits is not a known one."""
     raise ValueError(
         f"model: expected one whose loss_function is its class's ForCausalLMLoss or ForMaskedLMLoss, or ours, "
         f"got {type(model).__name__}, whose is {name}"
@@ -43,7 +43,7 @@ def unknown_loss_function(model: object, name: str) -> NoReturn:
 
 
 def same_shift(model: object, by: int, known: Mapping[str, int]) -> None:
-    """Raise where another loss was set on the model than its class's or one of ours that means the same."""
+    """Raises where the model has a loss that is neither its class's nor one of ours with the same meaning."""
     function = getattr(model, "__dict__", {}).get("_loss_function")
     if function is not None:
         name = getattr(function, "__name__", type(function).__name__)
@@ -52,7 +52,7 @@ def same_shift(model: object, by: int, known: Mapping[str, int]) -> None:
 
 
 def shifts(by: int) -> None:
-    """Raise where the model that calls has labels that are aligned to its logits."""
+    """Raises where the labels of the calling model are aligned to its logits."""
     if by != 1:
         raise ValueError(
             "labels: expected a model whose labels are shifted by its loss_function, got one whose labels are aligned "
@@ -61,7 +61,7 @@ def shifts(by: int) -> None:
 
 
 def takes_loss_function(model: object) -> None:
-    """Raise where there is nothing to set."""
+    """Raises where the model has no loss_function to set."""
     if not hasattr(type(model), "loss_function"):
         raise TypeError(
             f"model: expected one of transformers, with a loss_function, or a wrapper of one, "
@@ -70,7 +70,7 @@ def takes_loss_function(model: object) -> None:
 
 
 def calls_loss_function(model: object, calls: bool, others: tuple[str, ...]) -> None:
-    """Raise where a model's own loss is computed without its loss_function."""
+    """Raises where a model's own loss is computed without its loss_function."""
     if not calls:
         raise ValueError(
             f"model: expected one whose forward calls self.loss_function, got {type(model).__name__}, "
@@ -79,7 +79,7 @@ def calls_loss_function(model: object, calls: bool, others: tuple[str, ...]) -> 
 
 
 def whole_loss(model: object, elsewhere: bool, others: tuple[str, ...]) -> None:
-    """Raise where a loss may come from another model than the one whose loss_function is set."""
+    """Raises where a loss may come from a different model than the one whose loss_function is set."""
     if elsewhere:
         raise ValueError(
             f"model: expected one whose own loss_function gives its loss, got {type(model).__name__}, {_own(others)}: "
@@ -88,7 +88,7 @@ def whole_loss(model: object, elsewhere: bool, others: tuple[str, ...]) -> None:
 
 
 def known_loss(model: object, others: tuple[str, ...]) -> None:
-    """Raise where a model's own loss has parts that are not computed from hidden states and head."""
+    """Raises where a model's own loss has parts that are not computed from hidden states and head."""
     if others:
         raise ValueError(
             f"model: expected one whose loss is its loss_function's of logits and labels, "
@@ -101,7 +101,7 @@ def _own(others: tuple[str, ...]) -> str:
 
 
 def causal(model: object) -> None:
-    """Raise where a model makes its decoder's inputs of its labels."""
+    """Raises where a model makes its decoder's inputs from its labels."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a causal model, got {type(model).__name__}, an encoder and a decoder, whose inputs are "
@@ -110,7 +110,7 @@ def causal(model: object) -> None:
 
 
 def last_hidden_state(outputs: object) -> Tensor:
-    """The last of a model's hidden states; raise where it did not return any."""
+    """Returns the last of a model's hidden states. Raises where it did not return any."""
     states = getattr(outputs, "hidden_states", None)
     if states is None:
         raise ValueError(
@@ -122,7 +122,7 @@ def last_hidden_state(outputs: object) -> Tensor:
 
 
 def width(hidden: Tensor, weight: Tensor) -> None:
-    """Raise unless the hidden states are what the head multiplies."""
+    """Raises unless the head can multiply the hidden states."""
     if hidden.dim() != 3 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"outputs: expected as last of hidden_states [B, S, {weight.shape[1]}], which the head multiplies, got "
@@ -131,7 +131,7 @@ def width(hidden: Tensor, weight: Tensor) -> None:
 
 
 def whole(weight: Tensor) -> None:
-    """Raise where the head's rows are not here, or not all of them."""
+    """Raises where not all of the head's rows are here."""
     if weight.is_meta:
         raise ValueError(
             "model: expected the head on a device, got a weight on meta: it is offloaded; keep the head on its device, "
@@ -147,7 +147,7 @@ def whole(weight: Tensor) -> None:
 
 
 def same_shape(own: tuple[int, ...], logits: Tensor) -> None:
-    """Raise unless logits are [B, K, V], of the last K positions."""
+    """Raises unless logits are [B, K, V], of the last K positions."""
     batch, length, vocab = own
     if logits.dim() != 3 or logits.shape[::2] != (batch, vocab) or not 0 < logits.shape[1] <= length:
         raise ValueError(
@@ -157,7 +157,7 @@ def same_shape(own: tuple[int, ...], logits: Tensor) -> None:
 
 
 def other_logits(softcap: float | None, temperature: float, off: float) -> NoReturn:
-    """Raise: a model's logits are not its head's."""
+    """Raises an error: a model's logits are not its head's."""
     raise ValueError(
         "model: expected as logits its head's of the last hidden state, "
         f"with softcap {softcap} and temperature {temperature} from its config, got others, by up to {off:.3g}: "
@@ -166,7 +166,7 @@ def other_logits(softcap: float | None, temperature: float, off: float) -> NoRet
 
 
 def smoothing(trainers: float, own: float) -> None:
-    """Raise where the Trainer smooths labels otherwise."""
+    """Raises where the Trainer smooths labels by a different number."""
     if trainers != own:
         raise ValueError(
             f"label_smoothing: expected {trainers}, the Trainer's label_smoothing_factor, which it does not apply "
@@ -175,7 +175,7 @@ def smoothing(trainers: float, own: float) -> None:
 
 
 def has_head(model: Any) -> nn.Module:
-    """The model's head; raise where it has none."""
+    """Returns the model's head. Raises where it has none."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise TypeError(

@@ -1,10 +1,11 @@
-"""Whether a model's logits are those of its head, as closely as its dtypes can tell.
+"""The comparison of a model's logits with those of its head, as closely as its dtypes allow.
 
 NOTE [How far logits may be apart]
-With u the unit roundoff of the GEMM's dtype, 2 u = eps, the rounding of inputs and of partial sums is an error of
-independent parts, u |h_i w_i| each: their root of squares s = |h o w| bounds it, twice eps s with all but certainty
-over a million of logits. Sums in fp32 add at most 2 eps32 sqrt(H) s. Both sides round their result, eps |z| together; a
-softcap rounds four times more, a scale once. A scale of 1.02 or a softcap of 50 shows in the largest logits of bf16.
+Let u be the unit roundoff of the GEMM's dtype, with 2 u = eps. The rounding of inputs and of partial sums is an error
+of independent parts, u |h_i w_i| each. Its scale is their root of squares, s = |h o w|. Twice eps s bounds it with near
+certainty over a million logits. Sums in fp32 add at most 2 eps32 sqrt(H) s. Both sides round their result, eps |z|
+together. A softcap adds four roundings, and a scale one. Even a scale of 1.02 or a softcap of 50 shows in the largest
+logits of bf16.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LOW = (torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def compare(logits: Tensor, hidden: Tensor, head: OutputHead, transform: Transform) -> None:
-    """Raise where the model's logits, of its last K positions, are not those that the loss is computed of."""
+    """Raises where the model's logits, of its last K positions, are not those from which the loss is computed."""
     checks.same_shape((*hidden.shape[:2], head.weight.shape[0]), logits)
     theirs, hidden = logits.to(hidden.device).flatten(0, 1), hidden[:, -logits.shape[1] :].flatten(0, 1)
     rows = torch.linspace(0, len(theirs) - 1, min(_ROWS, len(theirs)), device=theirs.device).long()
@@ -38,7 +39,8 @@ def compare(logits: Tensor, hidden: Tensor, head: OutputHead, transform: Transfo
     with without_autocast(hidden.device):
         seen = _Seen.of(theirs, hidden, head, transform, dtype)
         if not seen.agree and dtype not in _LOW:
-            # Under autocast a product that the model makes fp32 before it caps it: then most are alike to the last bit.
+            # Under autocast the model may convert the product to fp32 before its softcap. Then most logits are equal to
+            # the last bit.
             others = (_Seen.of(theirs, hidden, head, transform, low) for low in _LOW)
             seen = next((other for other in others if other.agree and other.alike > 0.5), seen)
     if not seen.agree:
@@ -47,7 +49,7 @@ def compare(logits: Tensor, hidden: Tensor, head: OutputHead, transform: Transfo
 
 class _Seen(NamedTuple):
     agree: bool
-    alike: float  # how many are equal but for fp32 rounding
+    alike: float  # the fraction that is equal except for fp32 rounding
     off: float  # the largest difference
 
     @staticmethod
@@ -63,7 +65,7 @@ class _Seen(NamedTuple):
 def _differences(
     theirs: Tensor, hidden: Tensor, head: OutputHead, transform: Transform, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield, for some classes at a time, how far the logits are apart, how far they may be, and how large they are."""
+    """Yields, for some classes at a time, the differences of the logits, their bounds, and the sizes of the logits."""
     exact = torch.promote_types(dtype, torch.float32)
     eps, sums = _eps(dtype), 2 * torch.finfo(exact).eps * math.sqrt(hidden.shape[-1])
     roundings = 1 + 2 * (transform.softcap is not None) + (transform.temperature != 1)
@@ -80,12 +82,12 @@ def _differences(
         own = own / transform.temperature
         difference = (own - theirs[:, classes].to(exact)).abs()
         bound = (2 * eps + sums) * spread + roundings * eps * own.abs() + torch.finfo(dtype).tiny
-        tells = product.isfinite()  # as those of a model that diverged do not
+        tells = product.isfinite()  # products of a model that diverged tell nothing
         yield torch.where(tells, difference, 0), torch.where(tells, bound, 0), own.abs()
 
 
 def _dtype(logits: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that the product was rounded to: the coarsest that holds the logits, or the weight's."""
+    """Returns the dtype that the product was rounded to: the coarsest that holds the logits, or the weight's."""
     for low in _LOW:
         if (logits.to(low).to(logits.dtype) == logits).all():
             return low
@@ -93,11 +95,11 @@ def _dtype(logits: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _eps(dtype: torch.dtype) -> float:
-    """The rounding of a GEMM of this dtype: fp32 may be TF32."""
+    """Returns the rounding of a GEMM of this dtype; fp32 may be TF32."""
     own = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return own
     try:
         return {"highest": own, "high": 2**-10, "medium": 2**-7}[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # set for each backend apart
+    except RuntimeError:  # it is set for each backend separately
         return 2**-10

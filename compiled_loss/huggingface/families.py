@@ -1,11 +1,11 @@
-"""What models do to their logits, and which loss is their own: read from their class's forward.
+"""Models' transforms of their logits, and their own losses, read from the forward of their class.
 
 NOTE [What a forward says]
-The families of `transformers` differ in little, and say it in names. A softcap or a factor is one of the attributes
-below. A class whose config has one need not use it (AyaVision around Cohere), and may multiply by what others divide
-by (HyperCLOVA X and Granite): the forward decides, and the model gives the value. All that a loss is made of stands in
-statements whose target is named a loss; one of a form that `_term` does not know is a loss that we do not compute.
-What a forward does under other names shows in the comparison of logits.
+The families of `transformers` differ in few things, and use the same names for them. A softcap or a factor is one of
+the attributes below. A class whose config has such an attribute need not use it (AyaVision around Cohere), and may
+multiply by what others divide by (HyperCLOVA X and Granite). So the forward decides, and the model gives the value. All
+parts of a loss are in statements whose target is named a loss. A part of a form that `_own_loss` does not know is a
+loss that we do not compute. If a forward uses other names, the comparison of logits shows it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compiled_loss.checks.heads import FACTORS, SOFTCAPS
 from compiled_loss.huggingface import checks
 
-SHIFTS = {  # how far the labels of a loss_function are from what predicts them
+SHIFTS = {  # the distance of the labels of a loss_function from the positions that predict them
     "ForCausalLMLoss": 1,
     "causal_lm_loss": 1,
     "ForMaskedLMLoss": 0,  # T5Gemma, Dia
@@ -40,18 +40,18 @@ _WEIGHTED = re.compile(r"self\.([\w.]+) \* (\w+_loss)(\.to\([\w.]+\))?")
 
 
 class Transform(NamedTuple):
-    """softcap tanh(logits / softcap) / temperature."""
+    """The transform softcap tanh(logits / softcap) / temperature."""
 
     softcap: float | None
     temperature: float
 
 
 class OwnLoss(NamedTuple):
-    """What a class's forward returns as its loss.
+    """The loss that a class's forward returns.
 
-    `calls`: that of its loss_function is part of it. `labels`: it takes labels. `weights`: by the variable of a further
-    loss, the attribute that it is multiplied by. `others`: parts that are not known, and the variables they are in.
-    `elsewhere`: one of them is another model's whole loss.
+    `calls`: the result of its loss_function is a part of it. `labels`: it takes labels. `weights`: for the variable of
+    each further loss, the attribute that multiplies it. `others`: parts that are not known, and the variables they are
+    in. `elsewhere`: one of them is another model's whole loss.
     """
 
     calls: bool
@@ -62,7 +62,7 @@ class OwnLoss(NamedTuple):
 
 
 def innermost(model: Any) -> Any:
-    """The model inside of what torch.compile, data parallelism, DeepSpeed and PEFT put around it."""
+    """Returns the model inside of torch.compile, data parallelism, DeepSpeed and PEFT."""
     while not hasattr(type(model), "loss_function"):
         children = getattr(model, "_modules", {})
         wrapped = next((name for name in ("_orig_mod", "_fsdp_wrapped_module", "module") if name in children), None)
@@ -76,15 +76,15 @@ def innermost(model: Any) -> Any:
 
 
 def text_config(model: Any) -> Any:
-    """The config of the part that reads and writes text."""
+    """Returns the config of the part that reads and writes text."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def shift(model: Any) -> int:
-    """How far the labels of the loss_function that the model's class has are from what predicts them."""
+    """Returns the distance of labels from the positions that predict them, in the loss_function of the class."""
     function = getattr(type(model), "loss_function", None)
-    if isinstance(function, property):  # it first looks for one that was set, which this stand-in has not
+    if isinstance(function, property):  # it first looks for a function that was set; this substitute has none
         assert function.fget is not None
         function = function.fget(SimpleNamespace(loss_type=getattr(model, "loss_type", None)))
     if function is None:
@@ -96,10 +96,10 @@ def shift(model: Any) -> int:
 
 
 def transform(model: Any) -> Transform:
-    """What the model's forward does to its head's products."""
+    """Returns the model's transform of its head's products."""
     config = text_config(model)
     softcap, before, factor = None, 1.0, 1.0
-    for function in reversed(_forwards(model.__class__)):  # a base's comes first
+    for function in reversed(_forwards(model.__class__)):  # a base's forward comes first
         seen = set()
         for node in sorted(_expressions(function), key=lambda node: (node.lineno, node.col_offset)):
             name = node.value if isinstance(node, ast.Constant) else _last(node)
@@ -117,25 +117,25 @@ def transform(model: Any) -> Transform:
 
 
 def own_loss(model: Any) -> OwnLoss:
-    """What the model's forward makes its loss of."""
+    """Returns the loss that the model's forward computes."""
     return _own_loss(model.__class__)
 
 
 def unknown_parts(model: Any, own: OwnLoss) -> tuple[str, ...]:
-    """What is in its loss beside that of its loss_function and aux_loss, and not switched off by a weight of 0."""
+    """Returns the parts of its loss besides loss_function and aux_loss that no weight of 0 switches off."""
     weights = {name: operator.attrgetter(path)(model) for name, path in own.weights.items() if name != "aux_loss"}
     parts = [text for name, text in own.others if weights.get(name) != 0]
     return (*parts, *(f"{name} by {own.weights[name]}" for name, weight in weights.items() if weight != 0))
 
 
 def balance(model: Any, own: OwnLoss) -> float:
-    """What aux_loss is multiplied by before it is added; 0 where it is not."""
+    """Returns the factor of aux_loss in the loss; 0 if it is not added."""
     path = own.weights.get("aux_loss")
     return 0.0 if path is None else checks.number(path, operator.attrgetter(path)(model))
 
 
 def last_hidden_state(model: Any, outputs: Any) -> Tensor:
-    """What the head was given, at all positions."""
+    """Returns the hidden states that the head was given, at all positions."""
     last = checks.last_hidden_state(outputs)
     if last.dim() == 4:  # Gemma3n's are [4, B, S, H]
         tail = next((module for module in model.modules() if hasattr(module, "altup_unembed_projections")), None)
@@ -144,7 +144,7 @@ def last_hidden_state(model: Any, outputs: Any) -> Tensor:
 
 
 def _gemma3n_tail(text: Any, states: Tensor) -> Tensor:
-    """The end of Gemma3nTextModel.forward, which comes after the last hidden states that it returns."""
+    """Computes the end of Gemma3nTextModel.forward, which comes after the last hidden states that it returns."""
     first, *rest = states.unbind()
     magnitude = first.square().mean(-1, keepdim=True).sqrt()
     parts = [first]
@@ -157,7 +157,7 @@ def _gemma3n_tail(text: Any, states: Tensor) -> Tensor:
 
 @functools.cache
 def _forwards(kind: type) -> tuple[ast.FunctionDef, ...]:
-    """The forward of a class, and those of its bases that it calls, whose first argument is called self."""
+    """Returns the forward of a class, and those of its bases that it calls; their first argument is renamed to self."""
     found: list[ast.FunctionDef] = []
     for base in kind.__mro__:
         own = vars(base).get("forward")
@@ -187,7 +187,7 @@ def _parsed(kind: type, forward: Any) -> ast.FunctionDef:
 
 
 def _delegates(function: ast.FunctionDef) -> bool:
-    """Whether it calls a forward by its name, as one does with a base's."""
+    """Returns True if the function calls a forward by its name, as one does with a base's."""
     return any(isinstance(node, ast.Call) and _last(node.func) == "forward" for node in ast.walk(function))
 
 
@@ -196,7 +196,7 @@ def _expressions(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 
 def _value(model: Any, attribute: ast.Attribute) -> Any:
-    """The value of self.a.b as it is now, of others what the config says; 1 if there is none."""
+    """Returns the value of self.a.b as it is now; any other is looked up in the config. It is 1 if there is none."""
     path = ast.unparse(attribute)
     if re.fullmatch(r"self(\.\w+)+", path):
         value = operator.attrgetter(path.removeprefix("self."))(model)
@@ -236,7 +236,7 @@ def _own_loss(kind: type) -> OwnLoss:
 
 
 def _parts(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
-    """All that is assigned to, added to, or returned as a loss, and the variable it is in."""
+    """Yields everything that is assigned to, added to, or returned as a loss, with the variable it is in."""
     for node in ast.walk(function):
         found: list[tuple[str, ast.expr]] = []
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign)) and node.value is not None:
@@ -264,7 +264,7 @@ def _summands(value: ast.expr) -> Iterator[ast.expr]:
 
 
 def _plain(call: ast.Call) -> bool:
-    """Whether a loss_function gets the logits and labels of forward, and no labels that are shifted already."""
+    """Returns True if a loss_function gets the logits and labels of forward, and no labels that are shifted already."""
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     given = dict(zip(("logits", "labels"), call.args, strict=False)) | keywords
     logits, labels = (ast.unparse(given[name]) if name in given else "" for name in ("logits", "labels"))
@@ -272,5 +272,5 @@ def _plain(call: ast.Call) -> bool:
 
 
 def _last(node: ast.AST) -> str:
-    """The last name of a.b.c, or none."""
+    """Returns the last name of a.b.c, or an empty text."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""

@@ -1,4 +1,4 @@
-"""Losses of logits that models of `transformers` call as their `loss_function`, and what sets them."""
+"""Losses of logits that models of `transformers` call as their `loss_function`, and a function that sets them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def aligned_lm_loss(
 
 
 def set_loss_function(model: Any) -> None:
-    """Make `causal_lm_loss` the loss of a model of `transformers`, or `aligned_lm_loss` where its labels are aligned.
+    """Makes `causal_lm_loss` the loss of a model of `transformers`, or `aligned_lm_loss` where its labels are aligned.
 
     Assigning `model.loss_function` does the same for most models, and nothing, without a word, for a wrapper of PEFT or
     of data parallelism, and for a model that computes its loss itself. This finds the model inside, and reads its
@@ -139,7 +139,7 @@ def set_loss_function(model: Any) -> None:
 def reduced(
     loss: Any, inputs: Any, labels: Any, count: int | Tensor | None, ignore_index: int, shift: int, **keywords: Any
 ) -> Tensor:
-    """A loss of ours with the labels and the count where the model is, and the reduction of `transformers`."""
+    """Returns a loss of ours with labels and count on the model's device, and with the reduction of `transformers`."""
     arguments.tensor("labels", labels)
     device = inputs[0].device
     return loss(  # type: ignore[no-any-return]

@@ -145,7 +145,7 @@ class LinearCausalLMLoss:
         return output_head(checks.has_head(self._inner))
 
     def _look(self, outputs: Any, hidden: Tensor, head: OutputHead) -> None:
-        """Raise where the Trainer wants something else, or the model's logits are others."""
+        """Raises where the Trainer wants a different loss, or the model's logits are not its head's."""
         trainer = caller("compute_loss", "compute_loss_func")
         if trainer is not None:
             checks.smoothing(trainer.args.label_smoothing_factor, self.label_smoothing)

@@ -1,4 +1,4 @@
-"""The arguments of `compiled-loss inspect`: what it says of itself, and what it takes."""
+"""The arguments of `compiled-loss inspect`, and its help."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ How to read the report: docs/inspection.md in the repository.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Add the subcommand's parser."""
+    """Adds the subcommand's parser."""
     parser = commands.add_parser(
         "inspect",
         help="show what torch.compile makes of a loss, for a GPU that need not be there",
@@ -75,7 +75,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
 
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that describe a call. None is what was not said."""
+    """Adds the arguments that describe a call. None stands for an argument that was not given."""
     parser.add_argument(
         "function",
         metavar="FUNCTION",
@@ -132,7 +132,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
 
 
 def _other(text: str) -> argparse.Namespace:
-    """Read the line of --compare; what is wrong with it ends the program as the parser's own errors do."""
+    """Reads the line of --compare. An error in it ends the program as the parser's own errors do."""
     parser = argparse.ArgumentParser(prog="compiled-loss inspect --compare", add_help=False)
     _add_call(parser)
     try:
@@ -176,7 +176,7 @@ def _targets(text: str) -> list[str]:
 
 
 def _file(suffix: str) -> Callable[[str], Path]:
-    """Check that a file can be written there, which is better known before the compiler's work."""
+    """Returns a type of arguments that checks whether a file can be written, before the compiler's work."""
 
     def parse(text: str) -> Path:
         path = Path(text)
@@ -190,7 +190,7 @@ def _file(suffix: str) -> Callable[[str], Path]:
 
 
 def _folder(text: str) -> Path:
-    """Check that a folder can be made or filled: an empty one, for old files would look like new ones."""
+    """Checks that a folder can be made, or is empty and can be written: old files would look like new ones."""
     path = Path(text)
     parent = next((p for p in path.parents if p.exists()), Path())
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

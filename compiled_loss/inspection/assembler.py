@@ -1,4 +1,4 @@
-"""Machine code for generated kernels, and what it needs: registers, spills, shared memory. No GPU is asked."""
+"""Machine code for generated kernels, and its registers, spills and shared memory. No GPU is asked."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _ASSEMBLY = ("ptx", "cubin", "amdgcn", "hsaco")
 def assemble(
     name: str, source: str, target: Target, *, first_only: bool, keep: Path | None = None
 ) -> tuple[Configuration, ...]:
-    """Every configuration of a Triton kernel that Inductor would try on `target`, in its order, or only the first.
+    """Returns the configurations of a Triton kernel that Inductor would try on `target`, in its order, or the first.
 
-    Of kernels of one name the second's is name#2. `keep` is a folder for the texts and binaries.
+    If several kernels have one name, the second one is name#2. `keep` is a folder for the texts and binaries.
     """
     from torch._inductor import config as inductor
     from torch._inductor.codecache import PyCodeCache
@@ -36,7 +36,7 @@ def assemble(
     kernel.triton_meta = {**kernel.triton_meta, "device": properties}
     found = []
     for i, config in enumerate(list(kernel.configs)[: 1 if first_only else None]):
-        with inductor.patch(use_static_cuda_launcher=False):  # whose kernels forget their machine code
+        with inductor.patch(use_static_cuda_launcher=False):  # kernels of that launcher forget their machine code
             binary = kernel._precompile_config(config).kernel
         options = [f"{k}={v}" for k, v in config.kwargs.items()] + [f"warps={config.num_warps}"]
         if keep is not None:
@@ -61,7 +61,7 @@ def assemble(
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack and local memory a thread, from the resource table of a cubin."""
+    """Returns registers, and bytes of stack and local memory, per thread, from the resource table of a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -74,6 +74,6 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd(text: str) -> tuple[int, int]:
-    """Vector registers and bytes of scratch memory a thread, from the metadata of a code object."""
+    """Returns vector registers, and bytes of scratch memory, per thread, from the metadata of a code object."""
     fields = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
     return int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])

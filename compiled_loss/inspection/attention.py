@@ -1,4 +1,4 @@
-"""Fused attention as launches: what a library's kernel computes, and what it may take that nobody sees."""
+"""Fused attention as launches: the operations of a library's kernel, and memory that it may take unseen."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 def is_attention(name: str) -> bool:
-    """Whether an operator is a kernel of fused attention, forward or backward."""
+    """Returns True if an operator is a kernel of fused attention, forward or backward."""
     return "attention" in name and name.startswith(("_scaled_dot_product", "_flash", "_efficient", "_cudnn"))
 
 
 def is_causal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether half of the scores are known to be masked, and left out."""
+    """Returns True if half of the scores are known to be masked, and left out."""
     names = [argument.name for argument in func._schema.arguments]
     return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("is_causal"))
 
 
 def scratch(name: str, args: Sequence[Any]) -> int:
-    """At most the bytes that a backward takes for itself: dQ in fp32, and dK and dV of each head of the queries.
+    """Returns a bound of the bytes that a backward takes for itself: dQ in fp32, dK and dV of each head of the queries.
 
-    Rows and widths are rounded up, as flash attention's are. Those of cuDNN and of efficient attention are taken to be
-    no more. A forward takes nothing of this size.
+    Rows and widths are rounded up, as in flash attention. The kernels of cuDNN and of efficient attention are assumed
+    to take no more. A forward takes nothing of this size.
     """
     if "backward" not in name:
         return 0
@@ -38,7 +38,7 @@ def scratch(name: str, args: Sequence[Any]) -> int:
 
 
 def notes(device: str, kernels: Iterable[str]) -> tuple[str, ...]:
-    """What is not known of the kernels that were chosen; `kernels` are those of attention."""
+    """Returns the facts that are not known of the kernels that were chosen; `kernels` are those of attention."""
     found, kernels = [], list(kernels)
     unknown = device in ("cuda:sm_90", "cuda:sm_100") and not cudnn_versions()
     if unknown and any(name.startswith("_scaled_dot_product_flash") for name in kernels):
@@ -49,7 +49,7 @@ def notes(device: str, kernels: Iterable[str]) -> tuple[str, ...]:
 
 
 def cudnn_versions() -> list[tuple[int, ...]]:
-    """The versions of cuDNN that packages of a CUDA build of torch bring."""
+    """Returns the versions of cuDNN that packages of a CUDA build of torch bring."""
     found = []
     for name in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
         with contextlib.suppress(metadata.PackageNotFoundError):

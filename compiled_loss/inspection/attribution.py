@@ -1,11 +1,11 @@
-"""Which launches are the loss's: those of nodes that its functions and its head made.
+"""The attribution of launches to the loss: they are those of nodes that its functions and its head made.
 
 NOTE [The loss]
-Every node of a graph, forward and backward, says on whose behalf it is there: the Modules that were called, the
-function that was called in them, and the lines of the program. A name that a user gives, or one of the usual ones, is
-looked for among them; whatever this library's own code made is a loss, too. Inductor knows the nodes of each kernel,
-and a line in the host code before each launch tells the recorder. Memory is the loss's as long as a launch of the loss
-was the last to write there, and from the start if an operator of the loss allocates it.
+Every node of a graph, forward and backward, has a record of its origin: the Modules that were called, the function that
+was called in them, and the lines of the program. The names that a user gives, or the usual ones, are looked for in this
+record. Whatever this library's own code made counts as the loss, too. Inductor knows the nodes of each kernel, and a
+line in the host code before each launch tells the recorder. Memory is the loss's as long as a launch of the loss was
+the last to write there, and from the start if an operator of the loss allocates it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Attribution:
 
     @property
     def found(self) -> tuple[str, ...]:
-        """The names that nodes have. Without a head among them nobody knows where an unnamed loss begins."""
+        """The names that were found on nodes. Without a head among them the start of an unnamed loss is not known."""
         if not self._told and self._found.isdisjoint((*HEADS, _OWN)):
             return ()
         return tuple(sorted(self._found))
 
     def holds(self, node: Any) -> bool:
-        """Whether a node of a graph is the loss's."""
+        """Returns True if a node of a graph belongs to the loss."""
         names = set(_names(node.meta)) & {*self._names, _OWN}
         self._found |= names
         return bool(names)
 
     @contextmanager
     def marking(self) -> Iterator[None]:
-        """Let Inductor write `of_loss(1)` or `of_loss(0)` into the host code, before each launch."""
+        """Makes Inductor write `of_loss(1)` or `of_loss(0)` into the host code, before each launch."""
         from torch._inductor import debug
         from torch._inductor.codegen import cpp, triton
         from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -56,7 +56,8 @@ class Attribution:
             nodes = [kernel] if is_extern else [getattr(one, "node", None) for one in kernel]
             origins = [origin for node in nodes for origin in getattr(node, "origins", ())]
             held = [self.holds(origin) for origin in origins]
-            # A kernel that is fused of both sides has views of the other; a library's has views of its operands.
+            # A kernel that is fused of both sides has views of the other side; a library's kernel has views of its
+            # operands.
             return int(any(held) if is_extern else 2 * sum(held) >= len(held) > 0)
 
         def write(wrapper: Any, name: str, decided: int) -> None:
@@ -70,7 +71,7 @@ class Attribution:
 
 
 def _names(meta: dict[str, Any]) -> Iterator[str]:
-    """By what a node may be called the loss's."""
+    """Yields the names by which a node may belong to the loss."""
     for path, kind in (meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}).values():
         yield from re.findall(r"\w+", path)
         yield kind if isinstance(kind, str) else kind.__name__

@@ -1,6 +1,6 @@
 """The first file of the child process, run by its path: the fake device must be loaded before torch is imported.
 
-Torch looks its CUDA hooks up once and keeps them; importing anything of this package would import torch first.
+Torch looks its CUDA hooks up once and keeps them. An import of anything in this package would import torch first.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> None:
-    """Load the fake device, then serve."""
+    """Loads the fake device, then serves."""
     settings = json.loads(sys.argv[1])
     sys.path[:] = settings["path"]
     shim = ctypes.CDLL(settings["shim"], mode=ctypes.RTLD_GLOBAL) if settings["shim"] else None

@@ -36,7 +36,7 @@ _SPEC = re.compile(r"(\w+)\[\s*((?:\d+\s*(?:,\s*\d+\s*)*,?)?)\s*\]((?::[^:\s]+)*
 class TensorSpec:
     """A tensor without its data. Integers are drawn from `low` to `high`, floats from a normal distribution.
 
-    Of a given tensor the range of integers is kept, but for negative ones, which mark what is to be ignored.
+    The range of integers in a given tensor is kept, except for negative ones, which mark elements to ignore.
 
     `parse` reads "bf16[8192,4096]:grad" and "int64[8192]:0..131071".
     """
@@ -50,7 +50,7 @@ class TensorSpec:
 
     @staticmethod
     def parse(text: str) -> TensorSpec:
-        """From text; raises ValueError that says what was expected."""
+        """Makes it from text. Raises a ValueError that says what was expected."""
         found = _SPEC.fullmatch(text)
         if found is None:
             errors.spec(text, "dtype[size,size] with :grad or :low..high after it")
@@ -74,7 +74,7 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: Tensor) -> TensorSpec:
-        """Describe a tensor. Integers keep their range."""
+        """Describes a tensor. Integers keep their range."""
         low, high = 0, 1
         if (
             not tensor.is_floating_point()
@@ -93,7 +93,7 @@ class TensorSpec:
         )
 
     def make(self, device: torch.device, *, data: bool) -> Tensor:
-        """A tensor as described; with `data` its elements are drawn."""
+        """Returns a tensor as described; with `data` its elements are drawn."""
         if self.stride is None:
             tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
         else:
@@ -117,7 +117,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the parent asks for. `call` is from `call.pack`; `assemble` are targets, all of the child's backend."""
+    """A request of the parent. `call` is from `call.pack`; `assemble` are targets, all of the child's backend."""
 
     call: bytes
     name: str
@@ -133,7 +133,7 @@ class Request:
 
 
 def parse_inputs(text: str) -> tuple[Any, ...]:
-    """Inputs of the command line: specs of tensors and Python literals, separated by spaces."""
+    """Returns the inputs in a text of the command line: specs of tensors and Python literals, separated by spaces."""
     inputs: list[Any] = []
     for word in re.findall(r"\w+\[[^\]]*\]\S*|\S+", text):
         if "[" in word and not word.startswith("["):
@@ -147,7 +147,7 @@ def parse_inputs(text: str) -> tuple[Any, ...]:
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """What `package.module:name` names, or a public function of this library by its name alone."""
+    """Returns the function `package.module:name`, or a public function of this library by its name alone."""
     module, _, attribute = name.rpartition(":")
     module = module or "compiled_loss"
     try:
@@ -168,7 +168,7 @@ def find_function(name: str) -> Callable[..., Any]:
 
 
 class Named:
-    """A function that another process finds: this one cannot import its module."""
+    """A function that another process finds, because this one cannot import its module."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = name.rpartition(":")[2]
@@ -182,7 +182,10 @@ class Named:
 
 
 def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
-    """The call as bytes. Functions that can be imported go by name, others by value; tensors go as specs."""
+    """Returns the call as bytes.
+
+    Functions that can be imported go by name, others by value; tensors go as specs.
+    """
     try:
         import cloudpickle
     except ImportError:
@@ -209,7 +212,7 @@ def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
 
 
 def unpack(call: bytes, device: torch.device, *, data: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The function and its inputs, whose tensors are made on `device`."""
+    """Returns the function and its inputs, whose tensors are made on `device`."""
     token = _where.set((device, data))
     try:
         with placed(device, data=data):

@@ -1,8 +1,9 @@
-"""From words to calls: the functions that `compiled-loss inspect` was asked about, and their inputs.
+"""The calls that `compiled-loss inspect` was asked for: their functions and their inputs.
 
 NOTE [Other]
-`--compare` takes a line of its own, read by the same arguments. What is called, and for which device, is taken from the
-first function where the line does not say it; how (options, chunking, Inductor's options, dynamic) never is.
+`--compare` takes a line of its own, which the same arguments read. Arguments of what is called, and of the device, are
+taken from the first function if the line does not give them. Arguments of how it is called (options, chunking,
+Inductor's options, dynamic) never are.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ CHUNKING = ("strategy", "chunk_size", "memory_budget")
 
 
 def unchunked(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Give the ordinary loss of a linear head, which holds all logits: what ours are compared with."""
+    """Computes the ordinary loss of a linear head, which holds all logits, as a baseline for ours."""
     return F.cross_entropy((hidden @ weight.T).float(), labels, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A call to inspect. `label` tells it from the other one."""
+    """A call to inspect. `label` distinguishes it from the other one."""
 
     label: str
     fn: Callable[..., Any]
@@ -60,7 +61,7 @@ class Case:
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:
-    """Make the call, and the one to compare it with: NOTE [Other]."""
+    """Makes the call, and the one to compare it with: NOTE [Other]."""
     labels = [_label(given, given.function.rpartition(":")[2], [])]
     other = given.compare
     if other is not None:
@@ -78,14 +79,14 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
 
 
 def _label(given: argparse.Namespace, name: str, more: Sequence[str]) -> str:
-    """Name a call as in a report: its function, and what was said of how to call it."""
+    """Returns the name of a call in a report: its function, and the given arguments of how to call it."""
     said = [(key, getattr(given, key)) for key in (*CHUNKING, "dynamic", *more)]
     said += [*(given.option or ()), *(given.inductor or ())]
     return " ".join([name, *(f"{key}={value}" for key, value in said if value is not None)])
 
 
 def _complete(given: argparse.Namespace, above: dict[str, Any]) -> None:
-    """Take what was not said from `above`: NOTE [Other]."""
+    """Takes arguments that were not given from `above`: NOTE [Other]."""
     if given.inputs is None:
         given.inputs = above["inputs"]
     said = [f"--{name}" for name in SHAPE if getattr(given, name) is not None]
@@ -97,7 +98,7 @@ def _complete(given: argparse.Namespace, above: dict[str, Any]) -> None:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    """Find the function, in the current folder as well; what needs a GPU to be imported, another process finds."""
+    """Finds the function, in the current folder as well. If its import needs a GPU, another process finds it."""
     from compiled_loss.inspection.call import Named, find_function
     from compiled_loss.inspection.errors import InspectionError
 
@@ -119,7 +120,7 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _case(label: str, given: argparse.Namespace, fn: Callable[..., Any], first: Callable[..., Any] | None) -> Case:
-    """Make a call. `first` is the function whose inputs a function that is not ours takes, if there is one."""
+    """Makes a call. If `first` is given, it is the function whose inputs a function that is not ours takes."""
     from compiled_loss.inspection.call import Named, TensorSpec, parse_inputs
 
     options = dict(given.option or ())
@@ -175,7 +176,7 @@ def _called(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parameters(fn: Callable[..., Any]) -> dict[str, Parameter]:
-    """{name: parameter}, and nothing for what has no signature, as some of torch's functions."""
+    """Returns {name: parameter}; it is empty for a function without a signature, such as some of torch's."""
     try:
         return dict(signature(_called(fn)).parameters)
     except (TypeError, ValueError):
@@ -183,7 +184,7 @@ def _parameters(fn: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def _made(fn: Callable[..., Any], given: argparse.Namespace) -> tuple[Any, ...]:
-    """Make inputs of sizes N, H and V for a function of ours."""
+    """Makes inputs of sizes N, H and V for a function of ours."""
     from compiled_loss.inspection.call import parse_inputs
 
     sizes = {name: getattr(given, name) for name in SHAPE} | {"last": given.vocab - 1}
@@ -202,5 +203,5 @@ def _named(fn: partial[Any], name: str) -> partial[Any]:
 
 
 def _by_name(fn: Callable[..., Any], names: tuple[str, ...], *inputs: Any) -> Any:
-    """Call with the last inputs as keyword arguments: what is differentiated must be an input."""
+    """Calls with the last inputs as keyword arguments, because a tensor to be differentiated must be an input."""
     return fn(*inputs[: -len(names)], **dict(zip(names, inputs[-len(names) :], strict=True)))

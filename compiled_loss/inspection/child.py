@@ -1,4 +1,4 @@
-"""The child process: answers one request after another until its input ends."""
+"""The child process, which answers one request after another until its input ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINES = 12  # of an error that are shown
 
 
 def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int, answers: int) -> None:
-    """Answer on file descriptors: ("progress", text)..., then ("done", value) or ("refused"|"import"|"error", text)."""
+    """Answers on file descriptors: ("progress", text)..., then ("done", value) or ("refused|import|error", text)."""
     reading, writing = Connection(requests, writable=False), Connection(answers, readable=False)
     if shim is not None and target is not None:
         try:
@@ -32,7 +32,7 @@ def serve(shim: ctypes.CDLL | None, target: dict[str, Any] | None, requests: int
         except errors.InspectionError as error:
             writing.send(("refused", str(error)))
             return
-    # One for all: what a module makes when it is imported lives in the first one's.
+    # One recorder for all requests: tensors that a module makes when it is imported belong to the first recorder.
     recorder = Recorder(torch.device("cuda", 0) if target is not None else torch.device("cpu"))
     writing.send(("done", None))
     while True:
@@ -63,7 +63,7 @@ def _do(job: str, request: Request, recorder: Recorder, writing: Connection) -> 
 
 
 def _readable(error: BaseException) -> str:
-    """The traceback without the frames of the compiler, which are dozens."""
+    """Returns the traceback without the frames of the compiler, which are dozens."""
     libraries = (
         os.path.dirname(torch.__file__),
         os.path.dirname(__file__),
@@ -72,6 +72,6 @@ def _readable(error: BaseException) -> str:
     )
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     said = "".join(traceback.format_exception_only(error)).splitlines(keepends=True)
-    # The dispatcher lists every backend it knows.
+    # The rest is left out: the dispatcher lists every backend it knows.
     more = [f"... {len(said) - _LINES} more lines\n"] if len(said) > _LINES else []
     return "".join([*traceback.format_list(frames), *said[:_LINES], *more])

@@ -1,4 +1,4 @@
-"""`compiled-loss inspect`: runs the inspections that were asked for, and reports to a terminal and files."""
+"""The command `compiled-loss inspect`: it runs inspections, and reports to a terminal and files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand."""
     arguments.add(commands).set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
-    """Inspect, report, write the files that were asked for; the exit status."""
+    """Inspects, reports, writes the files that were asked for, and returns the exit status."""
     asked = {"rich": True, "cloudpickle": True, "matplotlib": given.plot is not None}
     missing = [name for name, needed in asked.items() if needed and find_spec(name) is None]
     if missing:
@@ -68,7 +68,7 @@ def _inspect(case: Case, given: argparse.Namespace, folder: Path | None) -> Insp
 
 @contextmanager
 def _progress(text: str) -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is being done: on a terminal as it changes, elsewhere one line."""
+    """Shows on stderr what is being done: on a terminal as it changes, elsewhere in one line."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

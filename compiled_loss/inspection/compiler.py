@@ -1,6 +1,6 @@
-"""Stands between Inductor and the device: keeps what it generates, and runs its host code on a `Recorder`.
+"""A layer between Inductor and the device: it keeps what Inductor generates, and runs the host code on a `Recorder`.
 
-Patches torch for the life of the process, which is a child's (`child.py`).
+It patches torch for the life of the process, which is a child's (`child.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _stop(lowering: Any) -> None:
 
 
 def _copy_constant(lowering: Any, name: str, device: torch.device | None) -> str:
-    """Name the device's copy of a constant, which Inductor makes while it compiles; on "meta", for want of a device."""
+    """Names the device's copy of a constant, which Inductor makes as it compiles; it is on "meta", not on a device."""
     if device is None or lowering.constants[name].device == device:
         return name
     copy = f"{name}_{device.type}{device.index or 0}"
@@ -47,7 +47,10 @@ def _copy_constant(lowering: Any, name: str, device: torch.device | None) -> str
 
 
 def _traced(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Trace a call; a number that it brings to the device is not known from then on: no device holds it."""
+    """Returns a call that traces as before, except that a number which it brings to the device is unknown from then on.
+
+    No device holds the number.
+    """
 
     def traced(mode: Any, func: Any, pre_dispatch: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not any(isinstance(v, torch.device) and v.type == "cuda" for v in (*args, *kwargs.values())):
@@ -94,7 +97,7 @@ class Compiler:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace Inductor's last step, wherever torch.compile is called from, and listen to Dynamo's guards."""
+        """Replaces Inductor's last step, wherever torch.compile is called from, and listens to Dynamo's guards."""
         from torch._dynamo.guards import CheckFunctionManager
         from torch._functorch import config as functorch_config
         from torch._inductor import compile_fx as inductor
@@ -125,7 +128,7 @@ class Compiler:
             stack.enter_context(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", modules.draw))
             stack.enter_context(self.attribution.marking())
             stack.enter_context(modules.started(self.recorder))
-            # What would compute on the device: constants, a number's copy, and timing of padded GEMMs.
+            # These would compute on the device: constants, a number's copy, and timing of padded GEMMs.
             stack.enter_context(config.patch(joint_graph_constant_folding=False, shape_padding=False))
             stack.enter_context(config.patch(fx_graph_cache=False))
             stack.enter_context(
@@ -134,7 +137,7 @@ class Compiler:
             yield
 
     def _compile_inner(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Any:
-        """Inductor's `compile_fx_inner`, up to the host code; returns that code on the recorder."""
+        """Runs Inductor's `compile_fx_inner` up to the host code; returns a function that runs it on the recorder."""
         nodes = gm.print_readable(print_output=False)
         outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
         origins = [self._origin(n) for n in outputs] if isinstance(outputs, (list, tuple)) else []
@@ -164,7 +167,7 @@ class Compiler:
         return run
 
     def _origin(self, node: Any) -> tuple[str, str, bool] | None:
-        """What made a graph's output, the line of the program that asked for it, and whether it is the loss's."""
+        """Returns a graph output's operator, the program's line that asked for it, and whether it is the loss's."""
         if not isinstance(node, torch.fx.Node) or node.op == "placeholder":
             return None
         made = node.meta.get("original_aten", node.target)
@@ -180,7 +183,10 @@ class Compiler:
             self.breaks.append(Break(reason=reason.reason, location=_user_line(reason.user_stack)))
 
     def _keep_guards(self, output: Any) -> None:
-        """What a caller may change from call to call: tensors, numbers, sizes. Modules and globals stay."""
+        """Keeps the guards on what a caller may change from call to call: tensors, numbers, sizes.
+
+        Guards on Modules and globals are not kept.
+        """
         if self.recorder.inside:
             return
         for guard in sorted(output.guards):
@@ -196,7 +202,7 @@ class Compiler:
                     self.guards.append(found)
 
     def _module(self, source: str, constants: dict[str, Tensor]) -> Any:
-        """The host code as a module whose kernels are written down instead of launched."""
+        """Returns the host code as a module whose kernels are recorded instead of launched."""
         key = hashlib.sha256(source.encode()).hexdigest()
         if key not in self._modules:
             module = types.ModuleType(f"compiled_loss_wrapper_{key[:8]}")
@@ -239,7 +245,7 @@ class Compiler:
         )
 
     def name(self, name: str, kernel: GeneratedKernel) -> None:
-        """Keep a kernel under a name of its own: each graph numbers its kernels from 0."""
+        """Keeps a kernel under a unique name, because each graph numbers its kernels from 0."""
         unique, i = name, 1
         while unique in self.kernels and self.kernels[unique].source != kernel.source:
             i += 1
@@ -249,7 +255,7 @@ class Compiler:
 
 
 def _tensor_guard(guard: Any, output: Any) -> str:
-    """What is compared of a tensor; a size that may change is a symbol."""
+    """Returns the facts that are compared of a tensor, as text; a size that may change is a symbol."""
     tensor = guard.obj_weakref() if guard.obj_weakref is not None else None
     if not isinstance(tensor, Tensor):
         return f"{guard.name} is a tensor"
@@ -263,7 +269,7 @@ def _user_line(stack: Iterable[traceback.FrameSummary]) -> str:
 
 
 def _innermost(frames: Sequence[tuple[str, int]]) -> str:
-    """file:line of the innermost frame that is neither torch's nor this library's, or of the innermost of all."""
+    """Returns file:line of the innermost frame outside of torch and this library, or else of the innermost of all."""
     own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)]
     if not frames:
         return ""

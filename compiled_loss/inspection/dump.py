@@ -1,4 +1,4 @@
-"""Everything an inspection holds as files, with a page that shows the tables and links to each file."""
+"""Everything that an inspection holds as files, with a page that shows the tables and links to each file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ul {{ columns: 30em; padding-left: 1.2em; overflow-wrap: anywhere }}
 
 
 def dump(inspection: Inspection, folder: Path) -> None:
-    """Write graphs, host code, kernels, the report and `index.html` into `folder`, and link the assembly there."""
+    """Writes graphs, host code, kernels, the report and `index.html` into `folder`, and links the assembly there."""
     files: dict[str, str] = {"report.json": inspection.to_json()}
     for i, graph in enumerate(inspection.graphs):
         name = _safe(f"{i:02}-{graph.direction}" + (f"-in-{graph.operator}" if graph.operator else ""))
@@ -64,14 +64,14 @@ def dump(inspection: Inspection, folder: Path) -> None:
 
 
 def _path(kernel: Kernel, taken: Collection[str]) -> str:
-    """Find a file for a kernel that no other has, on file systems that ignore case as well."""
+    """Returns a path for a kernel that no other file has, on file systems that ignore case as well."""
     suffix = ".cpp" if re.search(r'^#include|extern "C"', kernel.source, re.MULTILINE) else ".py"
     names = (f"kernels/{_safe(kernel.name)}{f'-{i}' if i else ''}{suffix}" for i in range(len(taken) + 1))
     return next(name for name in names if name.lower() not in taken)
 
 
 def _safe(name: str) -> str:
-    """Make part of a path of a name; a long one loses its middle, for names differ at their ends."""
+    """Returns a name as part of a path. A long name loses its middle, because names differ at their ends."""
     safe = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII)
     return safe if len(safe) <= LONGEST else f"{safe[: LONGEST // 2]}--{safe[-LONGEST // 2 :]}"
 
@@ -87,7 +87,7 @@ def _page(inspection: Inspection, paths: list[Path], sources: Mapping[str, str])
 
 
 def _table(table: Table, sources: Mapping[str, str]) -> str:
-    """Lay out a terminal's table for a browser; names of kernels lead to their sources."""
+    """Returns a terminal's table as HTML; names of kernels lead to their sources."""
     numbers = ["number" if column.justify == "right" else "" for column in table.columns]
     rows = [_tag("caption", escape(str(table.title)))]
     if table.show_header:

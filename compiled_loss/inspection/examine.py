@@ -1,4 +1,4 @@
-"""One inspection, in the child: compile the call, run it on fake tensors, put together what was seen."""
+"""One inspection, in the child: compile the call, run it on fake tensors, and put together what was seen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from compiled_loss.inspection.recorder import Recorder
 
 
 def examine(request: Request, recorder: Recorder, progress: Callable[[str], None]) -> Inspection:
-    """Inspect one call on the recorder's device, which this process takes for real or fakes."""
+    """Inspects one call on the recorder's device, which this process takes for real or fakes."""
     start = time.monotonic()
     torch.compiler.reset()
     execution.forget()
@@ -96,7 +96,7 @@ def _run(
 def _assembled(
     request: Request, compiler: Compiler, passes: Sequence[Pass | None], progress: Callable[[str], None]
 ) -> tuple[Kernel, ...]:
-    """Every kernel that was launched, with its machine code's needs."""
+    """Returns every kernel that was launched, with the resources of its machine code."""
     from compiled_loss.inspection.assembler import assemble
 
     launched = {launch.kernel: launch.kind for p in passes if p is not None for launch in p.launches}

@@ -1,10 +1,10 @@
-"""A GPU that is not there: torch, Inductor and Triton are told of a device they then generate code for.
+"""A GPU that is not there: torch, Inductor and Triton are told of a device, and then generate code for it.
 
 NOTE [Fake device]
-`fake_device.cpp` registers a device guard and CUDA hooks that do nothing, which is what C++ asks for;
-`fake_attention.cpp` chooses a kernel of fused attention, as torch's CUDA library would; this file answers what Python
-asks. Nothing can be allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. The process is
-spoiled for a real GPU from then on, so all of this runs in a child (`child.py`), one for each target.
+`fake_device.cpp` registers a device guard and CUDA hooks that do nothing; C++ needs these. `fake_attention.cpp` chooses
+a kernel of fused attention, as torch's CUDA library would. This file answers the calls from Python. Nothing can be
+allocated or launched: tensors are `FakeTensor`s, which have a shape and no data. From then on the process cannot use a
+real GPU, so all of this runs in a child (`child.py`), one for each target.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SOURCES = tuple(Path(__file__).with_name(f"fake_{name}.cpp") for name in ("devi
 
 
 def build() -> Path:
-    """The shared library of both C++ files for this torch, compiled once and kept in the compiler's cache."""
+    """Returns the shared library of both C++ files for this torch, compiled once and kept in the compiler's cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     if not sys.platform.startswith("linux"):
@@ -59,7 +59,7 @@ def build() -> Path:
 
 
 def install(shim: ctypes.CDLL, target: Target) -> None:
-    """Make `target` the process's one GPU. `shim` was loaded before torch."""
+    """Makes `target` the process's one GPU. `shim` was loaded before torch."""
     shim.install_fake_device_guard()
     shim.install_fake_attention(target.backend == "hip", _prefers_cudnn(target))
     if target.backend == "hip":
@@ -137,22 +137,23 @@ def install(shim: ctypes.CDLL, target: Target) -> None:
     cuda.set_device = lambda device: None
     cuda.device_count = lambda: 1
     cuda.is_available = lambda: False  # where it is True the pattern matcher allocates real tensors
-    cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast turns itself off
+    cuda.amp.common.amp_definitely_not_available = lambda: False  # otherwise autocast turns itself off
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.get_rng_state = lambda *a, **k: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = lambda *a, **k: None
     cuda.synchronize = lambda *a, **k: None
     cuda._lazy_init = lambda: None
-    torch.backends.cudnn.is_acceptable = lambda tensor: False  # or an LSTM's weights ask for a version
+    torch.backends.cudnn.is_acceptable = lambda tensor: False  # otherwise an LSTM's weights ask for a version
     fake_streams.install()
     native: Any = torch._C
     native._cuda_getCurrentRawStream = lambda device: 0
 
 
 def _prefers_cudnn(target: Target) -> bool:
-    """Whether torch takes cuDNN's attention before flash attention: on such GPUs, from version 9.15.1 on.
+    """Returns True if torch takes cuDNN's attention before flash attention: on such GPUs, from version 9.15.1 on.
 
-    The packages of a CUDA build of torch bring theirs. Of a build for CPUs it is not known: flash attention is taken.
+    The packages of a CUDA build of torch bring cuDNN, so its version is known. For a build for CPUs it is not known,
+    and flash attention is assumed.
     """
     allowed = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1"
     return (
@@ -164,7 +165,7 @@ def _prefers_cudnn(target: Target) -> bool:
 
 
 def _properties(target: Target) -> Any:
-    """What torch.cuda.get_device_properties returns."""
+    """Returns the result of torch.cuda.get_device_properties."""
     from dataclasses import asdict
     from types import SimpleNamespace
 

@@ -9,25 +9,25 @@ import torch
 
 
 class Event:
-    """Recorded and reached at once."""
+    """An event that is recorded and reached at once."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None: ...
 
     def record(self, stream: Any = None) -> None:
-        """Do nothing."""
+        """Does nothing."""
 
     wait = record
 
     def synchronize(self) -> None:
-        """Do nothing."""
+        """Does nothing."""
 
     def query(self) -> bool:
-        """Say that it was reached."""
+        """Returns True: the event was reached."""
         return True
 
 
 class Stream:
-    """The one stream that there is."""
+    """The only stream."""
 
     device = torch.device("cuda", 0)
     device_index = stream_id = cuda_stream = priority = 0
@@ -42,24 +42,24 @@ class Stream:
         return hash(Stream)
 
     def wait_stream(self, stream: Any) -> None:
-        """Do nothing."""
+        """Does nothing."""
 
     wait_event = wait_stream
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Give the event, or one."""
+        """Returns the event, or a new one."""
         return Event() if event is None else event
 
     def synchronize(self) -> None:
-        """Do nothing."""
+        """Does nothing."""
 
     def query(self) -> bool:
-        """Say that all is done."""
+        """Returns True: everything is done."""
         return True
 
 
 def install() -> None:
-    """Give them to `torch.cuda`, for those who overlap what they send with what they compute."""
+    """Puts them into `torch.cuda`, for programs that overlap communication with computation."""
     cuda: Any = torch.cuda
     only = Stream()
     cuda.Stream, cuda.Event = Stream, Event

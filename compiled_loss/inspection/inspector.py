@@ -1,4 +1,4 @@
-"""The entry: what to inspect, for which device, in which process."""
+"""The entry of an inspection: what to inspect, for which device, in which process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inspect(
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Report what `torch.compile` makes of `fn(*inputs)` and its backward, for a GPU that need not be there.
+    """Reports what `torch.compile` makes of `fn(*inputs)` and its backward, for a GPU that need not be there.
 
     Args:
         fn: any function or Module; it travels to a child process, by name where it can be imported, else by value.
@@ -132,7 +132,7 @@ def _targets(assemble: bool | Sequence[str], target: Target | None) -> tuple[Tar
 
 
 def _present_gpu() -> Target:
-    """The real GPU, asked of another process: this one's CUDA state is the caller's."""
+    """Returns the real GPU, asked of another process, because this one's CUDA state is the caller's."""
     child = Child(None)
     try:
         properties = child.ask("properties", None, "cuda")
@@ -144,7 +144,7 @@ def _present_gpu() -> Target:
 
 
 def _file_of(fn: Callable[..., Any]) -> str | None:
-    """The file of the function's module."""
+    """Returns the file of the function's module."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     file = getattr(sys.modules.get(getattr(fn, "__module__", "")), "__file__", None)

@@ -1,4 +1,4 @@
-"""Generated kernels: where the host code would launch one, it is written down."""
+"""Generated kernels: where the host code would launch one, it is recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRITON_KINDS: dict[str, Kind] = {
 
 @dataclass
 class GeneratedKernel:
-    """A kernel's source; `arguments` are the names of its parameters, by which reads and writes are told apart."""
+    """A kernel's source; `arguments` are the names of its parameters, by which reads and writes are distinguished."""
 
     name: str
     kind: Kind
@@ -32,7 +32,7 @@ class GeneratedKernel:
     is_triton: bool
 
     def run(self, recorder: Recorder, values: Sequence[Any]) -> None:
-        """Write down one launch, unless it is the host's."""
+        """Records one launch, unless it is the host's."""
         tensors = [(n, v) for n, v in zip(self.arguments, values, strict=False) if isinstance(v, Tensor)]
         if all(v.device.type != recorder.device.type for _, v in tensors):
             return
@@ -41,19 +41,19 @@ class GeneratedKernel:
         recorder.launch(self.name, self.kind, reads, writes)
 
     def _uses(self, argument: str, how: str, otherwise: bool) -> bool:
-        """Whether the source loads or stores an argument; by its name where the source is not Triton's."""
+        """Returns True if the source loads or stores an argument; `otherwise` if the source is not Triton's."""
         return bool(re.search(rf"\b(?:{how})\w*\({argument}\b", self.source)) if self.is_triton else otherwise
 
 
 class Kernels:
-    """Takes the place of Inductor's AsyncCompile in the host code; `name` is told of each kernel."""
+    """A replacement of Inductor's AsyncCompile in the host code; it calls `name` with each kernel."""
 
     def __init__(self, recorder: Recorder, name: Callable[[str, GeneratedKernel], None]) -> None:
         self._recorder = recorder
         self._name = name
 
     def triton(self, name: str, source: str, device_str: str = "cuda") -> Runner:
-        """A generated Triton kernel, kept and made callable on the recorder."""
+        """Returns a generated Triton kernel, which can be called on the recorder."""
         short = re.match(r"triton_([a-z]+)_", name)
         kind = _TRITON_KINDS.get(short[1], "other") if short else "other"
         if kind == "gemm" and "SPARSE_Q_BLOCK_SIZE" in source:  # the template of FlexAttention
@@ -63,14 +63,14 @@ class Kernels:
         return Runner(self._recorder, GeneratedKernel(name, kind, source, arguments, is_triton=True))
 
     def cpp_pybinding(self, argument_types: list[str], source: str) -> Runner:
-        """A generated C++ kernel, likewise."""
+        """Returns a generated C++ kernel, which can be called on the recorder."""
         kind: Kind = "reduction" if "_acc" in source else "pointwise"
         parameters = re.search(r'extern "C"\s+(?:\w+\s+)?void\s+\w+\((.*?)\)', source, re.S)
         arguments = tuple(re.findall(r"(\w+)\s*(?:,|$)", parameters[1])) if parameters else ()
         return Runner(self._recorder, GeneratedKernel("", kind, source, arguments, is_triton=False))
 
     def wait(self, scope: dict[str, Any]) -> None:
-        """Called at the end of the definitions: only now is it known what each kernel is called."""
+        """Reports the kernels at the end of the definitions: the name of each kernel is known only now."""
         for name, value in scope.items():
             if isinstance(value, Runner):
                 self._name(name, value.kernel)

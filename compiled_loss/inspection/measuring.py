@@ -1,4 +1,4 @@
-"""A real run of the same call on a device that is there, in a child of its own: what the prediction is held against."""
+"""A real run of the same call on a device that is there, in a child of its own, to compare the prediction with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PROPERTIES = (
 
 
 def measure(request: Request) -> dict[str, Any]:
-    """Peak over the inputs and seconds of forward and backward, compiled and warm."""
+    """Returns the peak over the inputs and the seconds of forward and backward, compiled and warm."""
     device = torch.device(request.device)
     fn, inputs = unpack(request.call, device, data=True)
     compiled = torch.compile(fn, dynamic=request.dynamic, options=request.options)
@@ -63,7 +63,7 @@ def measure(request: Request) -> dict[str, Any]:
 
 
 def properties() -> dict[str, Any] | str:
-    """The present GPU as fields of a `Target`, or why there is none."""
+    """Returns the present GPU as fields of a `Target`, or the reason why there is none."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds none"
     found = torch.cuda.get_device_properties(0)

@@ -1,9 +1,9 @@
-"""Models, which stand for their shapes wherever they were made, and what they are differentiated by.
+"""Models, which stand for their shapes wherever they were made, and the tensors that they are differentiated by.
 
 NOTE [Models]
-A file may make its model on the CPU, on "meta" or on the device; an optimizer may hold its parameters from then on,
-and hooks and shards hang on them. So a parameter or a buffer is put on the device in the moment when a Module takes it,
-before anyone else has seen it there.
+A file may make its model on the CPU, on "meta" or on the device. An optimizer may hold the model's parameters from then
+on, and hooks and shards depend on them. So a parameter or a buffer is put on the device at the moment when a Module
+registers it, before any other code has seen it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from torch.nn.modules import module as registration
 
 @contextmanager
 def placed(device: torch.device, *, data: bool) -> Iterator[None]:
-    """Put on `device` what Modules register in the block; with `data` its elements are kept, or of "meta" drawn."""
+    """Puts on `device` the tensors that Modules register in the block.
+
+    With `data` their elements are kept; elements of tensors on "meta" are drawn.
+    """
     moved: dict[int, tuple[Tensor, Tensor]] = {}  # one that several modules share stays one
 
     def put(module: nn.Module, name: str, given: Tensor | None) -> Any:
@@ -58,15 +61,16 @@ def _on(device: torch.device, given: Tensor, *, data: bool) -> Tensor:
 
 
 def draw(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """Stand in for a truncated normal distribution, which torch draws again and again until the data are within."""
+    """Replaces a truncated normal distribution, which torch draws again and again until the data are in bounds."""
     with torch.no_grad():
         return tensor.normal_()
 
 
 def swap(one: Tensor, other: Tensor) -> None:
-    """Exchange two tensors behind their objects, as `Module.to` does with fake ones.
+    """Exchanges two tensors behind their objects, as `Module.to` does with fake ones.
 
-    Torch's own refuses where anybody has a weak reference; a fake mode has one to each parameter, and minds nothing.
+    Torch's own function refuses where there is a weak reference. A fake mode has one to each parameter, and it does no
+    harm.
     """
     one.__class__, other.__class__ = other.__class__, one.__class__
     one.__dict__, other.__dict__ = other.__dict__, one.__dict__
@@ -74,7 +78,7 @@ def swap(one: Tensor, other: Tensor) -> None:
 
 
 def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """What a gradient of the outputs arrives at: inputs and parameters, wherever the function has them from."""
+    """Returns the tensors at which the outputs' gradients arrive: inputs and parameters, wherever they come from."""
     nodes = [torch.autograd.graph.get_gradient_edge(value).node for value in outputs]
     seen, found = set(nodes), []
     while nodes:
@@ -89,7 +93,7 @@ def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 def forget_gradients(of: Iterable[Tensor]) -> None:
-    """Drop the gradients of tensors, and of all Modules' parameters, of which a graph may have seen other tensors."""
+    """Drops the gradients of tensors, and of all Modules' parameters, for which a graph may have seen other tensors."""
     for tensor in of:
         tensor.grad = None
     for value in gc.get_objects():
@@ -101,9 +105,9 @@ def forget_gradients(of: Iterable[Tensor]) -> None:
 
 @contextmanager
 def started(mode: FakeTensorMode) -> Iterator[None]:
-    """Make the states of optimizers in `mode`, which Dynamo leaves for that, and meshes of ranks out of it.
+    """Initialises optimizers in `mode`, which Dynamo leaves for this, and creates meshes of ranks outside of it.
 
-    A mesh asks its tensor of ranks for numbers, to find the rank's own.
+    A mesh reads numbers of its tensor of ranks, to find the rank's own.
     """
     with ExitStack() as stack:
         for kind in _subclasses(torch.optim.Optimizer):
@@ -127,7 +131,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 
 def _under(function: Callable[..., Any], mode: FakeTensorMode | None = None) -> Callable[..., Any]:
-    """Call in a mode, or in none."""
+    """Returns a function that calls the given one in a mode, or in none."""
 
     @functools.wraps(function)
     def called(*arguments: Any, **options: Any) -> Any:

@@ -1,22 +1,22 @@
-"""What ranks send to one another: a collective, the links between GPUs, and about the least time it takes on them.
+"""The network model: a collective, the links between GPUs, and about the least time that it takes on them.
 
 NOTE [Network model]
-n ranks lie on m nodes, p = n / m on each; S is the size of what is reduced or gathered, the whole of it. Whatever the
-algorithm, each rank sends at least what it sends in a ring:
+n ranks are on m nodes, p = n / m on each. S is the whole size of what is reduced or gathered. Whatever the algorithm,
+each rank sends at least what it sends in a ring:
 
     all-reduce                        2 (n - 1) / n S
     all-gather, reduce-scatter          (n - 1) / n S
 
-The rate is that of one GPU in one direction: NVLink's on one node; between nodes that of the network cards, one a GPU,
-of which rings through all p GPUs of a node use p, and not more than NVLink brings to them. To the time of sending comes
-what every call takes, and a latency for each step that waits for the one before. An all-reduce is a chain in each node
-and a tree between them, there and back; the others are a ring:
+The rate is that of one GPU in one direction. On one node it is NVLink's. Between nodes it is that of the network cards,
+one per GPU: rings through all p GPUs of a node use p cards, but no more than NVLink brings to them. To the time of
+sending, the model adds a constant per call, and a latency for each step that waits for the step before. An all-reduce
+is a chain in each node and a tree between nodes, there and back; the other collectives are a ring:
 
     all-reduce                        2 (p - 1) steps within nodes, 2 log2(m) across, rounded up
     all-gather, reduce-scatter          m (p - 1) steps within nodes,  m - 1    across
 
-NCCL's own choice between algorithms (src/graph/tuning.cc) weighs such sums. Not in it: reductions in a switch (NVLS,
-SHARP), which send half as much, congestion, what protocols lose, and waiting for a rank that is late.
+NCCL's own choice between algorithms (src/graph/tuning.cc) weighs such sums. The model leaves out reductions in a switch
+(NVLS, SHARP), which send half as much, congestion, the overhead of protocols, and waiting for a rank that is late.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """Bytes a second of one GPU in one direction, and the seconds that a step of a small collective waits for."""
+    """The bytes per second of one GPU in one direction, and the seconds that a step of a small collective waits for."""
 
     bytes_per_second: float
     step_seconds: float
@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Links of GPUs of one kind, `within` a node of `node` GPUs and `across` nodes; `call_seconds` any call takes."""
+    """The links of GPUs of one kind, `within` a node of `node` GPUs and `across` nodes; a call takes `call_seconds`."""
 
     node: int
     within: Link
@@ -49,7 +49,10 @@ _CALL, _STEP_WITHIN, _STEP_ACROSS = 6.8e-6, 0.6e-6, 5.0e-6
 
 
 def _network(nvlink: float, infiniband: float, sources: tuple[str, str]) -> Network:
-    """Eight GPUs a node, as in DGX and HGX; data sheets give NVLink in both directions together, cards in bits."""
+    """Returns a network with eight GPUs per node, as in DGX and HGX.
+
+    Data sheets give NVLink in both directions together, and cards in bits.
+    """
     return Network(
         node=8,
         within=Link(bytes_per_second=nvlink / 2, step_seconds=_STEP_WITHIN, source=sources[0]),
@@ -84,8 +87,8 @@ _TIMES_SENT = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 class Collective:
     """One collective of a rank: "all-reduce", "all-gather", "reduce-scatter" or an operator's own name.
 
-    `size` is bytes of the whole: of an all-gather what comes out, of a reduce-scatter what goes in. `ranks` is how many
-    take part.
+    `size` is the bytes of the whole: the result of an all-gather, the input of a reduce-scatter. `ranks` is the number
+    of ranks that take part.
     """
 
     kind: str
@@ -94,12 +97,12 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float | None:
-        """At least what this rank sends: NOTE [Network model]; None of a kind that it has not."""
+        """The least bytes that this rank sends: NOTE [Network model]; None for a kind that the model does not have."""
         times = _TIMES_SENT.get(self.kind)
         return None if times is None else times * self.size * (self.ranks - 1) / self.ranks
 
     def seconds(self, network: Network, nodes: int | None = None) -> float | None:
-        """About the least it takes: NOTE [Network model]; on `nodes`, or as few as hold the ranks."""
+        """Returns about the least seconds it takes, on `nodes` or as few as hold the ranks: NOTE [Network model]."""
         nodes = -(-self.ranks // network.node) if nodes is None else nodes
         sent, each = self.sent_bytes, -(-self.ranks // nodes)
         if sent is None:

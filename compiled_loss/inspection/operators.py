@@ -1,4 +1,4 @@
-"""Operators as launches: their kinds, what they compute and send, and which of them hold others."""
+"""Operators as launches: their kinds, their operations and bytes, and which of them contain others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REDUCTIONS += ("mv", "norm", "linalg_vector_norm", "prod", "softmax", "std", "s
 
 
 def extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first to its last element."""
+    """Returns the bytes from a tensor's first to its last element."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -46,14 +46,14 @@ def extent(tensor: Tensor) -> int:
 
 
 def operator_name(func: Any) -> str:
-    """The operator's name as reports write it."""
+    """Returns the operator's name as reports write it."""
     return str(func._overloadpacket).replace("aten.", "")
 
 
 def operations(
     func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 ) -> tuple[int, str, str]:
-    """Floating-point operations, and the shapes and dtype of the factors."""
+    """Returns the number of floating-point operations, and the shapes and dtype of the factors."""
     matrices = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() >= 2]
     if attention.is_attention(name):
         matrices = matrices[1:3] if "backward" in name else matrices[:2]
@@ -72,7 +72,7 @@ def operations(
 
 
 def collective(name: str, group: Any, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Collective:
-    """What an operator sends; its group comes by name, in a box, or in later versions of torch itself."""
+    """Returns the collective that an operator is. Its group is given by name, in a box, or in later torch as itself."""
     from torch.distributed import distributed_c10d as c10d
 
     if isinstance(group, str):
@@ -87,7 +87,7 @@ def collective(name: str, group: Any, reads: Sequence[Tensor], writes: Sequence[
 
 
 def kind(func: Any, name: str, operations: int) -> Kind:
-    """Which kind of launch an operator is."""
+    """Returns the kind of launch that an operator is."""
     if "c10d" in func._schema.name:
         return "collective"
     if attention.is_attention(name):
@@ -103,9 +103,9 @@ def kind(func: Any, name: str, operations: int) -> Kind:
 
 
 def written_in_python(func: Any, device: torch.device) -> Callable[..., Any] | None:
-    """The implementation of an operator of ours or of torch.library.custom_op, but for torch's own primitives.
+    """Returns the implementation of an operator of ours or of torch.library.custom_op, except torch's own primitives.
 
-    Those are made in the same way, and theirs are written in terms of operators that decompose into them.
+    Those are made in the same way, but their implementations use operators that decompose into them.
     """
     ours = DEFINED.get(func._schema.name)
     if ours is not None:

@@ -23,13 +23,13 @@ COLORS = ("#2166ac", "#f4a582", "#1b7837", "#762a83", "#b8860b", "#525252")  # a
 
 
 def scaled(number: float, step: int, units: Sequence[str]) -> str:
-    """Write a number in the largest of `units`, each `step` times the one before, in which it is not below 1."""
+    """Returns a number in the largest of `units` in which it is at least 1; a unit is `step` times the one before."""
     power = max((i for i in range(len(units)) if abs(number) >= step**i), default=0)
     return f"{number / step**power:,.{2 if power else 0}f} {units[power]}"
 
 
 def size(number: float) -> str:
-    """Write bytes."""
+    """Returns bytes as text."""
     return scaled(number, 1024, ("B", "KiB", "MiB", "GiB"))
 
 
@@ -54,7 +54,7 @@ class Skyline:
 
 
 def plot(inspections: Sequence[Inspection], path: Path) -> None:
-    """Write a PNG at `path` with a curve for each inspection; several share their width."""
+    """Writes a PNG at `path` with a curve for each inspection; several share their width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -92,7 +92,7 @@ def plot(inspections: Sequence[Inspection], path: Path) -> None:
 def _curve(
     axes: Axes, inspection: Inspection, edges: Sequence[float], unit: int, color: str, offset: float, length: float
 ) -> None:
-    """Draw an inspection: its steps, where backward begins, and its row of GEMMs at `offset`."""
+    """Draws an inspection: its steps, where backward begins, and its row of GEMMs at `offset`."""
     values = [live / unit for live in _live(inspection)]
     if not values:
         return
@@ -111,7 +111,7 @@ def _live(inspection: Inspection) -> list[int]:
 
 
 def _horizontal(inspections: Sequence[Inspection]) -> tuple[str, list[list[float]]]:
-    """Name the axis, and say for each inspection where on it each launch begins and the last one ends."""
+    """Returns the axis' label, and for each inspection where on it each launch begins and the last one ends."""
     counted = [[float(n) for n in range(len(_live(inspection)) + 1)] for inspection in inspections]
     if len(inspections) == 1:
         return "launches", counted

@@ -1,9 +1,10 @@
 """The parent's side of a child process.
 
 NOTE [Children]
-A fresh interpreter, not a fork: a fork of a process that has used torch inherits its locks, its OpenMP threads and,
-with a GPU, a context that does not work. The caller's own process is never changed. One child serves every inspection
-for one target until the caller ends; a real run for measuring gets a child of its own, so that it starts afresh.
+A child is a fresh interpreter, not a fork. A fork of a process that has used torch inherits its locks, its OpenMP
+threads and, with a GPU, a context that does not work. The caller's own process is never changed. One child serves every
+inspection for one target until the caller ends. A real run for measuring gets a child of its own, so that it starts
+afresh.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Child:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(requests, answers),
-                env={"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ},  # workers would start, and have nothing to do
+                env={"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ},  # more workers would have nothing to do
             )
         except OSError as error:
             for end in (reading, writing):
@@ -75,7 +76,7 @@ class Child:
             raise
 
     def ask(self, job: str, request: Any, name: str, progress: Progress | None = None) -> Any:
-        """The answer to one request."""
+        """Returns the answer to one request."""
         with self._lock:
             try:
                 with contextlib.suppress(BrokenPipeError):  # it is gone, and reading says how
@@ -93,17 +94,17 @@ class Child:
         return value
 
     def knows_older(self, file: str) -> bool:
-        """Whether the file was another one when this was first asked."""
+        """Returns True if the file has changed since this was first asked about it."""
         changed = os.path.getmtime(file)
         return self._files.setdefault(file, changed) != changed
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """True if the process can be asked."""
         return self._process.poll() is None and not self._writing.closed
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         self._writing.close()
         self._reading.close()
         self._process.kill()
@@ -129,9 +130,9 @@ _starting = threading.Lock()
 
 
 def child_for(target: Target | None, file: str | None = None) -> Child:
-    """The child for a target, started where there is none; a fork of this process gets children of its own.
+    """Returns the child for a target, and starts it if there is none; a fork of this process gets children of its own.
 
-    A child imports a module once: where `file`, that of the function, has changed since, a new child takes over.
+    A child imports a module once. If `file`, that of the function, has changed since, a new child takes over.
     """
     key = (os.getpid(), target)
     with _starting:

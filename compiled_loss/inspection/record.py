@@ -1,4 +1,4 @@
-"""What an inspection found: plain frozen data, with a JSON round trip and no torch.
+"""The results of an inspection: plain frozen data, with a JSON round trip and no torch.
 
 Bytes are those of tensors, operations are floating-point operations of GEMMs, convolutions and attention (a
 multiplication and an addition are two), seconds are seconds.
@@ -24,7 +24,7 @@ Kind = Literal["pointwise", "reduction", "gemm", "attention", "collective", "cop
 class Configuration:
     """One way to run a kernel, assembled. On a GPU Inductor tries them all and keeps the fastest.
 
-    `registers`, `spills` and `shared` are per thread, bytes per thread and bytes per block.
+    `registers` are per thread, `spills` are bytes per thread, and `shared` is bytes per block.
     """
 
     target: str
@@ -36,7 +36,7 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A generated kernel, or an operator of a library. `source` is empty where the source is not the compiler's."""
+    """A generated kernel, or an operator of a library. `source` is empty for kernels that were not generated."""
 
     name: str
     kind: Kind
@@ -48,9 +48,9 @@ class Kernel:
 class Launch:
     """One launch, in order. `live_bytes` is the most that was alive over the inputs since the launch before.
 
-    Each operand counts once and whole, whatever a cache or a second pass makes of it. `scratch_bytes` are what a kernel
-    of a library takes besides, at most: they are not seen, and not in `live_bytes`. `of_loss` says whether the launch
-    is the loss's, `loss_bytes` how many of the bytes alive the loss wrote.
+    Each operand counts once and whole, whatever a cache or a second pass makes of it. `scratch_bytes` is at most what a
+    kernel of a library takes for itself; it is not seen, and not in `live_bytes`. `of_loss` is True if the launch is
+    the loss's, and `loss_bytes` is the number of live bytes that the loss wrote.
     """
 
     kernel: str
@@ -67,21 +67,21 @@ class Launch:
     loss_bytes: int = 0
 
     def seconds(self, gpu: Gpu) -> float:
-        """At least what this takes: by its operations or by its bytes, whichever is more."""
+        """Returns the least seconds that this takes: by its operations or by its bytes, whichever is more."""
         moving = (self.read_bytes + self.written_bytes) / gpu.bytes_per_second
         return max(self.operations / gpu.rate(self.dtype), moving) if self.operations else moving
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Forward or backward. `peak_bytes` is over the inputs, what forward keeps included."""
+    """Forward or backward. `peak_bytes` is over the inputs, and includes what forward keeps."""
 
     launches: tuple[Launch, ...]
     peak_bytes: int
 
     @property
     def kernels(self) -> dict[str, int]:
-        """How often each generated kernel or operator runs."""
+        """The number of runs of each generated kernel or operator."""
         return dict(Counter(launch.kernel for launch in self.launches))
 
     @property
@@ -96,7 +96,7 @@ class Pass:
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """What is sent between ranks, in order."""
+        """The collectives between ranks, in order."""
         return tuple(launch.collective for launch in self.launches if launch.collective is not None)
 
     @property
@@ -114,7 +114,7 @@ class Pass:
 class Graph:
     """One graph that Inductor compiled: its nodes, and the host code that it became.
 
-    `operator` is the one that compiled it inside its own implementation, or empty for the function's own graphs.
+    `operator` is the operator that compiled it inside its own implementation, or empty for the function's own graphs.
     """
 
     direction: Literal["forward", "backward"]
@@ -125,7 +125,7 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Break:
-    """Where Dynamo stopped tracing and went on in Python."""
+    """A place where Dynamo stopped tracing and went on in Python."""
 
     reason: str
     location: str
@@ -133,7 +133,7 @@ class Break:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What must stay as it is, or the function is compiled again."""
+    """A condition that must hold, or the function is compiled again."""
 
     kind: str
     code: str
@@ -164,8 +164,8 @@ class Measured:
 class Inspection:
     """The report on what the compiler made of a function.
 
-    `parameters` are the bytes of each tensor that backward reaches and that is no input, `loss` the names by which its
-    loss was found, none where it was not. `notes` say what is not known.
+    `parameters` are the bytes of each tensor that backward reaches and that is no input. `loss` are the names by which
+    its loss was found, and empty if it was not found. `notes` tell facts that are not known.
     """
 
     name: str
@@ -228,9 +228,9 @@ class Inspection:
         return sum(tensor.size for tensor in self.saved if tensor.of_loss)
 
     def roofline_seconds(self, gpu: str | None = None, *, of_loss: bool = False) -> float | None:
-        """The sum of what each launch takes at least, on `gpu` of `targets.GPUS` or the first of the device's.
+        """Returns the sum of the least seconds of each launch, on `gpu` of `targets.GPUS` or the first of the device's.
 
-        None where no such GPU is known: a CPU's rates are not in a table. With `of_loss` of the loss's launches only.
+        It is None if no such GPU is known: a CPU's rates are not in a table. `of_loss` takes the loss's launches only.
         """
         if gpu is None:
             named = [g for g in GPUS.values() if g.target == self.device]
@@ -243,14 +243,14 @@ class Inspection:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a rank sends at least in the collectives of both passes, as `network.py` counts them."""
+        """The least bytes that a rank sends in the collectives of both passes, as `network.py` counts them."""
         return sum(one.sent_bytes or 0 for p in self.passes for one in p.collectives)
 
     def communication_seconds(self, *, spread: bool = False) -> float | None:
-        """The sum of what each collective takes at least, one after the other, in the model of `network.py`.
+        """Returns the sum of the least seconds of each collective, one after the other, in the model of `network.py`.
 
-        On as few nodes as hold a group's ranks, or with `spread` on as many as there are ranks. None where the device's
-        network or a kind of collective is not in the model.
+        The ranks are on as few nodes as hold a group's ranks, or with `spread` on as many as there are ranks. It is
+        None if the device's network or a kind of collective is not in the model.
         """
         network = NETWORKS.get(self.device)
         if network is None:
@@ -259,22 +259,22 @@ class Inspection:
         return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel of that name."""
+        """Returns the kernel of that name."""
         return next(k for k in self.kernels if k.name == name)
 
     def to_json(self) -> str:
-        """Write the object as JSON. `from_json` gives an equal one."""
+        """Writes the object as JSON, from which `from_json` makes an equal one."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> Inspection:
-        """Make the object from the text that `to_json` gave."""
+        """Makes the object from the text that `to_json` returned."""
         found: Inspection = _read(Inspection, json.loads(text))
         return found
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """`value`, of JSON, as the annotated type."""
+    """Returns `value`, which is of JSON, as the annotated type."""
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _read(hints[name], part) for name, part in value.items()})  # type: ignore[operator]

@@ -2,9 +2,9 @@
 
 NOTE [Recording]
 The generated host code is run for real, on tensors without data. Every tensor's storage is counted when it first
-appears and again when Python and autograd let it go, so buffer reuse, in-place writes, saved tensors and donated
-buffers need no model: they are what the runtime does. What a kernel or an operator does is written down instead of
-done. Operators that are written in Python are run as well, on the same tensors, so that what they launch is seen.
+appears, and again when Python and autograd let it go. So buffer reuse, in-place writes, saved tensors and donated
+buffers need no model: the runtime itself does them. The work of a kernel or an operator is recorded instead of done.
+Operators that are written in Python are run as well, on the same tensors, so that their launches are seen.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from compiled_loss.inspection import attention, errors, operators
 from compiled_loss.inspection.network import Collective
 from compiled_loss.inspection.record import Kind, Launch, Pass, Saved
 
-_COMPOSITES = ("linear", "matmul", "einsum", "tensordot")  # arrive whole in an operator, whose autograd is its own
+_COMPOSITES = ("linear", "matmul", "einsum", "tensordot")  # not decomposed in an operator, whose autograd is its own
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "sym_", "is_", "_reinterpret", "set_", "resize_", "_has_", "detach")
-_MOST_ASKED = 10_000  # in an inspection; a loop that asks until the data say enough gets one answer forever
+_MOST_ASKED = 10_000  # in an inspection; a loop that asks until the data change gets the same answer forever
 
 
 class Memory:
@@ -42,13 +42,16 @@ class Memory:
 
     @property
     def live(self) -> int:
-        """Bytes alive now."""
+        """The bytes alive now."""
         for key in [k for k, (reference, _) in self._storages.items() if reference.expired()]:
             self._live -= self._storages.pop(key)[1].size
         return self._live
 
     def add(self, tensor: Tensor, origin: str, of_loss: bool) -> bool:
-        """Count a tensor's storage until it is freed, once; whether it was new. It may be the loss's unwritten."""
+        """Counts a tensor's storage until it is freed, once, and returns True if it was new.
+
+        With `of_loss` it counts as the loss's even before it is written.
+        """
         key = tensor.untyped_storage()._cdata
         if key in self.keys():
             return False
@@ -59,12 +62,12 @@ class Memory:
         return True
 
     def name(self, tensor: Tensor, origin: str, location: str, of_loss: bool) -> None:
-        """Say what made a tensor's storage, if it is counted: the host's are not."""
+        """Sets what made a tensor's storage, if it is counted; the host's storages are not."""
         if tensor.untyped_storage()._cdata in self._storages:
             self._remember(tensor, origin, location, of_loss)
 
     def write(self, tensors: Iterable[Tensor], of_loss: bool) -> int:
-        """Say who wrote last; the bytes alive that the loss did."""
+        """Sets who wrote the tensors last, and returns the live bytes that the loss wrote last."""
         for tensor in tensors:
             (self._of_loss.add if of_loss else self._of_loss.discard)(tensor.untyped_storage()._cdata)
         self._of_loss &= self.keys()
@@ -83,17 +86,17 @@ class Memory:
         self._storages[storage._cdata] = (StorageWeakRef(storage), saved)
 
     def keys(self) -> set[int]:
-        """The storages alive."""
+        """Returns the storages alive."""
         _ = self.live
         return set(self._storages)
 
     def saved(self, key: int) -> Saved:
-        """What is known of a storage."""
+        """Returns the record of a storage."""
         return self._storages[key][1]
 
 
 class Recorder(FakeTensorMode):
-    """Where fake tensors live, and where everything that runs on them is written down."""
+    """The mode in which fake tensors live, and in which everything that runs on them is recorded."""
 
     supports_higher_order_operators = True
 
@@ -102,7 +105,7 @@ class Recorder(FakeTensorMode):
         self.memory = Memory()
         self.device = device
         self.recording = False
-        self.asked = 0  # how often the host has asked for data
+        self.asked = 0  # times that the host has asked for data
         self.inside: list[str] = []  # operators written in Python that are running
         self._launches: list[Launch] = []
         self._base = 0
@@ -110,7 +113,7 @@ class Recorder(FakeTensorMode):
 
     @contextmanager
     def attributing(self) -> Iterator[None]:
-        """Run host code, which says whether its launches are the loss's; within one of the loss's, all are."""
+        """Runs host code, which says whether its launches are the loss's; within one of the loss's, all are."""
         before = self._of_loss, self._all_of_loss
         self._all_of_loss = self._of_loss
         try:
@@ -119,12 +122,12 @@ class Recorder(FakeTensorMode):
             self._of_loss, self._all_of_loss = before
 
     def attribute(self, of_loss: int) -> None:
-        """Say whose the launches from here on are."""
+        """Sets whether the launches from here on are the loss's."""
         self._of_loss = self._all_of_loss or bool(of_loss)
 
     @contextmanager
     def record(self, base: int) -> Iterator[list[Pass]]:
-        """Write down what runs in the block: the list it yields has one pass when the block ends."""
+        """Records what runs in the block: the list that it yields has one pass when the block ends."""
         self._launches, self._base = [], base
         self.memory.peak = self.memory.live
         self._peak = self.memory.live
@@ -138,7 +141,7 @@ class Recorder(FakeTensorMode):
         result.append(Pass(launches=tuple(self._launches), peak_bytes=self._peak - base))
 
     def _see_peak(self) -> int:
-        """The most alive since the last launch."""
+        """Returns the most bytes alive since the last launch."""
         peak, self.memory.peak = self.memory.peak, self.memory.live
         self._peak = max(self._peak, peak)
         return peak
@@ -156,7 +159,7 @@ class Recorder(FakeTensorMode):
         collective: Collective | None = None,
         scratch_bytes: int = 0,
     ) -> None:
-        """Write down one launch, where anything is written down."""
+        """Records one launch, while recording is on."""
         writes = list(writes)
         of_loss = self.memory.write(writes, self._of_loss)
         if not self.recording:
@@ -185,11 +188,11 @@ class Recorder(FakeTensorMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run an operator on fake tensors."""
+        """Runs an operator on fake tensors."""
         kwargs = kwargs or {}
         higher = isinstance(func, HigherOrderOperator)
         if higher and func not in registered_hop_fake_fns:
-            rule = func.python_key_table.get(FakeTensorMode)  # torch looks by the mode's class, and this is another
+            rule = func.python_key_table.get(FakeTensorMode)  # torch looks by the mode's class, and this is a subclass
             if rule is not None:
                 return rule(self, *args, **kwargs)
         if higher or TracingContext.try_get() is not None:  # the compiler at work, not the program
@@ -207,9 +210,9 @@ class Recorder(FakeTensorMode):
                 self.inside.pop()
         name = func._schema.name.split("::")[-1]
         if name in ("_local_scalar_dense", "nonzero", "wait_tensor"):
-            # The last gives what it is given; its fake gives a new one, and nothing is launched.
+            # wait_tensor returns its argument; its fake would return a new one, and nothing is launched.
             return args[0] if name == "wait_tensor" else self._value(name, args[0])
-        # An operator that is told where to write makes nothing new, and not each of them knows fake tensors.
+        # An operator with an `out` makes nothing new, and some of them do not support fake tensors.
         out = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         with _without_constants(args, kwargs):
             if len(out) == 1:
@@ -220,7 +223,7 @@ class Recorder(FakeTensorMode):
         return result
 
     def _value(self, name: str, source: Any) -> Any:
-        """Stand in for what only the data knows: one for a number, all of them for a choice of elements."""
+        """Returns a substitute for a result that depends on data: 1 for a number, all elements for a choice of some."""
         if name == "_local_scalar_dense" and source.constant is not None:
             return source.constant.item()
         self.asked += 1
@@ -237,7 +240,7 @@ class Recorder(FakeTensorMode):
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         ours = self._of_loss and bool(self.inside)  # within an operator of the loss nobody else allocates
         fresh = [t for t in outputs if t.device.type == self.device.type and self.memory.add(t, name, ours)]
-        sends = func.namespace == "c10d"  # which write their first argument, and do not say so
+        sends = func.namespace == "c10d"  # these write their first argument, and their schema does not say so
         if name.startswith(_NO_LAUNCH) or not (fresh or sends or func._schema.is_mutable):
             return
         given = [(a, v) for a, v in zip(func._schema.arguments, args, strict=False)]
@@ -274,7 +277,7 @@ class Recorder(FakeTensorMode):
 
 @contextmanager
 def _without_constants(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """A number whose value a fake tensor knows would be computed for real: not on the device, which is not there."""
+    """Hides the values that fake tensors know, with which torch would compute for real on an absent device."""
     known: list[tuple[Any, Tensor]] = []
     if any(isinstance(v, torch.device) and v.type not in ("cpu", "meta") for v in (*args, *kwargs.values())):
         known = [(t, t.constant) for t in tree_leaves(args) if getattr(t, "constant", None) is not None]

@@ -25,7 +25,7 @@ FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 
 @dataclass(frozen=True)
 class Cell:
-    """Text that loses its middle where it does not fit: names and paths differ at their ends."""
+    """A text that loses its middle where it does not fit: names and paths differ at their ends."""
 
     plain: str
     style: str = ""
@@ -42,7 +42,7 @@ class Cell:
 
 
 def report(*inspections: Inspection) -> Group:
-    """Lay out all of one inspection, or the summaries of several side by side."""
+    """Returns the whole report of one inspection, or the summaries of several side by side."""
     parts: list[RenderableType] = [text for i in inspections for text in (header(i), *warnings(i), Text())]
     alone = len(inspections) == 1
     for table in tables(*inspections) if alone else [_summary(*inspections)]:
@@ -56,7 +56,7 @@ def report(*inspections: Inspection) -> Group:
 
 
 def header(inspection: Inspection) -> Text:
-    """Say what was inspected, and with what."""
+    """Returns a text that says what was inspected, and with what."""
     triton = f"triton {inspection.triton}, " if inspection.triton else ""
     made = f"torch {inspection.torch}, {triton}inspected in {inspection.seconds:.1f} s"
     name = Text.assemble((inspection.name, "bold"), f" on {inspection.device}")
@@ -64,7 +64,7 @@ def header(inspection: Inspection) -> Text:
 
 
 def warnings(inspection: Inspection) -> list[Text]:
-    """Say what a reader must not miss."""
+    """Returns the facts that a reader must not miss."""
     reasons = [" ".join(b.reason.partition("Explanation:")[0].split()) for b in inspection.breaks]  # all in --json
     found = [
         (f"graph break at {b.location or '?'}: {reason}", ALARM)
@@ -89,7 +89,7 @@ def warnings(inspection: Inspection) -> list[Text]:
 
 
 def tables(inspection: Inspection) -> list[Table]:
-    """Lay out what there is of summary, kernels, GEMMs, collectives, saved tensors and guards."""
+    """Returns the tables that are not empty of summary, kernels, GEMMs, collectives, saved tensors and guards."""
     large = _large(inspection)
     saved = [
         (f"{s.dtype}{list(s.shape)}", Cell(size(s.size), WARNING if s in large else ""), s.origin, s.location)
@@ -110,7 +110,7 @@ def tables(inspection: Inspection) -> list[Table]:
 
 
 def _summary(*inspections: Inspection) -> Table:
-    """Give each a column, and two of them their ratio."""
+    """Returns the summary, with a column for each inspection; two of them get their ratio."""
     columns = [_figures(inspection) for inspection in inspections]
     rows: list[Sequence[str | Cell]] = []
     for label in dict.fromkeys(label for column in sorted(columns, key=len, reverse=True) for label in column):
@@ -123,7 +123,7 @@ def _summary(*inspections: Inspection) -> Table:
 
 
 def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
-    """{label: (number, text)}; counts are of forward + backward."""
+    """Returns {label: (number, text)}; counts are of forward + backward."""
     passes, measured, peak = inspection.passes, inspection.measured, inspection.peak_bytes
     breaks, moved = len(inspection.breaks), sum(p.moved_bytes for p in passes)
     graphs, inner = len(inspection.graphs), sum(bool(graph.operator) for graph in inspection.graphs)
@@ -160,7 +160,7 @@ def _figures(inspection: Inspection) -> dict[str, tuple[float, str]]:
 
 
 def _loss(inspection: Inspection, gpus: Sequence[str]) -> dict[str, tuple[float, str]]:
-    """The loss's part of the figures, where it is known which launches are its, and others are not."""
+    """Returns the loss's part of the figures, if its launches are known and there are others."""
     own = [launch for launch in _launches(inspection) if launch.of_loss]
     if not inspection.loss or not 0 < len(own) < inspection.launches:
         return {}
@@ -182,7 +182,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _kernels(inspection: Inspection) -> Table:
-    """Count launches and bytes; where assembled, add what the first configuration needs."""
+    """Returns the table of launches and bytes; for assembled kernels, with the resources of the first configuration."""
     kernels = {kernel.name: kernel for kernel in inspection.kernels}
     kinds, moved = {name: str(kernel.kind) for name, kernel in kernels.items()}, Counter(dict.fromkeys(kernels, 0))
     for launch in _launches(inspection):
@@ -204,7 +204,7 @@ def _kernels(inspection: Inspection) -> Table:
 
 
 def _gemms(inspection: Inspection, title: str, kind: str) -> Table:
-    """Count those of a kind of equal operator, shapes and dtype."""
+    """Returns the table of launches of a kind, by operator, shapes and dtype."""
     counts: defaultdict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
     for i, one in enumerate(inspection.passes):
         for gemm in (launch for launch in one.launches if launch.kind == kind):
@@ -216,7 +216,7 @@ def _gemms(inspection: Inspection, title: str, kind: str) -> Table:
 
 
 def _collectives(inspection: Inspection) -> Table:
-    """Count equal ones; what they send and how long it takes are of all of a row."""
+    """Returns the table of collectives; bytes sent and times are of all collectives in a row."""
     network, title = NETWORKS.get(inspection.device), "Collectives"
     if network is not None:
         within, across = (link.bytes_per_second / 1e9 for link in (network.within, network.across))
@@ -235,7 +235,7 @@ def _collectives(inspection: Inspection) -> Table:
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], most: int = 48) -> Table:
-    """Numbers, to the right, are under a head that begins with ">"."""
+    """Returns a table. A column of numbers is aligned to the right, and its head begins with ">"."""
     columns = [Column(Text(h.lstrip(">")), justify="right" if h[:1] == ">" else "left", overflow="fold") for h in heads]
     table = Table(*columns, box=None, pad_edge=False, collapse_padding=True, header_style="dim")
     table.title, table.title_justify, table.show_header = Text(title, "bold"), "left", any(h.strip(">") for h in heads)
@@ -256,13 +256,16 @@ def _by_target(kernel: Kernel) -> list[tuple[str, list[Configuration]]]:
 
 
 def _large(inspection: Inspection) -> list[Saved]:
-    """Saved tensors larger than every input."""
+    """Returns the saved tensors that are larger than every input."""
     largest = max(_sizes(inspection), default=0)
     return [saved for saved in inspection.saved if saved.size > largest > 0]
 
 
 def _sizes(inspection: Inspection) -> list[int]:
-    """Bytes of parameters, and of inputs, which `bf16[8192,4096]:grad` describes: the number is of bits."""
+    """Returns the bytes of inputs, which text such as `bf16[8192,4096]:grad` describes, and of parameters.
+
+    The number in a dtype is of bits.
+    """
     found = (re.match(r"[a-z]+(\d*)\w*\[([\d, ]*)\]", given) for given in inspection.inputs)
     inputs = [int(m[1] or 8) // 8 * prod(int(n) for n in m[2].split(",") if n.strip()) for m in found if m]
     return [*inputs, *inspection.parameters]

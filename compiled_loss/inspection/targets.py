@@ -1,4 +1,4 @@
-"""The GPUs code is generated for, what the compiler asks of them, and what they can do at most. No torch here.
+"""The GPUs that code is generated for, the properties that the compiler reads, and their peak rates. No torch here.
 
 A target is an instruction set with the properties that Inductor and Triton read; several GPUs share one.
 """
@@ -33,7 +33,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """Peak rates: operations a second by dtype, dense and without sparsity, and bytes a second of its memory."""
+    """Peak rates: operations per second by dtype, dense and without sparsity, and bytes per second of its memory."""
 
     target: str
     half: float
@@ -43,7 +43,7 @@ class Gpu:
     source: str
 
     def rate(self, dtype: str) -> float:
-        """Operations a second; fp32 without TF32, which torch leaves off unless asked."""
+        """Returns operations per second; fp32 without TF32, which torch leaves off unless asked."""
         return {"float32": self.single, "float64": self.double}.get(dtype, self.half)
 
 
@@ -113,7 +113,7 @@ TARGETS = {
         ),
     )
 }
-"""Instruction sets that code is generated for, by name: a GPU of that kind need not be there."""
+"""Instruction sets that code is generated for, by name. A GPU of that kind need not be there."""
 
 GPUS = {
     "A100": Gpu(

@@ -1,1 +1,1 @@
-"""Our losses in trainers that people have, a file or package a framework; none is imported before it is used."""
+"""Integrations into trainers, one file or package per framework; none is imported before it is used."""

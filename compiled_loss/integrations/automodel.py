@@ -1,11 +1,11 @@
-"""Our losses inside NeMo Automodel's own recipes.
+"""Losses of this library inside NeMo Automodel's own recipes.
 
 NOTE [Automodel's inspections]
-Its recipes ask for classes of their own: which loss takes hidden states, which may see the logits of a model that
-cannot leave them out, which head has to be checked. These here are both, ours by what they compute and Automodel's by
-class.
-Their names are none of its registry, which knows a loss by its name alone: `_target_` of a class called
-FusedLinearCrossEntropy, whoever wrote it, becomes Automodel's own, without a word.
+Its recipes check for classes of their own: a loss that takes hidden states, one that may see the logits of a model that
+cannot leave them out, one whose head has to be checked. The classes here are both: they compute our losses, and they
+are Automodel's by class.
+Their names are not in Automodel's registry, which knows a loss by its name alone. A `_target_` called
+FusedLinearCrossEntropy, whoever wrote it, silently becomes Automodel's own.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class CompiledLinearCrossEntropy(linear.FusedLinearCrossEntropy, chunked_ce.Chun
 
 
 class CompiledMaskedCrossEntropy(modules.MaskedCrossEntropy, masked_ce.MaskedCrossEntropy):
-    """:class:`compiled_loss.MaskedCrossEntropy`, which recipes leave as it is where others are replaced."""
+    """:class:`compiled_loss.MaskedCrossEntropy`, which recipes leave in place where they replace other losses."""
 
 
 class CompiledTEParallelCrossEntropy(modules.TEParallelCrossEntropy):

@@ -1,4 +1,4 @@
-"""A plugin of Axolotl, by a line of its YAML: the head of the model that it trains is fused."""
+"""A plugin of Axolotl, enabled by a line of its YAML, that fuses the head of the model that it trains."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OTHER_LOSSES = (
 
 
 class CompiledLossArgs(BaseModel):
-    """Keys that the plugin adds to Axolotl's YAML."""
+    """The keys that the plugin adds to Axolotl's YAML."""
 
     compiled_loss_chunking: dict[str, Any] | None = Field(
         default=None,
@@ -47,7 +47,7 @@ class CompiledLossArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_other_losses(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what computes another loss, and keys that nobody reads; see :class:`CompiledLossPlugin`."""
+        """Refuses keys of another loss, and keys that nobody reads; see :class:`CompiledLossPlugin`."""
         for key in _OTHER_LOSSES:
             if data.get(key):
                 raise ValueError(
@@ -97,15 +97,15 @@ class CompiledLossPlugin(BasePlugin):  # type: ignore[misc]
     """
 
     def get_input_args(self) -> str:
-        """Where Axolotl finds the keys of the YAML."""
+        """Returns the name of the class with the keys of the YAML, where Axolotl finds it."""
         return f"{CompiledLossArgs.__module__}.{CompiledLossArgs.__name__}"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Fuse the head, after adapters are loaded."""
+        """Fuses the head, after adapters are loaded."""
         fuse_head(model, chunking=chunking_of(cfg.compiled_loss_chunking or {}))
         _LOG.info("CompiledLossPlugin: fused the head of %s", type(model).__name__)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Have the model told how many label tokens a step has, if the YAML asks for it."""
+        """Makes the Trainer tell the model the number of label tokens in a step, if the YAML asks for it."""
         if cfg.compiled_loss_token_mean:
             trainer.model_accepts_loss_kwargs = True

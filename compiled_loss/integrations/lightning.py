@@ -1,4 +1,4 @@
-"""What Lightning's automatic optimization lacks for losses of tokens: one mean over a whole step."""
+"""A callback for Lightning's automatic optimization: one mean over the tokens of a whole step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENS = 2.0**12
 
 
 def count_labels(batch: Any) -> Tensor:
-    """The labels of a batch that are not -100, as an int64 tensor on its device."""
+    """Returns the number of labels of a batch that are not -100, as an int64 tensor on its device."""
     try:
         labels = batch["labels"]
     except (LookupError, TypeError):
@@ -32,7 +32,7 @@ def count_labels(batch: Any) -> Tensor:
 
 
 class LabelTokenMean(Callback):
-    """A step's gradients are those of the mean over all its label tokens, not of a mean of means.
+    """Makes a step's gradients those of the mean over all its label tokens, instead of a mean of means.
 
     Lightning weighs the microbatches of `accumulate_grad_batches` alike, and DDP and FSDP the ranks, however many
     labels each has. The training step stays as it is: it returns the mean over the label tokens of its microbatch.
@@ -76,7 +76,7 @@ class LabelTokenMean(Callback):
         self._step: Tensor | int = 0  # 0 until the step's first backward
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what does not call the hooks below once."""
+        """Refuses Trainers that do not call the hooks below exactly once."""
         callbacks: list[Any] = vars(trainer)["callbacks"]  # an attribute that has no annotation
         given = sum(isinstance(callback, LabelTokenMean) for callback in callbacks)
         if given > 1:
@@ -98,7 +98,7 @@ class LabelTokenMean(Callback):
         self._step = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the batch's label tokens."""
+        """Counts the batch's label tokens."""
         count = self.count(batch)
         if not isinstance(count, (Tensor, int)):
             raise TypeError(f"count: expected one number of label tokens, got {type(count).__name__}: return a Tensor")
@@ -109,11 +109,11 @@ class LabelTokenMean(Callback):
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Forget the tokens of gradients that no step has used: an epoch was left within one."""
+        """Forgets the tokens of gradients that no step has used: an epoch ended within a step."""
         self._step = 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Weigh the gradients of a microbatch; Lightning's own mean, over microbatches and ranks, is undone."""
+        """Weighs the gradients of a microbatch, and undoes Lightning's own mean over microbatches and ranks."""
         weight = self._microbatch * (trainer.accumulate_grad_batches * trainer.world_size / _TOKENS)
         loss.register_hook(lambda grad: (grad * weight).to(grad.dtype))
         self._step = self._step + self._microbatch
@@ -121,7 +121,7 @@ class LabelTokenMean(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Divide the gradients by the step's label tokens."""
+        """Divides the gradients by the step's label tokens."""
         tokens, self._step = torch.as_tensor(self._step, device=pl_module.device), 0
         if trainer.world_size > 1:
             distributed.all_reduce(tokens)

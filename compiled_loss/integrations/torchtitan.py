@@ -3,9 +3,10 @@
 B sequences, S positions, H width, V vocabulary.
 
 NOTE [torchtitan's layouts]
-The loss takes hidden states and the head's weight as torchtitan's model and FSDP leave them. Over the mesh dimension
-"tp", with "partial_dtensor" and "full_dtensor", they are DTensors, which say themselves how they lie. With "spmd_types"
-they are plain: hidden states whose gradient is a part of the ranks' sum, and a rank's own rows of the weight.
+The loss takes hidden states and the head's weight as torchtitan's model and FSDP leave them. With "partial_dtensor" and
+"full_dtensor" they are DTensors over the mesh dimension "tp", which know their own layout. With "spmd_types" they are
+plain tensors: hidden states whose gradient is this rank's part of a sum over ranks, and the rank's own rows of the
+weight.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # the trainer gives the head 
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
-        """The config that a trainer's `loss` is."""
+        """The config of the loss, a trainer's `loss`."""
 
         label_smoothing: float = 0.0
         """Share of a uniform distribution in the target, from 0 to 1."""
         z_loss: float = 0.0
         """Weight of the squared log-sum-exp, >= 0."""
         chunking: Chunking = Chunking()
-        """How the loss is chunked, which does not change what it is."""
+        """The chunks of the loss. They change speed and memory, and never the result."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         self.config = config
@@ -95,7 +96,7 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # the trainer gives the head 
 
 
 def _distributed(hidden: Tensor, head: OutputHead, vocab_size: int) -> tuple[Tensor, OutputHead]:
-    """Both with what says how they lie over the ranks: NOTE [torchtitan's layouts]."""
+    """Returns both as DTensors with their layouts over the ranks: NOTE [torchtitan's layouts]."""
     if spmd_mesh_size("tp") == 1:
         return hidden, head
     mesh = current_spmd_mesh()["tp"]
@@ -109,13 +110,13 @@ def _distributed(hidden: Tensor, head: OutputHead, vocab_size: int) -> tuple[Ten
 
 
 def _capped_forwards() -> list[Callable[..., Tensor]]:
-    """The forward of Muse Glimmer's head. Nobody has one who has not imported it."""
+    """Returns the forward of Muse Glimmer's head; none before its module is imported."""
     module = sys.modules.get("torchtitan.models.muse_glimmer.model")
     return [] if module is None else [module.SoftCappedLinear.forward]
 
 
 def _logit_map(module: Any) -> dict[str, Any]:
-    """What a head does to its logits."""
+    """Returns a head's softcap and multiplier of its logits, as keywords."""
     if type(module).forward not in _capped_forwards():
         return {}
     return {"softcap": module.output_soft_cap_temp, "logit_scale": module.output_multiplier}

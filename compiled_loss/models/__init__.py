@@ -1,1 +1,1 @@
-"""What losses ask of a model and of its output."""
+"""Access to a model and to its output: the head, hidden states, the weight of an auxiliary loss."""

@@ -1,9 +1,9 @@
-"""What a head with LoRA multiplies: a wider weight, of wider hidden states.
+"""The operands of a head with LoRA: a wider weight, and wider hidden states.
 
 NOTE [LoRA as a wider head]
-W h + s B A dropout(h) is [W, B] times [h, s A dropout(h)]: dropout falls where PEFT has it, and an update that is
-small beside W keeps its digits, which it would lose in the sum of a bf16 weight. r columns more of H are the price, and
-a copy of W in each call.
+W h + s B A dropout(h) is [W, B] times [h, s A dropout(h)]. The dropout is applied where PEFT applies it. An update that
+is small compared with W keeps its digits; they would be lost in the sum of a bf16 weight. The price is r more columns
+of H, and a copy of W in each call.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from compiled_loss.models.output_head import OutputHead, active_adapters, output
 
 
 def head_operands(module: Any, name: str, hidden: Tensor) -> tuple[Tensor, OutputHead]:
-    """Hidden states [..., H + r] and a head [V, H + r] that give what the module gives of hidden states [..., H].
+    """Returns hidden states [..., H + r] and a head [V, H + r], with the same product as the module on [..., H].
 
-    Raises: see :func:`output_head`; of LoRA's variants, as DoRA, a TypeError.
+    Raises: see :func:`output_head`; for variants of LoRA, such as DoRA, a TypeError.
     """
     adapters = _lora(module, name)
     if not adapters:
@@ -38,12 +38,12 @@ def head_operands(module: Any, name: str, hidden: Tensor) -> tuple[Tensor, Outpu
 
 
 def base_weight(module: Any, name: str) -> Tensor:
-    """The weight [V, H] of a head without its LoRA; raise where its operands are not known."""
+    """Returns the weight [V, H] of a head without its LoRA. Raises where its operands are not known."""
     return output_head(module.base_layer if _lora(module, name) else module, name).weight
 
 
 def _lora(module: Any, name: str) -> list[str]:
-    """LoRA's adapters that change what the head gives."""
+    """Returns LoRA's adapters that change the head's results."""
     if not hasattr(module, "lora_A") or type(module).__name__ != "Linear" or module.disable_adapters or module.merged:
         return []
     adapters = active_adapters(module)

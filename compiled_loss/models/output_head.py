@@ -1,16 +1,17 @@
 """The weight and the bias that a head multiplies by, whatever wraps it. Nothing that may wrap it is imported.
 
 NOTE [What a head may be]
-An `nn.Linear`, a subclass that keeps its forward, or an `nn.Embedding` that a model multiplies by; what has a weight
-and no forward; a container of one of these; what PEFT puts around them while it changes nothing but the weight. All
-else is an error, for a loss that took the weight alone would be another one than the head's.
+A head may be an `nn.Linear`, a subclass that keeps its forward, or an `nn.Embedding` that a model multiplies by. It may
+be an object with a weight and no forward, or a container of one of these. It may be wrapped by PEFT, as long as PEFT
+changes nothing but the weight. Everything else is an error, because a loss of the weight alone would not be the loss of
+the head.
 
-Hooks are refused, for none can be told from one that changes something. Those of torch.distributed and DeepSpeed are
-not: they bring weights and tokens to where they are needed, and what they leave undone shows in the weight. Nor is the
-forward that the tensor parallelism of transformers puts around that of a DTensor, or torchtitan around any, which does
-the same, nor one of ours.
+Hooks are refused, because it cannot be known whether they change something. Hooks of torch.distributed and DeepSpeed
+are allowed: they bring weights and tokens to where they are needed, and if they have not done so yet, the weight shows
+it. Also allowed are a forward that the tensor parallelism of transformers puts around that of a DTensor, one that
+torchtitan puts around any, which does the same, and ours.
 
-Who applies what a class does beside its multiplication, a softcap for instance, names its forward as `known`.
+A caller that applies the further mathematics of a class, a softcap for instance, gives the class's forward as `known`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class OutputHead(NamedTuple):
 
 
 def output_head(module: Any, name: str = "model", known: Collection[Callable[..., Any]] = ()) -> OutputHead:
-    """What a head multiplies by and adds: NOTE [What a head may be].
+    """Returns the weight and bias of a head: NOTE [What a head may be].
 
     Args:
         module: the head.
-        name: what errors call it.
+        name: its name in errors.
         known: forwards of classes of heads whose own mathematics the caller applies.
 
     Returns:
@@ -51,7 +52,7 @@ def output_head(module: Any, name: str = "model", known: Collection[Callable[...
 
     Raises:
         TypeError: it is more than a weight and a bias.
-        ValueError: its weight is not here, or a hook changes what it gives.
+        ValueError: its weight is not here, or a hook changes its results.
 
     """
     inner = _inner(module, name)
@@ -77,13 +78,13 @@ def output_head(module: Any, name: str = "model", known: Collection[Callable[...
 
 
 def leaves_head(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same forward, which may stand on a head in place of its class's: the head multiplies by what it did."""
+    """Marks a forward that may stand on a head in place of its class's, because the head multiplies as before."""
     setattr(forward, _OURS, True)
     return forward
 
 
 def _inner(module: Any, name: str) -> Any:
-    """The module that does what `module` does, one step further in; itself where there is none."""
+    """Returns the module that does the work of `module`, one step further in; `module` itself where there is none."""
     children = getattr(module, "_modules", {})
     for wrapped in _WRAPPED:
         if wrapped in children:
@@ -104,7 +105,10 @@ def _inner(module: Any, name: str) -> Any:
 
 
 def _without_adapters(module: Any, name: str) -> Any:
-    """The layer that PEFT's adapters leave as it is: merged, disabled or none of this layer; else itself, of tokens."""
+    """Returns the layer inside if PEFT's adapters do not change it: merged, disabled, or none of this layer.
+
+    A layer with trainable tokens is returned itself.
+    """
     active, merged = active_adapters(module), list(module.merged_adapters)
     if module.disable_adapters and merged:
         checks.heads.merged_and_disabled(name, module, merged)
@@ -116,7 +120,7 @@ def _without_adapters(module: Any, name: str) -> Any:
 
 
 def active_adapters(module: Any) -> list[str]:
-    """Adapters of this layer that take part."""
+    """Returns the active adapters of this layer."""
     here = module._get_available_adapters()
     return [adapter for adapter in _names(module.active_adapter) if adapter in here]
 
@@ -126,7 +130,7 @@ def _names(active: str | list[str]) -> list[str]:
 
 
 def unchanged(module: Any, name: str) -> None:
-    """Raise where this one does more than its class."""
+    """Raises where this module does more than its class."""
     own = vars(module)
     hook, forward = own.get("_hf_hook"), own.get("forward")
     if hook is not None:  # accelerate's, which replaces forward
@@ -146,7 +150,7 @@ def unchanged(module: Any, name: str) -> None:
 
 
 def _origin(hook: Any) -> str:
-    """Where a hook is defined."""
+    """Returns the module in which a hook is defined."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(getattr(hook, "__module__", None) or type(hook).__module__)

@@ -1,4 +1,4 @@
-"""What losses ask of a model and of its output: the head, the last hidden states, the weight of an auxiliary loss."""
+"""Access to a model and to its output: the head, the last hidden states, the weight of an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from compiled_loss.models.output_head import OutputHead, output_head
 
 
 def head(model: Any) -> tuple[Any, str]:
-    """The model's head, and what errors call it.
+    """Returns the model's head, and its name in errors.
 
-    It is what `get_output_embeddings()` returns, the Module called lm_head, or the one with lm_head in its name.
+    It is the result of `get_output_embeddings()`, the Module called lm_head, or the one with lm_head in its name.
     """
     model = inner(model)
     found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -32,7 +32,7 @@ def head(model: Any) -> tuple[Any, str]:
 
 
 def head_weight(model: Any, hidden_states: Any) -> OutputHead:
-    """The weight and bias of the model's head; an error where it is more than these, or was never loaded."""
+    """Returns the weight and bias of the model's head. Raises where it is more than these, or was never loaded."""
     module, name = head(model)
     found = output_head(module, name)
     checks.heads.loaded(name, module, found.weight, hidden_states)
@@ -40,7 +40,7 @@ def head_weight(model: Any, hidden_states: Any) -> OutputHead:
 
 
 def head_logits(model: Any, hidden_states: Tensor) -> Tensor:
-    """What the model's head gives; of one that cannot be called so, what its weight and bias give."""
+    """Returns the logits of the model's head; if it cannot be called, those of its weight and bias."""
     module, name = head(model)
     if isinstance(module, (nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.ParameterDict)) or not callable(module):
         return F.linear(hidden_states, *output_head(module, name))
@@ -49,17 +49,17 @@ def head_logits(model: Any, hidden_states: Tensor) -> Tensor:
 
 
 def inner(model: Any) -> Any:
-    """The model in DistributedDataParallel, or itself."""
+    """Returns the model inside of DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def field(output: Any, name: str) -> Any:
-    """An entry of a model's output, None where there is none."""
+    """Returns an entry of a model's output; None where there is none."""
     return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
 
 
 def last_hidden_states(output: Any) -> Any:
-    """The last of all layers' hidden states that there is, or hidden states as they are."""
+    """Returns the hidden states of the last layer that is present; hidden states that are no sequence as they are."""
     states = field(output, "hidden_states")
     if isinstance(states, (list, tuple)):
         return next((layer for layer in reversed(states) if layer is not None), None)
@@ -67,7 +67,10 @@ def last_hidden_states(output: Any) -> Any:
 
 
 def mtp_factor(model: Any, output: Any) -> Any:
-    """The weight of multi-token prediction: of the output, of the model's `mtp_config`, of the model; None for none."""
+    """Returns the weight of multi-token prediction; None for none.
+
+    It is taken from the output, from the model's `mtp_config`, or from the model, in this order.
+    """
     model = inner(model)
     given = field(output, "mtp_loss_scaling_factor")
     if given is None:

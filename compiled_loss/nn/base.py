@@ -1,10 +1,10 @@
-"""What Modules of losses share.
+"""The base of the Modules of losses.
 
 NOTE [Kept keywords]
-What is the same for all batches is a field of the Module, given when it is made. The tensors of a batch come with the
-call. `compile` comes with the call, too, because `nn.Module.compile` is a method. The fields are spelled once, in a
-dataclass of options that the Module and its config inherit. The call takes every other argument of the function, so it
-takes a new one at once. A test fails, and names the class, where a new keyword belongs among the fields.
+A keyword that is the same for all batches is a field of the Module, given when it is made. The tensors of a batch come
+with the call. `compile` comes with the call, too, because `nn.Module.compile` is a method. The fields are spelled once,
+in a dataclass of options that the Module and its config inherit. The call takes every other argument of the function,
+so it takes a new one at once. A test fails, and names the class, where a new keyword belongs among the fields.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Loss(nn.Module):
     """A dataclass that is a Module without parameters. Its fields are validated when it is made."""
 
     def extra_repr(self) -> str:
-        """The fields that are not the default."""
+        """Returns the fields that do not have their default, as text."""
         shown = []
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -55,9 +55,9 @@ _Class = TypeVar("_Class", bound=type[Loss])
 
 
 def loss_module(function: Callable[..., Any] | None = None) -> Callable[[_Class], _Class]:
-    """Let the constructor of a dataclass make a Module, and `forward` call a function with the fields, if one is given.
+    """Returns a decorator that lets the constructor of a dataclass make a Module.
 
-    See NOTE [Kept keywords].
+    If a function is given, `forward` calls it with the fields: NOTE [Kept keywords].
     """
 
     def decorate(cls: _Class) -> _Class:
@@ -68,7 +68,7 @@ def loss_module(function: Callable[..., Any] | None = None) -> Callable[[_Class]
             given = dict(zip(names, args, strict=False)) | keywords
             checks.modules.keywords(cls, keywords, cls)
             checks.modules.kept(given, Chunking)
-            nn.Module.__init__(self)  # and of no other class that a subclass may be of
+            nn.Module.__init__(self)  # not that of another base class of a subclass
             assign(self, *args, **keywords)
 
         cls.__init__ = __init__  # type: ignore[assignment, method-assign]
@@ -80,7 +80,7 @@ def loss_module(function: Callable[..., Any] | None = None) -> Callable[[_Class]
 
 
 def _forward(cls: type[Loss], function: Callable[..., Any], kept: tuple[str, ...]) -> Callable[..., Any]:
-    """What calls the function; its signature is that of the function, without the fields."""
+    """Returns a method that calls the function. Its signature is that of the function, without the fields."""
 
     def forward(self: Loss, *tensors: Any, **call: Any) -> Any:  # a Tensor, or a record that has the loss
         return function(*tensors, **call, **{name: getattr(self, name) for name in kept})

@@ -24,7 +24,7 @@ class HardLabelOptions:
     temperature: float = 1.0
     """Divides the logits, > 0."""
     shift: int = 0
-    """How far ahead labels are: position t predicts label t + shift."""
+    """The distance of labels: position t predicts label t + shift."""
     reduction: str = "mean"
     """"mean", "sum" or "none"."""
 
@@ -42,7 +42,7 @@ class LinearCrossEntropyOptions(HardLabelOptions):
     """The keywords that `LinearCrossEntropy` and its config keep."""
 
     chunking: Chunking = Chunking()
-    """How the loss is chunked, which does not change what it is."""
+    """The chunks of the loss. They change speed and memory, and never the result."""
 
 
 @loss_module(cross_entropy)

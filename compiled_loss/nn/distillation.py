@@ -19,25 +19,25 @@ class TeacherOptions:
     jsd_weight: float = 0.5
     """Share of the teacher in the mixture of "jsd", between 0 and 1."""
     lk_decay: float = 3.0
-    """How fast "lk" turns from KL to total variation, >= 0."""
+    """Decay with which "lk" turns from KL to total variation, >= 0."""
     temperature: float = 1.0
     """Divides both logits, > 0."""
     temperature_squared: bool = True
-    """Whether the divergence is multiplied by the temperature's square."""
+    """True to multiply the divergence by the temperature's square."""
     softcap: float | None = None
     """Bound of the student's scaled logits, > 0; None for none."""
     logit_scale: float = 1.0
     """Multiplies the student's logits before the softcap, > 0."""
     teacher_softcap: float | None = None
-    """The same of the teacher's."""
+    """Bound of the teacher's scaled logits, > 0; None for none."""
     teacher_logit_scale: float | None = None
-    """The same of the teacher's; None for 1."""
+    """Multiplies the teacher's logits before their softcap, > 0; None for 1."""
     hard_label_weight: float = 0.0
     """Share of the labels' own cross-entropy, from 0 to 1."""
     ignore_index: int = -100
     """Label of tokens to ignore."""
     shift: int = 0
-    """How far ahead labels are: position t predicts label t + shift."""
+    """The distance of labels: position t predicts label t + shift."""
     reduction: str = "mean"
     """"mean", "sum" or "none"."""
 
@@ -47,11 +47,11 @@ class DistillationOptions(TeacherOptions):
     """The keywords that `Distillation` and its config keep."""
 
     fp32_upcast: bool = True
-    """Kept for its callers; without effect."""
+    """Accepted and ignored."""
     class_dim: int = -1
     """The dimension of both logits that is the vocabulary."""
     chunk_size: int = 0
-    """Kept for its callers, an int >= 0; without effect."""
+    """Accepted and ignored, an int >= 0."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -59,7 +59,7 @@ class LinearDistillationOptions(TeacherOptions):
     """The keywords that `LinearDistillation` and its config keep."""
 
     chunking: Chunking = Chunking()
-    """How the loss is chunked, which does not change what it is."""
+    """The chunks of the loss. They change speed and memory, and never the result."""
 
 
 @loss_module(distillation)

@@ -7,7 +7,7 @@ from compiled_loss.planner.chunking import Chunking
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class HeadOptions:
-    """How labels, logits and chunks are read."""
+    """The keywords for labels, logits and chunks of a head."""
 
     ignore_index: int = -100
     """Label of tokens to ignore."""
@@ -18,7 +18,7 @@ class HeadOptions:
     temperature: float = 1.0
     """Divides the logits, > 0."""
     chunking: Chunking = Chunking()
-    """How the loss is chunked, which does not change what it is."""
+    """The chunks of the loss. They change speed and memory, and never the result."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -26,4 +26,4 @@ class AnswersHeadOptions(HeadOptions):
     """Options of a head for answers, whose labels may be shifted."""
 
     shift: int = 0
-    """How far ahead labels are: position t predicts label t + shift."""
+    """The distance of labels: position t predicts label t + shift."""

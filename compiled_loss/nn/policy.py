@@ -14,13 +14,13 @@ class PolicyOptions:
     """The keywords that policy losses of log-probabilities and of a head share."""
 
     kind: Kind = "clip"
-    """"clip", "cispo", "cispo_two_sided", "sapo" or "reinforce"."""
+    """"clip", "cispo", "cispo_two_sided", "sapo", "gmpo" or "reinforce"."""
     importance: Importance = "token"
     """"token" or "sequence"."""
     clip_low: float = 0.2
-    """How far below 1 the ratio is bounded, >= 0."""
+    """The distance of the ratio's lower bound from 1, >= 0."""
     clip_high: float = 0.2
-    """How far above 1 the ratio is bounded, >= 0; of "cispo" the bound itself."""
+    """The distance of the ratio's upper bound from 1, >= 0; for "cispo" the bound itself."""
     dual_clip: float | None = None
     """Bounds the loss of tokens with a negative advantage, > 1; None for none."""
     temperature_positive: float = 1.0

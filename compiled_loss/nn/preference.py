@@ -19,11 +19,11 @@ class PreferenceOptions:
     beta: float = 0.1
     """Multiplies the scores of answers, > 0."""
     label_smoothing: float = 0.0
-    """The probability that a label is wrong, of "sigmoid", "robust" and "exo"."""
+    """The probability that a label is wrong, for "sigmoid", "robust" and "exo"."""
     margin: float = 0.0
-    """By how much the chosen answer is to win, >= 0."""
+    """The margin by which the chosen answer is to win, >= 0."""
     length_normalised: bool = False
-    """Whether an answer's log-ratio is the mean over its tokens."""
+    """True if an answer's log-ratio is the mean over its tokens, instead of the sum."""
     f_divergence: Divergence = "reverse_kl"
     """"reverse_kl", "forward_kl", "js" or "alpha"."""
     alpha: float = 0.5
@@ -49,7 +49,7 @@ class KTOOptions:
     desirable_weight: float = 1.0
     """Multiplies the losses of desirable answers, >= 0."""
     undesirable_weight: float = 1.0
-    """Multiplies the losses of the others, >= 0."""
+    """Multiplies the losses of undesirable answers, >= 0."""
 
 
 class _KTO(KTOOptions, Loss):

@@ -16,15 +16,15 @@ class LinearSoftCrossEntropyOptions:
     logit_scale: float = 1.0
     """Multiplies the draft's logits before the softcap, > 0."""
     teacher_softcap: float | None = None
-    """The same of the teacher's."""
+    """Bound of the teacher's scaled logits, > 0; None for none."""
     teacher_logit_scale: float | None = None
-    """The same of the teacher's; None for 1."""
+    """Multiplies the teacher's logits before their softcap, > 0; None for 1."""
     temperature: float = 1.0
     """Divides both logits, > 0."""
     reduction: str = "mean"
     """"mean", "sum" or "none"."""
     chunking: Chunking = Chunking()
-    """How the loss is chunked, which does not change what it is."""
+    """The chunks of the loss. They change speed and memory, and never the result."""
 
 
 @loss_module(linear_soft_cross_entropy)

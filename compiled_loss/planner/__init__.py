@@ -1,1 +1,1 @@
-"""How a linear loss is chunked: the option, the plan, its cost, and an explanation of it."""
+"""The chunking of linear losses: the option, the plan, its cost, and an explanation of it."""

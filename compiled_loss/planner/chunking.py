@@ -1,4 +1,4 @@
-"""The option that says how a linear loss is chunked."""
+"""The option for the chunking of a linear loss."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ compile='auto')
             self.strategy, self.chunk_size, self.memory_budget, self.accumulate_dtype, self.compile
         )
         checks.chunking.max_label_tokens(self.max_label_tokens)
-        if isinstance(self.max_label_tokens, float):  # now, for of a float Dynamo makes a symbol
+        if isinstance(self.max_label_tokens, float):  # at once, because Dynamo makes a symbol of a float
             object.__setattr__(self, "_parts", max(1, round(self.max_label_tokens * _WHOLE)))
 
     @property
@@ -66,16 +66,16 @@ compile='auto')
         return checks.chunking.size("memory_budget", self.memory_budget)
 
     def rows(self, tokens: int) -> int | None:
-        """Return how many of so many tokens are computed; None means all of them, as they are."""
+        """Returns the number of rows to compute for so many tokens; None means all of them, as they are."""
         if self.max_label_tokens is None:
             return None
-        # Rounded up, but for what the fraction was rounded by.
+        # Rounded up, except for the rounding of the fraction itself.
         most = -((tokens - 2 * tokens * self._parts) // (2 * _WHOLE)) if self._parts else int(self.max_label_tokens)
         return None if numbers.holds(most >= tokens, otherwise=False) else most
 
 
 def is_compiled(device: torch.device, compile: bool | str) -> bool:
-    """Whether bodies are compiled; `compile` is `Chunking`'s, which speaks of eager calls alone."""
+    """Returns True if bodies are compiled; `compile` is `Chunking`'s, which is for eager calls only."""
     if torch.compiler.is_compiling() or compile != "auto":
         return torch.compiler.is_compiling() or bool(compile)
     return device.type not in ("cpu", "meta")

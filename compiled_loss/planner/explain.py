@@ -1,4 +1,4 @@
-"""Why the planner chunks a linear loss as it does: every alternative with its predicted seconds and bytes.
+"""The explanation of a plan: every alternative with its predicted seconds and bytes.
 
 N tokens, H width, V vocabulary.
 """
@@ -22,7 +22,7 @@ PARTS = (1, 2, 4, 8, 16, 32, 64)  # alternatives are that many chunks of either 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alternative:
-    """Loss and both gradients in chunks, and what they are predicted to take.
+    """The loss and both gradients in chunks of one size, with the predicted cost.
 
     `strategy` and `chunk_size` are those of a :class:`Chunking`; `count` chunks; `chunk_bytes` of a chunk's logits,
     `peak_bytes` over the inputs, of compiled code; `seconds` at a device's rates.
@@ -80,7 +80,7 @@ def plan(
     ranks: int = 1,
     device: str = "cuda",
 ) -> Explanation:
-    r"""Explain how a linear loss of these sizes is chunked: the alternatives with their predicted cost.
+    r"""Explains how a linear loss of these sizes is chunked: the alternatives with their predicted cost.
 
     Args:
         tokens: N.
@@ -153,7 +153,7 @@ def plan(
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    """Words to the left, numbers to the right."""
+    """Yields a row's cells, words aligned to the left and numbers to the right."""
     for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
         yield cell.ljust(width) if i < 2 else cell.rjust(width)
 

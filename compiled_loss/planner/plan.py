@@ -1,6 +1,6 @@
-"""How long the chunks are: integers in, a frozen `Plan` out. Pure; asks no device, allocates nothing.
+"""The lengths of chunks: integers in, a frozen `Plan` out. Pure; asks no device, allocates nothing.
 
-N tokens, H width, V vocabulary, C rows (token strategy) or columns (vocab strategy) a chunk.
+N tokens, H width, V vocabulary, C rows (token strategy) or columns (vocab strategy) per chunk.
 
 NOTE [Default chunk]
 The token strategy takes as many rows per chunk as these rules allow:
@@ -14,22 +14,24 @@ The token strategy takes as many rows per chunk as these rules allow:
 N is then spread evenly over the chunks, in multiples of ROW_MULTIPLE, at which a GPU loads several elements at once.
 The vocab strategy takes as many columns as have the same bytes, at least MIN_COLUMNS, in multiples of COLUMN_MULTIPLE.
 
-A loop plans when it runs, and knows N. Only a choice between the strategies within a memory budget is made before, and
-sees N rounded up to a power of two, so that a compiled caller has a graph for each power at most.
+A loop plans when it runs, and then knows N. Only the choice between the strategies within a memory budget is made
+before. It sees N rounded up to a power of two, so that a compiled caller has at most one graph for each power.
 
 NOTE [Accumulator]
-A sum over chunks in bf16 rounds once a chunk. The error of dW over that of the unchunked loss, N=8192, on a CPU
-(benches/accumulation.py), where an fp32 accumulator adds products that were rounded to bf16; a GPU's does not:
+A sum over chunks in bf16 rounds once per chunk. The table has the error of dW relative to that of the unchunked loss,
+at N=8192 on a CPU (benches/accumulation.py). There an fp32 accumulator adds products that were rounded to bf16; on a
+GPU they are not rounded:
 
     chunks               1    2    4    8   16   32   64  256  1024
     bf16 accumulator   1.0  1.2  1.5  2.0  2.8  3.8  5.5   13    22
     fp32 accumulator   1.0  1.4  1.4  1.4  1.4  1.4  1.4  1.3   1.2
 
 So up to 8 chunks the error is about twice the unchunked loss's. Partial sums of random signs have sqrt(i / K) of the
-sum's size, which makes sqrt((K + 1) / 2) of one rounding: 2.1 at 8 chunks, where 2.3 was seen. With the rounding that
-the unchunked loss makes anyway, twice its error and one rounding bound it. In the largest element, where all may have
-one sign, it is (K + 1) / 2: 4.5 at 8 chunks, where 3.7 was seen. An fp32 accumulator costs four more bytes an element
-at the peak, two of them backward's copy, and more traffic a chunk.
+size of the sum. Together their roundings make sqrt((K + 1) / 2) of one rounding: 2.1 at 8 chunks, where 2.3 was seen.
+The unchunked loss makes one rounding anyway, so the error is bounded by twice its error and one rounding. In the
+largest element all partial sums may have one sign, which makes (K + 1) / 2: 4.5 at 8 chunks, where 3.7 was seen. An
+fp32 accumulator costs four more bytes per element at the peak, two of them for backward's copy, and more traffic per
+chunk.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ from compiled_loss.checks import numbers
 from compiled_loss.planner.chunking import Chunking, is_compiled
 from compiled_loss.planner.cost import Strategy, chunk_bytes, rates, seconds
 
-MIN_ROWS = 512  # from which on Inductor writes a reduction over columns as one kernel
-RANKS_A_NODE = 8  # which NVLink joins
+MIN_ROWS = 512  # with at least so many rows Inductor writes a reduction over columns as one kernel
+RANKS_A_NODE = 8  # ranks that NVLink joins
 MIN_COLUMNS = 2048
 ROW_MULTIPLE = 16
 COLUMN_MULTIPLE = 256
@@ -55,7 +57,7 @@ MAX_ROUNDINGS = 8  # additions into a 16-bit accumulator; beyond, it is fp32: NO
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A plan: `count` chunks of `chunk` tokens or columns, the last one perhaps shorter."""
+    """A plan: `count` chunks of `chunk` tokens or columns, of which the last one may be shorter."""
 
     strategy: Strategy
     chunk: int
@@ -64,17 +66,17 @@ class Plan:
 
 
 class Lengths(NamedTuple):
-    """What an operator is told of its chunks, all of it known before the number of tokens is."""
+    """The operands of an operator that determine its chunks; all are known before the number of tokens is."""
 
     chunk_size: int | None
     memory_budget: int | None
     accumulate_dtype: torch.dtype | None
-    columns: int  # of each rank, the same number on all; of two heads those of both
+    columns: int  # of a rank, the same number on all ranks; the sum of both for two heads
     ranks: int
     compiled: bool
 
     def plan(self, strategy: Strategy, hidden: torch.Tensor) -> Plan:
-        """For these hidden states."""
+        """Returns the plan for these hidden states."""
         return _planned(self, strategy, *hidden.shape, hidden.dtype)
 
 
@@ -95,7 +97,10 @@ def lengths(
     ranks: int,
     strategies: tuple[Strategy, ...],
 ) -> tuple[Strategy, Lengths]:
-    """The strategy, and the errors that only the sizes can tell; N is asked for where there is a budget alone."""
+    """Returns the strategy and the chunk lengths, and raises the errors that depend on sizes.
+
+    N is used only where there is a memory budget.
+    """
     if chunking.accumulate_dtype is not None:
         checks.chunking.accumulator(chunking.accumulate_dtype, dtype)
     strategy = choose(tokens, width, columns, dtype, chunking, strategies=strategies, device=device.type)
@@ -118,9 +123,9 @@ def plan(
     strategies: tuple[Strategy, ...] = ("tokens", "vocab"),
     device: str = "cuda",
 ) -> Plan:
-    """The plan for a rank's [tokens, width] @ [vocab, width].T among `strategies`, those that can do it, best first.
+    """Returns the plan for a rank's [tokens, width] @ [vocab, width].T among the possible `strategies`, the best first.
 
-    `device` is a type, at whose rates a memory budget is spent.
+    `device` is a type of device; a memory budget is spent at its rates.
     """
     strategy = choose(tokens, width, vocab, dtype, chunking, strategies=strategies, device=device)
     extent, multiple = (tokens, ROW_MULTIPLE) if strategy == "tokens" else (vocab, COLUMN_MULTIPLE)
@@ -143,7 +148,7 @@ def choose(
     strategies: tuple[Strategy, ...],
     device: str,
 ) -> Strategy:
-    """The strategy among those that can do it, best first; it asks for N only where a memory budget decides."""
+    """Returns the strategy among the possible ones, the best first. It uses N only where a memory budget decides."""
     if chunking.strategy != "auto":
         return chunking.strategy
     if chunking.budget is None or len(strategies) == 1:
@@ -151,7 +156,7 @@ def choose(
     least = [chunk_bytes(s, 1, tokens, vocab, dtype.itemsize) for s in strategies]
     fits = [numbers.holds(size <= chunking.budget, otherwise=False) for size in least]
     fitting = [s for s, one in zip(strategies, fits, strict=True) if one]
-    if not fitting:  # an error will name the least
+    if not fitting:  # an error will name the least budget
         return strategies[int(numbers.holds(least[1] < least[0], otherwise=False))]
     strategy, *others = fitting
     for other in others:  # no min(key=...), which Dynamo does not trace
@@ -161,7 +166,7 @@ def choose(
 
 
 def _rounded(tokens: int) -> int:
-    """N up to the next power of two, MIN_ROWS at least."""
+    """Returns N rounded up to the next power of two, at least MIN_ROWS."""
     rounded = MIN_ROWS
     while rounded < tokens:
         rounded *= 2
@@ -175,7 +180,7 @@ def _quotient(extent: int, size: int) -> int:
 def _most(
     strategy: Strategy, tokens: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, ranks: int = 1
 ) -> int:
-    """Most tokens or columns per chunk: NOTE [Default chunk]."""
+    """Returns the most tokens or columns per chunk: NOTE [Default chunk]."""
     other = vocab if strategy == "tokens" else tokens
     if chunking.chunk_size is not None:
         size = chunking.chunk_size
@@ -192,7 +197,7 @@ def _most(
 def _seconds(
     strategy: Strategy, tokens: int, width: int, vocab: int, dtype: torch.dtype, chunking: Chunking, device: str
 ) -> float:
-    """In the longest chunks it may take: NOTE [Cost model]."""
+    """Returns the predicted seconds in the longest chunks that are allowed: NOTE [Cost model]."""
     whole = tokens if strategy == "tokens" else vocab
     size = min(whole, _most(strategy, tokens, width, vocab, dtype, chunking))
     accumulated = chunking.accumulate_dtype or _accumulate_dtype(dtype, _quotient(whole, size))
@@ -201,7 +206,7 @@ def _seconds(
 
 
 def _accumulate_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
-    """The input's dtype while its rounding does not show: never for fp16, whose unscaled sums could overflow."""
+    """Returns the input's dtype while its rounding is negligible; never fp16, whose unscaled sums could overflow."""
     if dtype == torch.float16 or (dtype == torch.bfloat16 and count > MAX_ROUNDINGS):
         return torch.float32
     return dtype

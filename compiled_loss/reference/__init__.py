@@ -1,7 +1,8 @@
-"""The full-logits definition of every loss: the specification. Imports torch only, shares no code with the fast paths.
+"""The full-logits definition of every loss: the specification. It imports only torch, and no code of the fast paths.
 
-Written for the reader, in the order of the formulas; ordinary autograd, every [N, V] tensor held. Statistics and losses
-in fp32, or fp64 for fp64 inputs. Arguments are those of the functions of the same names in `compiled_loss`.
+It is written for the reader, in the order of the formulas, with ordinary autograd; every [N, V] tensor is held.
+Statistics and losses are in fp32, or fp64 for fp64 inputs. Arguments are those of the functions of the same names in
+`compiled_loss`.
 """
 
 from compiled_loss.reference.cross_entropy import cross_entropy, linear_cross_entropy

@@ -53,11 +53,11 @@ def cross_entropy(
     picked = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     label_weight = classes[target]
     ce = -(1 - label_smoothing) * label_weight * picked
-    if label_smoothing:  # or 0 * inf where a column is forbidden by -inf
+    if label_smoothing:  # otherwise 0 * inf where a column is forbidden by -inf
         ce = ce - label_smoothing * (log_p * classes).sum(-1) / vocab
     if probabilities is not None:
         label_weight = torch.ones_like(weight)
-        if shift:  # of the last positions, whose weight is 0, any
+        if shift:  # the last positions get any, because their weight is 0
             probabilities = probabilities.roll(-shift, dims=-2)
         smoothed = (1 - label_smoothing) * probabilities + label_smoothing / vocab
         ce = -(log_p * smoothed * classes).sum(-1)

@@ -34,7 +34,7 @@ def distillation(
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """W ((1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label).
+    """Computes w ((1 - a) T^2 divergence(teacher, student) + a cross-entropy with the label).
 
     A cached teacher's distribution has one more class, all those that are not in its top.
     """
@@ -95,7 +95,7 @@ def distributions(
     temperature: float | Tensor,
     teacher_logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the teacher and of the student, whose z is over the temperature."""
+    """Returns log-probabilities of the teacher and of the student, whose z is over the temperature."""
     log_q = torch.log_softmax(z, dim=-1)
     if teacher_topk is not None:
         return _topped(*teacher_topk, log_q)
@@ -107,7 +107,7 @@ def distributions(
 
 
 def _divergence(name: str, log_p: Tensor, log_q: Tensor, jsd_weight: float, lk_decay: float) -> Tensor:
-    """The divergence of each token's two distributions."""
+    """Returns the divergence of each token's two distributions."""
     p, q = log_p.exp(), log_q.exp()
     if name == "forward_kl":
         return _times(p, log_p - log_q).sum(-1)
@@ -128,12 +128,12 @@ def _divergence(name: str, log_p: Tensor, log_q: Tensor, jsd_weight: float, lk_d
 
 
 def _times(p: Tensor, x: Tensor) -> Tensor:
-    """The product, 0 where p is 0."""
+    """Returns the product, 0 where p is 0."""
     return p * torch.where(p == 0, 0.0, x)
 
 
 def _topped(values: Tensor, indices: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the teacher and of the student over the top's classes and, if there are others, the rest."""
+    """Returns log-probabilities of teacher and student over the top's classes and, if there are others, the rest."""
     log_p, tops = values.detach().to(log_q.dtype), log_q.gather(-1, indices)
     if indices.shape[-1] < log_q.shape[-1]:
         left = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(log_p.dtype).eps)
@@ -172,7 +172,7 @@ def masked_soft_cross_entropy(
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """W sum(-p log q), by default the sum over the positions divided by that of w."""
+    """Computes w sum(-p log q), by default its sum over the positions divided by the sum of w."""
     log_q = torch.log_softmax(transformed(logits, None, softcap, temperature, logit_scale), dim=-1)
     mask = position_mask.reshape(log_q.shape[:-1])
     weight = mask.to(log_q.dtype)

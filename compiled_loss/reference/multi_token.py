@@ -17,7 +17,7 @@ def multi_token_targets(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Position by position, as it is defined."""
+    """Computes the targets position by position, as they are defined."""
     rows = labels.reshape(-1, labels.shape[-1]).tolist()
     ids = None if seq_idx is None else seq_idx.reshape(-1, labels.shape[-1]).expand(len(rows), -1).tolist()
     bounds = [] if cu_seqlens is None else cu_seqlens.reshape(-1).tolist()
@@ -56,7 +56,7 @@ def multi_token_prediction(
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
 ) -> Tensor:
-    """scaling_factor / D times the sum over the depths."""
+    """Computes scaling_factor / D times the sum over the depths."""
     total = torch.zeros((), dtype=hidden[0].dtype)
     for k, states in enumerate(hidden):
         packing = {"ignore_index": ignore_index, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}

@@ -28,7 +28,7 @@ def policy_loss(
     entropy_coefficient: float = 0.0,
     entropy_weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss of :class:`compiled_loss.PolicyLoss`, a token after the other."""
+    """Computes the loss of :class:`compiled_loss.PolicyLoss`, one token after another."""
     total = logprob.new_zeros(())
     valid = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask != 0
     weights = valid.to(logprob.dtype) / valid.sum().clamp(min=1) if token_weights is None else token_weights

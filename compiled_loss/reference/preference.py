@@ -1,4 +1,4 @@
-"""Losses of preferences and rewards, a pair or an answer after the other."""
+"""Losses of preferences and rewards, one pair or answer after another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def preference_loss(
     num_chosen_tokens: int | None = None,
     pair_weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss of :class:`compiled_loss.PreferenceLoss`."""
+    """Computes the loss of :class:`compiled_loss.PreferenceLoss`."""
     valid = _valid(logprob, mask)
     losses, likelihoods, tokens = [], [], 0
     pairs = len(logprob) // 2
@@ -60,7 +60,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     sequence_weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss of :class:`compiled_loss.KTOLoss`."""
+    """Computes the loss of :class:`compiled_loss.KTOLoss`."""
     valid, losses = _valid(logprob, mask), []
     baseline = max(float(kl.mean()), 0.0) if kind == "kto" and kl is not None else 0.0
     for b in range(len(logprob)):
@@ -85,7 +85,7 @@ def bradley_terry_loss(
     center_coefficient: float = 0.0,
     pair_weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss of :class:`compiled_loss.RewardLoss`."""
+    """Computes the loss of :class:`compiled_loss.RewardLoss`."""
     losses = []
     for i in _valid(chosen_rewards, mask).nonzero().flatten().tolist():
         c, r = chosen_rewards[i], rejected_rewards[i]

@@ -1,4 +1,4 @@
-"""Statistics of tokens, and the losses that users make of them or of logits."""
+"""Statistics of tokens, and the losses that users make of statistics or of logits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def token_statistics(
     class_dim: int = -1,
     wanted: Collection[str] = ("logprob", "logsumexp", "entropy", "correct"),
 ) -> Statistics:
-    """All statistics of each token."""
+    """Computes all statistics of each token."""
     z = transformed(logits.movedim(class_dim, -1), None, softcap, temperature, logit_scale)
     valid = labels != ignore_index
     if mask is not None:
@@ -72,7 +72,7 @@ def linear_token_statistics(
     kept_ids: Tensor | None = None,
     **keywords: object,
 ) -> Statistics:
-    """`token_statistics` of the head's logits, without those of the classes that were not kept."""
+    """Computes `token_statistics` of the head's logits, over the kept classes if there are any."""
     z = every = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     if kept_ids is not None:
         z = torch.where(_kept(kept_ids, labels, z.shape[-1]), z, -math.inf)
@@ -90,7 +90,7 @@ def linear_token_statistics(
 
 
 def _kept(kept_ids: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    """Which classes are [..., V]."""
+    """Returns True for the classes that are kept, [..., V]."""
     ids = torch.cat([kept_ids, labels.unsqueeze(-1)], -1)
     ids = torch.where(ids < 0, vocab, ids)
     none = torch.zeros(*labels.shape, vocab + 1, dtype=torch.bool, device=ids.device)
@@ -114,7 +114,7 @@ def linear_token_loss(
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """`token_loss` of the tokens' statistics, the rows of `inputs` beside them, weighted like cross-entropy."""
+    """Computes `token_loss` of the tokens' statistics and of the rows of `inputs`, weighted like cross-entropy."""
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     more = {"mask": mask, "ignore_index": ignore_index, "shift": shift, "wanted": Statistics._fields}
     statistics = token_statistics(z, labels, **more)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def linear_logits_loss(
     reduction: str = "mean",
     num_label_tokens: int | Tensor | None = None,
 ) -> Tensor:
-    """`logits_loss` of all logits at once, weighted like cross-entropy."""
+    """Computes `logits_loss` of all logits at once, weighted like cross-entropy."""
     z = token_logits(hidden, weight, bias, softcap, temperature, logit_scale)
     rows = [v.flatten(0, z.dim() - 2) if isinstance(v, Tensor) and v.dim() else v for v in inputs]
     losses = logits_loss(z.flatten(0, -2), *rows).reshape(z.shape[:-1])

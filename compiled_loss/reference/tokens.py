@@ -1,4 +1,4 @@
-"""What the definitions share: the z of a head, and how tokens are aligned, weighed and summed."""
+"""Helpers of the definitions: the z of a head, and tokens aligned, weighted and summed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def token_logits(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
+    """Returns z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature, [..., V]."""
     return transformed(hidden @ weight.transpose(0, 1), bias, softcap, temperature, logit_scale)
 
 
 def transformed(
     logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float | Tensor, logit_scale: float = 1.0
 ) -> Tensor:
-    """Z of raw logits."""
+    """Returns the z of raw logits."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -32,12 +32,12 @@ def transformed(
 
 
 def over(z: Tensor, temperature: float | Tensor) -> Tensor:
-    """Z / temperature, which may be each token's own."""
+    """Returns z / temperature, which may differ between tokens."""
     return z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature)
 
 
 def aligned(values: Tensor, shift: int, fill: float) -> Tensor:
-    """values[..., t + shift] at position t."""
+    """Returns values[..., t + shift] at position t."""
     if shift == 0:
         return values
     length = values.shape[-1]
@@ -48,7 +48,7 @@ def aligned(values: Tensor, shift: int, fill: float) -> Tensor:
 def weighed(
     rows: Tensor, weight: Tensor, valid: Tensor, reduction: str, num_label_tokens: int | Tensor | None
 ) -> Tensor:
-    """Rows times their weight, reduced: a mean divides by the sum of the weights."""
+    """Returns the rows times their weight, reduced: a mean divides by the sum of the weights."""
     weight = torch.where(valid, weight, 0.0)
     rows = torch.where(valid, weight * rows, 0.0)
     if reduction == "none":
@@ -59,5 +59,5 @@ def weighed(
 
 
 def ratio(total: Tensor, count: Tensor) -> Tensor:
-    """Total / count, 0 where the count is 0."""
+    """Returns total / count, and 0 where the count is 0."""
     return torch.where(count == 0, 0.0 * total, total / torch.where(count == 0, 1.0, count))

@@ -1,12 +1,13 @@
 """The elementwise mathematics of logits: plain torch on [rows, columns], written to fuse into one kernel.
 
-`logits` are a chunk, `rows` tokens by `columns` of the vocabulary, or given ones, [..., V]. Then come, in every body
-and in this order, `labels` [rows] and the `Head`. A body writes nothing that it was given: whoever calls it has
-what it returns written over the logits.
+`logits` are either a chunk, `rows` tokens by `columns` of the vocabulary, or logits that exist already, [..., V]. After
+them every body takes `labels` [rows] and the `Head`, in this order. A body writes to none of its operands. Its caller
+writes the results where they belong, the gradient over the logits.
 
 NOTE [Columns are compared, never indexed]
-`where(column == label, z, 0).sum(-1)` instead of a gather: it fuses into the statistics' pass, it cannot leave the row
-whatever the label is, and on torch 2.11 a gather from a buffer that the graph later reuses read the later values.
+The label's logit is `where(column == label, z, 0).sum(-1)` instead of a gather. The sum fuses into the pass that
+computes the statistics. It cannot leave the row, whatever the label is. On torch 2.11 a gather from a buffer that the
+graph reuses later read the later values.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ Output = tuple[Tensor, ...]
 
 
 class Upstream(NamedTuple):
-    """What a row's gradient is made of: e (row - moment (z - m) + square e), at the label `target`, and c total.
+    """The coefficients of a row's gradient, [rows] each.
 
-    Where e is exp(z - m).
+    With e = exp(z - m), where m is the row's maximum, the gradient of z is e (row - moment (z - m) + square e), and at
+    the label it is `target`. c total is added to both, where c are the class weights, or 1.
 
     NOTE [Few reads]
     Inductor writes out an fp32 intermediate of a pointwise expression that reads more than eight tensors. The result is
@@ -39,8 +41,8 @@ class Upstream(NamedTuple):
 
     1. What can be combined per row is combined before the body.
     2. Vectors and scalars share a tensor where they can.
-    3. What is combined per row inside a body is also returned from it, or reads more than four tensors and is used
-       twice. Otherwise Inductor does not write it out, and reads its parts again for each logit.
+    3. What is combined per row inside a body is also returned from it, unless it reads more than four tensors and is
+       used twice. Otherwise Inductor does not write it out, and reads its parts again for each logit.
 
     With every option the gradient reads eight: logits, [bias, class weights], scales, labels, maximum, row, target,
     total.
@@ -61,7 +63,7 @@ class Upstream(NamedTuple):
         entropy: Tensor | None,
         squares: Tensor | None,
     ) -> Upstream:
-        """Make it from autograd's gradients of the rows' statistics, each of which may be missing."""
+        """Makes it from autograd's gradients of the rows' statistics, each of which may be None."""
         softmax, dtype = state.softmax(), state.others.dtype
         nll = torch.zeros_like(state.others) if nll is None else nll.to(dtype)
         row, target, moment, square = nll, -nll * state.others, None, None
@@ -82,19 +84,19 @@ class Upstream(NamedTuple):
         return Upstream(row / softmax.total, target / softmax.total, total, moment, square)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
-        """Each changed; what is None stays None."""
+        """Returns a copy with `change` applied to each tensor; None stays None."""
         rest = [None if v is None else change(v) for v in (self.total, self.moment, self.square)]
         return Upstream(change(self.row), change(self.target), *rest)
 
 
 def _biased(logits: Tensor, head: Head) -> Tensor:
-    """The head's logits, before `scales`."""
+    """Returns the logits with the head's bias, in the dtype of statistics, before `scales`."""
     raw = logits.to(statistics_dtype(logits.dtype))
     return raw if head.bias is None else raw + head.bias.to(raw.dtype)
 
 
 def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Z of the raw logits, [rows, columns] or [rows], and its slope; None for 1."""
+    """Returns z of the raw logits, [rows, columns] or [rows], and its slope dz / d raw; None for a slope of 1."""
     z, slope = _of_head(raw, head)
     if inverse is None:
         return z, slope
@@ -103,7 +105,7 @@ def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Te
 
 
 def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Compute z and its slope without the rows' temperatures."""
+    """Computes z and its slope without the rows' temperatures."""
     if head.scales is None:
         return raw, None
     if head.scales.dim() == 0:
@@ -133,11 +135,12 @@ def _seen(
     *,
     whole: bool = False,
 ) -> State:
-    """The state of a chunk alone, relative to a maximum as large as its own or, but for rounding, larger."""
+    """Returns the state of a chunk alone, relative to a maximum that is not below its own, except by rounding."""
     shifted, near = z - maximum.unsqueeze(-1), slack(head, inverse)
     others = shifted.exp().masked_fill(is_target, 0.0)
-    # In a whole row as a difference from the maximum, or Inductor sums it in the loop that finds the maximum, which is
-    # then not unrolled: 67 instructions a logit of sm_90, and with a softcap a tanh more.
+    # In a whole row the difference from the maximum is summed. Otherwise Inductor sums the logit in the loop that finds
+    # the maximum, and does not unroll it: 67 instructions per logit on sm_90 instead of 57, and one more tanh with a
+    # softcap.
     target = torch.where(is_target, shifted if whole else z, 0.0).sum(-1)
     target = maximum + target if whole else target
     return State(
@@ -156,7 +159,7 @@ def _weighted(z: Tensor, head: Head) -> Tensor:
 
 
 def _argmax(z: Tensor, labels: Tensor, head: Head, least: Tensor) -> Tensor:
-    """How many columns behind the label's the first is that is as large as the maximum; infinity where none is."""
+    """Returns the first column that is as large as the maximum, minus the label's column; infinity if there is none."""
     behind = (_columns(z, head) - labels.unsqueeze(-1)).to(z.dtype)
     if z.shape[-1] == 0:
         return torch.full_like(least, math.inf)
@@ -174,7 +177,7 @@ def _gradient(
     *,
     moved: bool = False,
 ) -> Tensor:
-    """Gradient of the statistics with respect to the raw logits, in fp32."""
+    """Returns the gradient with respect to the raw logits, in the dtype of statistics."""
     shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
@@ -182,7 +185,7 @@ def _gradient(
     if upstream.square is not None:
         row = row + upstream.square.unsqueeze(-1) * shifted.exp()
     target = upstream.target.unsqueeze(-1)
-    if moved:  # one `where` of both would lie as the comparison does and not as the logits
+    if moved:  # a single `where` would have the strides of the comparison, and not those of the logits
         d = shifted.exp() * torch.where(is_target, 0.0, row) + torch.where(is_target, target, 0.0)
     else:
         d = torch.where(is_target, target, shifted.exp() * row)
@@ -193,12 +196,12 @@ def _gradient(
 
 
 def _by_row(value: Tensor) -> Tensor:
-    """The same numbers [rows], computed one row after the other.
+    """Returns the same numbers, [rows], in a form that Inductor computes one row at a time on a CPU.
 
     NOTE [One loop]
-    On a CPU Inductor puts all loops of a body into one over rows, so that a row stays in the cache and code is
-    generated once, but only if none of them takes several rows at a time. It takes one where an int16 is among the
-    numbers.
+    On a CPU Inductor fuses all loops of a body into one loop over rows. A row then stays in the cache, and code is
+    generated once. Inductor does so only if none of the loops takes several rows at a time. An int16 among a loop's
+    numbers makes it take one row at a time.
     """
     if value.device.type != "cpu":
         return value
@@ -207,7 +210,7 @@ def _by_row(value: Tensor) -> Tensor:
 
 
 def fold(logits: Tensor, *operands: Tensor | None) -> Output:
-    """Fold a chunk into the rows' state: (labels, *Head, temperature, *State) -> its parts."""
+    """Folds a chunk into the rows' state: (labels, *Head, temperature, *State) -> the new state's parts."""
     (labels,), head, (inverse,), state, _ = unpack(operands, Labels, Head, Temperature, State)
     head = head.unpacked()
     z, _ = _scaled(_biased(logits, head), head, inverse)
@@ -220,7 +223,10 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: bool = False) -> Output:
-    """Gradient of logits, perhaps not contiguous: (labels, *Head, temperature, maximum, *Upstream) -> (d,)."""
+    """Computes the logits' gradient: (labels, *Head, temperature, maximum, *Upstream) -> (d,).
+
+    `moved` says that the logits are not contiguous.
+    """
     (labels,), head, (inverse,), (maximum, *rest) = unpack(operands, Labels, Head, Temperature)
     head, upstream = head.unpacked(), Upstream(*rest)
     z, slope = _scaled(_biased(logits, head), head, inverse)
@@ -238,21 +244,24 @@ def fold_and_gradient(
     entropy: bool = False,
     group: str | None = None,
 ) -> Output:
-    """Both, whole or over a group: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs, ...).
+    """Computes losses and gradient in one pass, of whole rows or of a rank's columns of them.
 
-    `loss` names a row loss, of those numbers and inputs; d is the gradient of the sum of the losses. With `statistics`,
-    `RowStatistics` follow; with `entropy` they have it. What comes last is returned for NOTE [Few reads] alone.
+    (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs, ...)
+
+    `loss` names a row loss, of these numbers and inputs; d is the gradient of the sum of the losses. With `statistics`,
+    the `RowStatistics` follow; `entropy` adds the entropy to them. The outputs after these are returned only for
+    NOTE [Few reads].
     """
     (labels,), head, rest = unpack(operands, Labels, Head)
     head, of = head.unpacked(), row_losses.of(loss)
     numbers, (inverse, *inputs) = rest[: of.numbers], rest[of.numbers :]
     biased = _biased(logits, head)
     z, slope = _scaled(biased, head, inverse)
-    # A softcap keeps the order, so a row's largest is found before it: a tanh less for each logit. Not where statistics
-    # are returned, of which `correct` compares the label's logit with the maximum bit for bit.
+    # A softcap keeps the order, so a row's maximum is found before it, which saves a tanh per logit. Where statistics
+    # are returned it is found after it: `correct` compares the label's logit with the maximum bit for bit.
     exact = statistics or of.computed
     maximum = largest(z) if exact else _scaled(largest(biased), head, inverse)[0]
-    maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # a rank's columns may all be -inf: not NaN
+    maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # no NaN where all of a rank's columns are -inf
     softcap = head.scales is not None and head.scales.dim() > 0
     if softcap:
         maximum = _by_row(maximum)
@@ -269,7 +278,7 @@ def fold_and_gradient(
     if statistics:
         returned += known.only(wanted).present()
     returned += [v for v in upstream if v is not None] if of.computed else [upstream.row, upstream.target]
-    if softcap and group is None:  # then the maximum is no number that was read; a group's is written out as it is
+    if softcap and group is None:  # the maximum is then computed in the body; over a group it is written out anyway
         returned.append(maximum)
     return tuple(returned)
 
@@ -277,7 +286,7 @@ def fold_and_gradient(
 def logits_loss_and_gradient(
     logits: Tensor, *operands: Tensor | None, classes: Classes, loss: str, group: str | None = None
 ) -> Output:
-    """Compute a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
+    """Computes a row loss of logits: (labels, *Head, *numbers, temperature, *inputs) -> (d, loss, *d_inputs)."""
     assert group is None
     (labels,), head, rest = unpack(operands, Labels, Head)
     of = row_losses.of(loss)
@@ -290,5 +299,5 @@ def logits_loss_and_gradient(
 
 
 def transformed(logits: Tensor, head: Head, inverse: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Z of logits that exist, and its slope; None for 1."""
+    """Returns z of logits that exist already, and its slope dz / d raw; None for a slope of 1."""
     return _scaled(_biased(logits, head), head, inverse)

@@ -1,4 +1,4 @@
-"""Losses as data: which rows count, what multiplies their statistics, and what the sum is divided by.
+"""Losses as data: the rows that count, the coefficients of their statistics, and the divisor of the sum.
 
 N tokens, V vocabulary. Every tensor here is [N] (or the leading shape of the logits) in fp32; fp64 for fp64 inputs.
 """
@@ -16,10 +16,10 @@ from compiled_loss.engine.math.statistics import RowStatistics
 
 
 class Classes(NamedTuple):
-    """What labels mean: `ignored` is a row that does not count, from `first` to `last` - 1 they are classes.
+    """The meaning of labels: `ignored` marks a row that does not count, and `first` to `last` - 1 are classes.
 
-    A row that does not count has no gradient, whatever its logits and its statistics hold. The numbers are not in
-    tensors: a kernel knows them.
+    A row that does not count has no gradient, whatever its logits and its statistics hold. The three numbers are not
+    tensors: they are constants of a kernel.
     """
 
     ignored: int
@@ -27,15 +27,15 @@ class Classes(NamedTuple):
     last: int
 
     def active(self, labels: Tensor) -> Tensor:
-        """Which rows count."""
+        """Returns True for the rows that count."""
         return labels != self.ignored
 
     def invalid(self, labels: Tensor) -> Tensor:
-        """Which rows count and have no class."""
+        """Returns True for the rows that count and whose label is no class."""
         return self.active(labels) & ((labels < self.first) | (labels >= self.last))
 
     def nan_if_invalid(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """NaN for the invalid rows, 1 for the others."""
+        """Returns NaN for the invalid rows, and 1 for the rest."""
         return torch.ones_like(labels, dtype=dtype).masked_fill(self.invalid(labels), math.nan)
 
     def counted_from(self, start: int) -> Classes:
@@ -46,7 +46,7 @@ class Classes(NamedTuple):
 class Coefficients(NamedTuple):
     """A loss as data: nll * stats.nll + lse * stats.lse + total * stats.total + square * stats.lse**2, summed.
 
-    None for `nll` is 1 for the rows that count, and NaN for those whose label is no class.
+    If `nll` is None, it is 1, but NaN for a row that counts and whose label is no class. The others are 0 if None.
     """
 
     nll: Tensor | None
@@ -55,7 +55,7 @@ class Coefficients(NamedTuple):
     square: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
-        """Each coefficient changed; what is None stays None."""
+        """Returns a copy with `change` applied to each coefficient; None stays None."""
         return Coefficients(*[None if v is None else change(v) for v in self])
 
     def present(self) -> list[Tensor]:
@@ -68,17 +68,20 @@ class Coefficients(NamedTuple):
 
 
 class Divisor(NamedTuple):
-    """What a sum of losses is divided by: the number of rows that count, a number of its own, or nothing."""
+    """The divisor of a sum of losses: the number of rows that count, a given tensor, a given number, or none."""
 
     of_rows: bool
     divisor: Tensor | None
     number: int | None
 
     def divide(self, active: Tensor, *totals: Tensor) -> list[Tensor]:
-        """Each total divided with one rounding; 0 where the divisor is 0 and the total finite. `active` rows count."""
+        """Returns each total divided, with one rounding; 0 where the divisor is 0 and the total is finite.
+
+        `active` marks the rows that count.
+        """
         dtype = totals[0].dtype
         if self.of_rows:
-            value = active.sum(dtype=dtype).clamp(min=1)  # a sum over no row is 0
+            value = active.sum(dtype=dtype).clamp(min=1)  # the total of no row is 0
         elif self.number is None and self.divisor is None:
             return list(totals)
         else:
@@ -86,13 +89,13 @@ class Divisor(NamedTuple):
                 value = torch.full((), self.number, dtype=dtype, device=active.device)
             else:
                 assert self.divisor is not None
-                value = self.divisor.to(dtype).reshape(())  # on its own device: nothing waits for it
+                value = self.divisor.to(dtype).reshape(())  # on its own device: no synchronisation
             value = value.masked_fill(value == 0, math.inf)  # the gradient is 0, too
         return [total / value for total in totals]
 
 
 def combine(statistics: RowStatistics, coefficients: Coefficients, labels: Tensor, classes: Classes) -> Tensor:
-    """Each row's loss, 0 where it does not count."""
+    """Returns each row's loss, 0 where the row does not count."""
     loss = coefficients.label_weight(labels, classes, statistics.nll.dtype) * statistics.nll
     if coefficients.lse is not None:
         loss = loss + coefficients.lse * statistics.lse
@@ -105,10 +108,11 @@ def combine(statistics: RowStatistics, coefficients: Coefficients, labels: Tenso
 
 
 def unit_scale(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:
-    """A power of two near the largest of the rows' gradients, to be taken out of them before they meet the logits.
+    """Returns a power of two near the largest of the rows' gradients; None if `dtype` needs no scale.
 
-    fp16 logits' gradients flushed to zero in 99.8% of entries at a normalisation of 1/65536; bf16 and fp32 have the
-    exponent range and need none (None).
+    The rows' gradients are divided by it before the gradient of the logits is formed. Without it, 99.8% of the entries
+    of fp16 logits' gradients became zero at a normalisation of 1/65536. bf16 and fp32 have the exponent range and need
+    none.
     """
     if dtype != torch.float16:
         return None

@@ -1,8 +1,9 @@
-"""The bodies of two distributions: `divergences` as functions of tensors alone, and of the kind that a kernel knows.
+"""The bodies of divergences: `divergences` as functions of tensors, and of a kind that is a constant of the kernel.
 
-Bodies as in `bodies.py`: a student's logits [..., V], then `labels` or None, the `Pair` and the target. A whole target
-is [..., V] probabilities or logits, a `Whole`. Of a target's top, [..., k], come a `Top`; and the student's own logits
-are -inf there, but in `gradient`, which looks at neither.
+They are bodies like those in `bodies.py`. Their operands are a student's logits [..., V], `labels` or None, the `Pair`
+and the target. A target of which all classes are known is a `Whole`, [..., V] probabilities or logits. A target of
+which only the top is known is a `Top`, [..., k]. With a `Top` the student's logits are -inf at the top's classes,
+except in `gradient`, where they do not matter: its caller writes the gradient of the top over them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from compiled_loss.engine.operators import unpack
 
 
 class Bodies(NamedTuple):
-    """The bodies beside a whole target or its top.
+    """The bodies for a target that is a `Whole`, or for one that is a `Top`.
 
     fold                (labels, *Pair, *target) -> (*Rows, *Found)
     gradient            (labels, *Pair, *target, *Rows, *RowGradients) -> (d[, d of the top]), like logits
     fold_and_gradient   (labels, *Pair, *target, *RowGradients) -> (d[, d of the top], *Found, ...)
 
-    where d is the gradient of the sum of soft * divergence + hard * cross-entropy, and what follows the `Found` is
-    returned for NOTE [Few reads] alone. Each takes its `kind` as a keyword.
+    Here d is the gradient of the sum of soft * divergence + hard * cross-entropy. The outputs after the `Found` are
+    returned only for NOTE [Few reads]. Each body takes its `kind` as a keyword.
     """
 
     fold: Callable[..., Output]
@@ -57,19 +58,19 @@ class _Labels(NamedTuple):
 
 
 def fold(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
-    """Beside a whole target."""
+    """Computes `Rows` and `Found`, given a `Whole` target."""
     (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Whole)
     return _folded(_beside_whole(kind, logits, beside, pair, labels), labels, group)
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, kind: Kind) -> Output:
-    """Beside a whole target."""
+    """Computes the gradient, given a `Whole` target and the `Rows`."""
     (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Whole, Rows, RowGradients)
     return (_beside_whole(kind, logits, beside, pair, labels).gradient(labels, rows, upstream, logits.dtype),)
 
 
 def fold_and_gradient(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
-    """Beside a whole target."""
+    """Computes `Found` and the gradient, given a `Whole` target."""
     (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Whole, RowGradients)
     both = _beside_whole(kind, logits, beside, pair, labels)
     rows, upstream, found, packed = _after_fold(both, labels, None, upstream, group)
@@ -77,19 +78,19 @@ def fold_and_gradient(logits: Tensor, *operands: Tensor | None, kind: Kind, grou
 
 
 def fold_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
-    """Beside a top."""
+    """Computes `Rows` and `Found`, given a `Top`."""
     (labels,), pair, beside, _ = unpack(operands, _Labels, Pair, Top)
     return _folded(_beside_top(kind, logits, beside, pair, labels, group), labels, group)
 
 
 def gradient_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
-    """Beside a top."""
+    """Computes the gradients of the logits and of the top's logits, given a `Top` and the `Rows`."""
     (labels,), pair, beside, rows, upstream, _ = unpack(operands, _Labels, Pair, Top, Rows, RowGradients)
     return _beside_top(kind, logits, beside, pair, labels, group).gradient(labels, rows, upstream, logits.dtype)
 
 
 def fold_and_gradient_top(logits: Tensor, *operands: Tensor | None, kind: Kind, group: str | None = None) -> Output:
-    """Beside a top."""
+    """Computes `Found` and the gradients of the logits and of the top's logits, given a `Top`."""
     (labels,), pair, beside, upstream, _ = unpack(operands, _Labels, Pair, Top, RowGradients)
     both = _beside_top(kind, logits, beside, pair, labels, group)
     rows, upstream, found, packed = _after_fold(both, labels, beside.indices, upstream, group)
@@ -124,7 +125,10 @@ def _after_fold(
     upstream: RowGradients,
     group: str | None,
 ) -> tuple[Rows, RowGradients, Output, Tensor]:
-    """The rows and their upstream gradients, behind which all reductions are done, in one tensor; and the `Found`."""
+    """Returns the rows, their upstream gradients, the `Found`, and the first two packed in one tensor.
+
+    The upstream gradients depend on all reductions of the logits: see `statistics.depends_on`.
+    """
     rows, seen = both.fold(labels, group)
     found = seen.present()
     soft, hard = upstream.map(lambda g: depends_on(g, *found))  # all other reductions are in the one tensor
@@ -134,7 +138,7 @@ def _after_fold(
 
 
 class Known(NamedTuple):
-    """What the gradient of probabilities needs of a row, [...] each."""
+    """The operands of a row that the gradient of probabilities needs, [...] each."""
 
     maximum: Tensor
     log_sum: Tensor
@@ -142,7 +146,7 @@ class Known(NamedTuple):
 
 
 def target_gradient(logits: Tensor, *operands: Tensor | None) -> Output:
-    """Compute the gradient of probabilities that are a target: (None, *Pair, target, *Known) -> (d,), like target."""
+    """Computes the gradient of a target's probabilities: (None, *Pair, target, *Known) -> (d,), like target."""
     _, pair, (target, inverse), known, _ = unpack(operands, _Labels, Pair, Whole, Known)
     pair = pair.at(inverse, hard=False)
     student = pair.student

@@ -1,4 +1,4 @@
-"""What two distributions are compared by: sums over the vocabulary, and what a row's divergence makes of them.
+"""The kinds of divergence: their sums over the vocabulary, and a row's divergence as a function of the sums.
 
 With q = softmax(z) of the student, p of the target, a = log q, b = log p and m = w p + (1 - w) q, each part is a sum
 over the vocabulary whose gradient with respect to z is slope - q sum(slope):
@@ -11,19 +11,20 @@ over the vocabulary whose gradient with respect to z is slope - q sum(slope):
     total_variation   |p - q| / 2                                         -q [q < p], or -q / 2 where they are equal
 
 NOTE [Mixtures]
-A divergence is a weighted sum of parts and of two functions of parts, with alpha = sum(min(p, q)), which is
-1 - total_variation:
+A divergence is a weighted sum of parts and of two functions of parts, with alpha = sum(min(p, q)), which is 1 -
+total_variation:
 
     acceptance        -log(alpha)
     lk                l forward_kl + (1 - l) total_variation, l = exp(-decay alpha) without gradient
 
-So its gradient is a sum of the parts' slopes, each times a coefficient of the row. The coefficients are the weights,
-1 / alpha, l and 1 - l; alpha is one of the sums, and known before any slope is needed. A mixture reads each logit as
+So its gradient is a sum of the parts' slopes, each times a coefficient of the row. The coefficients are the weights, 1
+/ alpha, l and 1 - l. alpha is one of the sums, and is known before any slope is needed. A mixture reads each logit as
 often as a single divergence does.
 
-Near 1 the logarithm is that of 1 - total_variation, which is 0 of equal distributions and never less; below 1/2 it is
-that of alpha itself, which keeps its digits. An alpha below the least normal number counts as that number, so
--log(alpha) is at most 87.3 in fp32, and its gradient is finite.
+Where total_variation is below 1/2, the logarithm of alpha is computed as log1p(-total_variation). It is then exactly 0
+for equal distributions, and never positive. Elsewhere it is the logarithm of alpha itself, which keeps its digits. An
+alpha below the least normal number counts as that number, so -log(alpha) is at most 87.3 in fp32, and its gradient is
+finite.
 """
 
 from __future__ import annotations
@@ -42,38 +43,38 @@ _PARTS = {"acceptance": ("total_variation",), "lk": ("forward_kl", "total_variat
 
 
 class Kind(NamedTuple):
-    """What is computed of two rows. Names are joined by +, because an operator takes no tuple of them."""
+    """The divergences and statistics to compute, as names joined by +: an operator takes no tuple of strings."""
 
     divergences: str
     statistics: str = ""
-    probabilities: bool = False  # whether the target's values are probabilities, and no logits
+    probabilities: bool = False  # whether the target's values are probabilities instead of logits
 
     @staticmethod
     def of(divergences: Iterable[str], statistics: Iterable[str] = (), *, probabilities: bool = False) -> Kind:
-        """Make the kind from names."""
+        """Makes the kind from names."""
         return Kind("+".join(divergences), "+".join(statistics), probabilities)
 
     def wants(self, statistic: str) -> bool:
-        """Whether a statistic is wanted."""
+        """Returns True if the statistic is wanted."""
         return statistic in self.statistics.split("+")
 
     def parts(self) -> list[str]:
-        """The parts that its divergences are made of, each once."""
+        """Returns the parts that its divergences are made of, each once."""
         found: list[str] = []
         for name in self.divergences.split("+"):
             found += [part for part in _PARTS.get(name, (name,)) if part not in found]
         return found
 
     def of_overlap(self) -> bool:
-        """Whether a row's coefficients depend on alpha."""
+        """Returns True if a row's coefficients depend on alpha."""
         return any(name in _PARTS for name in self.divergences.split("+"))
 
 
 class Pair(NamedTuple):
-    """How two rows are compared. All scalars are tensors, as in `Head`.
+    """The parameters of a student and a target. All scalars are tensors, as in `Head`.
 
-    A temperature is part of each `outer`, but for the student's where there are labels: their cross-entropy is of z
-    without it, and `inverse_temperature` multiplies z for the divergence.
+    The temperature is part of `target_outer`. It is part of `outer` only without labels, because the cross-entropy with
+    labels is of z without it. With labels, `inverse_temperature` multiplies the student's z for the divergence.
     """
 
     inverse_temperature: Tensor | None
@@ -89,20 +90,20 @@ class Pair(NamedTuple):
 
     @property
     def student(self) -> LogitMap:
-        """What makes the student's z, before `inverse_temperature`."""
+        """The map from the student's logits to its z, before `inverse_temperature`."""
         return LogitMap(self.bias, self.inner, self.outer)
 
     @property
     def target(self) -> LogitMap:
-        """What makes the target's z, of logits."""
+        """The map from the target's logits to its z."""
         return LogitMap(self.target_bias, self.target_inner, self.target_outer)
 
     def over_temperature(self, z: Tensor) -> Tensor:
-        """The student's z over the temperature."""
+        """Returns the student's z over the temperature."""
         return times(z, self.inverse_temperature)
 
     def at(self, inverse_temperature: Tensor | None, *, hard: bool) -> Pair:
-        """The same pair at temperatures that rows have of their own, [rows, 1]; `hard` where there are labels."""
+        """Returns the same pair at the rows' own temperatures, [rows, 1]; `hard` says that there are labels."""
         if inverse_temperature is None:
             return self
         target_outer = times(inverse_temperature, self.target_outer)
@@ -111,30 +112,31 @@ class Pair(NamedTuple):
         return self._replace(outer=times(inverse_temperature, self.outer), target_outer=target_outer)
 
     def without_maps(self) -> Pair:
-        """How they are compared once their z are made."""
+        """Returns the pair for z that are computed already."""
         return Pair(None, self.weights, self.jsd_weight, self.lk_decay)
 
 
 class Distributions(NamedTuple):
-    """Rows of both, [rows, V] each."""
+    """Both distributions, [rows, V] each."""
 
     a: Tensor  # log q, the student's
     p: Tensor
-    log_p: Tensor | None  # None where p is as it is given: a cross-entropy needs no logarithm of it
+    log_p: Tensor | None  # None where p was given: it is computed if needed, and a cross-entropy does not need it
 
     @property
     def b(self) -> Tensor:
-        """Log p."""
+        """The logarithm of p."""
         return self.p.log() if self.log_p is None else self.log_p
 
 
 def addends(kind: Kind, both: Distributions, pair: Pair) -> dict[str, Tensor]:
-    """All that is summed over the vocabulary, by its name.
+    """Returns everything that is summed over the vocabulary, [rows, V] each, by name.
 
     NOTE [Used once]
-    Where logits exist, the compiler is the caller's: it writes out what reads more than four tensors and is used twice,
-    in fp32 and as large as the logits. a and b read four; so a - b is used once in each sum, and the divergence is put
-    together from sums. In loops nothing is written out, NOTE [Kernels].
+    For logits that exist already, a compiled caller's graph contains the body. With the caller's settings Inductor
+    writes out what reads more than four tensors and is used twice, in fp32 and as large as the logits. a and b read
+    four. So a - b is used once in each sum, and the divergence is put together from the sums. In our loops nothing is
+    written out: NOTE [Kernels].
     """
     found: dict[str, Tensor] = {}
     for part in kind.parts():
@@ -153,7 +155,7 @@ def addends(kind: Kind, both: Distributions, pair: Pair) -> dict[str, Tensor]:
 
 
 def divergence(kind: Kind, pair: Pair, sums: dict[str, Tensor]) -> Tensor:
-    """A row's, [rows], of what `addends` sum to."""
+    """Returns each row's divergence, [rows], from the sums of the `addends`."""
     parts = {part: _value(part, sums) for part in kind.parts()}
     total = None
     for name, weight in _weights(kind, pair):
@@ -171,20 +173,20 @@ def divergence(kind: Kind, pair: Pair, sums: dict[str, Tensor]) -> Tensor:
 
 
 def slope_sum(kind: Kind, pair: Pair, sums: dict[str, Tensor]) -> Tensor:
-    """The sum of all slopes of a row, [rows]."""
+    """Returns the sum of all slopes of a row, [rows]."""
     return _combined(
         {part: sums[_slope_of(part)] for part in kind.parts()}, _coefficients(kind, pair, sums.get(OVERLAP))
     )
 
 
 def slope(kind: Kind, both: Distributions, pair: Pair, overlap: Tensor | None) -> Tensor:
-    """The slope of each column, [rows, V], of rows whose alpha is known where the kind depends on it."""
+    """Returns the slope of each column, [rows, V]; `overlap` is each row's alpha, needed if the kind depends on it."""
     found = _coefficients(kind, pair, None if overlap is None else overlap.unsqueeze(-1))
     return _combined({part: _terms(part, both, pair)[1] for part in kind.parts()}, found)
 
 
 def _coefficients(kind: Kind, pair: Pair, overlap: Tensor | None) -> dict[str, Tensor | None]:
-    """What multiplies each part's slopes; None for 1. `overlap` is a row's alpha."""
+    """Returns the factor of each part's slopes; None for 1. `overlap` is a row's alpha."""
     found: dict[str, Tensor | None] = {}
 
     def add(part: str, value: Tensor | None) -> None:
@@ -224,7 +226,7 @@ def _slope_of(part: str) -> str:
 
 
 def _value(part: str, sums: dict[str, Tensor]) -> Tensor:
-    """A part's value. The slopes of some are summands as well."""
+    """Returns a part's value. The slopes of reverse_kl and jsd are summands as well."""
     slope = sums[_slope_of(part)]
     if part == "reverse_kl":
         return slope.clone()  # no body returns a tensor twice
@@ -247,14 +249,14 @@ def _share(overlap: Tensor, pair: Pair) -> Tensor:
 
 
 def _times(p: Tensor, x: Tensor) -> Tensor:
-    """P x, 0 where p is 0, whatever x is."""
-    if traced():  # or autograd would multiply the derivative of what is not taken by 0; two selections spill registers
+    """Returns p x, and 0 where p is 0, whatever x is."""
+    if traced():  # else autograd multiplies the derivative of the branch not taken by 0; two selections spill registers
         x = torch.where(p == 0, 0.0, x)
     return torch.where(p == 0, 0.0, p * x)
 
 
 def _terms(part: str, both: Distributions, pair: Pair) -> tuple[Tensor | None, Tensor]:
-    """The summands of a part that are not its slopes, and its slopes."""
+    """Returns a part's summands that are not its slopes, if there are any, and its slopes."""
     a, p, _ = both
     if part == "cross_entropy":
         return -_times(p, a), -p
@@ -272,5 +274,5 @@ def _terms(part: str, both: Distributions, pair: Pair) -> tuple[Tensor | None, T
 
 
 def _log_share(ratio: Tensor, part: Tensor) -> Tensor:
-    """-log(1 - part + part exp(ratio)): of p over m, where ratio is log q - log p and part that of q in m."""
+    """Returns log(p / m) as -log(1 - part + part exp(ratio)); ratio is log q - log p, and part the share of q in m."""
     return -torch.log1p(part * torch.expm1(ratio.clamp(max=80.0)))  # beyond, exp would overflow, and p is 0

@@ -1,8 +1,8 @@
-"""The elementwise mathematics of two distributions over one vocabulary: a student's, of logits, and a target's.
+"""The elementwise mathematics of two distributions over one vocabulary: a student's logits, and a target.
 
-`divergence_kinds` says what is summed over the vocabulary; here are the passes over rows that sum it, and form the
-gradient with respect to the student's logits. A `LogitMap` makes the z of each side. The cross-entropy with labels is
-that of the student's z at temperature 1.
+`divergence_kinds` defines the summands. Here are the passes over rows that sum them over the vocabulary, and that form
+the gradient with respect to the student's logits. A `LogitMap` turns the logits of each side into z. The cross-entropy
+with labels is that of the student's z at temperature 1.
 """
 
 from __future__ import annotations
@@ -22,29 +22,27 @@ Output = tuple[Tensor, ...]
 
 
 class Target(NamedTuple):
-    """What rows are compared with."""
+    """The target that the student's rows are compared with."""
 
     values: Tensor  # [rows, V] probabilities or logits, [rows, H of the target], or [rows, k] log-probabilities
-    indices: Tensor | None = None  # [rows, k], of the classes whose log-probabilities alone are known
+    indices: Tensor | None = None  # [rows, k], the classes of the values, if no other log-probabilities are known
     weight: Tensor | None = None  # [V, H of the target], where the values are hidden states
-    inverse_temperature: Tensor | None = None  # [rows, 1], of both, where rows have temperatures of their own
+    inverse_temperature: Tensor | None = None  # [rows, 1], of both sides, where rows have their own temperatures
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Target:
-        """What has rows changed."""
+        """Returns a copy with `change` applied to each tensor that has rows."""
         indices, inverse = (None if v is None else change(v) for v in (self.indices, self.inverse_temperature))
         return self._replace(values=change(self.values), indices=indices, inverse_temperature=inverse)
 
 
 class Rows(NamedTuple):
-    """What is known of each row, [rows] each: enough to form its gradient in one pass.
+    """Results of the first pass, [rows] each, from which a second pass forms the gradient.
 
     The maxima are of bounded logits, `LogitMap.bounded`; the log_sums are log sum(exp(z - max z)).
     """
 
     maximum: Tensor  # of the student
-    log_sum: (
-        Tensor  # of the student, over the temperature; where only the target's top is known, over all other classes
-    )
+    log_sum: Tensor  # of the student, over the temperature; where only the target's top is known, of all other classes
     slope: Tensor | None  # sum(slope)
     target_maximum: Tensor | None
     target_log_sum: Tensor | None
@@ -57,28 +55,28 @@ class Rows(NamedTuple):
 
     @staticmethod
     def there(kind: Kind, labels: object, indices: object) -> tuple[bool, ...]:
-        """Which of them there are, of labels and indices that may be None."""
+        """Returns for each field whether it is present, given labels and indices that may be None."""
         whole = indices is None
         logits = whole and not kind.probabilities
         return (True, True, whole, logits, logits, labels is not None, whole and kind.of_overlap())
 
     @staticmethod
     def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> tuple[Rows, list[Tensor]]:
-        """Take the fields from the front of a body's outputs, and return what follows them."""
+        """Takes the fields from the front of a body's outputs, and returns the rest."""
         left = list(present)
         rows = Rows(*[left.pop(0) if field else None for field in Rows.there(kind, labels, indices)])  # type: ignore[arg-type]
         return rows, left
 
 
 class Found(NamedTuple):
-    """What a pass finds of each row, [rows] each: first what losses are made of, then statistics that are wanted."""
+    """Results of a pass, [rows] each: first the terms of losses, then the statistics that are wanted."""
 
     divergence: Tensor
     cross_entropy: Tensor | None = None  # where there are labels
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     acceptance: Tensor | None = None  # alpha
-    student_mass: Tensor | None = None  # of the target's top, where it has one
+    student_mass: Tensor | None = None  # the probability of the target's top, where only the top is known
     teacher_mass: Tensor | None = None
 
     def present(self) -> Output:
@@ -86,24 +84,24 @@ class Found(NamedTuple):
         return tuple([v for v in self if v is not None])
 
     def statistics(self) -> Output:
-        """The fields of which no loss is made, and which have no gradient."""
+        """Returns the fields that are part of no loss and have no gradient, if they are not None."""
         _, _, *statistics = self
         return tuple([v for v in statistics if v is not None])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Found:
-        """Each changed; what is None stays None."""
+        """Returns a copy with `change` applied to each field; None stays None."""
         return Found(*[None if v is None else change(v) for v in self])  # type: ignore[arg-type]
 
     @staticmethod
     def there(kind: Kind, labels: object, indices: object) -> tuple[bool, ...]:
-        """Which of them there are, of labels and indices that may be None."""
+        """Returns for each field whether it is present, given labels and indices that may be None."""
         whole = [kind.wants(name) for name in ("student_entropy", "teacher_entropy", "acceptance")]
         top = [indices is not None and kind.wants(name) for name in ("student_mass", "teacher_mass")]
         return (True, labels is not None, *whole, *top)
 
     @staticmethod
     def of(present: Sequence[Tensor], kind: Kind, labels: object, indices: object) -> Found:
-        """Take the fields from a body's outputs, of which there may be more."""
+        """Takes the fields from a body's outputs, of which there may be more."""
         left = list(present)
         return Found(*[left.pop(0) if field else None for field in Found.there(kind, labels, indices)])  # type: ignore[arg-type]
 
@@ -115,26 +113,26 @@ class RowGradients(NamedTuple):
     hard: Tensor | None
 
     def counts(self) -> Tensor:
-        """Whether a row has any."""
+        """Returns True for the rows that have a gradient other than 0."""
         return self.soft != 0 if self.hard is None else (self.soft != 0) | (self.hard != 0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RowGradients:
-        """Each changed; what is None stays None."""
+        """Returns a copy with `change` applied to each gradient; None stays None."""
         return RowGradients(change(self.soft), None if self.hard is None else change(self.hard))
 
 
 def row(values: Tensor) -> Tensor:
-    """Beside each column."""
+    """Returns values of rows with a dimension for columns, [..., 1]."""
     return values.unsqueeze(-1)
 
 
 def is_target(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which column is the label's."""
+    """Returns True at the label's column of each row."""
     return torch.arange(logits.shape[-1], device=logits.device) == row(labels)
 
 
 class Compared(NamedTuple):
-    """Rows of logits beside whole rows of a target."""
+    """Rows of a student's logits with a target of which all classes are known."""
 
     kind: Kind
     pair: Pair
@@ -143,14 +141,15 @@ class Compared(NamedTuple):
 
     @staticmethod
     def of(kind: Kind, logits: Tensor, target: Tensor, pair: Pair) -> Compared:
-        """Make it from logits on either side, or from probabilities on the target's."""
+        """Makes it from the student's logits and the target's logits or probabilities."""
         return Compared(kind, pair, pair.student.biased(logits), pair.target.biased(target))
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Found]:
-        """The rows, and what is found of them; over a group in three collectives."""
+        """Returns the `Rows` and the `Found`; over a group this takes three collectives."""
         kind, pair, logits, target = self
         student, beside = pair.student, pair.target
-        # Before the tanh, which keeps the order: one less for each logit. Detached: no sum depends on the shift.
+        # The maximum is taken before the tanh, which keeps the order: this saves one tanh per logit. It is detached,
+        # because no result depends on the shift.
         maxima = [largest(logits.detach()), *([] if kind.probabilities else [largest(target.detach())])]
         maximum, *target_maximum = all_reduced(maxima, "max", group)
         maximum, target_maximum = student.bounded(maximum), [beside.bounded(m) for m in target_maximum]
@@ -181,7 +180,7 @@ class Compared(NamedTuple):
         return rows._replace(hard_log_sum=log_sums[-1]), found._replace(cross_entropy=log_sums[-1] - sums["label"])
 
     def gradient(self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype) -> Tensor:
-        """The gradient of sum(soft * divergence + hard * cross-entropy) by the student's raw logits."""
+        """Returns the gradient of sum(soft * divergence + hard * cross-entropy) by the student's raw logits."""
         kind, pair, student = self.kind, self.pair, self.pair.student
         assert rows.slope is not None
         bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times_row(g, student.factor()))
@@ -194,7 +193,7 @@ class Compared(NamedTuple):
         return over(self.logits, times(d, student.slope(bounded)), upstream).to(dtype)
 
     def distributions(self, rows: Rows, bounded: Tensor) -> Distributions:
-        """Both distributions of rows that are known; the student's logits are `bounded`."""
+        """Returns both distributions, given the `Rows` and the student's bounded logits."""
         pair, target = self.pair, self.target
         student, beside = pair.student, pair.target
         a = pair.over_temperature(student.scaled(bounded - row(rows.maximum))) - row(rows.log_sum)
@@ -205,9 +204,9 @@ class Compared(NamedTuple):
 
 
 def over(logits: Tensor, d: Tensor, upstream: RowGradients) -> Tensor:
-    """The gradient d, 0 in rows without a loss, whatever they and their target hold.
+    """Returns the gradient d, with 0 in rows that have no loss, whatever these rows and their target hold.
 
-    NaN where a logit is, which it is already: the last expression reads the logits, or Inductor, which cuts a long one
-    in two, would not write it over them.
+    Where a logit is NaN the result is set to NaN, which d is there anyway. This makes the last expression read the
+    logits. Inductor cuts a long expression in two, and would otherwise not write the result over the logits.
     """
     return torch.where(row(upstream.counts()), torch.where(logits.isnan(), logits, d), 0.0)

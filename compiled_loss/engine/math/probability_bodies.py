@@ -1,8 +1,8 @@
-"""The elementwise mathematics of logits beside a probability of each class, as torch's cross-entropy takes it.
+"""The bodies of the cross-entropy with class probabilities, as torch's cross-entropy takes them.
 
-With t = c ((1 - e) p + e / V), c the class weights and e the smoothing, a row's loss is sum(t (lse - z)). Operands are
-None, for there is no label, the `Head` and the `Target`, whose `smoothing` is [2], 1 - e and e / V, or None. Bodies as
-in `bodies.py`. t is formed where it is used: nothing of [N, V] is kept.
+With t = c ((1 - e) p + e / V), c the class weights and e the smoothing, a row's loss is sum(t (lse - z)). The operands
+are None, because there is no label, the `Head` and the `Target`. Its `smoothing` is [2], 1 - e and e / V, or None. They
+are bodies like those in `bodies.py`. t is formed where it is used: nothing of [N, V] is kept.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from compiled_loss.engine.math.problem import Head, Labels
 from compiled_loss.engine.operators import unpack
 
 _KIND = Kind("cross_entropy", probabilities=True)
-_SCALARS = Pair(None)  # they are the head's
+_SCALARS = Pair(None)  # the head has the scalars
 
 
 class Target(NamedTuple):
-    """What stands beside the logits, behind the `Head`."""
+    """The operands after the `Head`."""
 
     smoothing: Tensor | None  # [2]
     probabilities: Tensor  # [..., V]
 
 
 def fold_beside_probabilities(logits: Tensor, *operands: Tensor | None, group: str | None = None) -> Output:
-    """(None, *Head, *Target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
+    """Folds whole rows: (None, *Head, *Target) -> (maximum, log sum(exp(z - maximum)), sum(t), loss)."""
     _, head, target, _ = unpack(operands, Labels, Head, Target)
     z, _ = transformed(logits, head)
     rows, found = Compared(_KIND, _SCALARS, z, _weighted(target, head, z)).fold(None, group)
@@ -39,7 +39,7 @@ def fold_beside_probabilities(logits: Tensor, *operands: Tensor | None, group: s
 
 
 def gradient_beside_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:
-    """(None, *Head, *Target, maximum, log_sum, mass, of loss, of lse) -> (d,), like logits."""
+    """Computes the logits' gradient: (None, *Head, *Target, maximum, log_sum, mass, d loss, d lse) -> (d,)."""
     _, head, target, (maximum, log_sum, mass, loss, lse) = unpack(operands, Labels, Head, Target)
     z, slope = transformed(logits, head)
     q = ((z - row(maximum)) - row(log_sum)).exp()
@@ -49,7 +49,7 @@ def gradient_beside_probabilities(logits: Tensor, *operands: Tensor | None) -> O
 
 
 def gradient_of_probabilities(logits: Tensor, *operands: Tensor | None) -> Output:
-    """(None, *Head, *Target, maximum, log_sum, of loss) -> (d,), like the probabilities."""
+    """Computes the probabilities' gradient: (None, *Head, *Target, maximum, log_sum, d loss) -> (d,)."""
     _, head, target, (maximum, log_sum, loss) = unpack(operands, Labels, Head, Target)
     z, _ = transformed(logits, head)
     d = row(loss) * (row(log_sum) - (z - row(maximum)))
@@ -61,7 +61,7 @@ def gradient_of_probabilities(logits: Tensor, *operands: Tensor | None) -> Outpu
 
 
 def _weighted(target: Target, head: Head, z: Tensor) -> Tensor:
-    """What a row's log-probabilities are summed with."""
+    """Returns t, the weights of a row's log-probabilities."""
     t = target.probabilities.to(z.dtype)
     if target.smoothing is not None:
         t = t * target.smoothing[0] + target.smoothing[1]

@@ -1,4 +1,4 @@
-"""What a body is given: a head, its labels, and the problem that both are a part of.
+"""The operands of bodies: a head, labels, and the problem that both are parts of.
 
 N tokens, H width, V vocabulary.
 """
@@ -12,10 +12,13 @@ from torch import Tensor
 
 
 class Head(NamedTuple):
-    """What turns raw = h @ w.T + bias into z: outer * tanh(inner * raw) with a softcap, else outer * raw, or raw.
+    """The parameters of a head besides its weight: they turn raw = h @ w.T + bias into z.
 
-    bias and class_weights are [V]. `scales` are (inner, outer), [2], or outer, []: a tensor, for numbers kernels would
-    be compiled again. `start`, the chunk's first column, is [1].
+    z is outer * tanh(inner * raw) with a softcap, outer * raw with only a scale, and raw with neither.
+
+    bias and class_weights are [V]. `scales` is (inner, outer), [2], with a softcap, and outer, [], with only a scale.
+    It is a tensor because kernels would be compiled again for each new number. `start`, [1], is the first column of the
+    chunk.
     """
 
     bias: Tensor | None
@@ -24,7 +27,7 @@ class Head(NamedTuple):
     start: Tensor | None = None
 
     def packed(self) -> Head:
-        """The vectors in one tensor where there are two: NOTE [Few reads]."""
+        """Returns the head with bias and class weights in one tensor if it has both: NOTE [Few reads]."""
         if self.bias is None or self.class_weights is None:
             return self
         dtype = torch.promote_types(self.bias.dtype, self.class_weights.dtype)
@@ -32,7 +35,7 @@ class Head(NamedTuple):
         return self._replace(bias=both, class_weights=None)
 
     def unpacked(self) -> Head:
-        """What was packed, or was not."""
+        """Returns the head with bias and class weights apart, whether it was packed or not."""
         if self.bias is None or self.bias.dim() == 1:
             return self
         bias, class_weights = self.bias.unbind()
@@ -40,10 +43,10 @@ class Head(NamedTuple):
 
 
 def slack(head: Head, inverse_temperature: Tensor | None) -> Tensor | None:
-    """How far a logit that equals the largest of its row may be from it; None for not at all.
+    """Returns the distance from the largest logit of a row within which a logit counts as equal to it; None for 0.
 
-    On a CPU with a softcap four units in the last place of the bound: there Inductor's tanh of several numbers at a
-    time is another than that of one, and which of them a loop takes depends on what else is in it.
+    With a softcap on a CPU it is four units in the last place of the bound. There Inductor's vectorised tanh differs
+    from its scalar tanh, and which of the two a loop uses depends on what else is in the loop.
     """
     if head.scales is None or head.scales.dim() == 0 or head.scales.device.type != "cpu":
         return None
@@ -58,13 +61,13 @@ class Labels(NamedTuple):
 
 
 class Temperature(NamedTuple):
-    """What a row's z is multiplied by at last, where rows have temperatures of their own: the `Head` has the others."""
+    """The rows' own temperatures, which divide z last; a temperature of all rows is in the scales of the `Head`."""
 
     inverse: Tensor | None  # [rows]
 
 
 class Problem(NamedTuple):
-    """Logits that nobody holds: N tokens' hidden states, a head of V classes, and labels."""
+    """Logits that are never stored whole: N tokens' hidden states, a head of V classes, and labels."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -76,10 +79,10 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, head: Head, labels: Tensor, inverse_temperature: Tensor | None) -> Problem:
-        """Make a problem of these parts."""
+        """Makes a problem of these parts."""
         return Problem(hidden, weight, *head[:3], labels, inverse_temperature)
 
     @property
     def head(self) -> Head:
-        """The head but for its weight."""
+        """The head without its weight."""
         return Head(self.bias, self.class_weights, self.scales)

@@ -1,11 +1,11 @@
-"""Losses of rows: functions of their statistics and of inputs, with their gradients, under names that operators take.
+"""Row losses: functions of a row's statistics and inputs, with their gradients, which operators know by name.
 
 NOTE [Row losses]
-A body needs a row's loss and what its gradient is while the row's logits are alive. So it is given the name of a
-`RowLoss`, a string: an operator takes no function, and a compiled caller is compiled again only for another name. The
-name of the library's own cross-entropy says which of its coefficients there are. A user's function is traced, once for
-each set of numbers that it closes over; its name is a digest of what was traced, so that two functions that compute the
-same share kernels.
+A body needs the loss of a row and its gradient while the row's logits are alive. An operator takes no function, so the
+body is given the name of a `RowLoss`, a string. A compiled caller is compiled again only for another name. The name of
+the library's own cross-entropy says which of its coefficients are present. A user's function is traced once for each
+set of numbers that it closes over. Its name is a digest of the traced code, so that two functions that compute the same
+share kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compiled_loss.engine.math.statistics import RowStatistics, Wanted
 
 
 class RowGradients(NamedTuple):
-    """Gradients of a row's loss by its statistics, [rows] each; None for 0."""
+    """The gradients of a row's loss with respect to its statistics, [rows] each; None for 0."""
 
     d_nll: Tensor
     d_lse: Tensor | None
@@ -35,28 +35,28 @@ class Evaluated(NamedTuple):
 
     loss: Tensor  # [rows]
     gradients: RowGradients
-    d_inputs: tuple[Tensor, ...]  # of the inputs that want one, 0 where a row does not count
+    d_inputs: tuple[Tensor, ...]  # gradients of the inputs that want one, 0 where a row does not count
 
 
 class RowLoss(NamedTuple):
-    """A loss of rows.
+    """A loss of rows, as a function with its properties.
 
     `evaluate` takes the statistics, labels, `Classes`, numbers ([] tensors) and inputs ([rows, ...] tensors), and
-    returns `Evaluated`. One `of_logits` takes z, [rows, V], instead of statistics, and returns losses, d of z and
-    `d_inputs`.
+    returns `Evaluated`. If `of_logits` is True, it takes z, [rows, V], instead of statistics, and returns the losses,
+    the gradient of z, and `d_inputs`.
     """
 
     evaluate: Callable[..., Any]
     uses: Wanted
     numbers: int
-    linear: int  # so many inputs, the first ones, in which it is linear
+    linear: int  # the number of inputs, counted from the first, in which it is linear
     wanted: tuple[int, ...]  # the inputs that want a gradient
-    computed: bool  # whether its gradients are more than operands: bodies.py, NOTE [Few reads]
+    computed: bool  # whether its gradients are computed, instead of being operands: bodies.py, NOTE [Few reads]
     of_logits: bool
 
 
 class Named(NamedTuple):
-    """A `RowLoss` by its name, with what autograd has to know of it."""
+    """The name of a `RowLoss`, with what autograd has to know of it."""
 
     name: str
     numbers: int
@@ -67,18 +67,21 @@ _FOUND: dict[str, RowLoss] = {}
 
 
 def define(name: str, loss: RowLoss) -> None:
-    """Give a loss its name."""
+    """Registers a loss under its name."""
     _FOUND[name] = loss
 
 
 def of(name: str) -> RowLoss:
-    """The loss of that name."""
+    """Returns the loss of that name."""
     kind, _, coefficients = name.partition(":")
     return _cross_entropy(coefficients) if kind == "cross_entropy" else _FOUND[name]
 
 
 def uses_total(name: str) -> bool:
-    """Whether the loss of that name looks at a row's total; where Dynamo traces, which warns of `of`'s cache."""
+    """Returns True if the loss of that name uses a row's total.
+
+    Unlike `of`, it has no cache, of which Dynamo would warn: it is called where Dynamo traces.
+    """
     kind, _, coefficients = name.partition(":")
     if kind == "cross_entropy":
         return dict(zip(Coefficients._fields, coefficients, strict=True))["total"] != "-"
@@ -86,7 +89,7 @@ def uses_total(name: str) -> bool:
 
 
 def cross_entropy(coefficients: Coefficients, *, gradients: bool) -> Named:
-    """`combine` with these coefficients; its inputs are those that there are."""
+    """Returns the name of `combine` with these coefficients; its inputs are the coefficients that are not None."""
     name = "cross_entropy:"
     for value in coefficients:
         name += "-" if value is None else "d" if gradients and value.requires_grad else "c"
@@ -98,12 +101,12 @@ def _wanted(coefficients: str) -> tuple[int, ...]:
 
 
 def user_name(digest: str, uses: Wanted) -> str:
-    """The name of a user's loss."""
+    """Returns the name of a user's loss: the statistics that it uses, and a digest."""
     return " ".join(["user", *[name for name, used in zip(Wanted._fields, uses, strict=True) if used]]) + f":{digest}"
 
 
 def uses(loss: Named) -> Wanted:
-    """What a user's loss looks at, as its name says."""
+    """Returns the statistics that a user's loss uses, which its name lists."""
     _, *names = loss.name.partition(":")[0].split(" ")
     return Wanted(*[name in names for name in Wanted._fields])
 

@@ -1,11 +1,11 @@
-"""Row statistics of logits, and the linear combinations of them that losses are.
+"""Row statistics of logits: the state that a loop over chunks carries, and the terms of losses that it becomes.
 
 N tokens, V vocabulary. Every tensor here is [N] (or the leading shape of the logits) in fp32; fp64 for fp64 inputs.
 
 NOTE [Relative statistics]
-For logits z with row maximum m, a token with p > 0.99 has a loss far smaller than the rounding error of its
-log-sum-exp, and at 1 - p < 1e-7 fp32 no longer tells p from 1. So the engine never subtracts two numbers of the size of
-z at the end, and keeps the other classes apart from the label's: with g = z[label] - m <= 0,
+Take logits z with row maximum m. A token with p > 0.99 has a loss far smaller than the rounding error of its
+log-sum-exp. At 1 - p < 1e-7, fp32 no longer distinguishes p from 1. So the engine never ends with a difference of two
+numbers of the size of z, and it sums the other classes apart from the label's. With g = z[label] - m <= 0:
 
     o       = sum(exp(z - m)) over all classes but the label    s = o + exp(g)
     nll     = log1p(o exp(-g)), or log s - g where g is small   -log softmax(z)[label]
@@ -14,8 +14,8 @@ z at the end, and keeps the other classes apart from the label's: with g = z[lab
     total   = sum(c * z)                                        c the class weights, or 1
     squares = log1p(sum(exp(z - m)**2) exp(-2 g)) - 2 nll       log sum(softmax(z)**2), the sum without the label
 
-The gradient of nll is p, and at the label -o / s, which is p - 1 with all its digits. Those of the others are p,
--p * (log p + entropy), c and 2 (p**2 / sum(p**2) - p).
+The gradient of nll is p, and at the label -o / s, which is p - 1 with all its digits. The gradient of lse is p, of
+entropy -p * (log p + entropy), of total c, and of squares 2 (p**2 / sum(p**2) - p).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compiled_loss.engine.collectives import all_reduced
 
 
 class Wanted(NamedTuple):
-    """Which statistics are wanted beside nll, lse and `correct`."""
+    """The statistics that are wanted besides nll, lse and `correct`, which are always computed."""
 
     total: bool = False
     entropy: bool = False
@@ -39,12 +39,12 @@ class Wanted(NamedTuple):
     argmax: bool = False
 
     def union(self, other: Wanted) -> Wanted:
-        """What one of both wants."""
+        """Returns the statistics that either of the two wants."""
         return Wanted(*[mine or theirs for mine, theirs in zip(self, other, strict=True)])
 
 
 class State(NamedTuple):
-    """What a loop carries from chunk to chunk; None where nobody asked for it."""
+    """The running sums that a loop carries from chunk to chunk; None for a statistic that is not wanted."""
 
     maximum: Tensor
     others: Tensor  # sum(exp(z - m)) without the label
@@ -52,27 +52,30 @@ class State(NamedTuple):
     total: Tensor | None
     moment: Tensor | None  # sum(exp(z - m) * (z - m)) without the label
     squares: Tensor | None  # sum(exp(z - m)**2) without the label
-    argmax: Tensor | None  # how many columns behind the label's the first maximum is
+    argmax: Tensor | None  # the first maximum's column minus the label's
 
     def present(self) -> tuple[Tensor, ...]:
-        """The parts that somebody asked for."""
+        """Returns the parts that are not None."""
         return tuple([v for v in self if v is not None])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
-        """Each part changed; what is None stays None."""
+        """Returns a copy with `change` applied to each part; None stays None."""
         return self.replaced([change(v) for v in self.present()])
 
     @staticmethod
     def of(present: Iterable[Tensor], wanted: Wanted) -> State:
-        """Make the state from what `present()` gave."""
+        """Makes the state from the parts that `present()` returned."""
         return State(*_in_place(present, (True, True, True, *wanted)))
 
     def replaced(self, present: Iterable[Tensor]) -> State:
-        """The same parts with other values."""
+        """Returns a state of the same parts with other values."""
         return State(*_in_place(present, [v is not None for v in self]))
 
     def all_reduced(self, group: str | None) -> State:
-        """The state of rows whose columns are spread over the ranks of a group: two collectives, or three."""
+        """Returns the state of rows whose columns are spread over the ranks of a group.
+
+        It takes two collectives, and a third for `argmax`.
+        """
         if group is None:
             return self
         (maximum,) = all_reduced([self.maximum], "max", group)
@@ -84,7 +87,10 @@ class State(NamedTuple):
         return reduced._replace(argmax=-all_reduced([-first], "max", group)[0])
 
     def rescaled(self, maximum: Tensor) -> State:
-        """The same state relative to a maximum at least as large. The clamp keeps 0 * -inf from becoming NaN."""
+        """Returns the same state relative to another maximum, which is at least as large.
+
+        The clamp keeps 0 * -inf from becoming NaN.
+        """
         by = self.maximum - maximum
         rescale = by.exp()
         moment, squares, argmax = self.moment, self.squares, self.argmax
@@ -98,7 +104,7 @@ class State(NamedTuple):
         return self._replace(maximum=maximum, others=others, moment=moment, squares=squares, argmax=argmax)
 
     def with_(self, seen: State) -> State:
-        """Both, relative to one maximum; the parts behind it."""
+        """Returns the state of the columns of both, which are relative to the same maximum."""
         return self._replace(
             others=self.others + seen.others,
             target_logit=self.target_logit + seen.target_logit,
@@ -109,7 +115,7 @@ class State(NamedTuple):
         )
 
     def softmax(self) -> Softmax:
-        """The softmax of rows whose every column has been seen."""
+        """Returns the softmax of rows of which every column has been seen."""
         gap = self.target_logit - self.maximum
         target = gap.exp()
         total = self.others + target
@@ -119,7 +125,7 @@ class State(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What the statistics and their gradients are made of."""
+    """Sums over whole rows, from which the statistics and their gradients are computed."""
 
     gap: Tensor  # the label's z - m, at most 0
     target: Tensor  # its exponential
@@ -131,8 +137,8 @@ class Softmax(NamedTuple):
 class RowStatistics(NamedTuple):
     """The statistics of NOTE [Relative statistics].
 
-    `correct` is True where the label's logit equals the maximum. `argmax` is int64: how many columns behind the label's
-    the first maximum is, so that it does not depend on where a rank's columns start.
+    `correct` is True where the label's logit equals the maximum. `argmax`, int64, is the first maximum's column minus
+    the label's column, so that it does not depend on where a rank's columns start.
     """
 
     nll: Tensor
@@ -144,33 +150,33 @@ class RowStatistics(NamedTuple):
     correct: Tensor
 
     def present(self) -> tuple[Tensor, ...]:
-        """The statistics that somebody asked for."""
+        """Returns the statistics that are not None."""
         return tuple([v for v in self if v is not None])
 
     @staticmethod
     def of(present: Iterable[Tensor], wanted: Wanted) -> RowStatistics:
-        """Make the statistics from what `present()` gave."""
+        """Makes the statistics from the tensors that `present()` returned."""
         return RowStatistics(*_in_place(present, (True, True, *wanted, True)))
 
     @staticmethod
     def dtypes(dtype: torch.dtype, wanted: Wanted) -> list[torch.dtype]:
-        """The dtypes of `present()`, if that of the statistics is `dtype`."""
+        """Returns the dtypes of `present()` if the dtype of the statistics is `dtype`."""
         every = [dtype] * 5 + [torch.int64, torch.bool]
         return [d for d, there in zip(every, (True, True, *wanted, True), strict=True) if there]
 
     def only(self, wanted: Wanted) -> RowStatistics:
-        """The statistics that are wanted."""
+        """Returns the same without the statistics that are not wanted."""
         optional = zip(self[2:6], wanted, strict=True)
         total, entropy, squares, argmax = [v if one else None for v, one in optional]
         return RowStatistics(self.nll, self.lse, total, entropy, squares, argmax, self.correct)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
-        """Each statistic changed; what is None stays None."""
+        """Returns a copy with `change` applied to each statistic; None stays None."""
         return RowStatistics(*[None if v is None else change(v) for v in self])  # type: ignore[arg-type]
 
 
 def _in_place(present: Iterable[Tensor], there: Iterable[bool]) -> list[Any]:
-    """The values, and None where there is none."""
+    """Returns the values at the places that are there, and None at all others."""
     left = list(present)
     return [left.pop(0) if one else None for one in there]
 
@@ -180,11 +186,11 @@ def _sum(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
 
 
 class TopK(NamedTuple):
-    """The classes that each token gives the most, the first the largest, [..., k] each: 0 where ignored.
+    """The k most probable classes of each token, the most probable first, [..., k] each; 0 where the token is ignored.
 
-    What `teacher_topk` of :func:`compiled_loss.linear_distillation` takes, of a pass at its temperature.
+    `teacher_topk` of :func:`compiled_loss.linear_distillation` takes it, computed at the same temperature.
 
-    `logprob`: log softmax(z) there, detached.
+    `logprob`: log softmax(z) of these classes, detached.
     `ids`: int64.
     """
 
@@ -193,19 +199,20 @@ class TopK(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """Statistics of each token, shaped like the labels; 0 and False where ignored.
+    """Statistics of each token, shaped like the labels; 0 and False where the token is ignored.
 
     `logprob`: log softmax(z)[label], fp32 (fp64 for fp64 inputs), at most 0.
     `logsumexp`: log sum exp(z).
-    `entropy`: of softmax(z), from 0 to log V.
-    `correct`: bool, whether the label's logit equals the largest one. Ties count, so it depends on no order of columns.
+    `entropy`: the entropy of softmax(z), from 0 to log V.
+    `correct`: bool, True if the label's logit equals the largest one. Ties count, so it does not depend on the column
+    order.
     `mean_logit`: sum(z) / V.
     `log_sum_sq_probs`: log sum softmax(z)**2, from -log V to 0: minus the Renyi entropy of order 2.
     `first_argmax`: int64, the class whose logit is the largest, the first of equal ones.
-    `ids_logprob`: log-probabilities of the classes that were asked for, [..., K].
+    `ids_logprob`: log-probabilities of the requested classes, [..., K].
     `top_k`: the most probable classes.
 
-    What was not wanted is None.
+    A statistic that was not requested is None.
     """
 
     logprob: Tensor
@@ -219,17 +226,17 @@ class TokenStatistics(NamedTuple):
     top_k: TopK | None = None
 
 
-NAMES = ("logprob", "logsumexp", "entropy", "correct", "mean_logit", "log_sum_sq_probs", "first_argmax")  # one a token
+NAMES = ("logprob", "logsumexp", "entropy", "correct", "mean_logit", "log_sum_sq_probs", "first_argmax")  # per token
 
 
 def wanted(names: Mapping[str, bool]) -> Wanted:
-    """What of the rows token statistics of these names are made of, where they are True."""
+    """Returns the row statistics from which the token statistics of these names are made, where they are True."""
     pairs = zip(Wanted._fields, ("mean_logit", "entropy", "log_sum_sq_probs", "first_argmax"), strict=True)
     return Wanted(**{field: names[name] for field, name in pairs})
 
 
 def of_rows(rows: RowStatistics, labels: Tensor, size: int) -> TokenStatistics:
-    """The token statistics of rows' of `size` classes; labels are counted from the first of all."""
+    """Returns the token statistics of rows with `size` classes; labels are counted from the first class of all."""
     return TokenStatistics(
         -rows.nll,
         rows.lse,
@@ -242,12 +249,15 @@ def of_rows(rows: RowStatistics, labels: Tensor, size: int) -> TokenStatistics:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, losses and everything else that is [N]."""
+    """Returns the dtype of statistics, losses and everything else that is [N]."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def initial_state(like: Tensor, shape: tuple[int, ...], wanted: Wanted) -> State:
-    """A state that has seen no column. The maximum starts finite: -inf - -inf would be NaN."""
+    """Returns the state of rows of which no column has been seen.
+
+    The maximum starts with a finite number, because -inf - -inf would be NaN.
+    """
     dtype = statistics_dtype(like.dtype)
     every = (torch.finfo(dtype).min, 0.0, 0.0, 0.0, 0.0, 0.0, math.inf)
     there = (True, True, True, *wanted)
@@ -256,7 +266,7 @@ def initial_state(like: Tensor, shape: tuple[int, ...], wanted: Wanted) -> State
 
 
 def finish(state: State, slack: Tensor | None = None) -> RowStatistics:
-    """Statistics of rows whose every column has been seen. `slack`: problem.py."""
+    """Returns the statistics of rows of which every column has been seen. `slack`: see `problem.slack`."""
     gap, _, total, moment, squares = state.softmax()
     near = gap > -1
     up = (-gap.clamp(min=-1)).exp()
@@ -278,14 +288,18 @@ def finish(state: State, slack: Tensor | None = None) -> RowStatistics:
 
 
 def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
-    """0 and False for inactive rows, whatever their logits hold: 0 * NaN would be NaN."""
+    """Returns the statistics with 0 and False for inactive rows, whatever their logits hold.
+
+    The values are selected, not multiplied: 0 * NaN would be NaN.
+    """
     return statistics.map(lambda v: v & active if v.dtype == torch.bool else torch.where(active, v, 0))
 
 
 def depends_on(value: Tensor, *reductions: Tensor | None) -> Tensor:
-    """value, NaN where a reduction is NaN and it is not 0: every reduction of the logits comes before what uses it.
+    """Returns the value as a result of the reductions: NaN where a reduction is NaN and the value is not 0.
 
-    The compiler writes a gradient over its logits only if all their other readers are known to be done.
+    So every reduction of the logits comes before anything that uses the value. The compiler writes a gradient over its
+    logits only if all their other readers are known to be done.
     """
     for reduction in reductions:
         if reduction is not None:

@@ -1,11 +1,13 @@
-"""The mathematics of `divergences` where a target is known by its top alone: k classes of each row.
+"""The mathematics of `divergences` for a target of which only the top is known: k classes of each row.
 
 NOTE [Tail]
-All other classes are compared as one, the tail: its probability is the sum of theirs on either side. That is the
-divergence of the two distributions over k + 1 classes, at most that over all (data processing), and equal to it where k
-is V. Within the tail the target says nothing, and the gradient leaves the student's proportions as they are.
+All other classes are compared as one class, the tail. Its probability is the sum of theirs, for the student as for the
+target. The result is the divergence of two distributions over k + 1 classes. It is at most the divergence over all
+classes (data processing inequality), and equal to it where k is V. The target says nothing about the classes within the
+tail, and the gradient keeps the student's proportions there.
 
-Over ranks each looks up those of the k that it has, and the ranks sum [rows, k]: then every rank knows the whole top.
+Over ranks, each rank looks up those of the k classes that it has, and the ranks sum [rows, k]. Then every rank knows
+the whole top.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ from compiled_loss.engine.math.statistics import statistics_dtype
 
 
 class Place(NamedTuple):
-    """Where a top lies among the columns that a rank has."""
+    """The columns of a top's classes among the columns of a rank."""
 
-    columns: Tensor  # [rows, k]; of a class that is another's or none, one of ours that is in the top, or 0
-    ours: Tensor  # [rows, k], which are
+    columns: Tensor  # [rows, k]; for a class that the rank does not have, a column of the top that it has, or 0
+    ours: Tensor  # [rows, k] bool, whether the rank has the class
 
     @staticmethod
     def of(indices: Tensor, columns: int) -> Place:
-        """Make the place of classes counted from the rank's first, among so many columns."""
+        """Makes the place of classes that are counted from the rank's first, among so many columns."""
         ours = (indices >= 0) & (indices < columns)
         found = torch.where(ours, indices, 0)
         return Place(torch.where(ours, indices, row(found.amax(-1))), ours)
 
     def take(self, logits: Tensor, values: Tensor, student: LogitMap, group: str | None) -> Tensor:
-        """The top's logits with their bias, in fp32, of all ranks; -inf where the target's `values` have no class."""
+        """Returns the top's logits with bias, in fp32, of all ranks; -inf where the target's `values` are -inf."""
         if logits.shape[-1] == 0:
             top = logits.new_zeros(self.columns.shape, dtype=statistics_dtype(logits.dtype))
         else:
@@ -47,16 +49,20 @@ class Place(NamedTuple):
         return torch.where(values.isneginf(), float("-inf"), top)
 
     def put(self, base: Tensor, values: Tensor) -> Tensor:
-        """A copy of [rows, columns] with those of the top that are ours."""
+        """Returns a copy of `base`, [rows, columns], with the values of the top's classes that the rank has."""
         return base.clone() if base.shape[-1] == 0 else base.scatter(-1, self.columns, self._written(base, values))
 
     def put_(self, base: Tensor, values: Tensor) -> None:
-        """Write values into `base` at the place."""
+        """Writes into `base` the values of the top's classes that the rank has."""
         if base.shape[-1]:
             base.scatter_(-1, self.columns, self._written(base, values))
 
     def _written(self, base: Tensor, values: Tensor) -> Tensor:
-        """At all k columns: where a class is not ours, again what is written there for another, or what there is."""
+        """Returns the values to write at `columns`.
+
+        A class that the rank does not have points to the column of a class that it has, and writes the same value as
+        that one. If the rank has none of the row's classes, the value that is there is written again.
+        """
         pointed = self.ours & (self.columns == row(self.columns.amax(-1)))
         again = torch.where(pointed, values, 0.0).sum(-1)
         again = torch.where(self.ours.any(-1), again, base[..., 0])
@@ -64,18 +70,21 @@ class Place(NamedTuple):
 
 
 def finite(logits: Tensor, student: LogitMap) -> Tensor:
-    """Logits whose -inf is the least number there is, where there is a tanh: -inf is what was put aside."""
+    """Returns the logits with -inf replaced by the least finite number, if there is a tanh.
+
+    Then -inf marks only the classes of the top, which are taken out.
+    """
     return logits if student.inner is None else logits.clamp(min=torch.finfo(logits.dtype).min)
 
 
 def finite_(logits: Tensor, student: LogitMap) -> None:
-    """Make the logits finite in place."""
+    """Makes the logits finite in place."""
     if student.inner is not None:
         logits.clamp_(min=torch.finfo(logits.dtype).min)
 
 
 class TopCompared(NamedTuple):
-    """Rows of logits beside the top of a target."""
+    """Rows of a student's logits with a target of which only the top is known."""
 
     kind: Kind
     pair: Pair
@@ -84,13 +93,13 @@ class TopCompared(NamedTuple):
     indices: Tensor  # [rows, k], counted from a rank's first class
     values: Tensor  # [rows, k], the target's log-probabilities, in fp32; -inf where there is no class
     whole: bool  # whether all classes may be in the top
-    absent: Tensor | None  # [rows, V] bool, where the rest's logits are -inf, with a tanh that would make them finite
+    absent: Tensor | None  # [rows, V] bool, where the rest's logits are -inf; only with a tanh, which makes them finite
 
     @staticmethod
     def of(
         kind: Kind, logits: Tensor, top: Tensor, indices: Tensor, values: Tensor, pair: Pair, group: str | None
     ) -> TopCompared:
-        """Make it from logits, and from those of their top with their bias."""
+        """Makes it from the logits, and from the logits of the top with their bias."""
         whole = group is None and indices.shape[-1] == logits.shape[-1]
         rest, absent = pair.student.biased(logits), None
         if pair.inner is not None:
@@ -99,7 +108,7 @@ class TopCompared(NamedTuple):
         return TopCompared(kind, pair, rest, top, indices, values.to(top.dtype), whole, absent)
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Found]:
-        """The rows, and what is found of them; over a group in two collectives more."""
+        """Returns the `Rows` and the `Found`; over a group this takes two collectives, after that of `Place.take`."""
         pair, student = self.pair, self.pair.student
         (maximum,) = all_reduced([largest(self.rest.detach())], "max", group)
         maximum = student.bounded(torch.maximum(maximum, self.top.detach().amax(-1)))
@@ -120,7 +129,10 @@ class TopCompared(NamedTuple):
     def gradient(
         self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of sum(soft * divergence + hard * cross-entropy) by the student's raw logits and by the top's."""
+        """Returns the gradients by the student's raw logits and by those of the top.
+
+        They are of sum(soft * divergence + hard * cross-entropy).
+        """
         coarse, pair, student = self._coarse(rows), self.pair, self.pair.student
         coarse = coarse._replace(kind=coarse.kind._replace(statistics=""))
         known, _ = coarse.fold(None, None)
@@ -134,21 +146,21 @@ class TopCompared(NamedTuple):
             rest, top = rest - row(rows.hard_log_sum), top - row(rows.hard_log_sum)
             d_rest = d_rest + row(hard) * (rest.exp() - torch.where(is_target(rest, labels), 1.0, 0.0))
             d_top = d_top + row(hard) * (top.exp() - torch.where(self.indices == row(labels), 1.0, 0.0))
-        # Slopes of the tanh itself, 0 at -inf: that of what `_bounded` makes of it would be NaN.
+        # These are slopes of the tanh itself, 0 at -inf. Slopes of `_bounded`, which is -inf there, would give NaN.
         slopes = [student.slope(student.bounded(v)) for v in (self.rest, self.top)]
         d_rest, d_top = times(d_rest, slopes[0]), times(d_top, slopes[1])
         d_top = torch.where(row(upstream.counts()), d_top, 0.0)
         return over(self.rest, d_rest, upstream).to(dtype), d_top.to(dtype)
 
     def _bounded(self) -> tuple[Tensor, Tensor]:
-        """The rest and the top through the tanh, -inf where they were."""
+        """Returns the rest and the top after the tanh, with -inf where they were -inf."""
         rest, top = (self.pair.student.bounded(v) for v in (self.rest, self.top))
         if self.absent is None:
             return rest, top
         return torch.where(self.absent, float("-inf"), rest), torch.where(self.top.isneginf(), float("-inf"), top)
 
     def _found(self, rows: Rows) -> Found:
-        """The results for the k classes and the tail, with both masses of the k."""
+        """Returns the results for the k classes and the tail, with the mass of the k classes on both sides."""
         coarse = self._coarse(rows)
         known, found = coarse.fold(None, None)
         both = coarse.distributions(known, coarse.logits)
@@ -159,17 +171,18 @@ class TopCompared(NamedTuple):
         return found
 
     def _coarse(self, rows: Rows) -> Compared:
-        """The k classes and the tail; where all V are in the top, nothing is left for it."""
+        """Returns the comparison of the k classes and the tail; with all V classes in the top the tail is empty."""
         _, top = self._bounded()
         z = self.pair.over_temperature(self.pair.student.scaled(top - row(rows.maximum)))
         t = self.values
-        # 1 - sum(p), which for a confident teacher would cancel: the largest apart, and 1 - p as -expm1(log p).
+        # The tail's 1 - sum(p) would cancel for a confident teacher. So the largest p is taken apart from the others,
+        # and its 1 - p is computed as -expm1(log p).
         largest = torch.arange(t.shape[-1], device=t.device) == row(t.argmax(-1))
         left = torch.where(largest, -torch.expm1(t), -t.exp()).sum(-1)
         if self.whole:
             left = torch.where((t > float("-inf")).all(-1), 0.0, left)
-        # Less than what 1 - sum can tell counts as that little, or a reverse KL were infinite; and as nothing where
-        # the student, too, forbids the tail.
+        # Below eps, which 1 - sum cannot resolve, it counts as eps: otherwise a reverse KL would be infinite. It
+        # counts as 0 where the student's tail has probability 0, too.
         least = torch.where(rows.log_sum.isinf(), 0.0, torch.finfo(t.dtype).eps)
         z = torch.cat([z, row(rows.log_sum)], -1)
         t = torch.cat([t, row(torch.where(left > torch.finfo(t.dtype).eps, left, least).log())], -1)
@@ -177,7 +190,7 @@ class TopCompared(NamedTuple):
 
 
 def _is_tail(coarse: Tensor) -> Tensor:
-    """Which column is, the last."""
+    """Returns True at the tail's column, the last one."""
     return torch.arange(coarse.shape[-1], device=coarse.device) == coarse.shape[-1] - 1
 
 

@@ -1,4 +1,4 @@
-"""The errors of fused heads; see `compiled_loss.checks.arguments`."""
+"""Checks of models whose heads are fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLAIN = "call unfuse_head(model), and set_loss_function(model) for a loss witho
 
 
 def takes_labels(model: object, parameters: list[str]) -> None:
-    """Raise unless the model computes a loss."""
+    """Raises unless the model computes a loss."""
     if "labels" not in parameters:
         raise TypeError(
             f"model: expected one of transformers whose forward takes labels, got {type(model).__name__}: "
@@ -20,7 +20,7 @@ def takes_labels(model: object, parameters: list[str]) -> None:
 
 
 def has_head(model: Any) -> nn.Module:
-    """The module that gives the model's logits, or those of a model in it; raise where there is not one."""
+    """Returns the module that computes the model's logits, or those of a model in it. Raises unless there is one."""
     heads = [_head(model)]
     if heads == [None] and isinstance(model, nn.Module):
         found = {id(head): head for head in map(_head, model.modules()) if head is not None}
@@ -40,14 +40,14 @@ def _head(model: Any) -> Any:
 
 
 def fused_already(model: object) -> NoReturn:
-    """Raise: a head is fused once."""
+    """Raises an error: a head is fused once."""
     raise ValueError(
         f"model: expected one whose head is not fused, got {type(model).__name__}: unfuse_head(model) first"
     )
 
 
 def shared_head(model: object) -> NoReturn:
-    """Raise: another model's head is fused, and it is this one's, too."""
+    """Raises an error: this model's head is that of another fused model, too."""
     raise ValueError(
         f"model: expected a head that no other fused model has, got {type(model).__name__} with such a one: "
         "unfuse_head(the other) first"
@@ -55,12 +55,12 @@ def shared_head(model: object) -> NoReturn:
 
 
 def not_fused(model: object) -> NoReturn:
-    """Raise: there is nothing to undo."""
+    """Raises an error: there is nothing to undo."""
     raise ValueError(f"model: expected one that fuse_head was called with, got {type(model).__name__}")
 
 
 def loss_of_logits(model: object, head_called: bool, loss_computed: bool) -> None:
-    """Raise where a model's forward did not compute its loss of its head's logits."""
+    """Raises where a model's forward did not compute its loss from its head's logits."""
     if not head_called:
         raise RuntimeError(
             f"model: expected a forward that calls the head which fuse_head found, got {type(model).__name__}'s, which "
@@ -75,7 +75,7 @@ def loss_of_logits(model: object, head_called: bool, loss_computed: bool) -> Non
 
 
 def head_arguments(head: object, keywords: Mapping[str, object]) -> NoReturn:
-    """Raise: the head is given more than what it multiplies."""
+    """Raises an error: the head is called with more arguments than hidden states."""
     raise TypeError(
         f"model: expected a forward that calls its head with hidden states alone, got {type(head).__name__} "
         f"called with {', '.join(keywords) or 'further arguments'}: {_PLAIN}"
@@ -83,7 +83,7 @@ def head_arguments(head: object, keywords: Mapping[str, object]) -> NoReturn:
 
 
 def operation(model: str, name: str) -> str:
-    """What a model does to its logits that cannot be done to hidden states."""
+    """Returns the error's text for an operation on logits that cannot be done to hidden states."""
     return (
         "model: expected a forward that scales, bounds, selects and reshapes its logits and computes cross_entropy of "
         f"them, got {model}, which also does {name}: {_PLAIN}"
@@ -91,7 +91,7 @@ def operation(model: str, name: str) -> str:
 
 
 def released(name: str) -> str:
-    """The loss was computed without the logits that are asked for."""
+    """Returns the error's text for a use of logits without which the loss was computed."""
     return (
         f"logits: expected no use of a training step's, which fuse_head(model) does not compute, got {name}: "
         "call the model without labels, in eval() or under no_grad(), or unfuse_head(model)"
@@ -99,7 +99,7 @@ def released(name: str) -> str:
 
 
 def own_unit(modules: int) -> None:
-    """Raise where FSDP2 freed the head's weight with those of other modules."""
+    """Raises where FSDP2 freed the head's weight with those of other modules."""
     if modules != 1:
         raise ValueError(
             "model: expected a head that is an FSDP2 unit by itself, or stays gathered, got one in a unit of "

@@ -1,11 +1,11 @@
 """Logits that are not computed. A model treats them as logits, and their cross-entropy is that of a linear head.
 
 NOTE [Deferred logits]
-What a model does between its head and its loss is one of few operations: it scales and bounds logits, which are
-keywords of `linear_cross_entropy`, and selects and reshapes positions, which may be done to hidden states as well. So
-in training a fused head returns hidden states that know how to do these. The model's own code decides on all else:
-which labels are shifted, what is masked, what divides the sum, what is added to it. An operation that is none of these
-is an error. Dynamo traces all of it as it traces the model.
+Between its head and its loss a model does only a few operations. It scales and bounds logits, for which
+`linear_cross_entropy` has keywords. It selects and reshapes positions, which can be done to hidden states as well. So
+in training a fused head returns hidden states that support these operations. The model's own code decides everything
+else: which labels are shifted, what is masked, what divides the sum, what is added to it. Any other operation is an
+error. Dynamo traces all of it as it traces the model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from compiled_loss.integrations.transformers.transform import Transform
 
 
 class DeferredLogits(Refusing):
-    """The logits [..., V] of a training step, of which a model computes its loss: NOTE [Deferred logits].
+    """The logits [..., V] of a training step, from which a model computes its loss: NOTE [Deferred logits].
 
-    It is what `output.logits` is after a training step of a model that :func:`fuse_head` was called with. By then it
-    holds no tensor but those of `statistics`, and an error explains each other use.
+    It is `output.logits` after a training step of a model that :func:`fuse_head` was called with. By then it holds no
+    tensor but those of `statistics`, and an error explains any other use.
     """
 
     def __init__(self, call: HeadCall, hidden: Tensor, transform: Transform, *, classes_second: bool = False) -> None:
@@ -38,22 +38,22 @@ class DeferredLogits(Refusing):
         self._hidden: Any = hidden  # [..., H]; None once the model's forward has returned
         self._transform = transform
         self._classes_second = classes_second  # [B, V, ...], as cross_entropy has them
-        self._changed = False  # others, of which these may be a part, were changed in place
+        self._changed = False  # other logits, of which these may be a view, were changed in place
         call.hold(self)
 
     @staticmethod
     def of(call: HeadCall, hidden: Tensor) -> DeferredLogits:
-        """Those of a head, while it is called."""
+        """Makes the logits of a head, while it is called."""
         weight = call.weight()
         return DeferredLogits(call, hidden.to(weight.device), Transform.identity(weight.shape[0]))
 
     @property
     def statistics(self) -> TokenStatistics | None:
-        """What the loss saw of each token, detached: those that were asked for, or None."""
+        """The statistics of each token that were asked for, from the pass of the loss, detached; or None."""
         return self._call.statistics
 
     def release(self) -> None:
-        """Hold the hidden states no longer."""
+        """Drops the hidden states."""
         self._hidden = None
 
     def __repr__(self) -> str:
@@ -77,47 +77,47 @@ class DeferredLogits(Refusing):
 
     @property
     def shape(self) -> torch.Size:
-        """[..., V]."""
+        """The shape [..., V]."""
         batch, classes = self._positions("shape").shape[:-1], self._transform.classes
         return torch.Size((batch[0], classes, *batch[1:]) if self._classes_second else (*batch, classes))
 
     @property
     def ndim(self) -> int:
-        """How many dimensions there are."""
+        """The number of dimensions."""
         return self._positions("ndim").dim()
 
     @property
     def device(self) -> torch.device:
-        """The head's."""
+        """The head's device."""
         return self._positions("device").device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The hidden states'."""
+        """The hidden states' dtype."""
         return self._positions("dtype").dtype
 
     def dim(self) -> int:
-        """As `ndim`."""
+        """Returns the number of dimensions."""
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
-        """As `torch.Tensor.size`."""
+        """Returns the shape, or the size of one dimension, as `torch.Tensor.size` does."""
         return self.shape if dim is None else self.shape[dim]
 
-    # What changes nothing, for the loss is computed in fp32, of hidden states however they lie.
+    # Operations that change nothing: the loss is computed in fp32, and takes hidden states of any layout.
 
     def contiguous(self) -> DeferredLogits:
-        """These, in any layout and dtype."""
+        """Returns the same logits; they stand for any layout and dtype."""
         return self._like(self._positions("contiguous"))
 
     float = contiguous
 
     def is_contiguous(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
-        """These, in any dtype, on their device. Accelerate asks for it after the step."""
+        """Returns the same logits, which stand for any dtype, on their device. Accelerate calls it after the step."""
         if self._hidden is None:
             return self
         hidden = self._positions("to")
@@ -142,7 +142,7 @@ class DeferredLogits(Refusing):
         return self._in_place(self._transform.over(self._number("a quotient", other)))
 
     def tanh(self) -> DeferredLogits:
-        """As `torch.tanh`, once."""
+        """Returns the tanh, as `torch.tanh` does; it can be taken once."""
         return self._with(self._transform.tanh() or self.refuse("a second tanh"))
 
     def __add__(self, other: Any) -> DeferredLogits:
@@ -157,7 +157,7 @@ class DeferredLogits(Refusing):
     # Positions and classes.
 
     def view(self, *shape: Any) -> DeferredLogits:
-        """As `torch.Tensor.view`, of the positions."""
+        """Views the positions, as `torch.Tensor.view` does."""
         hidden = self._classes_last("view")
         sizes = indexing.integers(shape)
         if sizes[-1] == -1 and math.prod(sizes[:-1]) == math.prod(hidden.shape[:-1]):
@@ -169,20 +169,20 @@ class DeferredLogits(Refusing):
     reshape = view
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> DeferredLogits:
-        """As `torch.Tensor.flatten`, of the positions."""
+        """Flattens the positions, as `torch.Tensor.flatten` does."""
         hidden = self._classes_last("flatten")
         if end_dim % hidden.dim() == hidden.dim() - 1:
             self.refuse("flatten of the classes")
         return self._like(hidden.flatten(start_dim, end_dim))
 
     def transpose(self, dim0: int, dim1: int) -> DeferredLogits:
-        """As `torch.Tensor.transpose`."""
+        """Exchanges two dimensions, as `torch.Tensor.transpose` does."""
         order = list(range(self.ndim))
         order[dim0], order[dim1] = order[dim1], order[dim0]
         return self.permute(*order)
 
     def permute(self, *dims: Any) -> DeferredLogits:
-        """As `torch.Tensor.permute`: the classes stay last, or become the second dimension."""
+        """Permutes dimensions, as `torch.Tensor.permute` does: the classes stay last, or become the second one."""
         hidden, last = self._positions("permute"), self.ndim - 1
         order = [dim % (last + 1) for dim in indexing.integers(dims)]
         if not self._classes_second and order[-1] == last:
@@ -202,7 +202,7 @@ class DeferredLogits(Refusing):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.refuse("an assignment")
 
-    # What a loss is computed of.
+    # The terms of losses.
 
     def cross_entropy(
         self,
@@ -214,7 +214,7 @@ class DeferredLogits(Refusing):
         reduction: str = "mean",
         label_smoothing: Any = 0.0,
     ) -> Tensor:
-        """As `torch.nn.functional.cross_entropy`, of labels."""
+        """Returns the cross-entropy with labels, as `torch.nn.functional.cross_entropy` does."""
         if self.ndim != 2 and not self._classes_second:
             self.refuse(f"cross_entropy of {tuple(self.shape)}, whose dimension 1 is not the classes,")
         if size_average is not None or reduce is not None:
@@ -231,7 +231,7 @@ class DeferredLogits(Refusing):
         return loss
 
     def logsumexp(self, dim: int, keepdim: bool = False) -> Tensor:
-        """As `torch.logsumexp`, over the classes: a z-loss is made of it."""
+        """Returns the log-sum-exp over the classes, as `torch.logsumexp` does: for a z-loss."""
         hidden = self._classes_last("logsumexp")
         if dim % hidden.dim() != hidden.dim() - 1:
             self.refuse("logsumexp over positions")
@@ -239,25 +239,25 @@ class DeferredLogits(Refusing):
         return found.unsqueeze(-1) if keepdim else found
 
     def log_softmax(self, dim: int) -> DeferredLogProbs:
-        """As `torch.log_softmax`, over the classes."""
+        """Returns the log-probabilities over the classes, as `torch.log_softmax` does."""
         hidden = self._classes_last("log_softmax")
         if dim % hidden.dim() != hidden.dim() - 1:
             self.refuse("log_softmax over positions")
         return DeferredLogProbs(self, self._call)
 
     def apply(self, function: Callable[..., Any]) -> Any:
-        """What a function of a linear head gives.
+        """Returns the result of a function of a linear head.
 
         Args:
             function: called as `function(hidden, weight, **keywords)`, as our linear functions are: `hidden` [..., H],
-                `weight` [V, H], and keywords `bias`, `logit_scale` and `softcap` that make their logits these. The
+                `weight` [V, H], and keywords `bias`, `logit_scale` and `softcap` with which their logits are these. The
                 weight is whole in this call, and not after it.
 
         """
         return self._call.apply(self._positions("apply"), self._transform, function)
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise: this is not done to hidden states."""
+        """Raises an error: the operation cannot be done to hidden states."""
         raise TypeError(self._explanation(name))
 
     def _explanation(self, name: str) -> str:
@@ -288,7 +288,7 @@ class DeferredLogits(Refusing):
         return DeferredLogits(self._call, hidden, self._transform, classes_second=self._classes_second)
 
     def _in_place(self, transform: Transform) -> DeferredLogits:
-        """Whether others are views of these or copies is not known: they are not used any more."""
+        """Changes these logits, and forbids the use of all others: it is not known which of them are views of these."""
         self._positions("arithmetic")
         for other in self._call.made:
             if other is not self:

@@ -1,4 +1,4 @@
-"""Calls of a model that give deferred logits, whatever they are for: NOTE [Deferred logits]."""
+"""Calls of a model that return deferred logits, whatever they are used for: NOTE [Deferred logits]."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from compiled_loss.models.output_head import leaves_head
 
 @contextlib.contextmanager
 def deferring(model: nn.Module) -> Iterator[None]:
-    """A block in which the model's logits are :class:`DeferredLogits`, for :meth:`DeferredLogits.apply` there.
+    """Makes the model's logits :class:`DeferredLogits` in a block, for :meth:`DeferredLogits.apply` there.
 
-    In training and evaluation, with gradients and without, of a model that is fused or not. For eager code.
+    It works in training and evaluation, with gradients and without, for a model that is fused or not. It is for eager
+    code.
     """
     head = checks.has_head(innermost(model))
     stood = head.__dict__.get("forward")

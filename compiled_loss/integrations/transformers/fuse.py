@@ -1,4 +1,4 @@
-"""A model whose forward computes its loss without logits."""
+"""Models whose forward computes its loss without logits."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from compiled_loss.models.adapters import base_weight
 from compiled_loss.models.output_head import leaves_head
 from compiled_loss.planner.chunking import Chunking
 
-_NAME = "_compiled_loss_fused_head"  # of the attribute that a fused model and its head have
+_NAME = "_compiled_loss_fused_head"  # the name of an attribute of a fused model and its head
 
 
 class FusedHead:
-    """What a fused model and its head share."""
+    """The state that a fused model and its head share."""
 
     def __init__(self, model: nn.Module, head: nn.Module, chunking: Chunking, statistics: Collection[str]) -> None:
         self.model_name = type(model).__name__
         self.head = head
         self.chunking = chunking
         self.statistics = tuple(statistics)
-        self.placed: dict[str, Any] = {}  # the forwards of both, and
-        self.stood: dict[str, Any] = {}  # those on the instances that they replace
+        self.placed: dict[str, Any] = {}  # the new forwards of both
+        self.stood: dict[str, Any] = {}  # the forwards on the instances that they replace
         self.off = False
-        self.calls: list[HeadCall] | None = None  # of the head, in the training step that runs
+        self.calls: list[HeadCall] | None = None  # calls of the head in the running training step
 
     def original(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a forward was before."""
+        """Calls the forward that was there before."""
         if name in self.stood:
             return self.stood[name](*args, **kwargs)
         return type(module).forward(module, *args, **kwargs)
 
 
 def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: Collection[str] = ()) -> None:
-    r"""Have a model of `transformers` compute its own loss without logits, in training.
+    r"""Makes a model of `transformers` compute its own loss without logits, in training.
 
     The head gives :class:`DeferredLogits`. The model's forward runs as it is, `labels`, `num_items_in_batch`, auxiliary
     losses and all, and its cross-entropy is :func:`compiled_loss.linear_cross_entropy` of hidden states and head. So
@@ -118,7 +118,7 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
     fused = FusedHead(inner, head, chunking, statistics)
     if before is None:
         _replace("model", inner, fused, _model_forward(type(inner).forward, parameters.index("labels")))
-    else:  # what wrapped the forward that is here looks this up
+    else:  # code that has wrapped the forward since looks this up
         fused.placed["model"], fused.stood = before.placed["model"], before.stood
         setattr(inner, _NAME, fused)
     if _fused(head) is None:
@@ -129,7 +129,7 @@ def fuse_head(model: nn.Module, *, chunking: Chunking = Chunking(), statistics: 
 
 
 def unfuse_head(model: nn.Module) -> None:
-    """Give a model the forward back that it had before :func:`fuse_head`.
+    """Gives a model the forward back that it had before :func:`fuse_head`.
 
     Nothing is left on the instances. Where another has wrapped the forward since, as Accelerate does for autocast, it
     keeps ours inside, which does nothing from now on.
@@ -176,7 +176,7 @@ def _restore(name: str, module: Any, fused: FusedHead) -> None:
 
 
 def _model_forward(forward: Callable[..., Any], before_labels: int) -> Callable[..., Any]:
-    """A forward for models with this one, and so many parameters before labels."""
+    """Returns a forward for models with this one, in which so many parameters come before labels."""
 
     @functools.wraps(forward)
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +202,7 @@ def _model_forward(forward: Callable[..., Any], before_labels: int) -> Callable[
 
 
 def _label_smoothing() -> bool:
-    """Whether the Trainer calls, and computes the loss of the output. Compiled code does not see who calls."""
+    """Returns True if the Trainer calls, and computes the loss of the output. Compiled code does not see who calls."""
     if torch.compiler.is_compiling():
         return False
     trainer = caller("compute_loss", "label_smoother")
@@ -211,7 +211,7 @@ def _label_smoothing() -> bool:
 
 @leaves_head
 def _head_forward(self: Any, hidden: Tensor, *args: Any, asked: Asked | None = None, **kwargs: Any) -> Any:
-    """Deferred logits in a training step, and what is asked of them; logits elsewhere."""
+    """Returns deferred logits in a training step, and the answer to what is asked of them; logits elsewhere."""
     fused: FusedHead = getattr(self, _NAME)
     if asked is not None:
         return answer(self, hidden, asked)

@@ -1,11 +1,11 @@
-"""A call of a head that gives no logits, and the second one, in which what is asked of them is computed.
+"""A call of a head that returns no logits, and the second call, which computes what is asked of them.
 
 NOTE [Called twice]
-Where a head is a unit of its own of FSDP2 or ZeRO-3, its weight is there while it is called, and gone after. The loss
-of its logits is asked for after. So the loss calls the head again, with what it wants in place of logits, and all hooks
-do what they do for any Linear: gather the weight, free it, gather it for backward and reduce its gradient. Where the
-weight has stayed, hooks are left out: those of a unit of several modules, as Accelerate makes of norm and head, would
-free all of it in backward before the others are done.
+If a head is a unit of its own of FSDP2 or ZeRO-3, its weight is there while it is called, and gone afterwards. The loss
+of its logits is asked for afterwards. So the loss calls the head a second time, and gives it the function to compute in
+place of logits. All hooks then do what they do for any Linear: they gather the weight, free it, gather it for backward
+and reduce its gradient. If the weight has stayed, hooks are left out. Hooks of a unit of several modules, such as the
+unit of norm and head that Accelerate makes, would free all of the unit in backward before the other modules are done.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from compiled_loss.models.output_head import OutputHead
 from compiled_loss.planner.chunking import Chunking
 
 HEAD = "model.get_output_embeddings()"  # in errors
-Asked = Callable[[Tensor, OutputHead], Any]  # of hidden states and a head
+Asked = Callable[[Tensor, OutputHead], Any]  # a function of hidden states and a head
 
 
 class HeadCall:
-    """A head's logits [..., V] of one call, and what became of them."""
+    """The logits [..., V] of one call of a head, with what was asked of them."""
 
     def __init__(
         self,
@@ -44,17 +44,17 @@ class HeadCall:
         self.tokens = tokens  # the shape of all but the classes
         self.chunking = chunking
         self.wanted = statistics
-        self.made: list[Any] = []  # deferred logits of the forward that runs, of which one may outlive it
-        self.returned = False  # from that forward
-        self.asked = False  # for what a loss is made of
+        self.made: list[Any] = []  # deferred logits of the running forward, of which one may outlive it
+        self.returned = False  # whether that forward has returned
+        self.asked = False  # whether a term of a loss was asked for
         self.statistics: TokenStatistics | None = None
 
     def weight(self) -> Tensor:
-        """[V, H], while the head is called."""
+        """Returns the weight [V, H], while the head is called."""
         return base_weight(self.module, HEAD)
 
     def apply(self, hidden: Tensor, transform: Transform, function: Callable[..., Any]) -> Any:
-        """`function(hidden, weight, **keywords)`, where the keywords of our functions say what these logits are."""
+        """Returns `function(hidden, weight, **keywords)`, with our functions' keywords for these logits."""
         self.asked = True
 
         def asked(hidden: Tensor, head: OutputHead) -> Any:
@@ -64,7 +64,7 @@ class HeadCall:
         return (self.module if _left(self.module) else self.module.forward)(hidden, asked=asked)
 
     def keep(self, found: TokenStatistics) -> None:
-        """Hold the statistics that are wanted, shaped as the head's tokens where they are of all of them."""
+        """Keeps the statistics that are wanted, in the shape of the head's tokens if they are of all of them."""
         kept: dict[str, Any] = {}
         for name, values in found._asdict().items():
             if name not in self.wanted:
@@ -74,16 +74,16 @@ class HeadCall:
         self.statistics = TokenStatistics(**kept)
 
     def hold(self, deferred: Any) -> None:
-        """Remember deferred logits until the forward has returned: not longer, for they hold this call."""
+        """Remembers deferred logits until the forward has returned; not longer, because they hold this call."""
         if not self.returned:
             self.made.append(deferred)
 
     def leave(self) -> None:
-        """The forward has returned; its output is still to be asked for a loss."""
+        """Marks that the forward has returned; its output is still to be asked for a loss."""
         self.made, self.returned = [], True
 
     def release(self) -> None:
-        """Hold hidden states and head no longer."""
+        """Drops the hidden states and the head."""
         for deferred in self.made:
             deferred.release()
         self.leave()
@@ -91,12 +91,12 @@ class HeadCall:
 
 
 def answer(module: nn.Module, hidden: Tensor, asked: Asked) -> Any:
-    """What is asked of a head's logits, while it is called."""
+    """Returns the answer to what is asked of a head's logits, while the head is called."""
     return asked(*head_operands(module, HEAD, hidden))
 
 
 def _left(module: Any) -> bool:
-    """Whether the weight has gone since the head was called: with ZeRO-3's hooks, or FSDP2's of the head alone."""
+    """Returns True if the weight has gone since the head's call: by hooks of ZeRO-3, or of FSDP2 on the head alone."""
     weight: Any = getattr(module, "weight", None)
     if hasattr(weight, "ds_id"):
         return bool(weight.numel() == 0)

@@ -14,7 +14,7 @@ from compiled_loss.integrations.transformers.refusing import Refusing
 
 
 class DeferredLogProbs(Refusing):
-    """Log softmax [..., V] of deferred logits, or its negative."""
+    """The log-softmax [..., V] of deferred logits, or its negative."""
 
     def __init__(self, logits: Any, call: HeadCall, *, negative: bool = False) -> None:
         self._logits = logits
@@ -37,16 +37,16 @@ class DeferredLogProbs(Refusing):
 
     @property
     def shape(self) -> torch.Size:
-        """[..., V]."""
+        """The shape [..., V]."""
         shape: torch.Size = self._logits.shape
         return shape
 
     def dim(self) -> int:
-        """How many dimensions there are."""
+        """Returns the number of dimensions."""
         return len(self.shape)
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise: the operation is none of these."""
+        """Raises an error: the operation is none of those that are supported."""
         self._logits.refuse(f"{name} of log_softmax")
         raise AssertionError
 
@@ -54,21 +54,21 @@ class DeferredLogProbs(Refusing):
         return DeferredLogProbs(self._logits, self._call, negative=not self._negative)
 
     def nll_loss(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `torch.nn.functional.nll_loss`."""
+        """Returns the loss of `torch.nn.functional.nll_loss`."""
         if self._negative:
             self.refuse("the negative")
         loss: Tensor = self._logits.cross_entropy(target, *args, **kwargs)
         return loss
 
     def gather(self, dim: int, index: Tensor) -> Tensor:
-        """As `torch.Tensor.gather`, one of each token: [..., 1], differentiable."""
+        """Returns the result of `torch.Tensor.gather`, for one class of each token: [..., 1], differentiable."""
         if dim % self.dim() != self.dim() - 1 or index.shape != (*self.shape[:-1], 1):
             self.refuse(f"gather of {tuple(index.shape)}")
         chosen, self._sums = self._of_tokens(index.squeeze(-1))
         return self._signed(chosen, keepdim=True)
 
     def sum(self, dim: int, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-        """As `torch.Tensor.sum`, over the classes: differentiable."""
+        """Returns the sum over the classes, as `torch.Tensor.sum` does; differentiable."""
         if dim % self.dim() != self.dim() - 1:
             self.refuse("sum over positions")
         if self._sums is None:
@@ -81,6 +81,6 @@ class DeferredLogProbs(Refusing):
         return pair
 
     def _signed(self, values: Tensor, *, keepdim: bool) -> Tensor:
-        """Not a view, for callers fill it."""
+        """Returns values with their sign, in a new tensor, because callers fill it."""
         values = -values if self._negative else values.clone()
         return values.unsqueeze(-1) if keepdim else values

@@ -1,4 +1,4 @@
-"""What is asked of a head's logits: functions of hidden states, weight and keywords, as our linear ones are."""
+"""Functions that a head's logits are asked for: of hidden states, weight and keywords, as our linear functions are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compiled_loss.integrations.transformers.head_call import HeadCall
 
 
 def cross_entropy(call: HeadCall, labels: Tensor, given: dict[str, Any]) -> Callable[..., Tensor]:
-    """The cross-entropy; the call keeps the statistics that are wanted."""
+    """Returns a function that computes the cross-entropy; the call keeps the statistics that are wanted."""
 
     def loss(hidden: Tensor, weight: Tensor, **keywords: Any) -> Tensor:
         keywords = {**given, **keywords, "chunking": call.chunking}
@@ -28,7 +28,7 @@ def cross_entropy(call: HeadCall, labels: Tensor, given: dict[str, Any]) -> Call
 
 
 def logsumexp(call: HeadCall, shape: torch.Size) -> Callable[..., Tensor]:
-    """The log-sum-exp [...] of tokens of this shape."""
+    """Returns a function that computes the log-sum-exp, [...], of tokens of this shape."""
 
     def of_tokens(hidden: Tensor, weight: Tensor, **keywords: Any) -> Tensor:
         labels, wanted = hidden.new_zeros(shape, dtype=torch.int64), ("logsumexp",)
@@ -39,7 +39,7 @@ def logsumexp(call: HeadCall, shape: torch.Size) -> Callable[..., Tensor]:
 
 
 def log_probs(call: HeadCall, labels: Tensor, classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The labels' log-probabilities [...], and the sums of those of all classes."""
+    """Returns a function that computes the labels' log-probabilities, [...], and the sums of those of all classes."""
 
     def of_tokens(hidden: Tensor, weight: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
         wanted = ("logprob", "logsumexp", "mean_logit")

@@ -1,4 +1,4 @@
-"""Operators that stand-ins for tensors lack: each is refused by its name, where Python would not say what to do."""
+"""Operators that substitutes for tensors lack. Each is refused by its name, because Python's error would not help."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
 
 
 class Refusing:
-    """What a class of these does not define itself, it refuses."""
+    """The base of classes that refuse every operator which they do not define."""
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise an error that says what to do instead."""
+        """Raises an error that says what to do instead."""
         raise NotImplementedError(name)
 
 

@@ -1,4 +1,4 @@
-"""The errors of TRL's trainers; see `compiled_loss.checks.arguments`."""
+"""Checks of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FUSED = "SFT, DPO, KTO, GRPO, RLOO, Distillation or GKD"
 
 
 def one_column(trainer: object) -> NoReturn:
-    """Raise: a reward model's head has one column."""
+    """Raises an error: a reward model's head has one column."""
     raise TypeError(
         f"trainer: expected one of a language model ({_FUSED}), got {type(trainer).__name__}, whose model's head has "
         "one column: there are no logits over a vocabulary to save, train it as it is"
@@ -18,7 +18,7 @@ def one_column(trainer: object) -> NoReturn:
 
 
 def unknown(trainer: object) -> NoReturn:
-    """Raise: nothing is known of how the trainer computes its loss."""
+    """Raises an error: it is not known how the trainer computes its loss."""
     raise TypeError(
         f"trainer: expected one with TRL's fused head, or its distillation ({_FUSED}), got {type(trainer).__name__}, "
         "which is none of them; most others compute their loss from logits [B, S, V] in their own code: train it as it "
@@ -27,7 +27,7 @@ def unknown(trainer: object) -> NoReturn:
 
 
 def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> None:
-    """Raise unless TRL's fused head says what was asked of it."""
+    """Raises unless TRL's fused head tells what was asked of it."""
     missing = [name for name in expected if name not in names]
     if missing:
         raise ValueError(
@@ -37,7 +37,7 @@ def asked(model: object, names: dict[str, Any], expected: tuple[str, ...]) -> No
 
 
 def not_fused(model: object) -> None:
-    """Raise where `fuse_head` has put its forward over TRL's."""
+    """Raises where `fuse_head` has put its forward over TRL's."""
     if "_compiled_loss_fused_head" in vars(model):
         raise ValueError(
             f"trainer: expected a {type(model).__name__} whose head is not fused, got one that fuse_head was called "
@@ -46,7 +46,7 @@ def not_fused(model: object) -> None:
 
 
 def original(model: object, forward: Any) -> None:
-    """Raise where a copy of a fused model is called: its forward is the original's, with the original's weights."""
+    """Raises where a copy of a fused model is called: its forward is the original's, with the original's weights."""
     if getattr(forward, "__self__", model) is not model:
         raise ValueError(
             f"model: expected the {type(model).__name__} that a trainer was made with, got a copy of it, whose forward "
@@ -55,7 +55,7 @@ def original(model: object, forward: Any) -> None:
 
 
 def aux_loss(model: object, outputs: Any) -> Tensor:
-    """The loss of the experts that a model's forward returns; raise where it returns none."""
+    """Returns the loss of the experts from a model's outputs. Raises where there is none."""
     value: Tensor | None = outputs.get("aux_loss")
     if value is None:
         raise ValueError(

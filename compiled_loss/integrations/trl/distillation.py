@@ -1,10 +1,10 @@
 """Divergences of TRL's distillation trainers, without either model's logits.
 
 NOTE [Where TRL takes divergences]
-`GKDTrainer` calls both models and gives their logits to its `generalized_jsd_loss`: there, deferred logits come to
-ours. In `DistillationTrainer._compute_loss` backbones give hidden states, and a function of its module takes these,
-both heads and what TRL knows of their softcaps and scales. There a whole model stands in for its backbone, its deferred
-logits for hidden states, and ours for that function.
+`GKDTrainer` calls both models and gives their logits to its `generalized_jsd_loss`. There the deferred logits are given
+to our function. In `DistillationTrainer._compute_loss`, backbones return hidden states, and a function of the trainer's
+module takes these, both heads and what TRL knows of their softcaps and scales. There the whole model takes the place of
+its backbone, its deferred logits that of hidden states, and our function that of the module's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Distillation:
         trainer._compute_loss, trainer._get_last_hidden_state = self._compute_loss, self._last_hidden_state
 
     def undo(self) -> None:
-        """Leave the class's methods."""
+        """Restores the methods of the class."""
         del self.trainer._compute_loss, self.trainer._get_last_hidden_state
 
     def _compute_loss(self, student: Any, *args: Any) -> Any:
@@ -58,7 +58,7 @@ class Distillation:
         temperature: float,
         **_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the student's entropy summed over tokens, and how many these are."""
+        """Returns the loss, the student's entropy summed over tokens, and the number of these tokens."""
         mask = completion_mask != 0
         found = divergence(student, teacher, mask, beta, temperature, num_items_in_batch, self.chunking)
         entropy = found.statistics.student_entropy
@@ -67,7 +67,7 @@ class Distillation:
 
 
 class _AsBackbone(nn.Module):
-    """A whole model in the place of its backbone: as TRL calls that, beneath the autocast of Accelerate."""
+    """A whole model in the place of its backbone: TRL calls the backbone inside of Accelerate's autocast."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class GKD:
         trainer.compute_loss, trainer.generalized_jsd_loss = self._compute_loss, self._divergence
 
     def undo(self) -> None:
-        """Leave the class's methods."""
+        """Restores the methods of the class."""
         del self.trainer.compute_loss, self.trainer.generalized_jsd_loss
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The logits that `compute_metrics` reads are computed once more, where there is one."""
+        """Computes the loss. If there is a `compute_metrics`, the logits that it reads are computed once more."""
         autocast = self.trainer.accelerator.autocast()  # as around the forward that multiplied by the head
         with autocast, deferring(model), deferring(self.trainer.teacher_model):
             loss = self.compute_loss(model, inputs, **kwargs)
@@ -124,7 +124,7 @@ def divergence(
     num_items_in_batch: int | Tensor | None,
     chunking: Chunking,
 ) -> DistillationLoss:
-    """TRL's generalised Jensen-Shannon divergence, and the student's entropy."""
+    """Returns TRL's generalised Jensen-Shannon divergence, and the student's entropy."""
     options: dict[str, Any] = {
         "divergence": _ENDS.get(beta, "jsd"),
         "jsd_weight": beta if 0 < beta < 1 else 0.5,
@@ -137,7 +137,7 @@ def divergence(
     }
     if compacts(chunking):
         student, teacher, mask = student[mask], teacher[mask], mask[mask]
-    labels = torch.where(mask, 0, -100)  # of which only -100 means something here
+    labels = torch.where(mask, 0, -100)  # only -100 has a meaning here
 
     def of_student(hidden: Tensor, weight: Tensor, **head: Any) -> DistillationLoss:
         def of_both(teacher_hidden: Tensor, teacher_weight: Tensor, **teacher_head: Any) -> DistillationLoss:
@@ -154,7 +154,7 @@ def divergence(
 
 @contextlib.contextmanager
 def _in_place(function: Any) -> Iterator[None]:
-    """A function in the place of the one that `DistillationTrainer._compute_loss` calls."""
+    """Puts a function in the place of the one that `DistillationTrainer._compute_loss` calls."""
     from trl.trainer import distillation_trainer as module
 
     theirs = module._chunked_divergence_loss

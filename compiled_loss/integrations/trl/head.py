@@ -1,13 +1,13 @@
-"""The forward by which TRL's trainers get log-probabilities and entropies, without logits.
+"""The forward from which TRL's trainers get log-probabilities and entropies, without logits.
 
 NOTE [Where TRL takes log-probabilities]
-SFT, DPO, KTO, GRPO and RLOO trainers give their models a forward that answers `fused_lm_head=True` with a
-`FusedCausalLMOutput`: log-probabilities of the labels, entropies and more, a number a token. All that they do is
-arithmetic on these. So that forward is replaced, and nothing else. It runs the model's own with its logits deferred, so
-what the model does to its logits is its own code, and its auxiliary loss too.
+The SFT, DPO, KTO, GRPO and RLOO trainers give their models a forward that answers `fused_lm_head=True` with a
+`FusedCausalLMOutput`: log-probabilities of the labels, entropies and more, one number per token. Everything else that
+they do is arithmetic on these. So that forward is replaced, and nothing else. The new one runs the model's own forward
+with its logits deferred, so the transform of the logits is the model's own code, and so is its auxiliary loss.
 
-What TRL asked of its head (temperature, outputs) is read from the closure of its forward: the same for every trainer,
-and for those that inherit from one.
+The options that TRL gave to its head (temperature, outputs) are read from the closure of its forward. This is the same
+for every trainer, and for those that inherit from one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from compiled_loss.integrations.transformers.deferring import deferring
 from compiled_loss.integrations.trl import checks
 from compiled_loss.planner.chunking import Chunking
 
-_STATISTICS = {  # ours, by the names of TRL's outputs
+_STATISTICS = {  # our statistics by the names of TRL's outputs
     "log_probs": "logprob",
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
@@ -39,7 +39,7 @@ _STATISTICS = {  # ours, by the names of TRL's outputs
 
 
 def fuse(model: Any, autocast: Callable[[], Any], chunking: Chunking) -> None:
-    """Replace the fused head that TRL gave to a model; all of a call runs in autocast()."""
+    """Replaces the fused head that TRL gave to a model; the whole of a call runs in autocast()."""
     checks.not_fused(model)
     if (ours := _ours(model)) is not None:  # Accelerate has put autocast around it
         ours.chunking, ours.active = chunking, True
@@ -48,7 +48,7 @@ def fuse(model: Any, autocast: Callable[[], Any], chunking: Chunking) -> None:
 
 
 def unfuse(model: Any) -> None:
-    """Give TRL's forward back; where Accelerate has put autocast around ours, have it pass calls on."""
+    """Gives TRL's forward back. If Accelerate has put autocast around ours, ours passes calls on."""
     if (ours := _ours(model)) is not None:
         ours.active = False
         if getattr(model.forward, "__func__", None) is ours.forward:
@@ -56,7 +56,7 @@ def unfuse(model: Any) -> None:
 
 
 def _ours(model: Any) -> FusedHead | None:
-    """The head that answers, if it is ours: a later trainer puts TRL's on top of one before it."""
+    """Returns the head that answers, if it is ours: a later trainer puts TRL's on top of an earlier one."""
     for forward in _forwards(model):
         if isinstance(found := getattr(forward, "head", None), FusedHead):
             return found
@@ -66,7 +66,7 @@ def _ours(model: Any) -> FusedHead | None:
 
 
 def _forwards(model: Any) -> list[Any]:
-    """What was put in the place of a class's forward: the last, and the one that Accelerate put autocast around."""
+    """Returns the forwards on the instance: the last one, and the one that Accelerate put autocast around."""
     own = vars(model)
     return [getattr(forward, "__func__", forward) for forward in (own.get("forward"), own.get("_original_forward"))]
 
@@ -76,7 +76,7 @@ def _is_of_trl(forward: Any) -> bool:
 
 
 def _asked(model: Any) -> dict[str, Any]:
-    """What TRL asked of its head."""
+    """Returns the options that TRL gave to its head."""
     for forward in _forwards(model):
         if _is_of_trl(forward):
             return dict(inspect.getclosurevars(forward).nonlocals)
@@ -89,7 +89,7 @@ class FusedHead:
     def __init__(self, model: Any, autocast: Callable[[], Any], chunking: Chunking) -> None:
         asked = _asked(model)
         checks.asked(model, asked, ("temperature", "cast_lm_head_to_fp32", "outputs"))
-        self.replaced = model.forward  # TRL's, or what Accelerate put around it
+        self.replaced = model.forward  # TRL's, or the one that Accelerate put around it
         self.temperature: float = asked["temperature"]
         self.in_fp32: bool = asked["cast_lm_head_to_fp32"]
         self.outputs = {"log_probs", *asked["outputs"]}
@@ -97,7 +97,7 @@ class FusedHead:
         self.active = True
 
     def method(self, model: Any) -> Callable[..., Any]:
-        """The model's new forward."""
+        """Returns the model's new forward."""
 
         @functools.wraps(type(model).forward)  # generate reads the signature
         def forward(model: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -141,7 +141,7 @@ class FusedHead:
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **found)
 
     def _statistics(self, logits: DeferredLogits, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """By the names of TRL's outputs, 0 where the label is -100."""
+        """Returns the statistics by the names of TRL's outputs, 0 where the label is -100."""
         compact = compacts(self.chunking)
         if compact:
             logits, labels = logits[mask], labels[mask]
@@ -170,5 +170,5 @@ class FusedHead:
 
 
 def compacts(chunking: Chunking) -> bool:
-    """Whether the tokens that count are copied together, as TRL does: not where a user's bound on them saves that."""
+    """Returns True if tokens that count are copied together, as TRL does; a user's bound on their number avoids it."""
     return chunking.max_label_tokens is None and not torch.compiler.is_compiling()

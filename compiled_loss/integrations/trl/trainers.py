@@ -1,4 +1,4 @@
-"""What is replaced in which of TRL's trainers."""
+"""The replacements in TRL's trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DISTILLATION: dict[str, Callable[..., Any]] = {"DistillationTrainer": Distillat
 
 
 def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
-    """Compute a trainer's log-probabilities, entropies and divergences here: one call before `trainer.train()`.
+    """Computes a trainer's log-probabilities, entropies and divergences here: one call before `trainer.train()`.
 
     ============================================  ====================================================================
     trainer of TRL 1.16                           what is replaced
@@ -70,7 +70,7 @@ def fuse_trainer(trainer: Any, *, chunking: Chunking = Chunking()) -> None:
 
 
 def unfuse_trainer(trainer: Any) -> None:
-    """Give a trainer its own code back, before or after training; one that is not fused stays as it is.
+    """Gives a trainer its own code back, before or after training; one that is not fused stays as it is.
 
     Args:
         trainer: one that :func:`fuse_trainer` was called with.
@@ -93,11 +93,11 @@ def unfuse_trainer(trainer: Any) -> None:
 
 
 def _kind(trainer: Any) -> str:
-    """The class of TRL that it is, or that a user's class inherits from."""
+    """Returns the name of the trainer's class of TRL, or of the one that a user's class inherits from."""
     return next((kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.")), "")
 
 
 def _models(trainer: Any) -> list[Any]:
-    """The trained one, and the reference where it is another."""
+    """Returns the trained model, and the reference if it is a different one."""
     models = (trainer.model, getattr(trainer, "ref_model", None))
     return [innermost(model) for model in models if model is not None]
