@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss import checks
+from compiled_loss.engine.operators import composite
 from compiled_loss.engine.transforms import traced
 
 
@@ -38,17 +39,28 @@ class Compaction(NamedTuple):
 
     def gathered(self, tokens: Tensor) -> Tensor:
         """Returns the rows [K, ...] of tokens [N, ...], differentiable."""
-        return _moved(tokens, self.token, self.taken, self.row, self.active)
+        return _moved(tokens, _Places(self.token, self.taken, self.row, self.active))
 
     def scattered(self, rows: Tensor) -> Tensor:
         """Returns the tokens [N, ...] of rows [K, ...], 0 where a token does not count; differentiable."""
-        return _moved(rows, self.row, self.active, self.token, self.taken)
+        return _moved(rows, _Places(self.row, self.active, self.token, self.taken))
 
 
-def _moved(values: Tensor, source: Tensor, there: Tensor, back: Tensor, here: Tensor) -> Tensor:
+class _Values(NamedTuple):
+    values: Tensor  # [..., *]
+
+
+class _Places(NamedTuple):
+    source: Tensor  # the row that each place takes
+    there: Tensor  # whether it takes one
+    back: Tensor  # the place that each row goes to
+    here: Tensor  # whether it goes to one
+
+
+def _moved(values: Tensor, places: _Places) -> Tensor:
     if traced():
-        return _picked(values, source, there)
-    moved: Tensor = _Moved.apply(values, source, there, back, here)
+        return _picked(values, places.source, places.there)
+    (moved,) = _applied(_Values(values), places)
     return moved
 
 
@@ -70,3 +82,8 @@ class _Moved(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         return _picked(g, *ctx.saved_tensors), None, None, None, None
+
+
+@composite("moved_rows", _Values, _Places)
+def _applied(values: _Values, places: _Places) -> tuple[Tensor]:
+    return (_Moved.apply(*values, *places),)

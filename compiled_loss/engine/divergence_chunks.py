@@ -23,7 +23,7 @@ from compiled_loss.engine.math.coefficients import unit_scale
 from compiled_loss.engine.math.divergence_kinds import Kind, Pair
 from compiled_loss.engine.math.divergences import Found, RowGradients, Rows, Target
 from compiled_loss.engine.math.logit_maps import times
-from compiled_loss.engine.operators import none, unpack
+from compiled_loss.engine.operators import composite, is_compiling, none, unpack
 from compiled_loss.engine.transforms import without_autocast
 from compiled_loss.planner.plan import Lengths
 
@@ -70,8 +70,7 @@ def weighted_sum(
     problem, how = Problem(hidden, weight, *target, weighted.labels), How(*kind, group)
     if any(needs):
         upstream = RowGradients(weighted.soft, weighted.hard)
-        args = (*problem, *pair, *upstream, weighted.active, needs, how, lengths)
-        loss, *seen = _WeightedSum.apply(*args)
+        loss, *seen = _weighted_sum(problem, pair, upstream, Counts(weighted.active), needs, how, lengths)
         return loss, Found.of(seen, kind, weighted.labels, target.indices) if seen else none(Found)
     _, found = _folded(problem, pair, how, lengths)
     return weighted.of(found).sum(), found
@@ -89,7 +88,7 @@ def divergence(
 ) -> Found:
     """Returns the `Found` of each row; divergence and cross-entropy are differentiable in hidden, weight and bias."""
     problem = Problem(hidden, weight, *target, labels)
-    return Found.of(_Divergence.apply(*problem, *pair, How(*kind, group), lengths), kind, labels, target.indices)
+    return Found.of(_divergence(problem, pair, How(*kind, group), lengths), kind, labels, target.indices)
 
 
 def _folded(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[Rows, Found]:
@@ -133,7 +132,7 @@ class _WeightedSum(torch.autograd.Function):
         seen = none(RowGradients)
         if any(wanted):
             seen = RowGradients(found.divergence, found.cross_entropy).map(lambda v: torch.where(counts.active, v, 0.0))
-        if torch.compiler.is_compiling():  # where there is no second backward
+        if is_compiling():  # where there is no second backward
             problem, pair, upstream, counts = none(Problem), none(Pair), none(RowGradients), none(Counts)
         saved = _Saved(*unscaled.gradients, unscaled.scale, *seen)
         ctx.save_for_backward(*saved, *problem, *pair, *upstream, *counts)
@@ -190,6 +189,20 @@ class _Divergence(torch.autograd.Function):
             d = _in_dtypes(Gradients.pop_from(found, needs, pair.bias), scale, problem, pair)
         d_problem = none(Problem)._replace(hidden=d.d_hidden, weight=d.d_weight)
         return *d_problem, *none(Pair)._replace(bias=d.d_bias), None, None
+
+
+@composite("weighted_divergence_chunks", Problem, Pair, RowGradients, Counts, Needs, How, Lengths)
+def _weighted_sum(
+    problem: Problem, pair: Pair, upstream: RowGradients, counts: Counts, needs: Needs, how: How, lengths: Lengths
+) -> tuple[Tensor, ...]:
+    """Returns the loss and the statistics of each row."""
+    return _WeightedSum.apply(*problem, *pair, *upstream, *counts, needs, how, lengths)  # type: ignore[no-any-return]
+
+
+@composite("divergence_chunks", Problem, Pair, How, Lengths)
+def _divergence(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[Tensor, ...]:
+    """Returns `Found`, where it is not None."""
+    return _Divergence.apply(*problem, *pair, how, lengths)  # type: ignore[no-any-return]
 
 
 def _in_dtypes(gradients: Gradients, scale: Tensor | None, problem: Problem, pair: Pair) -> Gradients:

@@ -16,8 +16,9 @@ from compiled_loss.engine.math.divergence_kinds import Kind, Pair
 from compiled_loss.engine.math.divergences import Found, RowGradients, Rows, Target
 from compiled_loss.engine.math.statistics import statistics_dtype
 from compiled_loss.engine.math.top_divergences import Place, finite
-from compiled_loss.engine.operators import none, unpack
+from compiled_loss.engine.operators import composite, none, unpack
 from compiled_loss.engine.transforms import without_autocast
+from compiled_loss.planner.chunking import is_compiled
 
 
 def divergence(
@@ -31,7 +32,8 @@ def divergence(
 ) -> Found:
     """Returns the `Found` of each row; its divergence and, with labels, its cross-entropy are differentiable."""
     inputs = _Inputs(logits, target.values, target.indices, target.inverse_temperature, labels)
-    return Found.of(_Divergence.apply(*inputs, *pair, kind, group, compile), kind, labels, target.indices)
+    found = _divergence(inputs, pair, kind, _Options(group, is_compiled(logits.device, compile)))
+    return Found.of(found, kind, labels, target.indices)
 
 
 def plain_divergence(logits: Tensor, target: Target, labels: Tensor | None, kind: Kind, pair: Pair) -> Found:
@@ -67,18 +69,18 @@ class _Inputs(NamedTuple):
     logits: Tensor
     target: Tensor
     indices: Tensor | None
-    inverse_temperature: Tensor | None
+    inverse_temperatures: Tensor | None  # [..., 1]
     labels: Tensor | None
 
     def as_target(self) -> Target:
         """Returns the target that the logits are compared with."""
-        return Target(self.target, self.indices, None, self.inverse_temperature)
+        return Target(self.target, self.indices, None, self.inverse_temperatures)
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        inputs, pair, (kind, group, compile) = unpack(args, _Inputs, Pair)
+        inputs, pair, (kind, group, compiled) = unpack(args, _Inputs, Pair)
         logits, _, indices, _, labels = inputs
         beside = _beside(logits, inputs.as_target(), pair, group, fold=True)
         count = sum(Rows.there(kind, labels, indices)) + sum(Found.there(kind, labels, indices))
@@ -89,7 +91,7 @@ class _Divergence(torch.autograd.Function):
             (labels, *beside.target),
             pair,
             lambda: [logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count)],
-            compile=compile,
+            compiled=compiled,
             kind=kind,
             group=group,
         )
@@ -97,7 +99,7 @@ class _Divergence(torch.autograd.Function):
         ctx.mark_non_differentiable(*Found.of(left, kind, labels, indices).statistics())
         ctx.save_for_backward(*inputs, *pair, *known)
         ctx.set_materialize_grads(False)
-        ctx.options = kind, group, compile
+        ctx.options = kind, group, compiled
         return tuple(left)
 
     @staticmethod
@@ -105,12 +107,12 @@ class _Divergence(torch.autograd.Function):
         checks.first_derivative()
         inputs, pair, known, _ = unpack(ctx.saved_tensors, _Inputs, Pair, Rows)
         logits, target, indices, inverse, labels = inputs
-        kind, group, compile = ctx.options
+        kind, group, compiled = ctx.options
         g = Found.of(gradients, kind, labels, indices)
         wanted, _ = unpack(ctx.needs_input_grad, _Inputs)
         d = d_target = hard = None
         like = known.log_sum
-        given = functools.partial(execution.given, rest=pair, compile=compile)
+        given = functools.partial(execution.given, rest=pair, compiled=compiled)
         with without_autocast(logits.device):  # backward may be called under autocast
             soft = torch.zeros_like(like) if g.divergence is None else g.divergence.to(like.dtype)
             # Opaque copies: otherwise the partitioner finds forward's expressions here, and may keep one of [N, V].
@@ -137,3 +139,14 @@ class _Divergence(torch.autograd.Function):
                 body = divergence_bodies.target_gradient
                 (d_target,) = given(body, logits, rows, like=lambda: [torch.empty_like(target)])
         return *none(_Inputs)._replace(logits=d, target=d_target), *none(Pair), None, None, None
+
+
+class _Options(NamedTuple):
+    group: str | None
+    compiled: bool
+
+
+@composite("logits_divergence", _Inputs, Pair, Kind, _Options)
+def _divergence(inputs: _Inputs, pair: Pair, kind: Kind, options: _Options) -> tuple[Tensor, ...]:
+    """Returns `Found`, where it is not None."""
+    return _Divergence.apply(*inputs, *pair, kind, *options)  # type: ignore[no-any-return]

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from compiled_loss.engine.kernels import Compiled
 from compiled_loss.engine.operators import is_compiling
-from compiled_loss.planner.chunking import is_compiled
 
 Output = tuple[Tensor, ...]
 Body = Callable[..., Output]
@@ -38,14 +37,14 @@ def given(
     rest: Optional,
     like: Callable[[], Sequence[Tensor]],
     *,
-    compile: bool | str,
+    compiled: bool,
     **known: Known,
 ) -> Output:
     """Returns a body's results for logits that exist already, in new tensors; `like` makes the tensors."""
     if is_compiling():
         return body(logits, *_in_order(rows, rest), **_present(known))
     out = like()
-    run(body, logits, rows, rest, out, compiled=is_compiled(logits.device, compile), **known)
+    run(body, logits, rows, rest, out, compiled=compiled, **known)
     return tuple(out)
 
 

@@ -17,7 +17,7 @@ from compiled_loss import checks
 from compiled_loss.engine.collectives import all_reduced
 from compiled_loss.engine.gradients import Gradients, Needs
 from compiled_loss.engine.math.statistics import statistics_dtype
-from compiled_loss.engine.operators import none, operator, unpack
+from compiled_loss.engine.operators import composite, is_compiling, none, operator, unpack
 from compiled_loss.engine.transforms import traced, without_autocast
 
 _BLOCK = 1 << 24  # gathered numbers at a time: 64 MiB in fp32
@@ -33,6 +33,11 @@ class Gathered(NamedTuple):
     active: Tensor  # [N] bool: the hidden states of all other tokens are not used
 
 
+class _Options(NamedTuple):
+    group: str | None
+    rounds: bool  # as `_Way` says
+
+
 class _Way(NamedTuple):
     rounded: bool  # whether h . w is rounded to the dtype of h, as a GEMM rounds it
     compiled: bool  # whether the operator hides the loop from a compiler
@@ -46,7 +51,7 @@ def gathered_logits(gathered: Gathered, group: str | None, *, rounded: bool) -> 
     if traced():
         return _plain(gathered, rounded=rounded)
     with without_autocast(gathered.hidden.device):
-        logits: Tensor = _GatheredLogits.apply(*gathered, group, rounded)
+        (logits,) = _applied(gathered, _Options(group, rounded))
     return logits
 
 
@@ -160,7 +165,7 @@ class _GatheredLogits(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         gathered, (group, rounded) = unpack(args, Gathered)
         ctx.save_for_backward(*gathered)
-        (logits,) = _gather(gathered, _Way(rounded, torch.compiler.is_compiling()))
+        (logits,) = _gather(gathered, _Way(rounded, is_compiling()))
         return all_reduced([logits], "sum", group)[0]
 
     @staticmethod
@@ -170,6 +175,12 @@ class _GatheredLogits(torch.autograd.Function):
         wanted, _ = unpack(ctx.needs_input_grad, Gathered)
         needs = Needs(wanted.hidden, wanted.weight, wanted.bias)
         with without_autocast(g.device):  # backward may be called under autocast
-            found = _gradients(gathered, _Upstream(g), needs, _Way(False, torch.compiler.is_compiling()))
+            found = _gradients(gathered, _Upstream(g), needs, _Way(False, is_compiling()))
         hidden, weight, bias = Gradients.pop_from(found, needs, gathered.bias)
         return *none(Gathered)._replace(hidden=hidden, weight=weight, bias=bias), None, None
+
+
+@composite("gathered_logits", Gathered, _Options)
+def _applied(gathered: Gathered, options: _Options) -> tuple[Tensor]:
+    """Returns the logits."""
+    return (_GatheredLogits.apply(*gathered, *options),)

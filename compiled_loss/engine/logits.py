@@ -14,8 +14,9 @@ from compiled_loss.engine.math.bodies import Upstream
 from compiled_loss.engine.math.coefficients import Classes
 from compiled_loss.engine.math.problem import Head, slack
 from compiled_loss.engine.math.statistics import RowStatistics, State, Wanted, finish, initial_state
-from compiled_loss.engine.operators import none, unpack
+from compiled_loss.engine.operators import composite, none, unpack
 from compiled_loss.engine.transforms import without_autocast
+from compiled_loss.planner.chunking import is_compiled
 
 
 class Given(NamedTuple):
@@ -39,7 +40,7 @@ class _Options(NamedTuple):
     classes: Classes
     wanted: Wanted
     group: str | None
-    compile: bool | str
+    compiled: bool
 
 
 def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None, compile: bool | str) -> RowStatistics:
@@ -47,7 +48,8 @@ def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None
 
     All but `correct` and `argmax` are differentiable with respect to the logits.
     """
-    return RowStatistics(*_Logits.apply(*given, *_Options(classes, wanted, group, compile)))
+    with_ = _Rest(group, is_compiled(given.logits.device, compile))
+    return RowStatistics.of(_statistics(given, classes, wanted, with_), wanted)
 
 
 def plain_statistics(
@@ -70,7 +72,7 @@ class _Logits(torch.autograd.Function):
             (labels, given.inverse_temperature, *state),
             given.head,
             lambda: state.map(torch.empty_like).present(),
-            compile=options.compile,
+            compiled=options.compiled,
         )
         state = state.replaced(found).all_reduced(options.group)
         ctx.save_for_backward(*given, *state)
@@ -101,8 +103,20 @@ class _Logits(torch.autograd.Function):
                 (given.labels, given.inverse_temperature, state.maximum, *upstream),
                 given.head,
                 lambda: [torch.empty_like(logits)],
-                compile=options.compile,
+                compiled=options.compiled,
                 classes=options.classes,
                 moved=ctx.moved or None,
             )
             return *none(Given)._replace(logits=d), *none(_Options)
+
+
+class _Rest(NamedTuple):
+    group: str | None
+    compiled: bool
+
+
+@composite("logits_statistics", Given, Classes, Wanted, _Rest)
+def _statistics(given: Given, classes: Classes, wanted: Wanted, rest: _Rest) -> list[Tensor]:
+    """Returns the statistics that are wanted."""
+    found = _Logits.apply(*given, *_Options(classes, wanted, *rest))
+    return [v for v in found if v is not None]

@@ -4,13 +4,21 @@ NOTE [Operators]
 A pass over the chunks is one operator for the compiler. The compiler sees the sizes and dtypes of the results, and
 never the loop. Forward-mode differentiation and functorch do not look into an operator either, and would give zeros. So
 callers check for them first, and then call plain torch code instead.
+
+NOTE [Composites]
+An autograd Function is called by a composite: an operator for Dynamo, and the function itself for AOTAutograd, which
+traces what it does. Dynamo would trace the Function's Python, forward and backward, which takes it a third of its time,
+and would guard all that the Function looks at. AOTAutograd's cache takes a graph with a composite, and by default none
+with an autograd Function.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +36,13 @@ _SCHEMA = {
     "torch.dtype | None": "ScalarType?",
     "tuple[int, ...]": "int[]",
 }
+# Part of a composite's call: AOTAutograd caches what it finds in one under its name and operands.
+_SOURCE = hashlib.sha256(b"".join([p.read_bytes() for p in sorted(Path(__file__).parent.rglob("*.py"))])).hexdigest()
 _composing = ContextVar("_composing", default=False)
 
 
 def is_compiling() -> bool:
-    """Return whether a compiler is at work: Dynamo, or what comes after it and looks into a composite."""
+    """Returns True where Dynamo traces, and where what comes after it looks into a composite."""
     return torch.compiler.is_compiling() or _composing.get()
 
 
@@ -70,29 +80,29 @@ def _fields(name: str, kinds: Sequence[type[Any]]) -> str:
     return ", ".join(fields)
 
 
-def composite(
-    name: str, *kinds: type[Any]
-) -> Callable[[Callable[..., Sequence[Tensor]]], Callable[..., list[Tensor]]]:
-    """Make a function of NamedTuples of these kinds one node for Dynamo; AOTAutograd looks into it.
+def composite(name: str, *kinds: type[Any]) -> Callable[[Callable[..., Sequence[Tensor]]], Callable[..., list[Tensor]]]:
+    """Returns a decorator that makes a composite of a function from NamedTuples of these kinds to tensors.
 
-    It may apply autograd Functions. Dynamo would trace them, and guard all that they look at.
+    In eager code it is the function. For Dynamo it is one node: NOTE [Composites].
     """
+
     def define(function: Callable[..., Sequence[Tensor]]) -> Callable[..., list[Tensor]]:
         def on_fields(*values: Any) -> list[Tensor]:
+            *operands, _source = unpack(values, *kinds)
             token = _composing.set(True)
             try:
-                return list(function(*unpack(values, *kinds)[:-1]))
+                return list(function(*operands))
             finally:
                 _composing.reset(token)
 
         qualified = f"compiled_loss::{name}"
-        torch.library.define(qualified, f"({_fields(name, kinds)}) -> Tensor[]")
+        torch.library.define(qualified, f"({_fields(name, kinds)}, str source) -> Tensor[]")
         torch.library.impl(qualified, "CompositeImplicitAutograd")(on_fields)
         opaque = getattr(torch.ops.compiled_loss, name).default
 
         def call(*operands: Any) -> list[Tensor]:
             if torch.compiler.is_dynamo_compiling():
-                return list(opaque(*chain.from_iterable(operands)))
+                return list(opaque(*chain.from_iterable(operands), _SOURCE))
             return list(function(*operands))
 
         return call

@@ -13,8 +13,9 @@ from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import probability_bodies
 from compiled_loss.engine.math.problem import Head
 from compiled_loss.engine.math.statistics import statistics_dtype
-from compiled_loss.engine.operators import none, unpack
+from compiled_loss.engine.operators import composite, none, unpack
 from compiled_loss.engine.transforms import without_autocast
+from compiled_loss.planner.chunking import is_compiled
 
 
 class Given(NamedTuple):
@@ -42,7 +43,7 @@ class _Rows(NamedTuple):
 
 def statistics(given: Given, group: str | None, compile: bool | str) -> tuple[Tensor, Tensor]:
     """Returns each row's loss and log-sum-exp, differentiable with respect to logits and probabilities."""
-    loss, lse = _Probabilities.apply(*given, group, compile)
+    loss, lse = _statistics(given, _Options(group, is_compiled(given.logits.device, compile)))
     return loss, lse
 
 
@@ -56,7 +57,7 @@ def plain_statistics(given: Given) -> tuple[Tensor, Tensor]:
 class _Probabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        given, (group, compile) = unpack(args, Given)
+        given, (group, compiled) = unpack(args, Given)
         logits, probabilities = given.logits, given.probabilities
         dtype = statistics_dtype(logits.dtype)
         maximum, log_sum, mass, loss = execution.given(
@@ -65,13 +66,13 @@ class _Probabilities(torch.autograd.Function):
             (None, probabilities),
             given.rest,
             lambda: [logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(4)],
-            compile=compile,
+            compiled=compiled,
             group=group,
         )
         ctx.save_for_backward(*given, *_Rows(maximum, log_sum, mass))
         ctx.set_materialize_grads(False)
         ctx.moved = not (logits.is_contiguous() and probabilities.is_contiguous())
-        ctx.compile = compile
+        ctx.compiled = compiled
         return loss, maximum + log_sum
 
     @staticmethod
@@ -92,12 +93,23 @@ class _Probabilities(torch.autograd.Function):
                 body = probability_bodies.gradient_beside_probabilities
                 like = functools.partial(torch.empty_like, logits)
                 (d,) = execution.given(
-                    body, logits, (*rows, mass, loss, lse), given.rest, lambda: [like()], compile=ctx.compile
+                    body, logits, (*rows, mass, loss, lse), given.rest, lambda: [like()], compiled=ctx.compiled
                 )
             if wanted.probabilities:
                 body = probability_bodies.gradient_of_probabilities
                 like = functools.partial(torch.empty_like, probabilities)
                 (d_probabilities,) = execution.given(
-                    body, logits, (*rows, loss), given.rest, lambda: [like()], compile=ctx.compile
+                    body, logits, (*rows, loss), given.rest, lambda: [like()], compiled=ctx.compiled
                 )
         return *none(Given)._replace(logits=d, probabilities=d_probabilities), None, None
+
+
+class _Options(NamedTuple):
+    group: str | None
+    compiled: bool
+
+
+@composite("probability_logits_statistics", Given, _Options)
+def _statistics(given: Given, options: _Options) -> tuple[Tensor, Tensor]:
+    """Returns each row's loss and log-sum-exp."""
+    return _Probabilities.apply(*given, *options)  # type: ignore[no-any-return]

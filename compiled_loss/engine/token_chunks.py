@@ -80,7 +80,7 @@ def summed(
 ) -> tuple[Tensor, RowStatistics | None]:
     """Returns the sum of a `RowLoss` / divisor, differentiable, and, if wanted, the masked statistics, detached."""
     forming = _Forming(loss.name, group, with_statistics, with_entropy)
-    total, *rest = _sum(problem, divisor, classes, needs, forming, lengths, _Beside(loss.numbers, loss.wanted), inputs)
+    total, *rest = _sum(problem, divisor, classes, needs, forming, lengths, loss, inputs)
     return total, RowStatistics.of(rest, forming.wanted()).map(Tensor.detach) if with_statistics else None
 
 
@@ -200,9 +200,9 @@ class _Saved(NamedTuple):
 
 class _TokenChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         problem, divisor, options, loss, flat = unpack(args, Problem, Divisor, _Options, Named)
-        inputs = Inputs.of(flat, loss.numbers)
+        inputs = Inputs.of(flat, loss.number_count)
         found = _form(problem, inputs, divisor, *options)
         gradients = Gradients.pop_from(found, options.needs, problem.bias)
         factor, total, *rest = found
@@ -220,7 +220,7 @@ class _TokenChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
-        loss, rest = ctx.loss, (*none(Divisor), *none(_Options), *none(Named), *[None] * ctx.loss.numbers)
+        loss, rest = ctx.loss, (*none(Divisor), *none(_Options), *none(Named), *[None] * ctx.loss.number_count)
         d_flat: list[Tensor | None] = [None] * ctx.inputs
         if g is None:
             return *none(Problem), *rest, *d_flat
@@ -229,7 +229,9 @@ class _TokenChunks(torch.autograd.Function):
 
         def form() -> UnscaledGradients:
             problem, (divisor, *flat) = unpack(again, Problem)
-            found = _form(problem, Inputs.of(flat, loss.numbers), ctx.divisor._replace(divisor=divisor), *ctx.options)
+            found = _form(
+                problem, Inputs.of(flat, loss.number_count), ctx.divisor._replace(divisor=divisor), *ctx.options
+            )
             return UnscaledGradients(Gradients.pop_from(found, ctx.options.needs, problem.bias), found[0])
 
         found = scaled_gradients(ctx, UnscaledGradients(Gradients(*saved[:3]), saved.factor), g, ctx.dtypes, form)
@@ -239,14 +241,7 @@ class _TokenChunks(torch.autograd.Function):
         return *d_problem, *rest, *d_flat
 
 
-class _Beside(NamedTuple):
-    """The rest of a `Named`."""
-
-    of_numbers: int
-    wanted: tuple[int, ...]
-
-
-@composite("sum_token_chunks", Problem, Divisor, Classes, Needs, _Forming, Lengths, _Beside, Inputs)
+@composite("sum_token_chunks", Problem, Divisor, Classes, Needs, _Forming, Lengths, Named, Inputs)
 def _sum(
     problem: Problem,
     divisor: Divisor,
@@ -254,9 +249,9 @@ def _sum(
     needs: Needs,
     forming: _Forming,
     lengths: Lengths,
-    beside: _Beside,
+    loss: Named,
     inputs: Inputs,
-) -> Sequence[Tensor]:
-    options, loss = _Options(classes, needs, forming, lengths), Named(forming.loss, beside.of_numbers, tuple(beside.wanted))
-    found: Sequence[Tensor] = _TokenChunks.apply(*problem, *divisor, *options, *loss, *inputs.flat())
-    return found
+) -> tuple[Tensor, ...]:
+    """Returns the loss and the masked statistics that are wanted."""
+    options = _Options(classes, needs, forming, lengths)
+    return _TokenChunks.apply(*problem, *divisor, *options, *loss, *inputs.flat())  # type: ignore[no-any-return]

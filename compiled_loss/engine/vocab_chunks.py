@@ -29,7 +29,7 @@ from compiled_loss.engine.math.statistics import (
     masked,
     statistics_dtype,
 )
-from compiled_loss.engine.operators import none, operator, unpack
+from compiled_loss.engine.operators import composite, none, operator, unpack
 from compiled_loss.engine.token_statistics import Asked, fold_operations, found_statistics, product, statistics_like
 from compiled_loss.engine.top import Top, top
 from compiled_loss.engine.transforms import without_autocast
@@ -77,9 +77,8 @@ def statistics(problem: Problem, classes: Classes, asked: Asked, lengths: Length
 
     Statistics of a floating dtype are differentiable. Over a group: NOTE [Ranks].
     """
-    found = list(_Statistics.apply(*problem, *_Options(classes, asked, lengths)))
-    rows, top_ = found[: len(RowStatistics._fields)], found[len(RowStatistics._fields) :]
-    return RowStatistics(*rows), Top(*[v.detach() for v in top_]) if top_ else None
+    rows, top_ = found_statistics(_statistics(problem, classes, asked, lengths), asked)
+    return rows, None if top_ is None else Top(*map(Tensor.detach, top_))
 
 
 def weighted_sum(
@@ -97,9 +96,8 @@ def weighted_sum(
     The statistics are None unless they are wanted.
     """
     wanted = Wanted(total=coefficients.total is not None, entropy=with_statistics)
-    options = _Options(classes, Asked(*wanted, group), lengths)
-    loss, *rest = _WeightedSum.apply(*problem, *coefficients, *divisor, *options)
-    return loss, RowStatistics(*rest).map(Tensor.detach) if with_statistics else None
+    loss, *rest = _weighted_sum(problem, coefficients, divisor, classes, Asked(*wanted, group), lengths)
+    return loss, RowStatistics.of(rest, wanted).map(Tensor.detach) if with_statistics else None
 
 
 def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, Head, Tensor]]:
@@ -338,3 +336,19 @@ class _WeightedSum(torch.autograd.Function):
             rows = [g * v if wants else None for v, wants in zip(values, wanted, strict=True)]
             d_coefficients = Coefficients(*rows)
         return *d_problem, *d_coefficients, *rest
+
+
+@composite("vocab_chunks_statistics", Problem, Classes, Asked, Lengths)
+def _statistics(problem: Problem, classes: Classes, asked: Asked, lengths: Lengths) -> list[Tensor]:
+    """Returns the statistics and the top that are asked for."""
+    found = _Statistics.apply(*problem, *_Options(classes, asked, lengths))
+    return [v for v in found if v is not None]
+
+
+@composite("weighted_vocab_chunks", Problem, Coefficients, Divisor, Classes, Asked, Lengths)
+def _weighted_sum(
+    problem: Problem, coefficients: Coefficients, divisor: Divisor, classes: Classes, asked: Asked, lengths: Lengths
+) -> list[Tensor]:
+    """Returns the loss and the masked statistics that are wanted."""
+    found = _WeightedSum.apply(*problem, *coefficients, *divisor, *_Options(classes, asked, lengths))
+    return [v for v in found if v is not None]

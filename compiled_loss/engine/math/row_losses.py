@@ -59,7 +59,7 @@ class Named(NamedTuple):
     """The name of a `RowLoss`, with what autograd has to know of it."""
 
     name: str
-    numbers: int
+    number_count: int
     wanted: tuple[int, ...]
 
 
