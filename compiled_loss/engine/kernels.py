@@ -43,7 +43,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], rows: Sequence[bool]) -> None:
         self._function, self._rows = function, rows
-        self._kernels: list[tuple[bool, list[Any], Any, Kernel]] = []  # for few rows; what is assumed of a symbol
+        self._kernels: list[tuple[bool, list[Any], Any, Kernel]] = []  # whether for few rows; guards on a symbol
         self._of: dict[int, Kernel] = {}
 
     def __call__(self, *operands: Tensor) -> None:

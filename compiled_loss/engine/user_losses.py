@@ -61,11 +61,11 @@ def _constant_name(function: Callable[..., Tensor], inputs: tuple[Input, ...], *
     return _name(function, signature) if _is_ours(function) or (values is not None and not values.changing) else ""
 
 
-# What torch.compiler.assume_constant_result does, which imports Dynamo.
+# This is what torch.compiler.assume_constant_result does; that function imports Dynamo.
 _constant_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _CONSTANTS = (bool, int, float, str, torch.dtype, types.NoneType)
-_LOOKING_AROUND = {"globals", "locals", "vars", "getattr", "eval", "exec", "__import__"}  # what a key cannot follow
+_LOOKING_AROUND = {"globals", "locals", "vars", "getattr", "eval", "exec", "__import__"}  # a key cannot follow these
 _NAMES: dict[tuple[Any, ...], str] = {}
 _DIFFERENT: dict[tuple[Any, ...], set[str]] = {}  # names of one function's code
 _MANY = 8  # so many names of one function cause a warning

@@ -31,9 +31,9 @@ T), and indices [..., k], int64, the classes of the values. An entry whose proba
 padding, and its index may be any number. If a class is listed twice, such as a sampled token that was appended to the
 top, its largest value counts.
 
-The probability that the values leave to 1 is the mass of all other classes. It is compared with the student's mass on
-these classes as if they were one class (engine/math/top_divergences.py, NOTE [Tail]). The loss is at most that of the
-whole teacher, and equal to it where k is V. Its gradient keeps the student's proportions in the tail. The mass at a
+The mass of all other classes is 1 minus the probability of the values. It is compared with the student's mass on these
+classes as if they were one class (engine/math/top_divergences.py, NOTE [Tail]). The loss is at most that of the whole
+teacher, and equal to it where k is V. Its gradient keeps the student's proportions in the tail. The mass at a
 temperature other than the cache's cannot be known, so make the cache at the temperature of the loss.
 """
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 __all__ = ["LabelTokenMean", "count_labels"]
 
-# A microbatch's, roughly. Gradients are summed over tokens in this unit, so that a scale chosen for the gradients of
-# means does not make those of fp16 overflow. A power of two, which costs no rounding.
+# The label tokens of a microbatch, roughly. Gradients are summed over tokens in this unit, so that those of fp16 do not
+# overflow with a scale that was chosen for the gradients of means. It is a power of two, which costs no rounding.
 _TOKENS = 2.0**12
 
 

@@ -107,6 +107,32 @@ def test_everything_public_has_a_docstring(name):
     assert not [which for which, value in public(module) if not inspect.getdoc(value) and not (demo and "." in which)]
 
 
+CLAUSE = re.compile(r"(What|Whether|How|Where|Which|Who|Whose|Whom|When|Of|Beside|As|Then|Without|With|From)\b")
+
+
+def docstrings(source):
+    """(line, text) of each docstring: of modules, classes and functions, and those below a field or a name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            for statement in node.body:
+                if isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str):
+                    yield statement.lineno, statement.value.value.strip()
+
+
+def test_docstrings_begin_as_sentences():
+    """Or as a name for a thing. "Whether sizes differ." is neither: the function "returns True if sizes differ"."""
+    paths = sorted(Path(compiled_loss.__path__[0]).rglob("*.py"))
+    found = [(path.name, *one) for path in paths for one in docstrings(path.read_text(encoding="utf-8"))]
+    assert len(found) > 1000
+    assert [(name, line, text) for name, line, text in found if CLAUSE.match(text)] == []
+
+
+def test_clauses_are_found():
+    source = '"""Whole."""\nx = 1\n"""Which of them."""\nclass A:\n    y: int\n    """How far."""\n'
+    source += '    def f():\n        """Whether."""\n        g()\n'
+    assert [line for line, text in docstrings(source) if CLAUSE.match(text)] == [3, 6, 8]
+
+
 def described(cls):
     """The fields of a class that have a docstring of their own, below them."""
     if cls.__module__ == "builtins":
