@@ -155,7 +155,7 @@ def wants(rows: Rows) -> list[str]:
     return [
         "### Other losses",
         "",
-        f"The head {one['head']} with N={one['tokens']} in fp32. A time of 1.00 is as many bare GEMMs as the brackets say.",
+        f"The head {one['head']} with N={one['tokens']} in fp32. The brackets say how many bare GEMMs are 1.00.",
         '"loss" has no gradient, and "none" is `reduction="none"`.',
         "",
         *table("", ("ours", named(COMPILED)), body),
@@ -219,6 +219,6 @@ def overhead(rows: Rows) -> list[str]:
     return [
         "### Cost of a call",
         "",
-        f"A compiled call with almost nothing to compute (8 tokens, head 8 x 64) takes {ours:.0f} us. {named(COMPILED)} takes "
+        f"A call with almost nothing to compute (8 tokens, head 8 x 64) takes {ours:.0f} us. {named(COMPILED)} takes "
         f"{theirs:.0f} us, and the bare GEMMs take {floor:.0f} us.",
     ]

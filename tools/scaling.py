@@ -125,9 +125,9 @@ def figures() -> str:
             for i, g in enumerate(found.gpus)
         ),
         "",
-        fill("The shortest times are: " + "; ".join(f"{n}, {1e3 * t:.2f} ms on {g}" for n, (t, g) in best.items()) + ".", 120),
+        fill("The least: " + "; ".join(f"{n}, {1e3 * t:.2f} ms on {g}" for n, (t, g) in best.items()) + ".", 120),
         "",
-        "Where the time of ranks with one chunk goes (ms): computing, sending, and waiting for collectives and their steps:",
+        "Where the time of ranks with one chunk goes (ms): computing, sending, and waiting for calls and their steps:",
         "",
         "| G | computing | sending | waiting |",
         "|---|---|---|---|",
