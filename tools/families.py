@@ -43,7 +43,6 @@ def page(table) -> str:
     rows = table.rows.values()
     by_outcome = {outcome: [r for r in rows if r.outcome == outcome] for outcome in ("equal", "refused", "not built")}
     counts = ", ".join(f"{len(found)} {outcome}" for outcome, found in by_outcome.items())
-    ignored = [r.name for r in by_outcome["equal"] if r.items == "ignored"]
     lines = [f"transformers {table.transformers}, torch {table.torch}: {len(table.rows)} cases, {counts}."]
     for outcome in ("refused", "not built"):
         lines += ["", f"| {outcome} because | classes |", "|---|---|"]
@@ -54,8 +53,8 @@ def page(table) -> str:
     ignoring = [r.name for r in by_outcome["equal"] if r.items == "ignored"]
     lines += [
         "",
-        f"In {len(ignoring)} of the equal cases the model's own loss ignores `num_items_in_batch`. With a fused head it "
-        f"still does, because the model's own code divides: {', '.join(ignoring)}.",
+        f"In {len(ignoring)} of the equal cases the model's own loss ignores `num_items_in_batch`. With a fused head "
+        f"it still does, because the model's own code divides: {', '.join(ignoring)}.",
     ]
     return "\n".join(lines)
 
