@@ -13,7 +13,7 @@ try first:
   compiled-loss demo
       the loss curves and the peak memory of a small training, in minutes
   compiled-loss inspect linear_cross_entropy --device cuda:sm_90
-      what the compiler makes of a loss for an H100 that need not be there
+      what the compiler makes of a loss for an H100 that you need not have
 """
 DEMO_EXTRAS = ("matplotlib", "rich", "tokenizers")
 

@@ -43,18 +43,19 @@ def page(table) -> str:
     rows = table.rows.values()
     by_outcome = {outcome: [r for r in rows if r.outcome == outcome] for outcome in ("equal", "refused", "not built")}
     counts = ", ".join(f"{len(found)} {outcome}" for outcome, found in by_outcome.items())
-    ignored = [r.name for r in by_outcome["equal"] if r.items == "ignored"]
-    lines = [
-        f"transformers {table.transformers}, torch {table.torch}: {len(table.rows)} cases, {counts}.",
-        "",
-        f"Equal although their own loss ignores `num_items_in_batch`: {', '.join(ignored)}.",
-    ]
+    lines = [f"transformers {table.transformers}, torch {table.torch}: {len(table.rows)} cases, {counts}."]
     for outcome in ("refused", "not built"):
         lines += ["", f"| {outcome} because | classes |", "|---|---|"]
         reasons = defaultdict(list)
         for found in by_outcome[outcome]:
             reasons[reason(found)].append(found.name)
         lines += [f"| {why} | {', '.join(names)} |" for why, names in sorted(reasons.items())]
+    ignoring = [r.name for r in by_outcome["equal"] if r.items == "ignored"]
+    lines += [
+        "",
+        f"In {len(ignoring)} of the equal cases the model's own loss ignores `num_items_in_batch`. With a fused head "
+        f"it still does, because the model's own code divides: {', '.join(ignoring)}.",
+    ]
     return "\n".join(lines)
 
 

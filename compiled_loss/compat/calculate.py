@@ -140,8 +140,8 @@ def calculate_mtp_loss(
         once; :func:`multi_token_prediction` holds one.
 
     Raises:
-        ValueError: not exactly one of hidden states and logits, a shape is off, or the loss cannot take them.
-        TypeError: a dtype is off, or the head is one that :func:`calculate_loss` refuses.
+        ValueError: not exactly one of hidden states and logits, a shape is wrong, or the loss cannot take them.
+        TypeError: a dtype is wrong, or the head is one that :func:`calculate_loss` refuses.
 
     Source:
         DeepSeek-V3 (2024), section 2.2; NeMo Automodel's function of this name.

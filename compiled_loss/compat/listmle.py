@@ -31,8 +31,8 @@ def listmle_loss(
         the head's weight, and creates nothing of [N, V].
 
     Raises:
-        ValueError: a shape is off, or `topk` out of range.
-        TypeError: a dtype is off.
+        ValueError: a shape is wrong, or `topk` out of range.
+        TypeError: a dtype is wrong.
 
     Source:
         Xia et al. (2008), Listwise approach to learning to rank; NeMo Automodel's function of this name.

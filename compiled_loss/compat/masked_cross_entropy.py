@@ -51,10 +51,10 @@ def masked_cross_entropy(
         Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
 
     Raises:
-        ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
+        ValueError: a shape, device, number or name is wrong, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
             Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Source:
         NeMo Automodel's MaskedCrossEntropy for names and defaults.

@@ -79,9 +79,9 @@ def cross_entropy(
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         class_dim: the dimension of `logits`, and of probabilities, that is V; 1 for [N, V, d1, ...] and labels
             [N, d1, ...]. It is never guessed. No copy is made, and gradients lie as the logits do.
-        vocab_shard: which classes plain `logits` have, where each rank has some: :class:`VocabShard`. DTensors say so
-            themselves. Probabilities are sharded as the logits; all else is alike on the group's ranks, `class_weights`
-            the whole vocabulary's.
+        vocab_shard: for a vocabulary over ranks, the classes that this rank's plain `logits` have: :class:`VocabShard`.
+            Not needed for a DTensor. Probabilities are sharded as the logits are. All other arguments are identical on
+            the group's ranks; `class_weights` are those of the whole vocabulary.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
@@ -96,11 +96,11 @@ def cross_entropy(
         forward, none back.
 
     Raises:
-        ValueError: a shape, device, number or name is off, or, in eager CPU code, a label is out of range; elsewhere
+        ValueError: a shape, device, number or name is wrong, or, in eager CPU code, a label is out of range; elsewhere
             that token's loss and gradient are NaN.
             Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
             Beside probabilities they compare the weights w.
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch
@@ -177,12 +177,13 @@ def linear_cross_entropy(
         bias: [V], any floating dtype.
         mask, token_weights, class_weights, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
             temperature, shift, reduction, num_label_tokens: see :func:`cross_entropy`.
-        vocab_shard: which classes plain `weight` and `bias` have, where each rank has some: :class:`VocabShard`.
-            DTensors say so themselves; one that fully_shard made has to be gathered first, by unshard() of its module,
-            for its ranks have other tokens. Hidden states and all else are alike on the group's ranks, and their
-            gradients complete on each; a DTensor of hidden states may be sharded over tokens.
-        chunking: how to chunk the [N, V] problem; see :class:`Chunking`. Changes nothing of what is computed, but where
-            more tokens count than `max_label_tokens` says: an error in eager CPU code, else NaN.
+        vocab_shard: for a vocabulary over ranks, the classes that this rank's plain `weight` and `bias` have:
+            :class:`VocabShard`. Not needed for a DTensor. A DTensor of fully_shard is no vocabulary over ranks, because
+            its ranks have different tokens: gather it first, by unshard() of its module. Hidden states and all other
+            arguments are identical on the group's ranks, and each rank gets their whole gradients; a DTensor of hidden
+            states may be sharded over tokens.
+        chunking: how the loss is computed in chunks; see :class:`Chunking`. It does not change the result beyond
+            rounding. But if more tokens count than `max_label_tokens`, eager CPU code raises and other code gives NaN.
 
     Returns:
         A scalar, or for "none" the shape of `labels`; fp32 (fp64 for fp64 inputs).
@@ -191,18 +192,19 @@ def linear_cross_entropy(
         Creates no [N, V] tensor. Beyond the inputs: dH [N, H], dW [V, H] and one chunk of logits, [C, V] or [N, C].
         The token strategy holds dH and dW from forward on, the vocab strategy O(N) until backward. Without gradients,
         one chunk. Eager code without `Chunking(compile=True)` adds a few blocks of 4 MiB. A second eager backward of
-        the token strategy forms dH and dW again. Under non-reentrant checkpointing the token strategy runs twice.
-        Over ranks a rank's V is its own. The vocab strategy makes two collectives of O(N) forward, the token strategy
-        two of O(C) a chunk, each one of 48 bytes more; backward makes one of [N, H], unless the hidden states are a
-        DTensor.
+        the token strategy forms dH and dW again. Under non-reentrant checkpointing the token strategy runs twice. With
+        a vocabulary over ranks V is the rank's own part. The vocab strategy makes two collectives of O(N) forward, the
+        token strategy two of O(C) per chunk, each one of 48 bytes more; backward makes one of [N, H], unless the hidden
+        states are a DTensor.
         Under functorch transforms the logits are held: at N = 4096, V = 65536, H = 256 in fp32 a peak of 1092 MiB was
         measured for torch.compile(torch.func.grad(...)), 4352 MiB for eager grad, 132 MiB for the token strategy.
 
     Raises:
-        ValueError: a shape, device, number or name is off, `strategy="tokens"` with `reduction="none"` where a gradient
-            is wanted, or, in eager CPU code, a label is out of range; elsewhere its token's loss and gradients are NaN.
+        ValueError: a shape, device, number or name is wrong, `strategy="tokens"` with `reduction="none"` where a
+            gradient is wanted, or, in eager CPU code, a label is out of range; elsewhere its token's loss and gradients
+            are NaN.
             Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
     Example:

@@ -83,7 +83,7 @@ def distillation(
 ) -> Tensor:
     r"""Computes the divergence of a student's logits from a teacher's, over the tokens that count.
 
-    With D, z and T as in NOTE [Divergences], lse = logsumexp(T z) and w the token's weight, valid * mask *
+    With D the divergence, z the student's logits / T (NOTE [Divergences]), lse = logsumexp(T z) and w = valid * mask *
     token_weights, each token's loss is
 
         w ((1 - hard_label_weight) T^2 D(p, q) + hard_label_weight (lse - T z_y))
@@ -93,14 +93,16 @@ def distillation(
         teacher_logits: the same shape, any of these dtypes, or None beside `teacher_topk` and `teacher_probabilities`.
             Never written; gets no gradient.
         labels: [...], int64. Only which of them are `ignore_index` matters, unless `hard_label_weight` is given.
-        teacher_topk: (values, indices), [..., k] each, floating and int64: NOTE [Cached teacher]. Gets no gradient.
+        teacher_topk: (values, indices), [..., k] each: log-probabilities at the loss's temperature, floating, and their
+            classes, int64; see NOTE [Cached teacher]. Gets no gradient.
         teacher_probabilities: [..., V] like the student's logits, any floating dtype: p itself, at the temperature that
             it was made with. Zeros are right. It should sum to 1, which is not looked at. Gets no gradient.
         mask: broadcasts to the tokens, [...]; bool, int or float. 0 ignores a token, fractions weigh it.
         token_weights: broadcasts to the tokens; differentiable.
-        divergence: a name of NOTE [Divergences], or weights by name, each >= 0, a number or a tensor of one element.
-            A weight that changes from call to call compiles nothing. An infinite divergence times 0 is NaN.
-        jsd_weight: the teacher's part of the mixture, between 0 and 1, for "jsd".
+        divergence: "forward_kl", "reverse_kl", "jsd", "total_variation", "acceptance" or "lk", defined in
+            NOTE [Divergences]; or a dict of weights by name, each >= 0, a number or a tensor of one element. Tensors
+            may change from call to call, and nothing is compiled again. An infinite divergence times 0 is NaN.
+        jsd_weight: the teacher's weight in the mixture of "jsd", between 0 and 1.
         lk_decay: how fast "lk" turns from KL to total variation as alpha grows, >= 0.
         temperature: divides both logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
             tokens that have temperatures of their own.
@@ -118,8 +120,8 @@ def distillation(
         reduction: "mean" divides by the sum of w; "sum"; "none".
         num_label_tokens: divides a "sum"; an int or a one-element tensor, never synchronised.
         class_dim: the dimension of both logits that is V, and of `teacher_topk` that is k; see :func:`cross_entropy`.
-        vocab_shard: which classes plain logits of both have, where each rank has some: :class:`VocabShard`. DTensors
-            say so themselves; all else is alike on the group's ranks.
+        vocab_shard: for a vocabulary over ranks, the classes that this rank's plain logits of both have:
+            :class:`VocabShard`. Not needed for DTensors. All other arguments are identical on the group's ranks.
         chunk_size: accepted and ignored, an int >= 0. Elsewhere it bounds temporaries of [N, V]; here there are none.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
@@ -133,11 +135,11 @@ def distillation(
         `teacher_topk` forward copies the student's logits, and lets the copy go.
 
     Raises:
-        ValueError: a shape, device, number or name is off, or, in eager CPU code with `hard_label_weight`, a label is
+        ValueError: a shape, device, number or name is wrong, or, in eager CPU code with `hard_label_weight`, a label is
             out of range, or `teacher_topk` is no part of a distribution; elsewhere a token whose label or indices are
             out of range gives NaN.
             Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Source:
         NeMo Automodel's KDLoss for names and meaning; its defects are not kept.
@@ -225,10 +227,10 @@ def linear_distillation(
         labels, teacher_topk, teacher_probabilities, mask, token_weights, divergence, jsd_weight, lk_decay, temperature,
             temperature_squared, softcap, logit_scale, teacher_softcap, teacher_logit_scale, hard_label_weight,
             ignore_index, shift, reduction, num_label_tokens: see :func:`distillation`.
-        vocab_shard: which classes plain weights and biases of both have, where each rank has some: :class:`VocabShard`.
-            DTensors say so themselves; hidden states and all else are alike on the group's ranks, and the student's
-            gradient complete on each.
-        chunking: tokens a chunk; the vocabulary is not chunked here. `memory_budget` is for both logits of a chunk.
+        vocab_shard: for a vocabulary over ranks, the classes that this rank's plain weights and biases of both have:
+            :class:`VocabShard`. Not needed for DTensors. Hidden states and all other arguments are identical on the
+            group's ranks, and each gets the student's whole gradient.
+        chunking: tokens per chunk; the vocabulary is not chunked here. `memory_budget` is for both logits of a chunk.
 
     Returns:
         A scalar, or for "none" the shape of `labels` with 0 where ignored; fp32 (fp64 for fp64 inputs).
@@ -240,9 +242,9 @@ def linear_distillation(
         Under functorch transforms the logits are held.
 
     Raises:
-        ValueError: a shape, device, number or name is off; `chunking.strategy` is "vocab"; in eager CPU code, see
+        ValueError: a shape, device, number or name is wrong; `chunking.strategy` is "vocab"; in eager CPU code, see
             :func:`distillation`.
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
     Source:

@@ -100,7 +100,7 @@ def distillation_with_statistics(
 
     Raises:
         ValueError: as :func:`distillation`, or a name in `wanted` is no statistic.
-        TypeError: a dtype is off, or `wanted` is no collection of names.
+        TypeError: a dtype is wrong, or `wanted` is no collection of names.
 
     Source:
         As :func:`distillation`.
@@ -192,7 +192,7 @@ def linear_distillation_with_statistics(
 
     Raises:
         ValueError: as :func:`linear_distillation`, or a name in `wanted` is no statistic.
-        TypeError: a dtype is off, or `wanted` is no collection of names.
+        TypeError: a dtype is wrong, or `wanted` is no collection of names.
         RuntimeError: see :func:`linear_distillation`.
 
     Source:

@@ -25,9 +25,9 @@ def pad_ids(offsets: Tensor, ids: Tensor, width: int) -> Tensor:  # [N + 1], [nn
         [N, width].
 
     Raises:
-        ValueError: a shape or device is off, `width` is below 1, or, in eager CPU code, offsets fall or a token has
+        ValueError: a shape or device is wrong, `width` is below 1, or, in eager CPU code, offsets fall or a token has
             more ids than `width`.
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch

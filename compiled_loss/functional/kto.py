@@ -50,9 +50,9 @@ def kto_loss(
         desirable: whether each answer is [B], bool.
         reference_logprob: the same under the reference policy, for each token, or for each answer [B]. No gradient goes
             to it.
-        kl: of "kto", an estimate of KL(policy || reference): the log-ratios of prompts beside other prompts' answers
-            [K], of which the mean is taken, or that mean [], which data-parallel ranks have averaged. A negative mean
-            is 0.
+        kl: of "kto", an estimate of KL(policy || reference). Give the log-ratios of answers after prompts that they do
+            not belong to [K], whose mean is taken, or that mean [], for example averaged over ranks. A negative mean
+            counts as 0.
         mask: which tokens count; broadcasts to `logprob`; bool, or numbers of which 0 does not count. An answer without
             a token does not count.
         segment_ids: which answer each token is of [...], int64, from 0 to B - 1 where tokens count.
@@ -68,8 +68,8 @@ def kto_loss(
         A few [...].
 
     Raises:
-        ValueError: a shape, device, number or name is off, or an argument lacks one it needs.
-        TypeError: a dtype is off.
+        ValueError: a shape, device, number or name is wrong, or an argument lacks one it needs.
+        TypeError: a dtype is wrong.
 
     Source:
         Ethayarajh et al., 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al., 2024, arXiv:2408.06266 (APO).
@@ -143,7 +143,8 @@ def linear_kto_loss(
         mask, ignore_index, shift, reference_logprob, reference_hidden, reference_weight, reference_bias: see
             :func:`linear_preference_loss`.
         desirable, kl, segment_ids, kind, beta, desirable_weight, undesirable_weight, sequence_weights: see
-            :func:`kto_loss`. The numbers may change from call to call; nothing is compiled again for them.
+            :func:`kto_loss`. The numbers may change from call to call; in compiled code a Python number
+            compiles once more, at its first change.
 
     Returns:
         :class:`KTOLoss`.
@@ -152,9 +153,9 @@ def linear_kto_loss(
         As :func:`linear_token_statistics`, and a few [...].
 
     Raises:
-        ValueError: a shape, device, number or name is off, an argument lacks one it needs, or `strategy="tokens"` where
-            a gradient is wanted.
-        TypeError: a dtype is off.
+        ValueError: a shape, device, number or name is wrong, an argument lacks one it needs, or `strategy="tokens"`
+            where a gradient is wanted.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch

@@ -58,8 +58,8 @@ def multi_token_targets(
         A few [B, S] of integers.
 
     Raises:
-        ValueError: a shape, device or number is off.
-        TypeError: a dtype is off.
+        ValueError: a shape, device or number is wrong.
+        TypeError: a dtype is wrong.
 
     Source:
         DeepSeek-V3 (2024), section 2.2; NeMo Automodel's calculate_mtp_loss for the packing.
@@ -134,8 +134,8 @@ def multi_token_prediction(
         logits. Creates no [N, V] tensor.
 
     Raises:
-        ValueError: a shape, device or number is off.
-        TypeError: a dtype is off.
+        ValueError: a shape, device or number is wrong.
+        TypeError: a dtype is wrong.
 
     Source:
         DeepSeek-V3 (2024), section 2.2, equations 24 and 25.

@@ -99,8 +99,8 @@ def policy_loss(
         A few [...].
 
     Raises:
-        ValueError: a shape, device, number or name is off, or an argument lacks one it needs.
-        TypeError: a dtype is off.
+        ValueError: a shape, device, number or name is wrong, or an argument lacks one it needs.
+        TypeError: a dtype is wrong.
 
     Source:
         Schulman et al., 2017, arXiv:1707.06347; Shao et al., 2024, arXiv:2402.03300 (GRPO); Yu et al., 2025,
@@ -190,13 +190,15 @@ def linear_policy_loss(
 
     Args:
         hidden, weight, labels, bias, ignore_index, softcap, logit_scale, vocab_shard, chunking: see
-            :func:`linear_cross_entropy`; `labels` are the tokens that were sampled.
-        temperature: divides the logits, > 0: that of the sampler, or the ratios are biased. A tensor that broadcasts to
-            the labels, such as [B, 1], says it of each sequence or token.
+            :func:`linear_cross_entropy`. `labels` are the tokens that were sampled: labels[..., t] is predicted by
+            hidden[..., t], and there is no `shift`.
+        temperature: divides the logits, > 0. Give the sampler's temperature; otherwise the ratios are biased. A tensor
+            that broadcasts to the labels, such as [B, 1], gives one to each sequence or token.
         old_logprob, advantages, mask, token_weights, kind, importance, clip_low, clip_high, dual_clip,
             temperature_positive, temperature_negative, reference_logprob, kl, kl_coefficient, correction,
             entropy_coefficient, entropy_weights, segment_ids: see :func:`policy_loss`. The numbers may change from call
-            to call; nothing is compiled again for them. The entropy is computed where its coefficient is not 0.
+            to call; in compiled code a Python number compiles once more, at its first change. The entropy is computed
+            where its coefficient is not 0.
         kept_ids: the classes that the sampler kept for each token (top-k, top-p, min-p), as
             :func:`linear_token_statistics` takes them: log-probabilities and entropy are over them and the label alone,
             and no GEMM over V is done. Those of the sampler and of a reference have to be over the same.
@@ -208,8 +210,8 @@ def linear_policy_loss(
         As :func:`linear_cross_entropy`, and a few [...].
 
     Raises:
-        ValueError: a shape, device, number or name is off, or an argument lacks one it needs.
-        TypeError: a dtype is off.
+        ValueError: a shape, device, number or name is wrong, or an argument lacks one it needs.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch

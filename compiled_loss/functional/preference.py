@@ -106,8 +106,8 @@ def preference_loss(
         A few [...].
 
     Raises:
-        ValueError: a shape, device, number or name is off, or options do not go together.
-        TypeError: a dtype is off.
+        ValueError: a shape, device, number or name is wrong, or options do not go together.
+        TypeError: a dtype is wrong.
 
     Source:
         Rafailov et al., 2023, arXiv:2305.18290 (DPO); Mitchell, 2023, ericmitchell.ai/cdpo.pdf; Chowdhury et al., 2024,
@@ -207,7 +207,7 @@ def linear_preference_loss(
             Softcap, scale and temperature are those of the policy.
         segment_ids, num_pairs, kind, beta, label_smoothing, margin, pair_margins, length_normalised, f_divergence,
             alpha, sft_coefficient, num_chosen_tokens, pair_weights: see :func:`preference_loss`. The numbers may change
-            from call to call; nothing is compiled again for them.
+            from call to call; in compiled code a Python number compiles once more, at its first change.
 
     Returns:
         :class:`PreferenceLoss`.
@@ -216,9 +216,9 @@ def linear_preference_loss(
         As :func:`linear_token_statistics`, and a few [...].
 
     Raises:
-        ValueError: a shape, device, number or name is off, options do not go together, or `strategy="tokens"` where a
+        ValueError: a shape, device, number or name is wrong, options do not go together, or `strategy="tokens"` where a
             gradient is wanted.
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch

@@ -67,8 +67,8 @@ def bradley_terry_loss(
         A few [P].
 
     Raises:
-        ValueError: a shape, device or number is off.
-        TypeError: a dtype is off.
+        ValueError: a shape, device or number is wrong.
+        TypeError: a dtype is wrong.
 
     Source:
         Bradley & Terry, 1952, doi:10.2307/2334029; Touvron et al., 2023, arXiv:2307.09288 (margin); Eisenstein et al.,

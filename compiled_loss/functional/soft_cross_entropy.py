@@ -51,9 +51,9 @@ def masked_soft_cross_entropy(
             The loss is not multiplied by its square.
         reduction: "mean" divides by the sum of w, or by `num_label_tokens` where it is given; "sum"; "none".
         num_label_tokens: divides the sum; an int or a one-element tensor, never synchronised.
-        vocab_shard: which classes plain `logits` and `target_probs` have, where each rank has some:
-            :class:`VocabShard`. DTensors say so themselves; the weights w are alike on the group's ranks, which compare
-            them and nothing else.
+        vocab_shard: for a vocabulary over ranks, the classes that this rank's plain `logits` and `target_probs` have:
+            :class:`VocabShard`. Not needed for DTensors. The weights w are identical on the group's ranks, which
+            compare them and nothing else.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
 
@@ -65,8 +65,8 @@ def masked_soft_cross_entropy(
         Keeps nothing of [N, V] beyond the inputs: one pass forward, one back for each gradient that is wanted.
 
     Raises:
-        ValueError: a shape, device, number or name is off.
-        TypeError: a dtype is off.
+        ValueError: a shape, device, number or name is wrong.
+        TypeError: a dtype is wrong.
 
     Source:
         Li et al. 2025, EAGLE-3; the normalisation is that of NeMo Automodel's function of this name, by the number of
@@ -153,9 +153,9 @@ def linear_soft_cross_entropy(
         reduction="none" goes through the chunks again in backward, and keeps O(N) until then.
 
     Raises:
-        ValueError: a shape, device, number or name is off, not exactly one form of target is given, or
+        ValueError: a shape, device, number or name is wrong, not exactly one form of target is given, or
             `chunking.strategy` is "vocab".
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
     Source:

@@ -61,17 +61,17 @@ def token_statistics(
 
     Args:
         logits: [..., V], any strides; fp32, bf16, fp16 or fp64. Never written.
-        labels: the tokens asked about [...], int64, from 0 to V - 1 or `ignore_index`.
-        mask: tokens to ask about; broadcasts to `labels`; bool, int or float, 0 ignores.
+        labels: the tokens whose statistics are computed [...], int64, from 0 to V - 1 or `ignore_index`.
+        mask: which tokens count; broadcasts to `labels`; bool, int or float, 0 ignores.
         ignore_index: label of tokens to ignore.
         softcap: bound of the scaled logits, > 0; None for none.
         logit_scale: multiplies the logits before the softcap, > 0.
         temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
             tokens that have temperatures of their own.
-        shift: logits[..., t] are asked about labels[..., t + shift]; the last `shift` positions are ignored.
+        shift: logits[..., t] predict labels[..., t + shift]; the last `shift` positions are ignored.
         class_dim: the dimension of `logits` that is V; see :func:`cross_entropy`.
-        wanted: names of the statistics to return; the others are None, and all but the first two and `correct` then
-            cost nothing.
+        wanted: names of the statistics to return; the others are None. `entropy`, `mean_logit`, `log_sum_sq_probs` and
+            `first_argmax` cost nothing unless they are named; the others are computed in any case.
         vocab_shard: see :func:`cross_entropy`.
         compile: whether an eager call runs its elementwise work as a compiled kernel; "auto" does on accelerators.
             Under torch.compile it is compiled in any case.
@@ -83,10 +83,10 @@ def token_statistics(
         Keeps nothing of [N, V] beyond the logits: one pass forward, one back, which creates the gradient.
 
     Raises:
-        ValueError: a shape, device or number is off, or, in eager CPU code, a label is out of range; elsewhere that
+        ValueError: a shape, device or number is wrong, or, in eager CPU code, a label is out of range; elsewhere that
             token's numbers are NaN and its `correct` False.
             Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch
@@ -145,17 +145,17 @@ def linear_token_statistics(
     Args:
         hidden: hidden states [..., H]; fp32, bf16, fp16 or fp64.
         weight: the head's weight [V, H], in the dtype of `hidden` (under autocast in any).
-        labels: the tokens asked about [...], int64, from 0 to V - 1 or `ignore_index`.
+        labels: the tokens whose statistics are computed [...], int64, from 0 to V - 1 or `ignore_index`.
         bias: added to the logits [V], any floating dtype.
-        mask: tokens to ask about; broadcasts to `labels`; bool, int or float, 0 ignores.
+        mask: which tokens count; broadcasts to `labels`; bool, int or float, 0 ignores.
         ignore_index: label of tokens to ignore.
         softcap: bound of the scaled logits, > 0; None for none.
         logit_scale: multiplies the logits before the softcap, > 0.
         temperature: divides the logits, > 0; a number, or a tensor without gradient that broadcasts to the labels, for
             tokens that have temperatures of their own.
-        shift: hidden[..., t] is asked about labels[..., t + shift]; the last `shift` positions are ignored.
-        wanted: names of the statistics to return; the others are None, and all but the first two and `correct` then
-            cost nothing.
+        shift: hidden[..., t] predicts labels[..., t + shift]; the last `shift` positions are ignored.
+        wanted: names of the statistics to return; the others are None. `entropy`, `mean_logit`, `log_sum_sq_probs` and
+            `first_argmax` cost nothing unless they are named; the others are computed in any case.
         ids: int64, classes whose log-probabilities are wanted as well, K of each token or the same K of all; a negative
             one is padding, of log-probability -inf.
         top_k: how many of the most probable classes are wanted as well, from 1 to V.
@@ -166,7 +166,8 @@ def linear_token_statistics(
         chunking: see :class:`Chunking`. Gradients need the vocab strategy.
 
     Returns:
-        :class:`TokenStatistics`, all but `correct` and `first_argmax` differentiable.
+        :class:`TokenStatistics`. All have gradients but `correct`, `first_argmax` and `top_k`, which is detached; for
+        gradients of its classes give them as `ids`.
 
     Memory:
         Creates no [N, V] tensor: a chunk of logits, and O(N) kept for backward, which runs in chunks as well.
@@ -174,10 +175,10 @@ def linear_token_statistics(
         at a time, and form their own dW in fp32.
 
     Raises:
-        ValueError: a shape, device or number is off, `strategy="tokens"` where a gradient is wanted, or, in eager CPU
+        ValueError: a shape, device or number is wrong, `strategy="tokens"` where a gradient is wanted, or, in eager CPU
             code, a label is out of range; elsewhere that token's numbers are NaN and its `correct` False.
             Ranks that share a vocabulary have different labels (elsewhere the loss and all gradients are NaN).
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch

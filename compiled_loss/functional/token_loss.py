@@ -44,13 +44,13 @@ def linear_token_loss(
         weight: the head's weight [V, H], in the dtype of `hidden`; under autocast both are cast, once.
         labels: [...], int64, from 0 to V - 1 or `ignore_index`.
         token_loss: a function of :class:`TokenStatistics`, [C] each, and of `inputs`, [C, ...] each, that returns the
-            losses [C], in nats or whatever it likes. It is traced once and differentiated; so it is made of torch
-            operations on its arguments, does not branch on their values, and a token's loss depends on that token
-            alone. What it does not look at is not computed.
-        inputs: what else it is given: tensors `[..., *]` with a value for each token of `hidden`, in any dtype, or
-            numbers, Python's or tensors [] without gradient. Per-token inputs may want gradients. They belong to the
-            places of `hidden`, as statistics do, also where `shift` is not 0. A small factor, such as 1 / tokens,
-            belongs into `token_weights` or `num_label_tokens`: fp16 loses it elsewhere.
+            losses [C], in nats or any unit. It is traced once and differentiated; so it is made of torch operations on
+            its arguments, does not branch on their values, and a token's loss depends on that token alone. Statistics
+            that it does not read are not computed.
+        inputs: further arguments of it: tensors `[..., *]` with a value for each token of `hidden`, in any dtype, or
+            numbers, Python's or tensors [] without gradient. Per-token inputs may require gradients. Input t is
+            given with the statistics of `hidden[..., t]`, whatever `shift` is. Give a small factor, such as 1 / tokens,
+            as `token_weights` or `num_label_tokens`: in fp16 gradients it would underflow elsewhere.
         bias: added to the logits [V], any floating dtype.
         mask, token_weights, ignore_index, softcap, logit_scale, temperature, shift, reduction, num_label_tokens: see
             :func:`cross_entropy`. "mean" divides by the sum of the tokens' weights.
@@ -65,11 +65,11 @@ def linear_token_loss(
         As :func:`linear_cross_entropy`. Under functorch transforms the logits are held.
 
     Raises:
-        ValueError: a shape, device, number or name is off; `token_loss` cannot be traced, writes to its arguments, is
+        ValueError: a shape, device, number or name is wrong; `token_loss` cannot be traced, writes to its arguments, is
             random, reads a tensor that is not an argument, returns another shape or mixes tokens; `strategy="tokens"`
             with what only the other can do; or, in eager CPU code, a label is out of range; elsewhere its token's loss
             and gradients are NaN.
-        TypeError: a dtype is off, or `token_loss` cannot be called.
+        TypeError: a dtype is wrong, or `token_loss` cannot be called.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
     Example:
@@ -148,9 +148,9 @@ def linear_logits_loss(
         As :func:`linear_cross_entropy` in the token strategy, and what the function needs beside its logits.
 
     Raises:
-        ValueError: a shape, device, number or name is off, or `logits_loss` does what it must not, see
+        ValueError: a shape, device, number or name is wrong, or `logits_loss` does what it must not, see
             :func:`linear_token_loss`.
-        TypeError: a dtype is off, or `logits_loss` cannot be called.
+        TypeError: a dtype is wrong, or `logits_loss` cannot be called.
         RuntimeError: a second derivative is asked for, outside functorch transforms.
 
     Example:

@@ -56,7 +56,7 @@ def make_token_weights(
 
     Raises:
         ValueError: a name, shape or number is off, or "fixed_length" lacks its length.
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Example:
         >>> import torch

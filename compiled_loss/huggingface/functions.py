@@ -47,7 +47,7 @@ def causal_lm_loss(
     Raises:
         ValueError: the last dimension of the logits is not `vocab_size`, the model that calls it has aligned labels, or
             as in cross_entropy.
-        TypeError: a dtype is off.
+        TypeError: a dtype is wrong.
 
     Source:
         `ForCausalLMLoss` of transformers 5.23, whose signature and meaning this is.

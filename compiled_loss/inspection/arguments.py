@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 SHAPE = {"tokens": 8192, "hidden": 4096, "vocab": 131072, "dtype": "bfloat16"}
 WHAT = {"inputs": None, **SHAPE, "device": "cuda:sm_90", "backward": True, "loss": None}
 DESCRIPTION = """\
-Compile a function, forward and backward, for a GPU that need not be there, and
+Compile a function, forward and backward, for a GPU that you need not have, and
 show kernels, GEMMs, live memory launch by launch, what is kept for backward,
 graph breaks and guards.
 """
@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
     """Adds the subcommand's parser."""
     parser = commands.add_parser(
         "inspect",
-        help="show what torch.compile makes of a loss, for a GPU that need not be there",
+        help="show what torch.compile makes of a loss, for a GPU that you need not have",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,8 +50,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
         "--compare",
         type=_other,
         metavar="OTHER",
-        help="put another function beside it: FUNCTION, or a line of FUNCTION and any of the arguments above, in "
-        "quotes; inputs, sizes, device and backward are the first one's unless it says otherwise, options are its own",
+        help="compare with a second function: FUNCTION, or in quotes FUNCTION and any of the arguments above. It has "
+        "the inputs, sizes, device and backward of the first unless it gives its own, and only its own options",
     )
     shown.add_argument("--json", type=_file(""), metavar="FILE", help="write the report; of two, a list")
     shown.add_argument("--plot", type=_file(".png"), metavar="FILE.png", help="draw the live memory")
@@ -86,7 +86,8 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--inputs",
         metavar="TEXT",
-        help='positional arguments, such as "bf16[8192,4096]:grad int64[8192]:0..131071 0.5"; ours need none',
+        help='positional arguments, such as "bf16[8192,4096]:grad int64[8192]:0..131071 0.5"; most of our losses need '
+        "none",
     )
     sizes = ("tokens", "N", "rows of hidden and logits"), ("hidden", "H", "width"), ("vocab", "V", "rows of weight")
     for name, letter, text in sizes:
@@ -95,7 +96,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--device",
         choices=DEVICES,
-        help=f"a GPU that need not be there, or the real cpu or cuda (default: {WHAT['device']})",
+        help=f"a GPU that you need not have, or the real cpu or cuda (default: {WHAT['device']})",
     )
     what.add_argument(
         "--backward", action=argparse.BooleanOptionalAction, help="also compile the backward (default: yes)"
@@ -104,8 +105,8 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
         "--loss",
         action="append",
         metavar="NAME",
-        help="a function, a Module or its attribute that belongs to the loss of a model, repeatable (default: lm_head, "
-        "embed_out, cross_entropy, ForCausalLMLoss); our losses are known",
+        help="name of a function, or of a Module's class or attribute, that belongs to a model's loss; repeatable "
+        "(default: lm_head, embed_out, cross_entropy, ForCausalLMLoss); the losses of this library always do",
     )
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -116,8 +117,8 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
         help="keyword argument of the function: a Python literal, a word, or a tensor as in --inputs; repeatable",
     )
     how.add_argument("--strategy", choices=("auto", "tokens", "vocab"), help="of Chunking, for our linear losses")
-    how.add_argument("--chunk-size", type=_size, metavar="C", help="the same: tokens a chunk, or columns with vocab")
-    how.add_argument("--memory-budget", type=_size, metavar="BYTES", help="the same: most bytes of a chunk")
+    how.add_argument("--chunk-size", type=_size, metavar="C", help="the same: tokens per chunk, with vocab classes")
+    how.add_argument("--memory-budget", type=_size, metavar="BYTES", help="the same: most bytes of a chunk of logits")
     how.add_argument(
         "--inductor", type=_pair, action="append", metavar="KEY=VALUE", help="option of Inductor; repeatable"
     )

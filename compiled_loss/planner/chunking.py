@@ -21,17 +21,19 @@ class Chunking:
     "vocab" streams the vocabulary and recomputes the logits in backward (four GEMMs, any upstream gradient);
     "auto" takes "tokens" wherever it can.
 
-    `chunk_size`: tokens a chunk, with "vocab" columns of the vocabulary; None lets the planner choose.
+    `chunk_size`: tokens per chunk, with "vocab" classes per chunk; None lets the planner choose. More than 8 chunks of
+    bf16 tokens also hold dW in fp32.
 
-    `memory_budget`: most bytes the chunk of logits may take, a number or a text such as "512MiB", instead of
-    `chunk_size`; with "auto" also chooses the strategy that is faster within it, at the rates of a CPU or a GPU.
+    `memory_budget`: the most bytes that a chunk of logits may take, a number or a text such as "512MiB", instead of
+    `chunk_size`. The chunk is as large as that allows. With "auto" it also chooses the strategy that is faster within
+    it, at the rates of a CPU or a GPU.
 
-    `accumulate_dtype`: dtype in which gradients are summed over chunks, the weight's with the token strategy and the
-    hidden states' with the vocab strategy; None is the input's own for fp32, fp64 and up to 8 chunks of bf16, else
-    fp32.
+    `accumulate_dtype`: dtype in which gradients are summed over chunks: the weight's gradient with the token strategy,
+    the hidden states' with the vocab strategy. None is the input's own dtype for fp32, fp64 and up to 8 chunks of bf16,
+    and fp32 otherwise.
 
     `max_label_tokens`: the most tokens of a call (with several depths, of each) that count, as a number or as a
-    fraction of its tokens: those that are masked cost no GEMM beyond. Where more count, eager CPU code raises, and
+    fraction of its tokens. GEMMs are then for that many tokens only. If more count, eager CPU code raises, and
     elsewhere the loss and its gradients are NaN: no token is dropped. Costs a copy of the hidden states that count, and
     of targets that are probabilities. None computes all tokens.
 

@@ -85,11 +85,11 @@ def plan(
     Args:
         tokens: N.
         width: H.
-        vocab: V, of a vocabulary over ranks the rank's own.
+        vocab: V; with a vocabulary over ranks, the rank's own part.
         dtype: of hidden states and weight.
-        chunking: what the loss would be given; with `max_label_tokens` the plan is of the tokens that count, the copy
-            of their hidden states not in its bytes.
-        ranks: that share the vocabulary.
+        chunking: what the loss would be given. With `max_label_tokens` the plan is for the tokens that count, without
+            the copy of their hidden states.
+        ranks: how many ranks share the vocabulary.
         device: type of device whose rates are taken: "cuda" for an H100's, "cpu" for two cores'.
 
     Returns:
