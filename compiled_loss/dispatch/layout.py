@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from math import inf, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.distributed.vocab_shard import is_sharded
+from compiled_loss.engine.operators import composite
 from compiled_loss.engine.transforms import traced
 
 
@@ -31,7 +32,7 @@ def classes_last(name: str, value: Tensor, class_dim: int) -> Tensor:
         return value
     checks.class_dim(class_dim, value.dim())
     if torch.compiler.is_compiling() and not (traced() or is_sharded(value)):
-        view: Tensor = _ClassesLast.apply(value, class_dim)
+        (view,) = _moved(_Given(value, class_dim))
         return view
     return value.movedim(class_dim, -1)
 
@@ -50,6 +51,16 @@ class _ClassesLast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return g.movedim(-1, ctx.class_dim).clamp(min=-inf), None  # the clamp changes nothing, but is computed
+
+
+class _Given(NamedTuple):
+    value: Tensor
+    class_dim: int
+
+
+@composite("classes_last", _Given)
+def _moved(given: _Given) -> tuple[Tensor]:
+    return (_ClassesLast.apply(*given),)
 
 
 def merged(*values: Tensor) -> list[Tensor]:

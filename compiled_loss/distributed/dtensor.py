@@ -17,7 +17,7 @@ own, as DDP and FSDP take it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import distributed as dist
 from compiled_loss import checks
 from compiled_loss.distributed.vocab_shard import VocabShard, Vocabulary, even, is_sharded
 from compiled_loss.engine.collectives import all_reduced
+from compiled_loss.engine.operators import composite
 from compiled_loss.engine.transforms import traced
 
 if TYPE_CHECKING:
@@ -191,6 +192,16 @@ class _Replicated(torch.autograd.Function):
         return all_reduced([g], "sum", ctx.group)[0], None
 
 
+class _Shared(NamedTuple):
+    value: Tensor
+    group: str
+
+
+@composite("replicated", _Shared)
+def _replicated(shared: _Shared) -> tuple[Tensor]:
+    return (_Replicated.apply(*shared),)
+
+
 def mesh_groups(value: DTensor) -> list[tuple[int, ...]]:
     """Returns the ranks of the groups along a mesh. Group names would not do: they differ between equal meshes."""
     mesh = value.device_mesh
@@ -249,7 +260,7 @@ def _part(name: str, value: Tensor, dim: int, vocab_shard: VocabShard | None, *,
 def _states(hidden: Tensor, part: Vocabulary) -> Tensor:
     """Returns the rank's hidden states."""
     if not is_sharded(hidden):
-        return hidden if part.group is None else _Replicated.apply(hidden, part.group)
+        return hidden if part.group is None else _replicated(_Shared(hidden, part.group))[0]
     placements, gradients = list(hidden.placements), list(hidden.placements)
     for i, theirs in enumerate(mesh_groups(hidden)):
         if theirs == part.members:
