@@ -24,12 +24,15 @@ graph breaks and guards.
 """
 EXAMPLES = """\
 examples:
-  compiled-loss inspect linear_cross_entropy --option z_loss=1e-4 --plot memory.png
+  compiled-loss inspect linear_cross_entropy --option z_loss=1e-4 \\
+      --plot memory.png
   compiled-loss inspect linear_cross_entropy --compare unchunked
-  compiled-loss inspect linear_cross_entropy --compare "linear_cross_entropy --strategy vocab --chunk-size 16384"
-  compiled-loss inspect cross_entropy --compare torch.nn.functional:cross_entropy
-  compiled-loss inspect my_package.my_module:my_loss \\
-      --inputs "bf16[8192,4096]:grad bf16[131072,4096]:grad int64[8192]:0..131071"
+  compiled-loss inspect linear_cross_entropy \\
+      --compare "linear_cross_entropy --strategy vocab --chunk-size 16384"
+  compiled-loss inspect cross_entropy \\
+      --compare torch.nn.functional:cross_entropy
+  compiled-loss inspect my_package.my_module:my_loss --inputs \\
+      "bf16[8192,4096]:grad bf16[131072,4096]:grad int64[8192]:0..131071"
 
 How to read the report: docs/inspection.md in the repository.
 """
@@ -95,7 +98,8 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--device",
         choices=DEVICES,
-        help=f"a GPU that need not be there, or the real cpu or cuda (default: {WHAT['device']})",
+        metavar="DEVICE",
+        help=f"a GPU that need not be there, {', '.join(TARGETS)}; or the real cpu or cuda (default: {WHAT['device']})",
     )
     what.add_argument(
         "--backward", action=argparse.BooleanOptionalAction, help="also compile the backward (default: yes)"

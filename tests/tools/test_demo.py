@@ -164,6 +164,15 @@ def test_bad_arguments_are_one_line(capsys, arguments, message):
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"compiled-loss demo: error: {message}")
 
 
+@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"]], ids=["all", "demo", "inspect"])
+def test_help_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--help"])
+    assert exit.value.code == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+
+
 def test_missing_extras_are_one_line(capsys, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as exit:
