@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compiled_loss.inspection.targets import TARGETS
+from compiled_loss.pictures import dark
 
 DEVICES = (*TARGETS, "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -57,7 +58,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
         "quotes; inputs, sizes, device and backward are the first one's unless it says otherwise, options are its own",
     )
     shown.add_argument("--json", type=_file(""), metavar="FILE", help="write the report; of two, a list")
-    shown.add_argument("--plot", type=_file(".png"), metavar="FILE.png", help="draw the live memory")
+    shown.add_argument(
+        "--plot", type=_file(".png"), metavar="FILE.png", help="draw the live memory, for dark pages in FILE-dark.png"
+    )
     shown.add_argument(
         "--dump",
         type=_folder,
@@ -186,8 +189,9 @@ def _file(suffix: str) -> Callable[[str], Path]:
         path = Path(text)
         if path.suffix.lower() != suffix and suffix:
             raise argparse.ArgumentTypeError(f"must end in {suffix}: {text}")
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"cannot write {text}")
+        for file in (path, dark(path)) if suffix == ".png" else (path,):
+            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise argparse.ArgumentTypeError(f"cannot write {file}")
         return path
 
     return parse

@@ -101,10 +101,10 @@ def test_end_to_end(start, tmp_path, compiles):
     assert float(row(output, "curves' largest difference").split()[-2]) < 1e-4
     assert row(output, "step time").count(" s ") == row(output, "compile time").count(" s ") == 2
     assert "MiB" in row(output, "peak memory over the model") or sys.platform != "linux"
-    picture = tmp_path / "curves.png"
-    assert str(picture) in output
-    width, height = png_size(picture)
-    assert width > height > 500
+    assert f"{tmp_path / 'curves.png'}, for dark pages curves-dark.png" in output
+    for name in ("curves.png", "curves-dark.png"):
+        width, height = png_size(tmp_path / name)
+        assert width > height > 500
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
