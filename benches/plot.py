@@ -10,19 +10,19 @@ from typing import Any
 from benches.cases import HEADS, MASKED
 from benches.providers import FLOOR, OURS
 from benches.tables import ROOT, Row, figures, last, masked
+from compiled_loss.pictures import BLUE, BROWN, GOLD, GREEN, GREY, ORANGE, PURPLE, RED, write
 
 PICTURE = ROOT / "docs" / "benches.png"
 COLORS = {
-    "defaults": "#1b7837",
-    "vocab": "#762a83",
-    "F.cross_entropy, compiled": "#b2182b",
-    "F.cross_entropy, eager": "#525252",
-    "F.linear_cross_entropy": "#2166ac",
-    "Inductor's auto chunker": "#b8860b",
-    "cut-cross-entropy, torch_compile": "#8c510a",
-    FLOOR: "black",
+    "defaults": GREEN,
+    "vocab": PURPLE,
+    "F.cross_entropy, compiled": RED,
+    "F.cross_entropy, eager": GREY,
+    "F.linear_cross_entropy": BLUE,
+    "Inductor's auto chunker": GOLD,
+    "cut-cross-entropy, torch_compile": BROWN,
 }
-OTHER = "#999999"
+OTHER = ORANGE
 
 
 def digest() -> bytes:
@@ -32,15 +32,18 @@ def digest() -> bytes:
 
 
 def draw() -> None:
-    """Time against memory, a head a panel, with the floor; below, peaks as N and V grow, and time as masks do."""
-    import matplotlib as mpl
+    """Write the picture, and its partner for dark pages."""
+    write(figure_of, PICTURE, dpi=100, metadata={"Description": digest().decode()})
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
+
+def figure_of() -> Any:
+    """Draw time against memory, a panel per head, with the floor; below, peaks over N and V, and time over masks."""
+    from matplotlib.figure import Figure
 
     rows = last("cpu")
     heads = list(dict.fromkeys(row["head"] for row in rows.values()))
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 8.4), layout="constrained")
+    figure = Figure(figsize=(13, 8.4), layout="constrained")
+    axes = figure.subplots(2, 3)
     for axis, head in zip(axes[0], heads, strict=True):
         scatter(axis, [row for row in rows.values() if row["head"] == head and "peak_mib" in row])
         axis.set(title=f"H x V = {head}")
@@ -60,22 +63,23 @@ def draw() -> None:
         ylabel="time over that of none",
         ylim=0,
     )
-    axes[1, 2].grid(visible=True, alpha=0.2)
+    axes[1, 2].grid()
     entries: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries = dict(zip(labels, handles, strict=True)) | entries
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
     about = next(reversed(rows.values()))
     figure.suptitle(
         f"Loss and gradients on {about['device']}. Above: left and low is better, filled fp32, hollow bf16, round ours"
     )
-    figure.savefig(PICTURE, dpi=100, metadata={"Description": digest().decode()})
-    pyplot.close(figure)
+    return figure
 
 
 def scatter(axis: Any, rows: list[Row]) -> None:
-    axis.axhline(1.0, color=COLORS[FLOOR], linewidth=1, linestyle="--", label=FLOOR)
+    from matplotlib import rcParams
+
+    axis.axhline(1.0, color=rcParams["text.color"], linewidth=1, linestyle="--", label=FLOOR)
     for row in reversed(rows):  # ours on top
         color, fp32 = COLORS.get(row["provider"], OTHER), row["dtype"] == "float32"
         axis.scatter(
@@ -104,7 +108,7 @@ def numbers(axis: Any) -> None:
     """Plain ones, and a grid."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    axis.grid(visible=True, which="both", alpha=0.2)
+    axis.grid(which="both")
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         one.set_major_formatter(FormatStrFormatter("%g"))

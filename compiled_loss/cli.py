@@ -64,7 +64,10 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--width", type=_integer(HEAD_WIDTH, HEAD_WIDTH), help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--layers", type=whole, help="blocks of the transformer")
     parser.add_argument(
-        "--output", type=_png, default=Path("compiled-loss-demo.png"), help="the picture (default: %(default)s)"
+        "--output",
+        type=_png,
+        default=Path("compiled-loss-demo.png"),
+        help="the picture, whose partner for dark pages is NAME-dark.png (default: %(default)s)",
     )
     parser.set_defaults(run=_demo)
 

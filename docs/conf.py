@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import PurePath
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -18,7 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["tables.css"]
 html_show_sourcelink = False
 
 myst_heading_anchors = 3
@@ -39,6 +40,10 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!compiled_loss|:).*")]  # torch's pages are not read: that needs a network
 
 WRAPPED = re.compile(r"^( +\w[\w, ]*,)\n +(?=\w[\w, ]*:)", re.MULTILINE)  # names of arguments that share an entry
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">'
+    r'\s*<img alt="(?P<alt>[^"]+)"\s+src="(?P<light>[^"]+)">\s*</picture>\s*'
+)
 NOTE = re.compile(r"NOTE \[([^\]]+)\]")
 
 
@@ -77,6 +82,21 @@ def read_docstring(_app: Sphinx, what: str, _name: str, value: object, _options:
     lines[:] = formulas(text.split("\n"))
 
 
+def show_pictures(_app: Sphinx, document: nodes.document) -> None:
+    """Make each <picture> two images of docs/, of which Furo shows the one for its theme.
+
+    A <picture> itself, which GitHub shows, would follow the browser's preference and not the switch of the page.
+    """
+    for raw in list(document.findall(nodes.raw)):
+        if found := PICTURE.fullmatch(raw.astext()):
+            raw.replace_self(
+                [
+                    nodes.image(uri=f"/{PurePath(found[theme]).name}", alt=found["alt"], classes=[f"only-{theme}"])
+                    for theme in ("light", "dark")
+                ]
+            )
+
+
 def skip(_app: Sphinx, _what: str, _name: str, value: object, _skipped: bool, _options: object) -> bool | None:
     """A NamedTuple's field that says nothing: its class describes it. None leaves the choice to others."""
     return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
@@ -93,4 +113,5 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nod
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", read_docstring, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip)
+    app.connect("doctree-read", show_pictures, priority=400)  # before Sphinx collects the images
     app.connect("missing-reference", resolve)

@@ -15,12 +15,15 @@ judged by the same program.
 """
 
 import argparse
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from compiled_loss import linear_cross_entropy, linear_preference_loss
 from compiled_loss.demo.text import sources  # of the standard library: text that every machine has
+from compiled_loss.pictures import write
 
 VOCAB, PROMPT, LENGTH, WIDTH = 128, 32, 32, 128
 PAIRS, POOL = 16, 256
@@ -115,20 +118,18 @@ def preferences(policy, device):
     return chosen, rejected, torch.cat(cached)
 
 
-def picture(rows, path):
-    """Rewards, margin, accuracy and loss over the steps."""
-    import matplotlib as mpl
+def picture(rows):
+    """Draw rewards, margin, accuracy and loss over the steps."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     for axis, names in zip(axes.flat, (("chosen", "rejected"), ("margin",), ("accuracy",), ("loss",)), strict=True):
         for name in names:
             axis.plot([row[name] for row in rows], label=name)
         axis.set_title("reward" if len(names) > 1 else names[0])
     axes.flat[0].legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main():
@@ -138,7 +139,7 @@ def main():
     parser.add_argument("--device", choices=devices, default=devices[0], help="default: %(default)s")
     parser.add_argument("--beta", type=float, default=0.2, help="how close the policy stays to the reference")
     parser.add_argument("--kind", default="sigmoid", help="of loss; see compiled_loss.preference_loss")
-    parser.add_argument("--picture", help="where to write a picture of the run")
+    parser.add_argument("--picture", type=Path, help="where to write a picture of the run, NAME.png and NAME-dark.png")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -178,7 +179,7 @@ def main():
     after = sample(policy, prompts)[1].mean().item()
     print(f"mean quality of continuations before and after: {before:.3f}, {after:.3f}")
     if arguments.picture:
-        picture(rows, arguments.picture)
+        write(partial(picture, rows), arguments.picture, dpi=120)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ a baseline; a step of sampling is followed by two updates, so that ratios leave 
 
 import argparse
 import copy
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from compiled_loss import (
     make_token_weights,
 )
 from compiled_loss.demo.text import sources  # of the standard library: text that every machine has
+from compiled_loss.pictures import write
 
 VOCAB, PROMPT, LENGTH, WIDTH = 128, 32, 32, 128
 PROMPTS, GROUP, UPDATES = 8, 8, 2
@@ -132,18 +135,16 @@ def step(policy, reference, optimizer, prompts, options):
     return rewards.mean().item(), found.metrics
 
 
-def picture(rows, path):
-    """Reward, KL, clipped tokens and entropy over the steps."""
-    import matplotlib as mpl
+def picture(rows):
+    """Draw reward, KL, clipped tokens and entropy over the steps."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     for axis, name in zip(axes.flat, ("reward", "KL to the reference", "clipped", "entropy"), strict=True):
         axis.plot([row[name] for row in rows])
         axis.set_title(name)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main():
@@ -153,7 +154,7 @@ def main():
     parser.add_argument("--device", choices=devices, default=devices[0], help="default: %(default)s")
     parser.add_argument("--kl", type=float, default=0.02, help="coefficient of the KL to the policy of the start")
     parser.add_argument("--entropy", type=float, default=0.001, help="coefficient of the entropy bonus")
-    parser.add_argument("--picture", help="where to write a picture of the run")
+    parser.add_argument("--picture", type=Path, help="where to write a picture of the run, NAME.png and NAME-dark.png")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -181,7 +182,7 @@ def main():
     first, last = (sum(row["reward"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
     print(f"mean reward of the first and of the last tenth of the steps: {first:.3f}, {last:.3f}")
     if arguments.picture:
-        picture(rows, arguments.picture)
+        write(partial(picture, rows), arguments.picture, dpi=120)
 
 
 if __name__ == "__main__":

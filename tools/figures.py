@@ -14,6 +14,7 @@ def main() -> None:
     import scaling
 
     from benches import plot
+    from compiled_loss.pictures import dark
 
     check = "--check" in sys.argv[1:]
     for path, drawn in ((ROOT / "docs" / "benchmarks.md", plot), (ROOT / "docs" / "scaling.md", scaling)):
@@ -24,7 +25,8 @@ def main() -> None:
             path.write_text(made)
         elif made != text:
             sys.exit(f"{path.name}: its figures are not those of the raw results: run python tools/figures.py")
-        if drawn.digest() not in (drawn.PICTURE.read_bytes() if drawn.PICTURE.exists() else b""):
+        files = drawn.PICTURE, dark(drawn.PICTURE)
+        if not all(file.exists() and drawn.digest() in file.read_bytes() for file in files):
             if check:
                 sys.exit(f"{drawn.PICTURE.name} is not drawn from the raw results: run python tools/figures.py")
             drawn.draw()

@@ -12,6 +12,7 @@ from textwrap import fill
 from typing import Any
 
 from compiled_loss.inspection.network import NETWORKS, Collective
+from compiled_loss.pictures import BLUE, GOLD, GREEN, GREY, PURPLE, RED, write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results" / "scaling-2.13.0-sm_90.jsonl"
@@ -32,14 +33,14 @@ WEAK = {
     "8 ranks x replicas": ("tokens", 8),
     "replicas": ("tokens", 1),
 }
-COLORS = {  # apart in hue and in lightness
-    "ranks, token strategy": "#2166ac",
-    "ranks, one chunk": "#1b7837",
-    "ranks, vocab strategy": "#762a83",
-    "ranks": "#1b7837",
-    "64 ranks x replicas": "#b2182b",
-    "8 ranks x replicas": "#b8860b",
-    "replicas": "#525252",
+COLORS = {
+    "ranks, token strategy": BLUE,
+    "ranks, one chunk": GREEN,
+    "ranks, vocab strategy": PURPLE,
+    "ranks": GREEN,
+    "64 ranks x replicas": RED,
+    "8 ranks x replicas": GOLD,
+    "replicas": GREY,
 }
 
 
@@ -163,19 +164,23 @@ def digest() -> bytes:
 
 
 def draw() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write the picture, and its partner for dark pages."""
+    write(_figure, PICTURE, dpi=150, metadata={"Source": digest().decode()})
+
+
+def _figure() -> Any:
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     found = read()
     one = found.strong("tokens", 1, 1)
     figure = Figure(figsize=(13, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)  # no display needed
     strong, weak, memory = figure.subplots(1, 3)
     shape = f"N={found.tokens} H={found.width} V={found.vocab} bf16, {found.about['device']}"
-    figure.suptitle(f"{shape}; memory is read, times are predicted", fontsize=10, color="0.35")
+    figure.suptitle(f"{shape}; memory is read, times are predicted", fontsize=10)
     strong.set_title(f"Strong scaling: {found.tokens} tokens a step")
     strong.set_ylabel("time of a step (ms)")
-    strong.loglog(found.gpus, [1e3 * one / g for g in found.gpus], "--", color="0.6", label="ideal")
+    strong.loglog(found.gpus, [1e3 * one / g for g in found.gpus], "--", color=rcParams["text.color"], label="ideal")
     for name, way in STRONG.items():
         times = [1e3 * t for t in found.curve(found.strong, *way)]
         strong.loglog(found.gpus, times, "o-", color=COLORS[name], label=name, markersize=4)
@@ -191,12 +196,11 @@ def draw() -> None:
         peaks = [max(found.rows[strategy, r, found.tokens]["peak_bytes"]) / 2**30 for r in found.gpus]
         memory.loglog(found.gpus, peaks, "o-", color=COLORS[name], label=name, markersize=4)
     for axes in (strong, weak, memory):
-        axes.axvspan(1, found.network.node, color="#2166ac", alpha=0.07, linewidth=0)
+        axes.axvspan(1, found.network.node, color=BLUE, alpha=0.1, linewidth=0)
         axes.set_xlabel("GPUs; shaded: one node, NVLink alone")
         axes.set_xticks(found.gpus, [str(g) for g in found.gpus], fontsize=8)
         axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.grid()
+        axes.legend(fontsize=9)
         axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-    figure.savefig(PICTURE, format="png", dpi=150, metadata={"Source": digest().decode()})
+    return figure

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from compiled_loss.demo.report import Run, compared, mebibytes
+from compiled_loss.pictures import BLUE, ORANGE, write
 
-ORDINARY, OURS = "#f4a582", "#2166ac"  # apart in hue and in lightness
+ORDINARY, OURS = ORANGE, BLUE
 
 
 def draw(ordinary: Run, ours: Run, title: str, path: Path) -> None:
-    """Writes the picture at `path` as a PNG; a loss that did not run is left out."""
+    """Writes the picture as a PNG at `path`, and its partner for dark pages; a loss that did not run is left out."""
+    write(partial(_figure, ordinary, ours, title), path, dpi=150)
+
+
+def _figure(ordinary: Run, ours: Run, title: str) -> Figure:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)  # no display needed
     curves, memory = figure.subplots(1, 2, width_ratios=(3, 2))
-    figure.suptitle(title, fontsize=10, color="0.35")
+    figure.suptitle(title, fontsize=10)
     _curves(curves, ordinary, ours)
     _memory(memory, ordinary, ours)
-    for axes in (curves, memory):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=150)
+    return figure
 
 
 def _curves(axes: Axes, ordinary: Run, ours: Run) -> None:
-    """Draws a thick light line under a thin dashed one: both are seen where they coincide."""
-    for run, line, color, width, dot in ((ordinary, "-o", ORDINARY, 7.0, 7.0), (ours, "--o", OURS, 1.8, 3.0)):
+    """Draws a thick line under a thin one with a margin of background: both are seen where they coincide."""
+    for run, color, width, dot in ((ordinary, ORDINARY, 8.0, 8.0), (ours, OURS, 2.0, 3.0)):
         if run.losses:
             steps = range(1, len(run.losses) + 1)
-            axes.plot(steps, run.losses, line, label=run.loss, color=color, linewidth=width, markersize=dot)
+            (line,) = axes.plot(steps, run.losses, "-o", label=run.loss, color=color, linewidth=width, markersize=dot)
+            if run is ours:
+                line.set_path_effects([withStroke(linewidth=2.2 * width, foreground=axes.get_facecolor())])
     axes.set_title("Training loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.grid()
+    axes.legend()
 
 
 def _memory(axes: Axes, ordinary: Run, ours: Run) -> None:
@@ -55,4 +60,4 @@ def _memory(axes: Axes, ordinary: Run, ours: Run) -> None:
             axes.bar_label(bar, [text.strip()], padding=4, fontweight="bold")
     if not axes.patches:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)

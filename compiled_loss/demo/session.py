@@ -16,6 +16,7 @@ from compiled_loss.demo.progress import Bars, Lines, progress
 from compiled_loss.demo.report import Run
 from compiled_loss.demo.settings import Settings
 from compiled_loss.demo.train import LOSSES
+from compiled_loss.pictures import dark
 
 INTERRUPTED = 130  # a shell's exit status for it
 
@@ -72,4 +73,4 @@ def _report(ordinary: Run, ours: Run, settings: Settings, output: Path, console:
         return
     console.print(report.table(ordinary, ours))
     picture.draw(ordinary, ours, str(settings), output)
-    console.print(f"picture: {output.resolve()}", soft_wrap=True, markup=False)
+    console.print(f"picture: {output.resolve()}, for dark pages {dark(output).name}", soft_wrap=True, markup=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compiled_loss.inspection.targets import TARGETS
+from compiled_loss.pictures import dark
 
 DEVICES = (*TARGETS, "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -24,12 +25,15 @@ graph breaks and guards.
 """
 EXAMPLES = """\
 examples:
-  compiled-loss inspect linear_cross_entropy --option z_loss=1e-4 --plot memory.png
+  compiled-loss inspect linear_cross_entropy --option z_loss=1e-4 \\
+      --plot memory.png
   compiled-loss inspect linear_cross_entropy --compare unchunked
-  compiled-loss inspect linear_cross_entropy --compare "linear_cross_entropy --strategy vocab --chunk-size 16384"
-  compiled-loss inspect cross_entropy --compare torch.nn.functional:cross_entropy
-  compiled-loss inspect my_package.my_module:my_loss \\
-      --inputs "bf16[8192,4096]:grad bf16[131072,4096]:grad int64[8192]:0..131071"
+  compiled-loss inspect linear_cross_entropy \\
+      --compare "linear_cross_entropy --strategy vocab --chunk-size 16384"
+  compiled-loss inspect cross_entropy \\
+      --compare torch.nn.functional:cross_entropy
+  compiled-loss inspect my_package.my_module:my_loss --inputs \\
+      "bf16[8192,4096]:grad bf16[131072,4096]:grad int64[8192]:0..131071"
 
 How to read the report: docs/inspection.md in the repository.
 """
@@ -54,7 +58,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
         "the inputs, sizes, device and backward of the first unless it gives its own, and only its own options",
     )
     shown.add_argument("--json", type=_file(""), metavar="FILE", help="write the report; of two, a list")
-    shown.add_argument("--plot", type=_file(".png"), metavar="FILE.png", help="draw the live memory")
+    shown.add_argument(
+        "--plot", type=_file(".png"), metavar="FILE.png", help="draw the live memory, for dark pages in FILE-dark.png"
+    )
     shown.add_argument(
         "--dump",
         type=_folder,
@@ -96,7 +102,8 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--device",
         choices=DEVICES,
-        help=f"a GPU that you need not have, or the real cpu or cuda (default: {WHAT['device']})",
+        metavar="DEVICE",
+        help=f"a GPU that need not be there, {', '.join(TARGETS)}; or the real cpu or cuda (default: {WHAT['device']})",
     )
     what.add_argument(
         "--backward", action=argparse.BooleanOptionalAction, help="also compile the backward (default: yes)"
@@ -183,8 +190,9 @@ def _file(suffix: str) -> Callable[[str], Path]:
         path = Path(text)
         if path.suffix.lower() != suffix and suffix:
             raise argparse.ArgumentTypeError(f"must end in {suffix}: {text}")
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"cannot write {text}")
+        for file in (path, dark(path)) if suffix == ".png" else (path,):
+            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise argparse.ArgumentTypeError(f"cannot write {file}")
         return path
 
     return parse

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from compiled_loss.inspection import arguments
 from compiled_loss.inspection.cases import Case, cases_of
+from compiled_loss.pictures import dark
 
 if TYPE_CHECKING:
     from compiled_loss.inspection.record import Inspection
@@ -93,10 +94,12 @@ def _report(found: Sequence[Inspection], given: argparse.Namespace) -> None:
     if given.json is not None:
         texts = [inspection.to_json() for inspection in found]
         given.json.write_text(texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]", encoding="utf-8")
+    drawn = []
     if given.plot is not None:
         from compiled_loss.inspection.picture import plot
 
         plot(found, given.plot)
+        drawn = [given.plot, dark(given.plot)]
     pages = [] if given.dump is None else sorted(given.dump.glob("index.html" if len(found) == 1 else "*/index.html"))
-    for path in filter(None, (given.json, given.plot, *pages)):
+    for path in filter(None, (given.json, *drawn, *pages)):
         console.print(f"wrote {path}", markup=False, soft_wrap=True)

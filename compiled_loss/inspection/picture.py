@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -14,12 +15,13 @@ from rich.text import Text
 
 from compiled_loss.inspection.record import Inspection
 from compiled_loss.inspection.targets import GPUS
+from compiled_loss.pictures import COLORS, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROW = 0.045  # height of a row of GEMMs, of the highest curve's
-COLORS = ("#2166ac", "#f4a582", "#1b7837", "#762a83", "#b8860b", "#525252")  # apart in hue and in lightness
 
 
 def scaled(number: float, step: int, units: Sequence[str]) -> str:
@@ -54,16 +56,18 @@ class Skyline:
 
 
 def plot(inspections: Sequence[Inspection], path: Path) -> None:
-    """Writes a PNG at `path` with a curve for each inspection; several share their width."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Writes a PNG at `path` and its partner for dark pages, with a curve for each inspection; several share a width."""
+    write(partial(_figure, inspections), path, dpi=150)
+
+
+def _figure(inspections: Sequence[Inspection]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)  # no display needed
     axes = figure.subplots()
     versions = dict.fromkeys(f"{i.device}, torch {i.torch}" for i in inspections)
-    figure.suptitle("; ".join(versions), fontsize=10, color="0.35")
+    figure.suptitle("; ".join(versions), fontsize=10)
     axes.set_title("Live memory over the inputs, launch by launch")
     top = max((live for i in inspections for live in (i.peak_bytes, *_live(i))), default=0)
     unit, name = (2**30, "GiB") if top >= 2**30 else (2**20, "MiB")
@@ -79,14 +83,13 @@ def plot(inspections: Sequence[Inspection], path: Path) -> None:
     if len(inspections) == 1:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(0, max((x[-1] for x in edges), default=0) or 1)
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y")
     if any(_live(inspection) for inspection in inspections):
         title = "dashed: backward begins; ticks below the curves: GEMMs"
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, title_fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, title=title, title_fontsize=9)
     else:
-        axes.text(0.5, 0.5, "nothing was launched", ha="center", transform=axes.transAxes, color="0.5")
-    figure.savefig(path, format="png", dpi=150)
+        axes.text(0.5, 0.5, "nothing was launched", ha="center", transform=axes.transAxes)
+    return figure
 
 
 def _curve(

@@ -67,6 +67,13 @@ def test_wrong_sources_are_refused(tmp_path):
         assert warning in said
 
 
+def test_pages_have_a_picture_for_light_and_one_for_dark(site):
+    pages = "".join(path.read_text() for path in site.glob("*.html"))
+    shown = re.findall(r'class="only-(light|dark)" src="_images/([\w-]+)\.png"', pages)
+    assert sorted(name for _, name in shown) == sorted(path.stem for path in (ROOT / "docs").glob("*.png"))
+    assert {(theme, name.endswith("-dark")) for theme, name in shown} == {("light", False), ("dark", True)}
+
+
 # In a browser -------------------------------------------------------------------------------------------------------
 
 
@@ -116,9 +123,13 @@ def test_errors_of_scripts_are_seen(tmp_path):
 
 @needs_browser
 def test_light_and_dark(address, tmp_path):
+    """A page and the pictures on it: in the dark, hardly a pixel is as bright as paper."""
     image = pytest.importorskip("PIL.Image")
-    corners = []
+    corners, bright = [], []
     for dark in (False, True):
-        browse(f"{address}/index.html", f"--screenshot={tmp_path / 'page.png'}", dark=dark)
-        corners.append(sum(image.open(tmp_path / "page.png").convert("RGB").getpixel((600, 20))))
-    assert corners[0] > 3 * 200 and corners[1] < 3 * 60
+        browse(f"{address}/scaling.html", f"--screenshot={tmp_path / 'page.png'}", dark=dark)
+        page = image.open(tmp_path / "page.png").convert("L")
+        corners.append(page.getpixel((600, 20)))
+        bright.append(sum(page.histogram()[200:]) / (page.width * page.height))
+    assert corners[0] > 200 and corners[1] < 60
+    assert bright[0] > 0.7 and bright[1] < 0.05

@@ -163,8 +163,9 @@ def test_end_to_end(folder):
     first, ours = "plain scale=2.0", "linear_cross_entropy chunk_size=16"
     assert done.stderr == f"inspecting {first} on cpu\ninspecting {ours} on cpu\n"
     assert re.search(rf"^ +{first} {ours} 2nd / 1st$", done.stdout, re.MULTILINE)
-    wrote = ["wrote report.json", "wrote memory.png", "wrote new/files/1/index.html", "wrote new/files/2/index.html"]
-    assert done.stdout.splitlines()[-4:] == wrote
+    wrote = ["wrote report.json", "wrote memory.png", "wrote memory-dark.png"]
+    wrote += ["wrote new/files/1/index.html", "wrote new/files/2/index.html"]
+    assert done.stdout.splitlines()[-5:] == wrote
     found = [Inspection.from_json(json.dumps(one)) for one in json.loads((folder / "report.json").read_text())]
     assert [one.name for one in found] == [first, ours]
     for one in found:
@@ -182,5 +183,6 @@ def test_end_to_end(folder):
         page = (folder / "new" / "files" / str(i) / "index.html").read_text()
         assert f"<title>{one.name}</title>" in page
         assert "graphs/00-forward-wrapper.py" in page
-    width, height = png_size(folder / "memory.png")
-    assert width > height > 500
+    for name in ("memory.png", "memory-dark.png"):
+        width, height = png_size(folder / name)
+        assert width > height > 500

@@ -33,6 +33,7 @@ def said(capsys, *arguments):
         (["--assemble", "cuda:sm_90", "--no-assemble"], "argument --no-assemble: not allowed with argument --assemble"),
         (["--plot", "memory.pdf"], "argument --plot: must end in .png: memory.pdf"),
         (["--plot", "nowhere/memory.png"], "argument --plot: cannot write nowhere/memory.png"),
+        (["--plot", "light.png"], "argument --plot: cannot write light-dark.png"),
         (["--json", "nowhere/report.json"], "argument --json: cannot write nowhere/report.json"),
         (["--json", "."], "argument --json: cannot write ."),
         (["--dump", "."], "argument --dump: must be a new or empty folder: ."),
@@ -41,6 +42,7 @@ def said(capsys, *arguments):
     ],
 )
 def test_bad_arguments_are_one_line(capsys, folder, arguments, message):
+    (folder / "light-dark.png").mkdir()
     status, lines = said(capsys, "linear_cross_entropy", *arguments)
     assert status == 2
     assert lines[-1].startswith(f"compiled-loss inspect: error: {message}")

@@ -23,8 +23,9 @@ def test_picture(tmp_path, names):
     from compiled_loss.inspection.picture import plot
 
     plot([EVERY[name] for name in names], tmp_path / "memory.png")
-    width, height = png_size(tmp_path / "memory.png")
-    assert width > height > 500
+    for name in ("memory.png", "memory-dark.png"):
+        width, height = png_size(tmp_path / name)
+        assert width > height > 500
 
 
 @needs_rich
@@ -39,7 +40,7 @@ def test_picture_contents(tmp_path, monkeypatch):
     one, cpu = made(), made(device="cpu")
     for inspections in ([one], [one, noisy()], [one, cpu]):
         plot(inspections, tmp_path / "memory.png")
-    alone, timed, counted = (figure.axes[0] for figure in figures)
+    alone, timed, counted = (figure.axes[0] for figure in figures[::2])  # each is drawn for light and for dark
 
     line = alone.patches[-1].get_data()
     assert list(line.values) == [24, 25] * 4 + [16]
@@ -56,7 +57,7 @@ def test_picture_contents(tmp_path, monkeypatch):
     from compiled_loss.inspection.targets import GPUS
 
     assert timed.patches[1].get_data().edges[1] == pytest.approx(share(GPUS["H100"]) / one.roofline_seconds("H100"))
-    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == [
+    assert [text.get_text() for text in figures[2].legends[0].get_texts()] == [
         "chunked: peak 25.00 MiB",
         "noisy[red]<b>: peak 25.00 MiB",
     ]

@@ -101,10 +101,10 @@ def test_end_to_end(start, tmp_path, compiles):
     assert float(row(output, "curves' largest difference").split()[-2]) < 1e-4
     assert row(output, "step time").count(" s ") == row(output, "compile time").count(" s ") == 2
     assert "MiB" in row(output, "peak memory over the model") or sys.platform != "linux"
-    picture = tmp_path / "curves.png"
-    assert str(picture) in output
-    width, height = png_size(picture)
-    assert width > height > 500
+    assert f"{tmp_path / 'curves.png'}, for dark pages curves-dark.png" in output
+    for name in ("curves.png", "curves-dark.png"):
+        width, height = png_size(tmp_path / name)
+        assert width > height > 500
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
@@ -162,6 +162,15 @@ def test_bad_arguments_are_one_line(capsys, arguments, message):
         cli.main(["demo", *arguments])
     assert exit.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"compiled-loss demo: error: {message}")
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"]], ids=["all", "demo", "inspect"])
+def test_help_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--help"])
+    assert exit.value.code == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
 
 
 def test_missing_extras_are_one_line(capsys, monkeypatch):
