@@ -32,12 +32,12 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, GOLD, GREY, RED, BROWN)
 
 
 def dark(path: Path) -> Path:
-    """Return where the partner for dark pages of the picture at `path` is."""
+    """Returns where the partner for dark pages of the picture at `path` is."""
     return path.with_stem(f"{path.stem}-dark")
 
 
 def write(draw: Callable[[], Figure], path: Path, **options: Any) -> None:
-    """Write the figure that `draw` makes as a PNG at `path`, and again at `dark(path)`; options are of savefig."""
+    """Writes the figure that `draw` makes as a PNG at `path`, and again at `dark(path)`; options are of savefig."""
     from matplotlib import rc_context
 
     for page, file in ((LIGHT, path), (DARK, dark(path))):
@@ -46,7 +46,7 @@ def write(draw: Callable[[], Figure], path: Path, **options: Any) -> None:
 
 
 def style(page: Page) -> dict[Any, Any]:
-    """Make matplotlib's settings for a page."""
+    """Makes matplotlib's settings for a page."""
     from cycler import cycler
 
     texts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")

@@ -72,7 +72,7 @@ def none(kind: type[Any]) -> Any:
 
 
 def _fields(name: str, kinds: Sequence[type[Any]]) -> str:
-    """Return the arguments of a schema."""
+    """Returns the arguments of a schema."""
     hints = [(field, hint) for kind in kinds for field, hint in kind.__annotations__.items()]
     fields = [f"{_SCHEMA[hint.__forward_arg__]} {field}" for field, hint in hints]
     if len(dict(hints)) < len(hints):  # Inductor would say so in the first compiled call

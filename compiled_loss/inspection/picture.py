@@ -56,7 +56,7 @@ class Skyline:
 
 
 def plot(inspections: Sequence[Inspection], path: Path) -> None:
-    """Writes a PNG at `path` and its partner for dark pages, with a curve for each inspection; several share a width."""
+    """Writes a PNG with a curve for each inspection, and its partner for dark pages; several curves share a width."""
     write(partial(_figure, inspections), path, dpi=150)
 
 

@@ -6,11 +6,12 @@ import cases
 import pytest
 import torch
 from comparing import TIGHT, assert_accurate, assert_matches
-from torch._functorch import config as functorch_config
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import compiled_loss
 from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, reference
+from compiled_loss.engine import operators
 from compiled_loss.testing import head_inputs
 
 EVERY_KEYWORD = [
@@ -116,22 +117,57 @@ def backward_twice(strategy):
     torch.testing.assert_close(second, tuple(3 * g for g in first), **TIGHT)
 
 
+def _logits_loss(hidden, weight, labels, _bias):
+    return compiled_loss.cross_entropy(hidden @ weight.t(), labels)
+
+
+def _classes_first(hidden, weight, labels, _bias):
+    return compiled_loss.cross_entropy((weight @ hidden.t()).unsqueeze(0), labels.unsqueeze(0), class_dim=1)
+
+
+def _compacted(hidden, weight, labels, _bias):
+    return compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=Chunking(max_label_tokens=13))
+
+
+def _distilled(hidden, weight, labels, _bias):
+    teacher = weight.detach() / 2
+    return compiled_loss.linear_distillation(hidden, weight, hidden.detach(), teacher, labels)
+
+
 @pytest.mark.parametrize(
-    "functions_cached",
-    [True, pytest.param(False, marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason="README, Limits"))],
+    "loss",
+    [
+        *[pytest.param(cases.linear(chunking), id=name) for name, chunking in cases.CHUNKINGS.items()],
+        _logits_loss,
+        _classes_first,
+        _compacted,
+        _distilled,
+    ],
 )
-def test_cached_backward_without_retain_graph(functions_cached):
-    """It overwrites what it was given; torch notices where it caches graphs with autograd Functions whole."""
+def test_a_cached_backward_runs_once(loss):
+    """It overwrites what it was given; torch notices, because no autograd Function is in the graph that it caches."""
     inputs = head_inputs(13, 7, 29, dtype=torch.float64)
-    with fresh_cache(), functorch_config.patch(autograd_cache_allow_custom_autograd_functions=functions_cached):
-        once = torch.compile(cases.linear(cases.CHUNKINGS["tokens"]), fullgraph=True)(*inputs)
+    with fresh_cache():
+        once = torch.compile(loss, fullgraph=True)(*inputs)
         torch.autograd.grad(once, inputs[:2])
         torch.compiler.reset()
-        if functions_cached:
-            with pytest.raises(RuntimeError, match="donated"):
-                backward_twice("tokens")
-        else:
-            backward_twice("tokens")
+        counters.clear()
+        again = torch.compile(loss, fullgraph=True)(*inputs)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+        with pytest.raises(RuntimeError, match="donated"):
+            torch.autograd.grad(again, inputs[:2], retain_graph=True)
+
+
+def test_another_engine_takes_no_graph_from_the_cache(monkeypatch):
+    """The cache knows a composite by its operands, one of which is a digest of the engine's source."""
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    with fresh_cache():
+        torch.compile(cases.linear(), fullgraph=True)(*inputs)
+        torch.compiler.reset()
+        counters.clear()
+        monkeypatch.setattr(operators, "_SOURCE", "another")
+        torch.compile(cases.linear(), fullgraph=True)(*inputs)
+    assert not counters["aot_autograd"]["autograd_cache_hit"]
 
 
 @pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
