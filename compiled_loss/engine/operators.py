@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +65,14 @@ def unpack(values: Iterable[Any], *kinds: type[Any]) -> tuple[Any, ...]:
     return *found, rest
 
 
+def _fields_of(operands: Iterable[Iterable[Any]]) -> list[Any]:
+    """Returns the fields of all, one after another; `itertools.chain` is ten times as much work for Dynamo."""
+    values: list[Any] = []
+    for operand in operands:
+        values += operand
+    return values
+
+
 def none(kind: type[Any]) -> Any:
     """Returns the kind of NamedTuple with None in every field."""
     return kind(*(None,) * len(kind._fields))
@@ -102,7 +109,7 @@ def composite(name: str, *kinds: type[Any]) -> Callable[[Callable[..., Sequence[
 
         def call(*operands: Any) -> list[Tensor]:
             if torch.compiler.is_dynamo_compiling():
-                return list(opaque(*chain.from_iterable(operands), _SOURCE))
+                return list(opaque(*_fields_of(operands), _SOURCE))
             return list(function(*operands))
 
         return call
@@ -134,7 +141,7 @@ def operator(
         DEFINED[qualified] = Defined(on_fields, lambda *shapes, **_: operations(*unpack(shapes, *kinds)[:-1]))
 
         def call(*operands: Any) -> list[Tensor]:
-            values = chain.from_iterable(operands)
+            values = _fields_of(operands)
             return list(opaque(*values)) if operands[-1].compiled else on_fields(*values)
 
         return call
