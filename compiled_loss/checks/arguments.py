@@ -200,10 +200,17 @@ def tokens(
     """Raises unless labels, of which the rank has `own`, fit `source` [..., V or H], the argument before `weight`."""
 
     def hint() -> str:
-        swapped = weight is not None and labels_.shape == weight.shape[:-1]
-        return f": {name} comes first, its weight second" if swapped else ""
+        if weight is not None and labels_.shape == weight.shape[:-1]:
+            return f": {name} comes first, its weight second"
+        return _shifted(own, name, source[:-1])
 
     labels(labels_, own, name, source[:-1], device, hint=hint)
+
+
+def _shifted(own: torch.Size, name: str, rows: torch.Size) -> str:
+    """Returns a hint if labels of the shape `own` are one token short."""
+    short = len(own) == len(rows) > 0 and own == (*rows[:-1], rows[-1] - 1)
+    return f": give unshifted labels with shift=1, or leave out the last token of {name}" if short else ""
 
 
 def class_labels(own: torch.Size, labels_: Tensor, name: str, rows: torch.Size, given: Tensor, class_dim_: int) -> None:
@@ -215,7 +222,7 @@ def class_labels(own: torch.Size, labels_: Tensor, name: str, rows: torch.Size, 
             return ": use labels.to(logits.dtype) where they are probabilities"
         if last and given.dim() > 2 and labels_.shape == given.shape[:1] + given.shape[2:]:
             return ": use class_dim=1"
-        return ""
+        return _shifted(own, name, rows)
 
     without = "its last dimension" if last else f"dimension {class_dim_}"
     labels(labels_, own, name, rows, given.device, without=without, hint=hint)

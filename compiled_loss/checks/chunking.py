@@ -68,7 +68,7 @@ def label_tokens_fit(count: int, rows: int, tokens: int) -> None:
     """Raises unless as few tokens count as `max_label_tokens` promised."""
     if count > rows:
         raise ValueError(
-            f"max_label_tokens: expected at least {count} of {tokens} tokens, so many count, got {rows}; "
+            f"max_label_tokens: expected at least {count}, for so many of {tokens} tokens count, got {rows}; "
             "in compiled code and on accelerators the loss would be NaN"
         )
 

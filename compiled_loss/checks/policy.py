@@ -64,13 +64,16 @@ def segments_in_range(segment_ids: Tensor, counts: Tensor | None, number: int, o
             raise ValueError(f"segment_ids: expected from 0 to {of} - 1, {number - 1}, got {first}")
 
 
-def of_tokens(name: str, value: Any, shape: torch.Size, device: torch.device, *, floating: bool = False) -> None:
+def of_tokens(
+    name: str, value: Any, shape: torch.Size, device: torch.device, *, floating: bool = False, hint: str = ""
+) -> None:
     """Raises unless the value is a tensor with a value for each token of [...]."""
     arguments.tensor(name, value)
     if floating:
         arguments.floating(name, value)
     if arguments.differ(value.shape, shape):
-        raise ValueError(f"{name}: expected {arguments.sizes(shape)}, a value for each token, got {list(value.shape)}")
+        expected = f"{arguments.sizes(shape)}, a value for each token"
+        raise ValueError(f"{name}: expected {expected}, got {list(value.shape)}{hint}")
     arguments.same_device(name, value, device)
 
 
@@ -88,7 +91,12 @@ def expanded(name: str, value: Any, shape: torch.Size, device: torch.device) -> 
     of_sequences = len(shape) > 1 and tensor_.dim() == len(shape) and tensor_.shape[-1] == 1 and shape[-1] != 1
     if of_sequences and not arguments.differ(tensor_.shape[:-1], shape[:-1]):
         return tensor_.expand(shape)
-    of_tokens(name, tensor_, shape, device)
+    hint = (
+        ": a value for each sequence is [B, 1], .unsqueeze(-1)"
+        if tensor_.shape == shape[:-1] and len(shape) > 1
+        else ""
+    )
+    of_tokens(name, tensor_, shape, device, hint=hint)
     return tensor_
 
 

@@ -135,7 +135,9 @@ def test_too_many_label_tokens_is_an_error_or_nan(name):
     loss, how = LOSSES[name]
     call = functools.partial(loss, compiled_loss, chunking=Chunking(**how, max_label_tokens=COUNTING - 1))
     inputs = given()
-    with pytest.raises(ValueError, match=r"max_label_tokens: expected at least \d+ of \d+ tokens, so many count, got"):
+    with pytest.raises(
+        ValueError, match=r"max_label_tokens: expected at least \d+, for so many of \d+ tokens count, got"
+    ):
         call(*inputs)
     value = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
     d_hidden, d_weight = torch.autograd.grad(value, inputs[:2], torch.ones_like(value))

@@ -283,6 +283,12 @@ def test_errors(message):
         policy_loss(old, old, advantages, **ERRORS[message])
 
 
+def test_an_advantage_for_each_sequence_says_its_shape():
+    hidden, weight, labels, old, advantages = batch()
+    with pytest.raises(ValueError, match=r"a value for each token, got \[3\]: a value for each sequence is \[B, 1\]"):
+        linear_policy_loss(hidden, weight, labels, old, advantages[:, 0])
+
+
 def test_errors_of_weights():
     mask = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"^normalisation: expected one of 'token_mean'"):

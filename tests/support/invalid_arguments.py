@@ -211,6 +211,11 @@ CASES = [
         "labels: expected the shape of logits without its last dimension, [3], got [3, 5]: use labels.to(logits.dtype) "
         "where they are probabilities",
     ),
+    (
+        {"hidden": zeros(N + 1, H), "logits": zeros(N + 1, V)},
+        ValueError,
+        "without its last dimension, [4], got [3]: give unshifted labels with shift=1, or leave out the last token of ",
+    ),
     ({"hidden": zeros()}, ValueError, "hidden: expected [..., H] with H = 4, the width of weight, got []"),
     ({"weight": "lm_head"}, TypeError, "weight: expected a Tensor, got str"),
     (
