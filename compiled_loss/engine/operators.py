@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +36,11 @@ _SCHEMA = {
 }
 # Part of a composite's call: AOTAutograd caches what it finds in one under its name and operands.
 _SOURCE = hashlib.sha256(b"".join([p.read_bytes() for p in sorted(Path(__file__).parent.rglob("*.py"))])).hexdigest()
-_composing = ContextVar("_composing", default=False)
 
 
 def is_compiling() -> bool:
-    """Returns True where Dynamo traces, and where what comes after it looks into a composite."""
-    return torch.compiler.is_compiling() or _composing.get()
+    """Returns True where Dynamo traces, and where AOTAutograd traces the functions that it finds in composites."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 class Defined(NamedTuple):
@@ -69,7 +67,7 @@ def _fields_of(operands: Iterable[Iterable[Any]]) -> list[Any]:
     """Returns the fields of all, one after another; `itertools.chain` is ten times as much work for Dynamo."""
     values: list[Any] = []
     for operand in operands:
-        values += operand
+        values.extend(operand)
     return values
 
 
@@ -96,11 +94,7 @@ def composite(name: str, *kinds: type[Any]) -> Callable[[Callable[..., Sequence[
     def define(function: Callable[..., Sequence[Tensor]]) -> Callable[..., list[Tensor]]:
         def on_fields(*values: Any) -> list[Tensor]:
             *operands, _source = unpack(values, *kinds)
-            token = _composing.set(True)
-            try:
-                return list(function(*operands))
-            finally:
-                _composing.reset(token)
+            return list(function(*operands))
 
         qualified = f"compiled_loss::{name}"
         torch.library.define(qualified, f"({_fields(name, kinds)}, str source) -> Tensor[]")
