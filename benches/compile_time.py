@@ -2,9 +2,9 @@
 
     python -m benches.compile_time
 
-Cold, and after a process that has compiled the same: as torch comes, and where it may also look up graphs that hold
-autograd Functions. Each in a child process of its own, round by round; the compiler's own start is nobody's. Results
-are appended to benches/results, one JSON object a line; ratios are over the unchunked loss, cold.
+Cold, and after a process that has compiled the same. Each in a child process of its own, round by round; the
+compiler's own start is nobody's. Results are appended to benches/results, one JSON object a line; ratios are over the
+unchunked loss, cold.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from compiled_loss.measure import run_in_child
 
 TOKENS, WIDTH, VOCAB = 4096, 256, 16384
 CHUNKS = {"unchunked": (1,), "tokens": (1, 2, 8, 32, 64), "vocab": (2, 8, 32, 64)}
-WARM = {"warm": [("unchunked", 1), ("tokens", 8), ("tokens", 64)], "functions": [("tokens", 8), ("tokens", 64)]}
-FUNCTIONS = "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"
-STARTS = {"cold": {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}, "warm": {FUNCTIONS: "0"}, "functions": {FUNCTIONS: "1"}}
+WARM = [("unchunked", 1), ("tokens", 8), ("tokens", 64), ("vocab", 8)]
+STARTS = {"cold": {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}, "warm": {}}
 
 
 def measure(strategy: str, chunks: int) -> float:
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="(default: all)")
     options = parser.parse_args()
     kinds = [(strategy, chunks, "cold") for strategy, counts in CHUNKS.items() for chunks in counts]
-    kinds += [(*kind, start) for start, warm in WARM.items() for kind in warm]
+    kinds += [(*kind, "warm") for kind in WARM]
     kinds = [kind for kind in kinds if kind[2] in options.starts or kind[0] == "unchunked"]
     seconds = defaultdict(list)
     for number in range(options.rounds):
@@ -86,7 +85,7 @@ def main() -> None:
             row |= {"tokens": TOKENS, "width": WIDTH, "vocab": VOCAB}
             row |= {"ratio": ratio, "seconds": [round(s, 3) for s in samples]}
             lines.write(json.dumps(row | about) + "\n")
-            print(f"{strategy:10} {chunks:3} chunks, {start:9} {statistics.median(samples):6.1f} s  {ratio:.2f}")
+            print(f"{strategy:10} {chunks:3} chunks, {start:4} {statistics.median(samples):6.1f} s  {ratio:.2f}")
     print(f"over the unchunked loss, cold; written to {output}", file=sys.stderr)
 
 

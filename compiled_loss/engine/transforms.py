@@ -16,7 +16,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """Returns a context in which computations keep the dtypes of their operands.
 
     It does nothing where autocast is off already: AOTAutograd's cache takes no graph with an autocast context. By
-    default it takes no graph with an autograd Function either: README, Limits.
+    default it takes no graph with an autograd Function either: NOTE [Composites].
     """
     return contextlib.nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 

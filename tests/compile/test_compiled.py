@@ -105,7 +105,7 @@ def test_autocast_inside_and_outside(strategy):
 
 @pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 def test_retain_graph(strategy):
-    with fresh_cache():  # another test's backward was not compiled to be run twice: README, Limits
+    with fresh_cache():  # another test's backward was not compiled to be run twice
         backward_twice(strategy)
 
 
