@@ -1,6 +1,7 @@
 """Every picture is two files, NAME.png for light pages and NAME-dark.png for dark ones.
 
-NOTE [Two files]: WCAG asks for a contrast of 4.5 between text and its background. No colour has that against white and
+NOTE [Two files]
+WCAG asks for a contrast of 4.5 between text and its background. No colour has that against white and
 against a dark page at once: the most is 4.29 with Furo's #131416, and 4.35 with GitHub's #0d1117. So text has a colour
 per page. Both files are opaque, so that a viewer's own background does not matter. Lines need 3.0, and one set of
 colours has that on both pages. The grid is fainter, because the labels of the ticks say the same.
