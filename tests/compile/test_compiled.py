@@ -137,11 +137,12 @@ def _distilled(hidden, weight, labels, _bias):
 @pytest.mark.parametrize(
     "loss",
     [
-        *[pytest.param(cases.linear(chunking), id=name) for name, chunking in cases.CHUNKINGS.items()],
-        _logits_loss,
+        pytest.param(cases.linear(cases.CHUNKINGS["tokens"]), id="tokens"),
+        pytest.param(cases.linear(cases.CHUNKINGS["vocab"]), id="vocab"),
         _classes_first,
-        _compacted,
-        _distilled,
+        pytest.param(_logits_loss, marks=pytest.mark.slow),
+        pytest.param(_compacted, marks=pytest.mark.slow),
+        pytest.param(_distilled, marks=pytest.mark.slow),
     ],
 )
 def test_a_cached_backward_runs_once(loss):

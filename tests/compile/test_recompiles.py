@@ -118,7 +118,8 @@ def annealed(chunking):
     return loss
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("tokens", marks=pytest.mark.slow), "vocab"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 def test_first_call_in_a_fresh_process_is_compiled(strategy):
     program = f"""
         import torch

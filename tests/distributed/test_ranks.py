@@ -35,6 +35,7 @@ def test_what_ranks_return(tmp_path):
     assert ranks.run(tell, 2, tmp_path, limit=60) == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_hang_is_reported(tmp_path):
     with pytest.raises(AssertionError, match=r"rank 1 hung at: before the wait\n.*time\.sleep|in hang") as told:
         ranks.run(hang, 2, tmp_path, limit=12)

@@ -79,6 +79,7 @@ def test_naive_loop_exceeds_the_bound():
     assert memory["peak"] > 1.5 * (1.05 * (outputs + chunk_bytes("vocab", chunk)) + 16 * MIB)
 
 
+@pytest.mark.slow
 def test_peak_eager_at_half_of_the_vocabulary():
     vocab, chunk = VOCAB // 2, CHUNKS["tokens", "dW"]
     outputs, logits = 4 * (TOKENS * WIDTH + vocab * WIDTH), 4 * chunk * vocab

@@ -58,10 +58,11 @@ def call(name, dtype=torch.float32):
     return loss, (*tensors[:2], own["bias"], weights, mask)
 
 
-INDUCTOR = ("heads jsd", "logits jsd", "soft teacher")  # in CI; the others' C++ takes its time
+IN_CI = ("heads jsd", "logits jsd", "soft teacher")  # the others' compilation takes its time
+SOME = [n if n in IN_CI else pytest.param(n, marks=pytest.mark.slow) for n in FORMS]
 
 
-@pytest.mark.parametrize("name", [n if n in INDUCTOR else pytest.param(n, marks=pytest.mark.slow) for n in FORMS])
+@pytest.mark.parametrize("name", SOME)
 def test_compiled(name):
     """One graph, the eager numbers, and another mask compiles nothing."""
     function, inputs = call(name)
@@ -70,7 +71,7 @@ def test_compiled(name):
     assert count_graphs(function, [inputs, (*inputs[:-1], torch.zeros_like(inputs[-1]))]) == 1
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", SOME)
 def test_traced(name):
     """What the compiler is given, without Inductor."""
     function, inputs = call(name, torch.float64)

@@ -112,8 +112,18 @@ def of_form(form, hidden, weight, labels, wanted):
     )
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["mean_logit", "log_sum_sq_probs", "first_argmax", "all"])
+NAMES = ("mean_logit", "log_sum_sq_probs", "first_argmax", "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *[(name, None) for name in NAMES],
+        ("all", "aot_eager"),
+        *[pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in NAMES[:-1]],
+        *[pytest.param(name, "inductor", marks=pytest.mark.slow) for name in NAMES],
+    ],
+)
 @pytest.mark.parametrize("form", ["logits", "tokens", "vocab"])
 def test_what_is_wanted(form, name, backend):
     """The statistics that the default lacks, alone and all together; None for the rest."""

@@ -62,8 +62,13 @@ def test_as_the_reference(name, strategy, shape, more):
     assert_matches(run, call(reference, name, **MORE[more]), inputs(SHAPES[shape]))
 
 
+IN_CI = ("cross-entropy", "statistics")  # the others' compilation takes its time
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "strategy"), WALKS)
+@pytest.mark.parametrize(
+    ("name", "strategy"), [w if w[0] in IN_CI else pytest.param(*w, marks=pytest.mark.slow) for w in WALKS]
+)
 def test_compiled(name, strategy, backend):
     more = MORE["everything"]
     run = torch.compile(call(compiled_loss, name, CHUNKINGS[strategy], **more), fullgraph=True, backend=backend)

@@ -107,12 +107,13 @@ def test_end_to_end(start, tmp_path, compiles):
         assert width > height > 500
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
 @pytest.mark.parametrize(
     "send",
     [
         pytest.param(getattr(os, "killpg", None), id="as a terminal does"),
-        pytest.param(os.kill, id="one process", marks=pytest.mark.slow),
+        pytest.param(os.kill, id="one process"),
     ],
 )
 def test_interruption_still_draws_what_ran(start, tmp_path, send):
