@@ -114,6 +114,18 @@ def test_torch_export(strategy):
     torch.testing.assert_close(exported(again.hidden, again.labels), head(again.hidden, again.labels))
 
 
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_torch_export_by_dynamo_has_gradients(strategy):
+    inputs = head_inputs(13, 7, 29, dtype=torch.float64)
+    head = Head(inputs, strategy)
+    exported = torch.export.export(head, (inputs.hidden, inputs.labels), strict=True).module()
+    found, expected = (
+        torch.autograd.grad(run(inputs.hidden, inputs.labels), (inputs.hidden, *run.parameters()))
+        for run in (exported, head)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("strategy", ["tokens", pytest.param("vocab", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.usefixtures("plain_bodies")
