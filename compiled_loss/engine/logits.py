@@ -35,10 +35,8 @@ class Given(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The arguments that are not tensors."""
+    """The ranks that share the vocabulary, and whether bodies are compiled in eager code."""
 
-    classes: Classes
-    wanted: Wanted
     group: str | None
     compiled: bool
 
@@ -48,8 +46,8 @@ def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None
 
     All but `correct` and `argmax` are differentiable with respect to the logits.
     """
-    with_ = _Rest(group, is_compiled(given.logits.device, compile))
-    return RowStatistics.of(_statistics(given, classes, wanted, with_), wanted)
+    options = _Options(group, is_compiled(given.logits.device, compile))
+    return RowStatistics.of(_statistics(given, classes, wanted, options), wanted)
 
 
 def plain_statistics(
@@ -63,9 +61,9 @@ def plain_statistics(
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        given, options, _ = unpack(args, Given, _Options)
+        given, classes, wanted, options, _ = unpack(args, Given, Classes, Wanted, _Options)
         logits, labels = given.logits, given.labels
-        state = initial_state(logits, labels.shape, options.wanted)
+        state = initial_state(logits, labels.shape, wanted)
         found = execution.given(
             bodies.fold,
             logits,
@@ -77,7 +75,7 @@ class _Logits(torch.autograd.Function):
         state = state.replaced(found).all_reduced(options.group)
         ctx.save_for_backward(*given, *state)
         ctx.set_materialize_grads(False)
-        ctx.moved, ctx.options = not logits.is_contiguous(), options
+        ctx.moved, ctx.classes, ctx.compiled = not logits.is_contiguous(), classes, options.compiled
         return tuple(finish(state, slack(given.head, given.inverse_temperature)))
 
     @staticmethod
@@ -92,7 +90,7 @@ class _Logits(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         checks.first_derivative()
         given, state, _ = unpack(ctx.saved_tensors, Given, State)
-        logits, options = given.logits, ctx.options
+        logits = given.logits
         with without_autocast(logits.device):  # backward may be called under autocast
             upstream = Upstream.of(state, g_nll, g_lse, g_total, g_entropy, g_squares)
             if ctx.moved:  # else Inductor writes out a long expression twice, in its own layout and in the logits'
@@ -103,20 +101,15 @@ class _Logits(torch.autograd.Function):
                 (given.labels, given.inverse_temperature, state.maximum, *upstream),
                 given.head,
                 lambda: [torch.empty_like(logits)],
-                compiled=options.compiled,
-                classes=options.classes,
+                compiled=ctx.compiled,
+                classes=ctx.classes,
                 moved=ctx.moved or None,
             )
-            return *none(Given)._replace(logits=d), *none(_Options)
+            return *none(Given)._replace(logits=d), *none(Classes), *none(Wanted), *none(_Options)
 
 
-class _Rest(NamedTuple):
-    group: str | None
-    compiled: bool
-
-
-@composite("logits_statistics", Given, Classes, Wanted, _Rest)
-def _statistics(given: Given, classes: Classes, wanted: Wanted, rest: _Rest) -> list[Tensor]:
+@composite("logits_statistics", Given, Classes, Wanted, _Options)
+def _statistics(given: Given, classes: Classes, wanted: Wanted, options: _Options) -> list[Tensor]:
     """Returns the statistics that are wanted."""
-    found = _Logits.apply(*given, *_Options(classes, wanted, *rest))
+    found = _Logits.apply(*given, *classes, *wanted, *options)
     return [v for v in found if v is not None]

@@ -35,7 +35,8 @@ _SCHEMA = {
     "tuple[int, ...]": "int[]",
 }
 # Part of a composite's call: AOTAutograd caches what it finds in one under its name and operands.
-_SOURCE = hashlib.sha256(b"".join([p.read_bytes() for p in sorted(Path(__file__).parent.rglob("*.py"))])).hexdigest()
+_PACKAGE = sorted(Path(__file__).parents[1].rglob("*.py"))
+_SOURCE = hashlib.sha256(b"".join([file.read_bytes() for file in _PACKAGE])).hexdigest()
 
 
 def is_compiling() -> bool:
@@ -76,7 +77,7 @@ def none(kind: type[Any]) -> Any:
     return kind(*(None,) * len(kind._fields))
 
 
-def _fields(name: str, kinds: Sequence[type[Any]]) -> str:
+def _schema(name: str, kinds: Sequence[type[Any]]) -> str:
     """Returns the arguments of a schema."""
     hints = [(field, hint) for kind in kinds for field, hint in kind.__annotations__.items()]
     fields = [f"{_SCHEMA[hint.__forward_arg__]} {field}" for field, hint in hints]
@@ -97,7 +98,7 @@ def composite(name: str, *kinds: type[Any]) -> Callable[[Callable[..., Sequence[
             return list(function(*operands))
 
         qualified = f"compiled_loss::{name}"
-        torch.library.define(qualified, f"({_fields(name, kinds)}, str source) -> Tensor[]")
+        torch.library.define(qualified, f"({_schema(name, kinds)}, str source) -> Tensor[]")
         torch.library.impl(qualified, "CompositeImplicitAutograd")(on_fields)
         opaque = getattr(torch.ops.compiled_loss, name).default
 
@@ -120,7 +121,7 @@ def operator(
     `operations` takes them with shapes in place of tensors. In eager code the last argument's `compiled` decides
     whether the operator is called or the function itself.
     """
-    fields = _fields(name, kinds)
+    schema = _schema(name, kinds)
 
     def define(implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
         def on_fields(*values: Any) -> list[Tensor]:
@@ -128,7 +129,7 @@ def operator(
                 return implementation(*unpack(values, *kinds)[:-1])
 
         qualified = f"compiled_loss::{name}"  # not by custom_op: a call of one takes longer
-        torch.library.define(qualified, f"({fields}) -> Tensor[]")
+        torch.library.define(qualified, f"({schema}) -> Tensor[]")
         torch.library.impl(qualified, "CompositeExplicitAutograd")(on_fields)
         torch.library.register_fake(qualified)(lambda *values: list(like(*unpack(values, *kinds)[:-1])))
         opaque = getattr(torch.ops.compiled_loss, name).default
