@@ -16,9 +16,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,9 @@ CHUNKS, BONUS = 8, 0.01
 Loss = Callable[..., Tensor]
 
 
-def fused(
-    h: Tensor, w: Tensor, y: Tensor, old: Tensor, advantages: Tensor, *, compile: bool | Literal["auto"] = "auto"
-) -> Tensor:
+def fused(h: Tensor, w: Tensor, y: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     """The token strategy."""
-    chunking = Chunking(strategy="tokens", chunk_size=len(y) // CHUNKS, compile=compile)
+    chunking = Chunking(strategy="tokens", chunk_size=len(y) // CHUNKS)
     return linear_policy_loss(h, w, y, old, advantages, entropy_coefficient=BONUS, chunking=chunking).loss
 
 
@@ -75,14 +72,7 @@ def by_trl(h: Tensor, w: Tensor, y: Tensor, old: Tensor, advantages: Tensor) -> 
     return policy_loss(logprob, old, advantages, entropy=entropy, entropy_coefficient=BONUS).loss
 
 
-KERNELS = "fused, kernels"  # eager code with compiled bodies, accelerators' default
-PROVIDERS: dict[str, Loss] = {
-    "fused": fused,
-    KERNELS: partial(fused, compile=True),
-    "statistics": by_statistics,
-    "checkpointed": checkpointed,
-    "whole": whole,
-}
+PROVIDERS: dict[str, Loss] = {"fused": fused, "statistics": by_statistics, "checkpointed": checkpointed, "whole": whole}
 if importlib.util.find_spec("trl") is not None:  # of the extra `peers`
     PROVIDERS["trl"] = by_trl
 
@@ -115,7 +105,7 @@ def made(provider: str, mode: str) -> Loss:
 
 def measured(shape: tuple[int, int, int], mode: str, rounds: int) -> list[dict[str, Any]]:
     """A row for each provider."""
-    names = [name for name in PROVIDERS if name not in ("trl", KERNELS) or mode == "eager"]
+    names = [name for name in PROVIDERS if name != "trl" or mode == "eager"]
     given, losses = inputs(*shape), {name: made(name, mode) for name in names}
     exact = torch.autograd.grad(whole(*given), given[:2])
     for loss in losses.values():
@@ -150,12 +140,9 @@ def measured(shape: tuple[int, int, int], mode: str, rounds: int) -> list[dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--width", type=int, choices=[width for _, width, _ in SHAPES], help="of one shape (default: all)"
-    )
     arguments = parser.parse_args()
     path = RESULTS / f"policy-{torch.__version__.partition('+')[0]}-cpu.jsonl"
-    for shape in [s for s in SHAPES if arguments.width in (None, s[1])]:
+    for shape in SHAPES:
         for mode in ("eager", "compiled"):
             for row in measured(shape, mode, arguments.rounds):
                 print(json.dumps(row), flush=True)

@@ -203,7 +203,8 @@ def compiling() -> list[str]:
         "",
         f"Relative to compiled `F.cross_entropy` without a cache, {statistics.median(one['seconds']):.1f} s. With the",
         f"cache of an earlier process `F.cross_entropy` took {warm['ratio']:.2f} of that.",
-        f"N={one['tokens']}, H={one['width']}, V={one['vocab']}, fp32.",
+        f"N={one['tokens']}, H={one['width']}, V={one['vocab']}, fp32. Cold and warm starts were measured in two runs,",
+        "each relative to its own `F.cross_entropy`.",
         "",
         *table("chunks", map(str, counts), {k: [ratios.get((*s, c), "") for c in counts] for k, s in kinds.items()}),
     ]

@@ -201,7 +201,7 @@ def _weighted_sum(
 
 @composite("divergence_chunks", Problem, Pair, How, Lengths)
 def _divergence(problem: Problem, pair: Pair, how: How, lengths: Lengths) -> tuple[Tensor, ...]:
-    """Returns `Found`, where it is not None."""
+    """Returns the fields of `Found` that are not None."""
     return _Divergence.apply(*problem, *pair, how, lengths)  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
+from compiled_loss.engine.execution import Execution
 from compiled_loss.engine.math import divergence_bodies
 from compiled_loss.engine.math.divergence_bodies import Bodies, Known, Top, Whole
 from compiled_loss.engine.math.divergence_kinds import Kind, Pair
@@ -32,7 +33,7 @@ def divergence(
 ) -> Found:
     """Returns the `Found` of each row; its divergence and, with labels, its cross-entropy are differentiable."""
     inputs = _Inputs(logits, target.values, target.indices, target.inverse_temperature, labels)
-    found = _divergence(inputs, pair, kind, _Options(group, is_compiled(logits.device, compile)))
+    found = _divergence(inputs, pair, kind, Execution(group, is_compiled(logits.device, compile)))
     return Found.of(found, kind, labels, target.indices)
 
 
@@ -141,12 +142,7 @@ class _Divergence(torch.autograd.Function):
         return *none(_Inputs)._replace(logits=d, target=d_target), *none(Pair), None, None, None
 
 
-class _Options(NamedTuple):
-    group: str | None
-    compiled: bool
-
-
-@composite("logits_divergence", _Inputs, Pair, Kind, _Options)
-def _divergence(inputs: _Inputs, pair: Pair, kind: Kind, options: _Options) -> tuple[Tensor, ...]:
-    """Returns `Found`, where it is not None."""
+@composite("logits_divergence", _Inputs, Pair, Kind, Execution)
+def _divergence(inputs: _Inputs, pair: Pair, kind: Kind, options: Execution) -> tuple[Tensor, ...]:
+    """Returns the fields of `Found` that are not None."""
     return _Divergence.apply(*inputs, *pair, kind, *options)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ Optional = Sequence[Tensor | None]
 Known = str | bool | tuple[str | bool | int, ...] | None
 
 _BLOCK = 1 << 19  # the least number of logits per block in eager code: an fp32 temporary has 2 MiB
+
+
+class Execution(NamedTuple):
+    """How a loss of logits that exist is computed."""
+
+    group: str | None  # the ranks that share the vocabulary
+    compiled: bool  # whether eager code runs compiled bodies
 
 
 def given(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
+from compiled_loss.engine.execution import Execution
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.bodies import Upstream
 from compiled_loss.engine.math.coefficients import Classes
@@ -34,19 +35,12 @@ class Given(NamedTuple):
         return Head(None, self.class_weights, self.scales)
 
 
-class _Options(NamedTuple):
-    """The ranks that share the vocabulary, and whether bodies are compiled in eager code."""
-
-    group: str | None
-    compiled: bool
-
-
 def statistics(given: Given, classes: Classes, wanted: Wanted, group: str | None, compile: bool | str) -> RowStatistics:
     """Returns the statistics of NOTE [Relative statistics].
 
     All but `correct` and `argmax` are differentiable with respect to the logits.
     """
-    options = _Options(group, is_compiled(given.logits.device, compile))
+    options = Execution(group, is_compiled(given.logits.device, compile))
     return RowStatistics.of(_statistics(given, classes, wanted, options), wanted)
 
 
@@ -61,7 +55,7 @@ def plain_statistics(
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        given, classes, wanted, options, _ = unpack(args, Given, Classes, Wanted, _Options)
+        given, classes, wanted, options, _ = unpack(args, Given, Classes, Wanted, Execution)
         logits, labels = given.logits, given.labels
         state = initial_state(logits, labels.shape, wanted)
         found = execution.given(
@@ -105,11 +99,11 @@ class _Logits(torch.autograd.Function):
                 classes=ctx.classes,
                 moved=ctx.moved or None,
             )
-            return *none(Given)._replace(logits=d), *none(Classes), *none(Wanted), *none(_Options)
+            return *none(Given)._replace(logits=d), *none(Classes), *none(Wanted), *none(Execution)
 
 
-@composite("logits_statistics", Given, Classes, Wanted, _Options)
-def _statistics(given: Given, classes: Classes, wanted: Wanted, options: _Options) -> list[Tensor]:
+@composite("logits_statistics", Given, Classes, Wanted, Execution)
+def _statistics(given: Given, classes: Classes, wanted: Wanted, options: Execution) -> list[Tensor]:
     """Returns the statistics that are wanted."""
     found = _Logits.apply(*given, *classes, *wanted, *options)
     return [v for v in found if v is not None]

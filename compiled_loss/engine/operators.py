@@ -6,10 +6,10 @@ never the loop. Forward-mode differentiation and functorch do not look into an o
 callers check for them first, and then call plain torch code instead.
 
 NOTE [Composites]
-An autograd Function is called by a composite: an operator for Dynamo, and the function itself for AOTAutograd, which
-traces what it does. Dynamo would trace the Function's Python, forward and backward, which takes it a third of its time,
-and would guard all that the Function looks at. AOTAutograd's cache takes a graph with a composite, and by default none
-with an autograd Function.
+Autograd Functions are applied inside composites. A composite is an operator without a kernel of its own. Dynamo keeps
+it as one node of its graph. AOTAutograd traces the Python inside, so generated code does not change. If Dynamo met the
+Function itself, it would trace forward and backward, a third of all its steps, and guard what they look at. By default
+AOTAutograd's cache takes no graph with an autograd Function, but it takes one with a composite.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.engine import execution, gemm
+from compiled_loss.engine.execution import Execution
 from compiled_loss.engine.math import probability_bodies
 from compiled_loss.engine.math.problem import Head
 from compiled_loss.engine.math.statistics import statistics_dtype
@@ -43,7 +44,7 @@ class _Rows(NamedTuple):
 
 def statistics(given: Given, group: str | None, compile: bool | str) -> tuple[Tensor, Tensor]:
     """Returns each row's loss and log-sum-exp, differentiable with respect to logits and probabilities."""
-    loss, lse = _statistics(given, _Options(group, is_compiled(given.logits.device, compile)))
+    loss, lse = _statistics(given, Execution(group, is_compiled(given.logits.device, compile)))
     return loss, lse
 
 
@@ -104,12 +105,7 @@ class _Probabilities(torch.autograd.Function):
         return *none(Given)._replace(logits=d, probabilities=d_probabilities), None, None
 
 
-class _Options(NamedTuple):
-    group: str | None
-    compiled: bool
-
-
-@composite("probability_logits_statistics", Given, _Options)
-def _statistics(given: Given, options: _Options) -> tuple[Tensor, Tensor]:
+@composite("probability_logits_statistics", Given, Execution)
+def _statistics(given: Given, options: Execution) -> tuple[Tensor, Tensor]:
     """Returns each row's loss and log-sum-exp."""
     return _Probabilities.apply(*given, *options)  # type: ignore[no-any-return]
