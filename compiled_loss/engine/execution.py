@@ -32,7 +32,7 @@ _BLOCK = 1 << 19  # the least number of logits per block in eager code: an fp32 
 
 
 class Execution(NamedTuple):
-    """How a loss of logits that exist is computed."""
+    """The ranks and the kind of execution of a loss of logits that exist."""
 
     group: str | None  # the ranks that share the vocabulary
     compiled: bool  # whether eager code runs compiled bodies
