@@ -199,7 +199,7 @@ class LinearCall(NamedTuple):
         else:
             losses = self._evaluated(own, rows, coefficients.label_weight(problem.labels, classes, rows.nll.dtype))
         if scalar:
-            (losses,) = divisor.divide(self.tokens.active, losses.sum())
+            losses = divisor.divide(self.tokens.active, losses.sum())
         return losses, rows if with_statistics else None
 
     def _plain_logits_loss(self, coefficients: Coefficients, divisor: Divisor) -> Tensor:
@@ -213,7 +213,7 @@ class LinearCall(NamedTuple):
         checks.functions.result("logits_loss", losses, z.shape[:1])
         active, weight = self.tokens.active, coefficients.label_weight(problem.labels, classes, z.dtype)
         losses = torch.where(active, losses.to(z.dtype), 0.0) * weight
-        (total,) = divisor.divide(active, losses.sum())
+        total = divisor.divide(active, losses.sum())
         return total
 
     def _clean_inputs(self) -> list[Tensor]:

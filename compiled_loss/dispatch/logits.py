@@ -43,7 +43,7 @@ class LogitsCall(NamedTuple):
         rows = self._statistics(Wanted(total=coefficients.total is not None))
         loss = combine(rows, coefficients, tokens.labels, tokens.classes)
         if keywords.reduction != "none":
-            (loss,) = divisor.divide(tokens.active, loss.sum())
+            loss = divisor.divide(tokens.active, loss.sum())
         return self.vocabulary.nan_unless_equal(loss, tokens.labels, loss)
 
     def statistics(self, wanted: Wanted) -> RowStatistics:

@@ -80,7 +80,7 @@ def _chunks(problem: Problem, pair: Pair, group: str | None, lengths: Lengths, *
         if target_weight is not None:
             if buffer is None:
                 buffer = values.new_empty(z.shape)
-            of_target = torch.mm(of_target, target_weight.t(), out=buffer[: z.shape[0]])
+            of_target = gemm.logits(of_target, target_weight, out=buffer[: z.shape[0]])
         of_rows = None if inverse is None else inverse[rows]
         if indices is None:
             yield _Chunk(rows, z, Whole(of_target, of_rows), None)
@@ -213,6 +213,7 @@ def _summed(
     accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
     bodies, group = _bodies(problem), how.group
+    counted = gemm.Counted.of(counts.active, hidden)
     body = bodies.fold_and_gradient if known is None else bodies.gradient
     if known is not None and problem.indices is None:
         group = None  # nothing is reduced over ranks
@@ -224,6 +225,7 @@ def _summed(
         execution.run(body, z, operands, pair, out, compiled=lengths.compiled, kind=how.kind, group=group)
         if place is not None:
             place.put_(z, d_top[0])
-        gemm.accumulate_gradients(*gradients, z, hidden[rows], weight, counts.active, rows.start, 0, None)
+        states = gemm.rows_of(hidden, rows.start, z.shape[0])
+        gemm.accumulate_gradients(*gradients, z, states, weight, counted, rows.start, 0, None)
     del z
     return gradients.with_weight_in(kept(weight.dtype, lengths)).present()

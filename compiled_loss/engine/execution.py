@@ -80,12 +80,17 @@ def run(
             run(body, z[i], _of(i, rows), rest, _of(i, out), compiled=compiled, **known)
     elif compiled and z.shape[0]:
         _compiled(body, z, rows, rest, out, _present(known))
+    elif z.shape[0] <= (step := _rows_per_block(z)):
+        _write(out, body(z, *_in_order(rows, rest), **_present(known)))
     else:
-        block_size = max(_BLOCK, z.numel() >> 7)  # a temporary is small, or small compared with the chunk
-        step = max(1, block_size // max(1, z.shape[1]))
-        for i in range(0, max(1, z.shape[0]), step):
+        for i in range(0, z.shape[0], step):
             block = slice(i, i + step)
             _write(_of(block, out), body(z[block], *_in_order(_of(block, rows), rest), **_present(known)))
+
+
+def _rows_per_block(z: Tensor) -> int:
+    block_size = max(_BLOCK, z.numel() >> 7)  # a temporary is small, or small compared with the chunk
+    return max(1, block_size // max(1, z.shape[1]))
 
 
 def _present(known: dict[str, Known]) -> dict[str, Known]:

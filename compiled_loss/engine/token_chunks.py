@@ -166,6 +166,7 @@ def _form(
     if known:
         static |= {"statistics": True, "entropy": forming.with_entropy}
     active = classes.active(labels)
+    counted = gemm.Counted.of(active, hidden)
     for chunk, z in chunks(hidden, weight, lengths):
         rows = of_chunk(chunk, labels, problem.inverse_temperature, *linear, *others)
         out = of_chunk(chunk, losses, *d_inputs, *known)
@@ -178,10 +179,10 @@ def _form(
             compiled=lengths.compiled,
             **static,
         )
-        gemm.accumulate_gradients(*gradients, z, hidden[chunk], weight, active, chunk.start, 0, None)
+        states = gemm.rows_of(hidden, chunk.start, z.shape[0])
+        gemm.accumulate_gradients(*gradients, z, states, weight, counted, chunk.start, 0, None)
     del z
-    total = losses.sum()
-    total, factor = divisor.divide(active, *((total, torch.ones_like(total)) if unit is None else (total * unit, unit)))
+    total, factor = divisor.divide_with_factor(active, losses.sum(), unit)
     gradients = gradients.with_weight_in(kept(weight.dtype, lengths))
     if unit is not None:
         d_inputs = [d / unit if i < loss.linear else d for i, d in zip(loss.wanted, d_inputs, strict=True)]

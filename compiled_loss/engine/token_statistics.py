@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_loss.engine import execution
+from compiled_loss.engine import execution, gemm
 from compiled_loss.engine.math import bodies
 from compiled_loss.engine.math.problem import Problem, slack
 from compiled_loss.engine.math.statistics import RowStatistics, Wanted, finish, initial_state, statistics_dtype
@@ -71,14 +71,14 @@ def chunks(hidden: Tensor, weight: Tensor, lengths: Lengths) -> Iterator[tuple[s
     buffer = hidden.new_empty(min(plan.chunk, rows), weight.shape[0])
     for i in range(plan.count):
         chunk = slice(min(rows, i * plan.chunk), min(rows, (i + 1) * plan.chunk))
-        z = buffer[: chunk.stop - chunk.start]
-        torch.mm(hidden[chunk], weight.t(), out=z)
+        z = gemm.rows_of(buffer, 0, chunk.stop - chunk.start)
+        gemm.logits(gemm.rows_of(hidden, chunk.start, z.shape[0]), weight, out=z)
         yield chunk, z
 
 
 def of_chunk(chunk: slice, *rows: Tensor | None) -> list[Tensor | None]:
     """Returns a chunk's rows of each tensor; None stays None."""
-    return [None if v is None else v[chunk] for v in rows]
+    return [None if v is None else gemm.rows_of(v, chunk.start, chunk.stop - chunk.start) for v in rows]
 
 
 @operator("fold_token_chunks", Problem, Asked, Lengths, like=statistics_like, operations=fold_operations)

@@ -114,7 +114,7 @@ def _chunks(problem: Problem, lengths: Lengths) -> Iterator[tuple[int, Tensor, H
         part = slice(start, min(columns, start + size))
         bias, class_weights = (None if v is None else v[part] for v in (head.bias, head.class_weights))
         z = buffer[: tokens * (part.stop - start)].view(tokens, part.stop - start)
-        torch.mm(hidden, weight[part].t(), out=z)
+        gemm.logits(hidden, weight[part], out=z)
         yield start, weight[part], head._replace(bias=bias, class_weights=class_weights, start=starts[i : i + 1]), z
 
 
@@ -206,9 +206,9 @@ def _sum(
     """
     labels, (state, _) = problem.labels, _folded(problem, asked, lengths)
     known = _finished(problem, state)
-    loss = combine(known, coefficients, labels, classes).sum()
     active = classes.active(labels)
-    loss, factor = divisor.divide(active, loss, torch.ones_like(loss))
+    loss = combine(known, coefficients, labels, classes).sum()
+    loss, factor = divisor.divide_with_factor(active, loss, None)
     rows = masked(known, active).present() if summing.with_statistics else ()
     return [*state.present(), factor, loss, *rows]
 
@@ -248,11 +248,11 @@ def _gradients(
         upstream = upstream.map(lambda g: g / scale)
     accumulate_dtype = lengths.plan("vocab", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, hidden_dtype=accumulate_dtype)
-    active = classes.active(problem.labels)
+    counted = gemm.Counted.of(classes.active(problem.labels), hidden)
     rows = (problem.labels, problem.inverse_temperature, state.maximum, *upstream)
     for start, columns, head, z in _chunks(problem, lengths):
         execution.run(bodies.gradient, z, rows, head, [z], compiled=lengths.compiled, classes=classes)
-        gemm.accumulate_gradients(*gradients, z, hidden, columns, active, 0, start, scale)
+        gemm.accumulate_gradients(*gradients, z, hidden, columns, counted, 0, start, scale)
     del z
     d_hidden, _, d_bias = gradients
     if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):

@@ -74,24 +74,33 @@ class Divisor(NamedTuple):
     divisor: Tensor | None
     number: int | None
 
-    def divide(self, active: Tensor, *totals: Tensor) -> list[Tensor]:
-        """Returns each total divided, with one rounding; 0 where the divisor is 0 and the total is finite.
+    def divide(self, active: Tensor, total: Tensor) -> Tensor:
+        """Returns the total divided, with one rounding; 0 where the divisor is 0 and the total is finite.
 
         `active` marks the rows that count.
         """
-        dtype = totals[0].dtype
+        value = self._value(active, total.dtype)
+        return total if value is None else total / value
+
+    def divide_with_factor(self, active: Tensor, total: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns total * unit divided, and the factor unit / divisor of its gradients; a unit of None is 1."""
+        value = self._value(active, total.dtype)
+        if unit is not None:
+            total = total * unit
+        if value is None:
+            return total, torch.ones_like(total) if unit is None else unit
+        return total / value, value.reciprocal() if unit is None else unit / value
+
+    def _value(self, active: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.of_rows:
-            value = active.sum(dtype=dtype).clamp(min=1)  # the total of no row is 0
-        elif self.number is None and self.divisor is None:
-            return list(totals)
+            return active.sum(dtype=dtype).clamp(min=1)  # the total of no row is 0
+        if self.number is not None:
+            value = torch.full((), self.number, dtype=dtype, device=active.device)
+        elif self.divisor is not None:
+            value = self.divisor.to(dtype).reshape(())  # on its own device: no synchronisation
         else:
-            if self.number is not None:
-                value = torch.full((), self.number, dtype=dtype, device=active.device)
-            else:
-                assert self.divisor is not None
-                value = self.divisor.to(dtype).reshape(())  # on its own device: no synchronisation
-            value = value.masked_fill(value == 0, math.inf)  # the gradient is 0, too
-        return [total / value for total in totals]
+            return None
+        return value.masked_fill(value == 0, math.inf)  # the gradient is 0, too
 
 
 def combine(statistics: RowStatistics, coefficients: Coefficients, labels: Tensor, classes: Classes) -> Tensor:
