@@ -5,6 +5,11 @@ A pass over the chunks is one operator for the compiler. The compiler sees the s
 never the loop. Forward-mode differentiation and functorch do not look into an operator either, and would give zeros. So
 callers check for them first, and then call plain torch code instead.
 
+NOTE [Around a loop]
+A few numbers a token are computed before and after a loop. On a CPU they are a part of the operator, because there each
+kernel that Inductor writes for them takes about a second to compile. On other devices only the loop is an operator, and
+Inductor fuses the rest.
+
 NOTE [Composites]
 Autograd Functions are applied inside composites. A composite is an operator without a kernel of its own. Dynamo keeps
 it as one node of its graph. AOTAutograd traces the Python inside, so generated code does not change. If Dynamo met the
@@ -14,6 +19,7 @@ AOTAutograd's cache takes no graph with an autograd Function, but it takes one w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -112,18 +118,32 @@ def composite(name: str, *kinds: type[Any]) -> Callable[[Callable[..., Sequence[
     return define
 
 
+class Loop(NamedTuple):
+    """A loop over chunks inside a larger operator: NOTE [Around a loop]."""
+
+    implementation: Callable[..., list[Tensor]]
+    operator: Callable[..., list[Tensor]]
+
+
 def operator(
-    name: str, *kinds: type[Any], like: Callable[..., Sequence[Tensor]], operations: Callable[..., int]
+    name: str,
+    *kinds: type[Any],
+    like: Callable[..., Sequence[Tensor]],
+    operations: Callable[..., int],
+    loop: Loop | None = None,
 ) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
     """Returns a decorator that makes an operator of a function from NamedTuples of these kinds to new tensors.
 
     `like` takes the same arguments, and returns tensors of the same sizes and dtypes as the function, without data.
     `operations` takes them with shapes in place of tensors. In eager code the last argument's `compiled` decides
-    whether the operator is called or the function itself.
+    whether the operator is called or the function itself. If there is a `loop`, the function takes it, or its operator,
+    as its first argument.
     """
     schema = _schema(name, kinds)
 
-    def define(implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    def define(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        implementation = function if loop is None else functools.partial(function, loop.implementation)
+
         def on_fields(*values: Any) -> list[Tensor]:
             with torch.no_grad():
                 return implementation(*unpack(values, *kinds)[:-1])
@@ -136,6 +156,8 @@ def operator(
         DEFINED[qualified] = Defined(on_fields, lambda *shapes, **_: operations(*unpack(shapes, *kinds)[:-1]))
 
         def call(*operands: Any) -> list[Tensor]:
+            if loop is not None and is_compiling() and operands[0].hidden.device.type != "cpu":
+                return function(loop.operator, *operands)
             values = _fields_of(operands)
             return list(opaque(*values)) if operands[-1].compiled else on_fields(*values)
 

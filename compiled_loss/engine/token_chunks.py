@@ -8,7 +8,7 @@ one [C, V].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from compiled_loss.engine.math.coefficients import Classes, Divisor, unit_scale
 from compiled_loss.engine.math.problem import Problem
 from compiled_loss.engine.math.row_losses import Named
 from compiled_loss.engine.math.statistics import RowStatistics, Wanted, statistics_dtype
-from compiled_loss.engine.operators import composite, is_compiling, none, operator, unpack
+from compiled_loss.engine.operators import Loop, composite, is_compiling, none, operator, unpack
 from compiled_loss.engine.token_statistics import Asked, chunks, of_chunk, product, statistics_like
 from compiled_loss.planner.plan import Lengths
 
@@ -101,44 +101,71 @@ def _inputs_like(inputs: Inputs, forming: _Forming) -> list[Tensor]:
     return [torch.empty_like(inputs.inputs[i]) for i in row_losses.of(forming.loss).wanted]
 
 
-def _formed_like(
-    problem: Problem,
-    inputs: Inputs,
-    _divisor: Divisor,
-    _classes: Classes,
-    needs: Needs,
-    forming: _Forming,
-    lengths: Lengths,
+def _loop_like(
+    problem: Problem, inputs: Inputs, _classes: Classes, needs: Needs, forming: _Forming, lengths: Lengths
 ) -> list[Tensor]:
     hidden, weight, bias = problem[:3]
     gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=kept(weight.dtype, lengths))
-    one = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
-    return [
-        *gradients.present(),
-        one,
-        torch.empty_like(one),
-        *_inputs_like(inputs, forming),
-        *_known_like(problem, forming),
-    ]
+    losses = problem.labels.new_empty(problem.labels.shape, dtype=statistics_dtype(hidden.dtype))
+    return [*gradients.present(), losses, *_inputs_like(inputs, forming), *_known_like(problem, forming)]
 
 
-def _form_operations(problem: Problem, _inputs: Any, _divisor: Any, _classes: Any, needs: Needs, *_rest: Any) -> int:
+def _loop_operations(problem: Problem, _inputs: Any, _classes: Any, needs: Needs, *_rest: Any) -> int:
     return (1 + needs.needs_hidden + needs.needs_weight) * product(problem)
+
+
+def _loop(
+    problem: Problem, inputs: Inputs, classes: Classes, needs: Needs, forming: _Forming, lengths: Lengths
+) -> list[Tensor]:
+    """Returns the problem's gradients that are wanted, the rows' losses, the inputs' gradients, and statistics."""
+    hidden, weight, bias = problem[:3]
+    labels, head = problem.labels, problem.head.packed()
+    body = bodies.logits_loss_and_gradient if row_losses.of(forming.loss).of_logits else bodies.fold_and_gradient
+    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
+    gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
+    losses = labels.new_empty(labels.shape, dtype=statistics_dtype(hidden.dtype))
+    d_inputs, known = _inputs_like(inputs, forming), _known_like(problem, forming)
+    static: dict[str, Any] = {"classes": classes, "loss": forming.loss, "group": forming.group}
+    if known:
+        static |= {"statistics": True, "entropy": forming.with_entropy}
+    counted = gemm.Counted.of(classes.active(labels), hidden)
+    for chunk, z in chunks(hidden, weight, lengths):
+        rows = of_chunk(chunk, labels, problem.inverse_temperature, *inputs.inputs)
+        out = [z, *of_chunk(chunk, losses, *d_inputs, *known)]
+        execution.run(body, z, rows, (*head, *inputs.numbers), out, compiled=lengths.compiled, **static)
+        states = gemm.rows_of(hidden, chunk.start, z.shape[0])
+        gemm.accumulate_gradients(*gradients, z, states, weight, counted, chunk.start, 0, None)
+    del z
+    return [*gradients.with_weight_in(kept(weight.dtype, lengths)).present(), losses, *d_inputs, *known]
+
+
+_loop_operator = operator(
+    "loop_token_chunks",
+    *(Problem, Inputs, Classes, Needs, _Forming, Lengths),
+    like=_loop_like,
+    operations=_loop_operations,
+)(_loop)
+
+
+def _form_like(
+    problem: Problem, inputs: Inputs, _divisor: Divisor, classes: Classes, needs: Needs, *rest: Any
+) -> list[Tensor]:
+    found = _loop_like(problem, inputs, classes, needs, *rest)
+    gradients = Gradients.pop_from(found, needs, problem.bias)
+    losses, *rows = found
+    one = losses.new_empty(())
+    return [*gradients.present(), one, torch.empty_like(one), *rows]
 
 
 @operator(
     "form_token_chunks",
-    Problem,
-    Inputs,
-    Divisor,
-    Classes,
-    Needs,
-    _Forming,
-    Lengths,
-    like=_formed_like,
-    operations=_form_operations,
+    *(Problem, Inputs, Divisor, Classes, Needs, _Forming, Lengths),
+    like=_form_like,
+    operations=lambda problem, inputs, _divisor, *rest: _loop_operations(problem, inputs, *rest),
+    loop=Loop(_loop, _loop_operator),
 )
 def _form(
+    loop: Callable[..., list[Tensor]],
     problem: Problem,
     inputs: Inputs,
     divisor: Divisor,
@@ -151,42 +178,18 @@ def _form(
 
     The gradients are those that are wanted. The statistics, if they are wanted, are masked.
     """
-    hidden, weight, bias = problem[:3]
-    labels, head = problem.labels, problem.head.packed()
-    loss = row_losses.of(forming.loss)
-    linear, others = inputs.inputs[: loss.linear], inputs.inputs[loss.linear :]
-    unit = unit_scale(hidden.dtype, *linear)
+    loss, numbers, rows = row_losses.of(forming.loss), *inputs
+    unit = unit_scale(problem.hidden.dtype, *rows[: loss.linear])
     if unit is not None:
-        linear = [c / unit for c in linear]
-    accumulate_dtype = lengths.plan("tokens", hidden).accumulate_dtype
-    gradients = Gradients.empty(hidden, weight, bias, needs, weight_dtype=accumulate_dtype)
-    losses = labels.new_empty(labels.shape, dtype=statistics_dtype(hidden.dtype))
-    d_inputs, known = _inputs_like(inputs, forming), _known_like(problem, forming)
-    static: dict[str, Any] = {"classes": classes, "loss": forming.loss, "group": forming.group}
-    if known:
-        static |= {"statistics": True, "entropy": forming.with_entropy}
-    active = classes.active(labels)
-    counted = gemm.Counted.of(active, hidden)
-    for chunk, z in chunks(hidden, weight, lengths):
-        rows = of_chunk(chunk, labels, problem.inverse_temperature, *linear, *others)
-        out = of_chunk(chunk, losses, *d_inputs, *known)
-        execution.run(
-            bodies.logits_loss_and_gradient if loss.of_logits else bodies.fold_and_gradient,
-            z,
-            rows,
-            (*head, *inputs.numbers),
-            [z, *out],
-            compiled=lengths.compiled,
-            **static,
-        )
-        states = gemm.rows_of(hidden, chunk.start, z.shape[0])
-        gemm.accumulate_gradients(*gradients, z, states, weight, counted, chunk.start, 0, None)
-    del z
-    total, factor = divisor.divide_with_factor(active, losses.sum(), unit)
-    gradients = gradients.with_weight_in(kept(weight.dtype, lengths))
+        rows = [c / unit if i < loss.linear else c for i, c in enumerate(rows)]
+    found = loop(problem, Inputs(numbers, rows), classes, needs, forming, lengths)
+    gradients = Gradients.pop_from(found, needs, problem.bias)
+    active = classes.active(problem.labels)
+    total, factor = divisor.divide_with_factor(active, found.pop(0).sum(), unit)
+    d_inputs, known = found[: len(loss.wanted)], found[len(loss.wanted) :]
     if unit is not None:
         d_inputs = [d / unit if i < loss.linear else d for i, d in zip(loss.wanted, d_inputs, strict=True)]
-    statistics_ = [v & active if v.dtype == torch.bool else v.masked_fill_(~active, 0) for v in known]
+    statistics_ = [v & active if v.dtype == torch.bool else v.masked_fill(~active, 0) for v in known]
     return [*gradients.present(), factor, total, *d_inputs, *statistics_]
 
 

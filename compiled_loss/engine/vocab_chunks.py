@@ -7,7 +7,7 @@ but one [N, C].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from compiled_loss.engine.math.statistics import (
     masked,
     statistics_dtype,
 )
-from compiled_loss.engine.operators import composite, none, operator, unpack
+from compiled_loss.engine.operators import Loop, composite, none, operator, unpack
 from compiled_loss.engine.token_statistics import Asked, fold_operations, found_statistics, product, statistics_like
 from compiled_loss.engine.top import Top, top
 from compiled_loss.engine.transforms import without_autocast
@@ -132,7 +132,12 @@ def _pop_state(found: list[Tensor], asked: Asked) -> State:
     return State.of([found.pop(0) for _ in range(3 + sum(asked.wanted))], asked.wanted)
 
 
-def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[State, Top | None]:
+def _fold_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[Tensor]:
+    dtype = statistics_dtype(problem.hidden.dtype)
+    return [*_state_like(problem, asked), *Top.like(problem.labels, asked.top_k, dtype)]
+
+
+def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
     """Returns the state of every row, and its top if it is asked for."""
     state = initial_state(problem.hidden, problem.labels.shape, asked.wanted)
     best: Top | None = None
@@ -144,19 +149,29 @@ def _folded(problem: Problem, asked: Asked, lengths: Lengths) -> tuple[State, To
         rows = (problem.labels, problem.inverse_temperature, *state)
         execution.run(bodies.fold, z, rows, head, found.present(), compiled=lengths.compiled)
         state = found
-    return state.all_reduced(asked.group), None if best is None else best.of_ranks(lengths.ranks, asked.group)
+    present = state.all_reduced(asked.group).present()
+    return [*present, *(() if best is None else best.of_ranks(lengths.ranks, asked.group))]
 
 
-def _statistics_like(problem: Problem, asked: Asked, _lengths: Lengths) -> list[Tensor]:
-    return _state_like(problem, asked) + statistics_like(problem, asked)
+_FOLD = Loop(
+    _fold,
+    operator("loop_vocab_chunks", *(Problem, Asked, Lengths), like=_fold_like, operations=fold_operations)(_fold),
+)
 
 
-@operator("fold_vocab_chunks", Problem, Asked, Lengths, like=_statistics_like, operations=fold_operations)
-def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
-    """Returns the state of every row, and its statistics."""
-    state, best = _folded(problem, asked, lengths)
+@operator(
+    "fold_vocab_chunks",
+    *(Problem, Asked, Lengths),
+    like=lambda problem, asked, _lengths: _state_like(problem, asked) + statistics_like(problem, asked),
+    operations=fold_operations,
+    loop=_FOLD,
+)
+def _statistics_of(fold: Callable[..., list[Tensor]], problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
+    """Returns the state of every row, its statistics, and its top if it is asked for."""
+    best = fold(problem, asked, lengths)
+    state = _pop_state(best, asked)
     rows = [v.clone() if v is state.total else v for v in _finished(problem, state).present()]
-    return [*state.present(), *rows, *(() if best is None else best)]
+    return [*state.present(), *rows, *best]
 
 
 class _Summing(NamedTuple):
@@ -181,17 +196,13 @@ def _sum_like(
 
 @operator(
     "sum_vocab_chunks",
-    Problem,
-    Coefficients,
-    Divisor,
-    Classes,
-    Asked,
-    _Summing,
-    Lengths,
+    *(Problem, Coefficients, Divisor, Classes, Asked, _Summing, Lengths),
     like=_sum_like,
     operations=fold_operations,
+    loop=_FOLD,
 )
 def _sum(
+    fold: Callable[..., list[Tensor]],
     problem: Problem,
     coefficients: Coefficients,
     divisor: Divisor,
@@ -200,66 +211,90 @@ def _sum(
     summing: _Summing,
     lengths: Lengths,
 ) -> list[Tensor]:
-    """Returns the state of every row, the factor of its gradients, the loss, and, if wanted, the masked statistics.
-
-    All this is one operator, so that a compiled caller has no kernel of the loss to compile.
-    """
-    labels, (state, _) = problem.labels, _folded(problem, asked, lengths)
-    known = _finished(problem, state)
-    active = classes.active(labels)
-    loss = combine(known, coefficients, labels, classes).sum()
+    """Returns the state of every row, the factor of its gradients, the loss, and, if wanted, the masked statistics."""
+    state = _pop_state(fold(problem, asked, lengths), asked)
+    known, active = _finished(problem, state), classes.active(problem.labels)
+    loss = combine(known, coefficients, problem.labels, classes).sum()
     loss, factor = divisor.divide_with_factor(active, loss, None)
     rows = masked(known, active).present() if summing.with_statistics else ()
     return [*state.present(), factor, loss, *rows]
 
 
-def _gradients_like(
-    problem: Problem, _state: State, _sought: _Sought, _classes: Classes, needs: Needs, _lengths: Lengths
-) -> list[Tensor]:
+class _Relative(NamedTuple):
+    """The numbers to which an `Upstream` is relative."""
+
+    maximum: Tensor  # of each row
+    scale: Tensor | None  # a divisor, for fp16
+
+
+def _gradients_like(problem: Problem, needs: Needs) -> list[Tensor]:
     gradients = Gradients.empty(*problem[:3], needs)
     if gradients.d_bias is not None and problem.bias is not None:
         gradients = gradients._replace(d_bias=torch.empty_like(problem.bias))
     return gradients.present()
 
 
-def _operations(problem: Problem, _state: Any, _sought: Any, _classes: Any, needs: Needs, _lengths: Any) -> int:
+def _gradient_operations(problem: Problem, needs: Needs) -> int:
     return (1 + needs.needs_hidden + needs.needs_weight) * product(problem)
 
 
-@operator(
-    "vocab_chunks_gradients",
-    Problem,
-    State,
-    _Sought,
-    Classes,
-    Needs,
-    Lengths,
-    like=_gradients_like,
-    operations=_operations,
-)
-def _gradients(
-    problem: Problem, state: State, sought: _Sought, classes: Classes, needs: Needs, lengths: Lengths
+def _accumulated(
+    problem: Problem, upstream: Upstream, relative: _Relative, classes: Classes, needs: Needs, lengths: Lengths
 ) -> list[Tensor]:
-    """Returns the gradients that are needed."""
+    """Returns the gradients that are needed, of the coefficients of the logits' gradient."""
     hidden, weight, bias = problem[:3]
-    upstream = sought.upstream(state, problem.labels, classes)
-    scale = unit_scale(hidden.dtype, *upstream)
-    if scale is not None:
-        upstream = upstream.map(lambda g: g / scale)
+    maximum, scale = relative
     accumulate_dtype = lengths.plan("vocab", hidden).accumulate_dtype
     gradients = Gradients.empty(hidden, weight, bias, needs, hidden_dtype=accumulate_dtype)
     counted = gemm.Counted.of(classes.active(problem.labels), hidden)
-    rows = (problem.labels, problem.inverse_temperature, state.maximum, *upstream)
+    rows = (problem.labels, problem.inverse_temperature, maximum, *upstream)
     for start, columns, head, z in _chunks(problem, lengths):
         execution.run(bodies.gradient, z, rows, head, [z], compiled=lengths.compiled, classes=classes)
         gemm.accumulate_gradients(*gradients, z, hidden, columns, counted, 0, start, scale)
     del z
     d_hidden, _, d_bias = gradients
     if d_hidden is not None and (scale is not None or d_hidden.dtype != hidden.dtype):
-        d_hidden = gemm.scaled_(d_hidden, state.maximum.new_ones(()) if scale is None else scale, hidden.dtype)
+        d_hidden = gemm.scaled_(d_hidden, maximum.new_ones(()) if scale is None else scale, hidden.dtype)
     if bias is not None and d_bias is not None:
         d_bias = (d_bias if scale is None else d_bias * scale).to(bias.dtype)
     return gradients._replace(d_hidden=d_hidden, d_bias=d_bias).present()
+
+
+_ACCUMULATED = Loop(
+    _accumulated,
+    operator(
+        "accumulate_vocab_chunks",
+        *(Problem, Upstream, _Relative, Classes, Needs, Lengths),
+        like=lambda problem, _upstream, _relative, _classes, needs, _lengths: _gradients_like(problem, needs),
+        operations=lambda problem, _upstream, _relative, _classes, needs, _lengths: _gradient_operations(
+            problem, needs
+        ),
+    )(_accumulated),
+)
+
+
+@operator(
+    "vocab_chunks_gradients",
+    *(Problem, State, _Sought, Classes, Needs, Lengths),
+    like=lambda problem, _state, _sought, _classes, needs, _lengths: _gradients_like(problem, needs),
+    operations=lambda problem, _state, _sought, _classes, needs, _lengths: _gradient_operations(problem, needs),
+    loop=_ACCUMULATED,
+)
+def _gradients(
+    accumulated: Callable[..., list[Tensor]],
+    problem: Problem,
+    state: State,
+    sought: _Sought,
+    classes: Classes,
+    needs: Needs,
+    lengths: Lengths,
+) -> list[Tensor]:
+    """Returns the gradients that are needed."""
+    upstream = sought.upstream(state, problem.labels, classes)
+    scale = unit_scale(problem.hidden.dtype, *upstream)
+    if scale is not None:
+        upstream = upstream.map(lambda g: g / scale)
+    return accumulated(problem, upstream, _Relative(state.maximum, scale), classes, needs, lengths)
 
 
 def _d_problem(ctx: Any, problem: Problem, state: State, sought: _Sought, options: _Options) -> Problem:
@@ -276,7 +311,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         problem, options, _ = unpack(args, Problem, _Options)
-        found, asked = _fold(problem, options.asked, options.lengths), options.asked
+        found, asked = _statistics_of(problem, options.asked, options.lengths), options.asked
         state = _pop_state(found, asked)
         ctx.save_for_backward(*problem, *state)
         ctx.set_materialize_grads(False)

@@ -207,12 +207,16 @@ def kind_of(launch):
 @COUNTS
 @pytest.mark.parametrize("name", ["plain", pytest.param("everything", marks=pytest.mark.slow)])
 def test_kernel_counts_per_chunk_of_tokens(inspected, name):
-    """Its logits, one body, the copy of the hidden states that count, dH and dW; with a bias also its sum."""
+    """Its logits, one body, the copy of the hidden states that count, dH and dW; with a bias also its sum.
+
+    A call has the rows that count, a zero, and the sums of losses and rows in three kernels. Every option together adds
+    the scales, the sums of class weights and of token weights, the coefficients, and the head in one tensor.
+    """
     found, bodies = by_kind(inspected, "tokens", name)
     forward, backward = found["forward"], found["backward"]
     assert forward[0] == {"GEMM": 3, "generated": 1, "library": 1 if name == "plain" else 3}
     assert forward[1].get("GEMM", 0) == 0
-    assert sum(forward[1].values()) <= 8  # of [N] or of one number, a call
+    assert sum(forward[1].values()) <= (5 if name == "plain" else 13)  # of [N] or of one number
     assert backward == [{}, {"generated": 2 if name == "plain" else 3}]
     assert len(bodies) == 1
 
@@ -245,7 +249,7 @@ def test_kernel_name_of_a_chunk_of_tokens(inspected):
 def test_the_first_loop_of_a_chunk_of_tokens_finds_the_maximum_alone(inspected, name):
     """What else is in it keeps it from being unrolled: 17 instructions a logit for 5, with a softcap a tanh more."""
     found = inspection(inspected, CASES["8B", f"tokens, {name}"], assemble=False)
-    (kernel,) = [k for k in found.kernels if k.name.startswith("triton_red")]
+    (kernel,) = [k for k in found.kernels if "_amax_" in k.name]
     _, first, *others = re.split(r"\n    for \S+ in tl\.range", kernel.source)
     assert len(others) == 2
     loop = first.partition("\n    tmp")[0]

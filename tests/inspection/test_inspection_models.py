@@ -119,7 +119,6 @@ def test_few_launches_of_the_unchunked_loss():
     assert launches_of_loss(plain()) <= 12
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="a mean's count and division are launches of their own")
 def test_few_launches_of_the_loss():
     assert launches_of_loss(inspect(Step(models.our_loss_of), *INPUTS)) <= 12
 
