@@ -106,8 +106,9 @@ def token_mesh_dims(reduction: str, dimensions: Sequence[str]) -> None:
     """Raises where a mean would be over this rank's tokens only."""
     if dimensions and reduction == "mean":
         raise ValueError(
-            f"num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over "
-            f"{', '.join(dimensions)}, got None: a mean would divide by each rank's own"
+            f"num_label_tokens: expected the count of all ranks, for the tokens are sharded over "
+            f"{', '.join(dimensions)}, got None: a mean would divide by each rank's own. A loss that has a reduction "
+            "takes the count with reduction='sum'"
         )
 
 

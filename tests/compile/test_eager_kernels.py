@@ -1,10 +1,12 @@
 """Whether eager calls of losses on logits run as compiled kernels is the caller's to say, and changes no number."""
 
+import re
+
 import pytest
 import torch
 from comparing import TIGHT
 from torch._inductor import metrics
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import compiled_loss
 from compiled_loss import Chunking
@@ -91,3 +93,24 @@ def test_one_loop_over_rows(strategy, options):
         metrics.reset()
         compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=chunking, **options).backward()
     assert len(metrics.cpp_outer_loop_fused_inner_counts) == 1
+
+
+@pytest.mark.skipif(
+    "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="VECTORISED CODE IS NOT TESTED: no AVX"
+)
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_loops_over_columns_are_vectorised(strategy, options):
+    """A loop that takes one column at a time takes four times as long."""
+    hidden, weight = torch.randn(32, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
+    labels = torch.randint(0, 512, (32,))
+    chunking = Chunking(strategy=strategy, compile=True)
+
+    def step():
+        compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=chunking, **options).backward()
+
+    with fresh_cache():
+        execution.forget()
+        _, codes = run_and_get_code(step)
+    steps = re.findall(r"static_cast<int64_t>\(512L?\); x\d\+=static_cast<int64_t>\((\d+)L?\)", "".join(codes))
+    assert len(steps) >= 3 and min(map(int, steps)) > 1

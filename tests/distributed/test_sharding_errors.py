@@ -122,7 +122,7 @@ def refused(mesh):
             lambda: cl.linear_distillation(
                 distribute_tensor(hidden, mesh, [Shard(0)]), weight, hidden[:3], weight, labels[:3]
             ),
-            "num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over",
+            "num_label_tokens: expected the count of all ranks, for the tokens are sharded over",
         ),
         "a mean of a policy loss over other tokens": (
             lambda: cl.linear_policy_loss(
@@ -167,8 +167,8 @@ def refused(mesh):
         ),
         "a mean over other tokens": (
             lambda: linear(distribute_tensor(hidden, mesh, [Shard(0)]), weight, labels[:3]),
-            "num_label_tokens: expected the count of all ranks, with reduction='sum', for the tokens are sharded over "
-            "tp, got None: a mean would divide by each rank's own",
+            "num_label_tokens: expected the count of all ranks, for the tokens are sharded over tp, got None: a mean "
+            "would divide by each rank's own. A loss that has a reduction takes the count with reduction='sum'",
         ),
         "labels out of range": (
             lambda: linear(labels=labels + V),

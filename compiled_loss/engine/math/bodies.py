@@ -219,7 +219,7 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     is_target = _is_target(z, labels, head)
     wanted = Wanted(*[v is not None for v in state[3:]])
     folded = state.rescaled(maximum).with_(_seen(z, labels, is_target, head, inverse, maximum, wanted))
-    return maximum, *[_by_row(v) for v in folded.present()[1:]]
+    return maximum, *[_by_row(v) for v in folded.present()[1:]], maximum  # again: NOTE [Few reads]
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: bool = False) -> Output:
