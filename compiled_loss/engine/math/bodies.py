@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math import row_losses
@@ -124,6 +125,22 @@ def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
     return _columns(z, head) == labels.unsqueeze(-1)
 
 
+class _Shifted(NamedTuple):
+    """Logits relative to the maximum, [rows, columns].
+
+    Eager code uses them for statistics and gradient. In traced code each has its own, because on a CPU Inductor writes
+    out an exponential that is used twice: a second chunk.
+    """
+
+    z: Tensor
+    exp: Tensor
+
+    @staticmethod
+    def of(z: Tensor, maximum: Tensor) -> _Shifted:
+        shifted = z - maximum.unsqueeze(-1)
+        return _Shifted(shifted, shifted.exp())
+
+
 def _seen(
     z: Tensor,
     labels: Tensor,
@@ -134,24 +151,25 @@ def _seen(
     wanted: Wanted,
     *,
     whole: bool = False,
-) -> State:
+) -> tuple[State, _Shifted]:
     """Returns the state of a chunk alone, relative to a maximum that is not below its own, except by rounding."""
-    shifted, near = z - maximum.unsqueeze(-1), slack(head, inverse)
-    others = shifted.exp().masked_fill(is_target, 0.0)
+    shifted, near = _Shifted.of(z, maximum), slack(head, inverse)
+    others = torch.where(is_target, 0.0, shifted.exp)
     # In a whole row the difference from the maximum is summed. Otherwise Inductor sums the logit in the loop that finds
     # the maximum, and does not unroll it: 67 instructions per logit on sm_90 instead of 57, and one more tanh with a
     # softcap.
-    target = torch.where(is_target, shifted if whole else z, 0.0).sum(-1)
+    target = torch.where(is_target, shifted.z if whole else z, 0.0).sum(-1)
     target = maximum + target if whole else target
-    return State(
+    state = State(
         maximum=maximum,
         others=others.sum(-1),
         target_logit=target,
         total=_weighted(z, head).sum(-1) if wanted.total else None,
-        moment=(others * shifted.clamp(min=-1e4)).sum(-1) if wanted.entropy else None,  # exp is 0 long before the clamp
+        moment=(others * shifted.z.clamp(min=-1e4)).sum(-1) if wanted.entropy else None,  # exp is 0 before the clamp
         squares=(others * others).sum(-1) if wanted.squares else None,
         argmax=_argmax(z, labels, head, maximum if near is None else maximum - near) if wanted.argmax else None,
     )
+    return state, shifted
 
 
 def _weighted(z: Tensor, head: Head) -> Tensor:
@@ -167,31 +185,29 @@ def _argmax(z: Tensor, labels: Tensor, head: Head, least: Tensor) -> Tensor:
 
 
 def _gradient(
-    z: Tensor,
+    shifted: _Shifted,
     slope: Tensor | None,
     active: Tensor,
     is_target: Tensor,
     head: Head,
-    maximum: Tensor,
     upstream: Upstream,
     *,
     moved: bool = False,
 ) -> Tensor:
     """Returns the gradient with respect to the raw logits, in the dtype of statistics."""
-    shifted = z - maximum.unsqueeze(-1)
     row = upstream.row.unsqueeze(-1)
     if upstream.moment is not None:
-        row = row - upstream.moment.unsqueeze(-1) * shifted.clamp(min=-1e4)
+        row = row - upstream.moment.unsqueeze(-1) * shifted.z.clamp(min=-1e4)
     if upstream.square is not None:
-        row = row + upstream.square.unsqueeze(-1) * shifted.exp()
+        row = row + upstream.square.unsqueeze(-1) * shifted.exp
     target = upstream.target.unsqueeze(-1)
     if moved:  # a single `where` would have the strides of the comparison, and not those of the logits
-        d = shifted.exp() * torch.where(is_target, 0.0, row) + torch.where(is_target, target, 0.0)
+        d = shifted.exp * torch.where(is_target, 0.0, row) + torch.where(is_target, target, 0.0)
     else:
-        d = torch.where(is_target, target, shifted.exp() * row)
+        d = torch.where(is_target, target, shifted.exp * row)
     if upstream.total is not None:
         total = upstream.total.unsqueeze(-1)
-        d = d + (total if head.class_weights is None else total * head.class_weights.to(z.dtype))
+        d = d + (total if head.class_weights is None else total * head.class_weights.to(d.dtype))
     return torch.where(active.unsqueeze(-1), d if slope is None else d * slope, 0.0)
 
 
@@ -218,7 +234,8 @@ def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
     is_target = _is_target(z, labels, head)
     wanted = Wanted(*[v is not None for v in state[3:]])
-    folded = state.rescaled(maximum).with_(_seen(z, labels, is_target, head, inverse, maximum, wanted))
+    seen, _ = _seen(z, labels, is_target, head, inverse, maximum, wanted)
+    folded = state.rescaled(maximum).with_(seen)
     return maximum, *[_by_row(v) for v in folded.present()[1:]], maximum  # again: NOTE [Few reads]
 
 
@@ -231,7 +248,7 @@ def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: 
     head, upstream = head.unpacked(), Upstream(*rest)
     z, slope = _scaled(_biased(logits, head), head, inverse)
     is_target = _is_target(z, labels, head)
-    d = _gradient(z, slope, classes.active(labels), is_target, head, maximum, upstream, moved=moved)
+    d = _gradient(_Shifted.of(z, maximum), slope, classes.active(labels), is_target, head, upstream, moved=moved)
     return (d.to(logits.dtype),)
 
 
@@ -267,13 +284,15 @@ def fold_and_gradient(
         maximum = _by_row(maximum)
     is_target = _is_target(z, labels, head)
     wanted = Wanted(total=of.uses.total, entropy=entropy)
-    state = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted), whole=group is None)
+    state, shifted = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted), whole=group is None)
     state = state.all_reduced(group)
+    if group is not None or is_fake(z):
+        shifted = _Shifted.of(z, state.maximum)
     known = finish(state, slack(head, inverse))
     found = of.evaluate(known, labels, classes, numbers, inputs)
     upstream = Upstream.of(state, *found.gradients)
     upstream = upstream._replace(row=depends_on(upstream.row, *state))
-    d = _gradient(z, slope, classes.active(labels), is_target, head, state.maximum, upstream).to(logits.dtype)
+    d = _gradient(shifted, slope, classes.active(labels), is_target, head, upstream).to(logits.dtype)
     returned = [d, _by_row(found.loss), *found.d_inputs]
     if statistics:
         returned += known.only(wanted).present()
