@@ -75,7 +75,7 @@ def by_chunk(inspection, chunks):
     return [([n for n in c.values() if n >= chunks], sum(n for n in c.values() if n < chunks)) for c in counts]
 
 
-# Defects to repair, in bytes: of a chunk's kernel, since heads have options, and of a kernel of [N] numbers, once a call.
+# Defects to repair, in bytes: of a chunk, since heads have options, and of a kernel of [N] numbers, once a call.
 SPILLS = {("8B", "teacher, jsd"): 16, ("8B", "vocab, class weights"): 8}
 
 
