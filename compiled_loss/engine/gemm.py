@@ -16,7 +16,7 @@ _CLASSES, _FEW_ROWS = 512, 1024  # of fp32 GEMMs on a CPU: 512 rows of 320 by 50
 
 
 def logits(hidden: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
-    """Computes out = hidden @ weight.T."""
+    """Computes out = hidden @ weight.T, on a CPU a few classes at a time where that takes less time."""
     rows, classes = out.shape
     if out.device.type != "cpu" or out.dtype != torch.float32 or rows > _FEW_ROWS or classes <= 4 * rows:
         return torch.mm(hidden, weight.t(), out=out)
@@ -26,7 +26,7 @@ def logits(hidden: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
 
 
 def rows_of(value: Tensor, start: int, count: int) -> Tensor:
-    """Returns value[start : start + count]; a view of all rows would take longer to make than they take to choose."""
+    """Returns value[start : start + count], which is `value` itself if it has no other rows: a view takes time, too."""
     return value if count == value.shape[0] else value.narrow(0, start, count)
 
 
