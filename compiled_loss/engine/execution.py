@@ -72,8 +72,9 @@ def run(
     `rows` have a row for each row of z. `known` are constants of the kernel, such as a `group` of ranks, and are passed
     as keywords. The results of a body are new tensors, so z may be among `out`.
     """
-    if known.get("group") is not None and not (compiled and z.dim() == 2):
-        # All rows at once: ranks whose columns have another number or layout would otherwise reduce more or less often.
+    if is_compiling() or (known.get("group") is not None and not (compiled and z.dim() == 2)):
+        # All rows at once: ranks whose columns have another number or layout would otherwise reduce more or less often,
+        # and the compiler makes its own blocks.
         _write(out, body(z, *_in_order(rows, rest), **_present(known)))
     elif z.dim() > 2:  # not flattened: any strides, and no copy
         for i in range(z.shape[0]):

@@ -162,7 +162,7 @@ def _form_like(
     *(Problem, Inputs, Divisor, Classes, Needs, _Forming, Lengths),
     like=_form_like,
     operations=lambda problem, inputs, _divisor, *rest: _loop_operations(problem, inputs, *rest),
-    loop=Loop(_loop, _loop_operator),
+    loop=Loop("tokens", _loop, _loop_operator),
 )
 def _form(
     loop: Callable[..., list[Tensor]],

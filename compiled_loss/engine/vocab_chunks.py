@@ -154,6 +154,7 @@ def _fold(problem: Problem, asked: Asked, lengths: Lengths) -> list[Tensor]:
 
 
 _FOLD = Loop(
+    "vocab",
     _fold,
     operator("loop_vocab_chunks", *(Problem, Asked, Lengths), like=_fold_like, operations=fold_operations)(_fold),
 )
@@ -261,6 +262,7 @@ def _accumulated(
 
 
 _ACCUMULATED = Loop(
+    "vocab",
     _accumulated,
     operator(
         "accumulate_vocab_chunks",
