@@ -7,6 +7,7 @@ import importlib
 import io
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -211,12 +212,31 @@ def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
     return buffer.getvalue()
 
 
+class _Unpickler(pickle.Unpickler):
+    """Gives functions of the caller's script the main module's variables.
+
+    A function that travels by value brings the variables that it uses. Dynamo looks for them in the module that the
+    function names.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if (module, name) != ("cloudpickle.cloudpickle", "_make_function"):
+            return found
+
+        def make(code: Any, variables: dict[str, Any], *rest: Any) -> Any:
+            ours = variables.get("__name__") == "__main__"
+            return found(code, vars(sys.modules["__main__"]) if ours else variables, *rest)
+
+        return make
+
+
 def unpack(call: bytes, device: torch.device, *, data: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns the function and its inputs, whose tensors are made on `device`."""
     token = _where.set((device, data))
     try:
         with placed(device, data=data):
-            fn, inputs = pickle.loads(call)
+            fn, inputs = _Unpickler(io.BytesIO(call)).load()
         return fn, inputs
     except errors.InspectionError:
         raise

@@ -69,6 +69,19 @@ say(launches=launches, changed={k: [str(v)[:999], str(after[k])[:999]] for k, v 
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+BY_VALUE = """
+import functools
+
+class Local:
+    def __call__(self, x):
+        return local(x) * math.pi
+
+import math
+
+say(launches=[inspect(fn, "f32[64,64]:grad", assemble=False).launches
+              for fn in (Local(), functools.partial(Local()), functools.partial(lambda x, y: y * local(x), y=2.0))])
+"""
+
 FORK = """
 first = ask()
 gpu = process.child_for(TARGETS["cuda:sm_90"])
@@ -130,6 +143,11 @@ def test_caller_state_is_unchanged(tmp_path):
     said, status, nothing_left = run_script(tmp_path, CLEAN)
     assert said == {"launches": 2, "changed": {}}
     assert status == -signal.SIGKILL and nothing_left
+
+
+def test_functions_of_a_script_find_its_variables(tmp_path):
+    said, status, _ = run_script(tmp_path, BY_VALUE)
+    assert (said, status) == ({"launches": [2, 2, 2]}, 0)
 
 
 @pytest.mark.slow
