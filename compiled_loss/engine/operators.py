@@ -139,7 +139,9 @@ class Loop(NamedTuple):
         tokens, classes = problem.hidden.shape[0], problem.weight.shape[0]
         if not isinstance(tokens, int) or not isinstance(classes, int) or lengths.ranks > 1:
             return False
-        return tokens * classes <= FEW_LOGITS and lengths.plan(self.strategy, problem.hidden).count == 1
+        plan = lengths.plan(self.strategy, problem.hidden)
+        one_dtype = plan.accumulate_dtype == problem.hidden.dtype  # Inductor has no GEMM that adds into a wider one
+        return tokens * classes <= FEW_LOGITS and plan.count == 1 and one_dtype
 
 
 def operator(

@@ -4,6 +4,7 @@ Production shapes, bf16, inspected for sm_90. The bounds are sums of tensors and
 names are of torch 2.13: EXPECTTEST_ACCEPT=1 make test ARGS=tests/compile/test_gpu_code.py refreshes them, on purpose.
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import replace
@@ -280,6 +281,19 @@ def test_64_bit_indexing_of_many_logits(inspected):
     found = inspected(two_chunk_sizes, *inputs, assemble=False)
     bodies = [k.source for k in found.kernels if "amax" in k.name]
     assert sorted("'xnumel': 'i64'" in source for source in bodies) == [False, True]
+
+
+@CONTRACTS
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_few_logits(inspected, strategy, dtype):
+    """Where nothing is added in another dtype, the call is a part of the caller's graph; fp16 needs an operator."""
+    inputs = (f"{dtype}[64,64]:grad", f"{dtype}[256,64]:grad", "int64[64]:0..255")
+    loss = functools.partial(linear_cross_entropy, chunking=Chunking(strategy=strategy))
+    found = inspected(loss, *inputs, assemble=False)
+    assert_single_graph(found)
+    in_operators = [x for p in found.passes for x in p.launches if kind_of(x) == "library"]
+    assert bool(in_operators) == (dtype == "f16")
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def code_of(loss, inputs):
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_small_call_is_a_part_of_the_callers_graph(strategy, dtype):
     keywords = everything(33, 50, dtype)
     inputs = head_inputs(33, 8, 50, dtype=dtype, ignored=0.2, ignore_index=keywords["ignore_index"])
