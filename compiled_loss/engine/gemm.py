@@ -166,6 +166,8 @@ def scaled_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if gradient.dtype != dtype:
         return scaled(gradient, factor, dtype)
     out = gradient.data
+    if out.dtype == factor.dtype:
+        return torch.mul(out, factor, out=out)
     for block in out.split(max(1, _BLOCK // max(1, out[:1].numel()))):
         block.copy_(block.to(factor.dtype) * factor)
     return out

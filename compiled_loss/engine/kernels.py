@@ -68,7 +68,8 @@ class Compiled:
         from torch.fx.traceback import preserve_node_meta
 
         env, fake, symbol, count = symbolic_rows(max(2, rows))
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(operands[0].device):
+        tracing = torch._guards.tracing(torch._guards.TracingContext(fake))
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(operands[0].device), tracing:
             with fake:
                 fakes = [
                     torch.empty_strided(
@@ -78,8 +79,7 @@ class Compiled:
                 ]
                 with preserve_node_meta():  # by which kernels are named
                     graph = make_fx(self._function, select_decomp_table(), tracing_mode="fake")(*fakes)
-            context = torch._guards.TracingContext(fake)
-            with torch._guards.tracing(context), config.patch(realize_reads_threshold=_READS):
+            with config.patch(realize_reads_threshold=_READS):
                 kernel = cast(Kernel, compile_fx_inner(graph, fakes, is_inference=True))
         self._kernels.append((rows < MIN_ROWS, [guard.expr for guard in env.guards], symbol, kernel))
         return kernel

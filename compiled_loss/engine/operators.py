@@ -55,7 +55,7 @@ _SOURCE = hashlib.sha256(b"".join([file.read_bytes() for file in _PACKAGE])).hex
 
 
 def is_compiling() -> bool:
-    """Returns True where Dynamo traces, and where AOTAutograd traces the functions that it finds in composites."""
+    """Returns True where code is traced: by Dynamo, by AOTAutograd in composites, or by us, NOTE [Kernels]."""
     return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 

@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math import row_losses
 from compiled_loss.engine.math.coefficients import Classes
 from compiled_loss.engine.math.problem import Head, Labels, Temperature, slack
 from compiled_loss.engine.math.statistics import State, Wanted, depends_on, finish, statistics_dtype
-from compiled_loss.engine.operators import unpack
+from compiled_loss.engine.operators import is_compiling, unpack
 
 Output = tuple[Tensor, ...]
 
@@ -212,14 +211,14 @@ def _gradient(
 
 
 def _by_row(value: Tensor) -> Tensor:
-    """Returns the same numbers, [rows], in a form that Inductor computes one row at a time on a CPU.
+    """Returns the same numbers, [rows], in traced code in a form that Inductor computes one row at a time on a CPU.
 
     NOTE [One loop]
     On a CPU Inductor fuses all loops of a body into one loop over rows. A row then stays in the cache, and code is
     generated once. Inductor does so only if none of the loops takes several rows at a time. An int16 among a loop's
     numbers makes it take one row at a time.
     """
-    if value.device.type != "cpu":
+    if value.device.type != "cpu" or not is_compiling():
         return value
     never = (value > math.inf).to(torch.int16)
     return value.masked_fill(never.to(torch.bool), 0.0)
@@ -286,7 +285,7 @@ def fold_and_gradient(
     wanted = Wanted(total=of.uses.total, entropy=entropy)
     state, shifted = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted), whole=group is None)
     state = state.all_reduced(group)
-    if group is not None or is_fake(z):
+    if group is not None or is_compiling():
         shifted = _Shifted.of(z, state.maximum)
     known = finish(state, slack(head, inverse))
     found = of.evaluate(known, labels, classes, numbers, inputs)

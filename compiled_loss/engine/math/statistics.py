@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from compiled_loss.engine.collectives import all_reduced
+from compiled_loss.engine.operators import is_compiling
 
 
 class Wanted(NamedTuple):
@@ -296,12 +297,14 @@ def masked(statistics: RowStatistics, active: Tensor) -> RowStatistics:
 
 
 def depends_on(value: Tensor, *reductions: Tensor | None) -> Tensor:
-    """Returns the value as a result of the reductions: NaN where a reduction is NaN and the value is not 0.
+    """Returns the value, in traced code as a result of the reductions.
 
     So every reduction of the logits comes before anything that uses the value. The compiler writes a gradient over its
-    logits only if all their other readers are known to be done.
+    logits only if all their other readers are known to be done. The value becomes NaN where a reduction is NaN and the
+    value is not 0.
     """
-    for reduction in reductions:
-        if reduction is not None:
-            value = torch.where(reduction.isnan() & (value != 0), reduction, value)
+    if is_compiling():
+        for reduction in reductions:
+            if reduction is not None:
+                value = torch.where(reduction.isnan() & (value != 0), reduction, value)
     return value
