@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_loss.checks import numbers
 from compiled_loss.engine.operators import is_compiling
 
 _BLOCK = 1 << 21  # elements of the temporary product where a device has no GEMM that adds into a wider dtype
@@ -31,14 +32,16 @@ def rows_of(value: Tensor, start: int, count: int) -> Tensor:
 
 
 class Counted(NamedTuple):
-    """The rows that count, and the number as which all others' hidden states are taken."""
+    """The rows that count, and the number as which all others' hidden states are taken; None if all rows count."""
 
     active: Tensor  # [N, 1] bool
     zero: Tensor  # []
 
     @staticmethod
-    def of(active: Tensor, hidden: Tensor) -> Counted:
-        """Makes it once for all chunks; `active` is [N]."""
+    def of(active: Tensor, hidden: Tensor) -> Counted | None:
+        """Makes it once for all chunks; `active` is [N]. Where values cannot be read, any row may not count."""
+        if numbers.can_read_values(active) and bool(active.all()):
+            return None
         return Counted(active.unsqueeze(1), hidden.new_zeros(()))
 
 
@@ -49,7 +52,7 @@ def accumulate_gradients(
     d: Tensor,  # [rows, columns], the gradient of a chunk of logits
     hidden: Tensor,  # [rows, H]
     weight: Tensor,  # [columns, H]
-    counted: Counted,
+    counted: Counted | None,
     row: int,
     column: int,
     scale: Tensor | None,
@@ -58,16 +61,19 @@ def accumulate_gradients(
 
     Chunks are either of rows or of columns. The first chunk in a place writes instead of adding. `scale`, which
     multiplies dW, is given only with chunks of columns. Hidden states of rows that do not count are taken as 0: their d
-    is 0, and 0 * NaN would be NaN in all of dW. This takes a copy of the hidden states. It is written where dH is
-    written next, or made for a few columns at a time.
+    is 0, and 0 * NaN would be NaN in all of dW. Unless all rows count, this takes a copy of the hidden states. It is
+    written where dH is written next, or made for a few columns at a time.
     """
     states = None if d_hidden is None else rows_of(d_hidden, row, d.shape[0])
     if d_weight is not None:
-        active, place = rows_of(counted.active, row, d.shape[0]), rows_of(d_weight, column, d.shape[1])
-        if states is not None and not column and states.dtype == hidden.dtype:
-            seen = torch.where(active, hidden, counted.zero, out=states)
+        place = rows_of(d_weight, column, d.shape[1])
+        if counted is None:
+            _add_to_weight(place, d, hidden, scale, write=not row)
+        elif states is not None and not column and states.dtype == hidden.dtype:
+            seen = torch.where(rows_of(counted.active, row, d.shape[0]), hidden, counted.zero, out=states)
             _add_to_weight(place, d, seen, scale, write=not row)
         else:
+            active = rows_of(counted.active, row, d.shape[0])
             width = max(_LEAST_WIDTH, d.shape[1] // 16)  # a copy of a 16th of the chunk
             for part, block in zip(place.split(width, 1), hidden.split(width, 1), strict=True):
                 _add_to_weight(part, d, torch.where(active, block, counted.zero), scale, write=not row)
