@@ -188,7 +188,7 @@ def main() -> None:
         for case in [*CASES, *COMPILED_ONLY]:
             tokens, width, vocab = case[0]
             name = f"{tokens} x {width} x {vocab} {case[1]} {case[2] or 'default'}"
-            if options.only not in name:
+            if options.only not in name or (case in COMPILED_ONLY and not options.compiles):
                 continue
             row: dict[str, Any] = {"case": name}
             if case not in COMPILED_ONLY and options.rounds:
