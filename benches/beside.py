@@ -3,7 +3,7 @@
     git worktree add ../old 2ab09b4
     python -m benches.beside ../old
 
-Each build is a process of its own, and one at a time is asked for a sample, in turn. Compile times are of cold starts,
+Each build is a process of its own, and one at a time is asked for a sample, in turn, forth and back. Compile times are of cold starts,
 a fresh process and an empty cache for each sample. Ratios are of medians, to the compiled unchunked loss. Results are
 appended to benches/results, one JSON object a line.
 """
@@ -131,9 +131,9 @@ def steps(old: Path, mode: str, case: tuple[Any, ...], rounds: int, folder: str)
         for one in found.values():
             one.ask("step", 3 * several)
         samples = {name: [] for name in found}
-        for _ in range(rounds):
-            for name, one in found.items():
-                samples[name].append(one.ask("step", several))
+        for i in range(rounds):
+            for name in [*found] if i % 2 else reversed(found):
+                samples[name].append(found[name].ask("step", several))
         peaks = {name: int(one.ask("peak")) for name, one in found.items()}
     return {"seconds": samples, "peak_bytes": peaks}
 
