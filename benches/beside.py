@@ -3,9 +3,9 @@
     git worktree add ../old 2ab09b4
     python -m benches.beside ../old
 
-Each build is a process of its own, and one at a time is asked for a sample, in turn, forth and back. Compile times are of cold starts,
-a fresh process and an empty cache for each sample. Ratios are of medians, to the compiled unchunked loss. Results are
-appended to benches/results, one JSON object a line.
+Each build is a process of its own. One at a time is asked for a sample, in turn, forth and back. Compile times are of
+cold starts, a fresh process and an empty cache for each sample. Ratios are of medians, to the compiled unchunked loss.
+Results are appended to benches/results, one JSON object a line.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def test_a_small_call_is_a_part_of_the_callers_graph(strategy, dtype):
 
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 @pytest.mark.parametrize(
-    "tokens, size, there", [(40, 33, True), (40, 64, False), (5000, 5000, True)], ids=["two chunks", "one", "many logits"]
+    ("tokens", "size", "there"),
+    [(40, 33, True), (40, 64, False), (5000, 5000, True)],
+    ids=["two chunks", "one", "many logits"],
 )
 def test_a_loop_is_never_a_part_of_it(strategy, tokens, size, there):
     inputs = head_inputs(tokens, 8, 64)

@@ -121,12 +121,13 @@ def _cross_entropy(coefficients: str) -> RowLoss:
     ) -> Evaluated:
         left = list(inputs)
         by = Coefficients(*[left.pop(0) if one else None for one in there])
-        by = by._replace(nll=by.label_weight(labels, classes, known.nll.dtype))
+        nll = by.label_weight(labels, classes, known.nll.dtype)
+        by = by._replace(nll=nll)
         lse = by.lse
         if by.square is not None:
             of_square = 2 * by.square * known.lse
             lse = of_square if lse is None else lse + of_square
-        gradients = RowGradients(by.nll, lse, by.total, None, None)
+        gradients = RowGradients(nll, lse, by.total, None, None)
         values = (known.nll, known.lse, known.total, known.lse.square())
         d_inputs = [_of_rows(v, labels, classes) for v, wanted in zip(values, wants, strict=True) if wanted]
         return Evaluated(combine(known, by, labels, classes), gradients, tuple(d_inputs))
