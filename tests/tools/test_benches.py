@@ -255,7 +255,8 @@ def test_the_check_of_a_gpu_runs_dry_past_parts_that_fail(monkeypatch, tmp_path,
     budgets = [row["noted"]["within budget"] for row in rows if "within budget" in row.get("noted", {})]
     assert budgets == [True] * len(gpu_parts.WAYS[1:])
     gemms = [row["noted"] for row in rows if row.get("provider") == "GEMMs"]
-    assert [(row["predicted"], row["measured"]) for row in gemms] == [(3, 3), (4, 4)]
+    # A dry run measures eager code. Compiled, few logits are kept for backward, which then needs no GEMM for them.
+    assert [(row["predicted"], row["measured"]) for row in gemms] == [(3, 3), (3, 4)]
     table = capsys.readouterr().out
     assert all(f"\n{part.name}: " in table for part in [*broken, *sound])
 
