@@ -32,14 +32,14 @@ def rows_of(value: Tensor, start: int, count: int) -> Tensor:
 
 
 class Counted(NamedTuple):
-    """The rows that count, and the number as which all others' hidden states are taken; None if all rows count."""
+    """The rows that count, and the number as which all others' hidden states are taken."""
 
     active: Tensor  # [N, 1] bool
     zero: Tensor  # []
 
     @staticmethod
     def of(active: Tensor, hidden: Tensor) -> Counted | None:
-        """Makes it once for all chunks; `active` is [N]. Where values cannot be read, any row may not count."""
+        """Makes it once for all chunks, from `active`, [N]; None if all rows are known to count."""
         if numbers.can_read_values(active) and bool(active.all()):
             return None
         return Counted(active.unsqueeze(1), hidden.new_zeros(()))

@@ -48,7 +48,7 @@ _SCHEMA = {
     "torch.dtype | None": "ScalarType?",
     "tuple[int, ...]": "int[]",
 }
-FEW_LOGITS = 1 << 18  # NOTE [Small calls]: beyond, an operator adds less than a tenth to a call on a CPU
+FEW_LOGITS = 1 << 18  # NOTE [Small calls]: with more, an operator adds a tenth or less to a call on a CPU
 # Part of a composite's call: AOTAutograd caches what it finds in one under its name and operands.
 _PACKAGE = sorted(Path(__file__).parents[1].rglob("*.py"))
 _SOURCE = hashlib.sha256(b"".join([file.read_bytes() for file in _PACKAGE])).hexdigest()

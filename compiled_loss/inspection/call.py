@@ -213,10 +213,10 @@ def pack(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> bytes:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives functions of the caller's script the main module's variables.
+    """Makes functions of the caller's script functions of this process's main module.
 
     A function that travels by value brings the variables that it uses. Dynamo looks for them in the module that the
-    function names.
+    function names, so they are put there.
     """
 
     def find_class(self, module: str, name: str) -> Any:
