@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from comparing import TIGHT
-from torch._inductor import metrics
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import compiled_loss
@@ -81,36 +80,45 @@ def test_compile_option_errors(name):
         LOSSES[name](logits(), {"compile": 1.5})
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="Inductor's own counters are read on torch 2.13")
-@pytest.mark.parametrize(("strategy", "options"), [("tokens", {}), ("tokens", {"softcap": 30.0}), ("vocab", {})])
-def test_one_loop_over_rows(strategy, options):
-    """NOTE [One loop]: the body that has reductions is one."""
-    hidden, weight = torch.randn(32, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
-    labels = torch.randint(0, 512, (32,))
-    chunking = Chunking(strategy=strategy, compile=True)
-    with fresh_cache():
-        execution.forget()
-        metrics.reset()
-        compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=chunking, **options).backward()
-    assert len(metrics.cpp_outer_loop_fused_inner_counts) == 1
+EVERYTHING = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+TOKENS, COLUMNS = (Chunking(strategy=strategy, compile=True) for strategy in ("tokens", "vocab"))
+HEADS = {"softcap": 30.0, "teacher_softcap": 20.0, "hard_label_weight": 0.3, "temperature": 2.0}
+
+
+def policy(hidden, weight, labels):
+    options = {"entropy_coefficient": 0.01, "softcap": 30.0, "chunking": TOKENS}
+    return compiled_loss.linear_policy_loss(hidden, weight, labels, torch.zeros(32), torch.ones(32), **options).loss
+
+
+def distillation(hidden, weight, labels):
+    teacher = hidden.detach() + 1, weight.detach() + 1
+    return compiled_loss.linear_distillation(
+        hidden, weight, *teacher, labels, divergence="lk", chunking=TOKENS, **HEADS
+    )
+
+
+ON_HEADS = {  # functions of hidden states, weight and labels, with the number of loops over rows in the first body
+    "tokens": (lambda *head: compiled_loss.linear_cross_entropy(*head, chunking=TOKENS), 1),
+    "tokens, all options": (lambda *head: compiled_loss.linear_cross_entropy(*head, chunking=TOKENS, **EVERYTHING), 1),
+    "vocab, all options": (lambda *head: compiled_loss.linear_cross_entropy(*head, chunking=COLUMNS, **EVERYTHING), 1),
+    "policy": (policy, 1),
+    "distillation": (distillation, 3),
+}
 
 
 @pytest.mark.skipif(
     "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="VECTORISED CODE IS NOT TESTED: no AVX"
 )
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=str)
-@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
-def test_loops_over_columns_are_vectorised(strategy, options):
-    """A loop that takes one column at a time takes four times as long."""
+@pytest.mark.parametrize("name", ON_HEADS)
+def test_loops_of_a_body(name):
+    """NOTE [One loop], NOTE [Computed again]; a loop that takes one column at a time takes four times as long."""
     hidden, weight = torch.randn(32, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
-    labels = torch.randint(0, 512, (32,))
-    chunking = Chunking(strategy=strategy, compile=True)
-
-    def step():
-        compiled_loss.linear_cross_entropy(hidden, weight, labels, chunking=chunking, **options).backward()
-
+    labels, (loss, expected) = torch.randint(0, 512, (32,)), ON_HEADS[name]
     with fresh_cache():
         execution.forget()
-        _, codes = run_and_get_code(step)
-    steps = re.findall(r"static_cast<int64_t>\(512L?\); x\d\+=static_cast<int64_t>\((\d+)L?\)", "".join(codes))
-    assert len(steps) >= 3 and min(map(int, steps)) > 1
+        _, codes = run_and_get_code(lambda: loss(hidden, weight, labels).backward())
+    columns = re.findall(r"static_cast<int64_t>\(512L?\); x\d\+=static_cast<int64_t>\((\d+)L?\)", "".join(codes))
+    assert len(columns) >= 3 and min(map(int, columns)) > 1
+    assert not re.search(r"empty_strided_cpu\(\([^)]*\b512\b", "".join(codes))  # a second chunk
+    if torch.__version__.startswith("2.13."):
+        assert len(re.findall(r"int64_t x0=.*x0<static_cast<int64_t>\(ks0\)", codes[0])) == expected

@@ -22,8 +22,9 @@ from torch import Tensor
 from compiled_loss.engine.collectives import largest
 from compiled_loss.engine.math import row_losses
 from compiled_loss.engine.math.coefficients import Classes
+from compiled_loss.engine.math.logit_maps import times
 from compiled_loss.engine.math.problem import Head, Labels, Temperature, slack
-from compiled_loss.engine.math.statistics import State, Wanted, depends_on, finish, statistics_dtype
+from compiled_loss.engine.math.statistics import State, Wanted, by_row, depends_on, finish, statistics_dtype
 from compiled_loss.engine.operators import is_compiling, unpack
 
 Output = tuple[Tensor, ...]
@@ -95,24 +96,47 @@ def _biased(logits: Tensor, head: Head) -> Tensor:
     return raw if head.bias is None else raw + head.bias.to(raw.dtype)
 
 
-def _scaled(raw: Tensor, head: Head, inverse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns z of the raw logits, [rows, columns] or [rows], and its slope dz / d raw; None for a slope of 1."""
-    z, slope = _of_head(raw, head)
-    if inverse is None:
-        return z, slope
-    inverse = inverse if raw.dim() == inverse.dim() else inverse.unsqueeze(-1)
-    return z * inverse, inverse if slope is None else slope * inverse
+class _Mapped:
+    """z of a chunk's logits, and its slope dz / d raw, [rows, columns].
 
+    NOTE [Computed again]
+    On a CPU Inductor writes out an exponential or a tanh that two of a body's loops over columns use, or z and its
+    slope. That would be a second chunk, in fp32. So traced code computes z anew for each of the loops: the one that
+    finds the maximum, the one that sums, and the one that writes the gradient. Eager code computes it once.
+    """
 
-def _of_head(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Computes z and its slope without the rows' temperatures."""
-    if head.scales is None:
-        return raw, None
-    if head.scales.dim() == 0:
-        return raw * head.scales, head.scales
-    inner, outer = head.scales.unbind()
-    capped = torch.tanh(raw * inner)
-    return outer * capped, (inner * outer) * (1 - capped * capped)
+    def __init__(self, raw: Tensor, head: Head, inverse: Tensor | None) -> None:
+        self._raw, self._head = raw, head
+        self._inverse = inverse if inverse is None or raw.dim() == inverse.dim() else inverse.unsqueeze(-1)
+        self._z: Tensor | None = None
+        self._capped: Tensor | None = None
+
+    def z(self) -> Tensor:
+        """Returns the logits with bias, scale, softcap and temperature."""
+        if self._z is None or is_compiling():
+            self._z = times(self._of_head(), self._inverse)
+        return self._z
+
+    def slope(self) -> Tensor | None:
+        """Returns dz / d raw; None for 1."""
+        scales, inverse = self._head.scales, self._inverse
+        if scales is None or scales.dim() == 0:
+            return scales if inverse is None else times(inverse, scales)
+        inner, outer = scales.unbind()
+        capped = self._tanh(inner)
+        return times((inner * outer) * (1 - capped * capped), inverse)
+
+    def _of_head(self) -> Tensor:
+        scales = self._head.scales
+        if scales is None or scales.dim() == 0:
+            return times(self._raw, scales)
+        inner, outer = scales.unbind()
+        return outer * self._tanh(inner)
+
+    def _tanh(self, inner: Tensor) -> Tensor:
+        if self._capped is None or is_compiling():
+            self._capped = torch.tanh(self._raw * inner)
+        return self._capped
 
 
 def _columns(z: Tensor, head: Head) -> Tensor:
@@ -125,11 +149,7 @@ def _is_target(z: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 class _Shifted(NamedTuple):
-    """Logits relative to the maximum, [rows, columns].
-
-    Eager code uses them for statistics and gradient. In traced code each has its own, because on a CPU Inductor writes
-    out an exponential that is used twice: a second chunk.
-    """
+    """Logits relative to the maximum, [rows, columns]."""
 
     z: Tensor
     exp: Tensor
@@ -141,7 +161,7 @@ class _Shifted(NamedTuple):
 
 
 def _seen(
-    z: Tensor,
+    mapped: _Mapped,
     labels: Tensor,
     is_target: Tensor,
     head: Head,
@@ -152,21 +172,22 @@ def _seen(
     whole: bool = False,
 ) -> tuple[State, _Shifted]:
     """Returns the state of a chunk alone, relative to a maximum that is not below its own, except by rounding."""
-    shifted, near = _Shifted.of(z, maximum), slack(head, inverse)
+    shifted, near = _Shifted.of(mapped.z(), maximum), slack(head, inverse)
+    least = maximum if near is None else maximum - near
     others = torch.where(is_target, 0.0, shifted.exp)
     # In a whole row the difference from the maximum is summed. Otherwise Inductor sums the logit in the loop that finds
     # the maximum, and does not unroll it: 67 instructions per logit on sm_90 instead of 57, and one more tanh with a
     # softcap.
-    target = torch.where(is_target, shifted.z if whole else z, 0.0).sum(-1)
+    target = torch.where(is_target, shifted.z if whole else mapped.z(), 0.0).sum(-1)
     target = maximum + target if whole else target
     state = State(
         maximum=maximum,
         others=others.sum(-1),
         target_logit=target,
-        total=_weighted(z, head).sum(-1) if wanted.total else None,
+        total=_weighted(mapped.z(), head).sum(-1) if wanted.total else None,
         moment=(others * shifted.z.clamp(min=-1e4)).sum(-1) if wanted.entropy else None,  # exp is 0 before the clamp
         squares=(others * others).sum(-1) if wanted.squares else None,
-        argmax=_argmax(z, labels, head, maximum if near is None else maximum - near) if wanted.argmax else None,
+        argmax=_argmax(mapped.z(), labels, head, least) if wanted.argmax else None,
     )
     return state, shifted
 
@@ -210,32 +231,18 @@ def _gradient(
     return torch.where(active.unsqueeze(-1), d if slope is None else d * slope, 0.0)
 
 
-def _by_row(value: Tensor) -> Tensor:
-    """Returns the same numbers, [rows], in traced code in a form that Inductor computes one row at a time on a CPU.
-
-    NOTE [One loop]
-    On a CPU Inductor fuses all loops of a body into one loop over rows. A row then stays in the cache, and code is
-    generated once. Inductor does so only if none of the loops takes several rows at a time. An int16 among a loop's
-    numbers makes it take one row at a time.
-    """
-    if value.device.type != "cpu" or not is_compiling():
-        return value
-    never = (value > math.inf).to(torch.int16)
-    return value.masked_fill(never.to(torch.bool), 0.0)
-
-
 def fold(logits: Tensor, *operands: Tensor | None) -> Output:
     """Folds a chunk into the rows' state: (labels, *Head, temperature, *State) -> the new state's parts."""
     (labels,), head, (inverse,), state, _ = unpack(operands, Labels, Head, Temperature, State)
     head = head.unpacked()
-    z, _ = _scaled(_biased(logits, head), head, inverse)
+    mapped = _Mapped(_biased(logits, head), head, inverse)
     # Detached: the statistics do not depend on the shift, and autograd would split its gradient among ties.
-    maximum = _by_row(torch.maximum(state.maximum, largest(z.detach())))
-    is_target = _is_target(z, labels, head)
+    maximum = by_row(torch.maximum(state.maximum, largest(mapped.z().detach())))
+    is_target = _is_target(logits, labels, head)
     wanted = Wanted(*[v is not None for v in state[3:]])
-    seen, _ = _seen(z, labels, is_target, head, inverse, maximum, wanted)
+    seen, _ = _seen(mapped, labels, is_target, head, inverse, maximum, wanted)
     folded = state.rescaled(maximum).with_(seen)
-    return maximum, *[_by_row(v) for v in folded.present()[1:]], maximum  # again: NOTE [Few reads]
+    return maximum, *[by_row(v) for v in folded.present()[1:]], maximum  # again: NOTE [Few reads]
 
 
 def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: bool = False) -> Output:
@@ -245,9 +252,11 @@ def gradient(logits: Tensor, *operands: Tensor | None, classes: Classes, moved: 
     """
     (labels,), head, (inverse,), (maximum, *rest) = unpack(operands, Labels, Head, Temperature)
     head, upstream = head.unpacked(), Upstream(*rest)
-    z, slope = _scaled(_biased(logits, head), head, inverse)
-    is_target = _is_target(z, labels, head)
-    d = _gradient(_Shifted.of(z, maximum), slope, classes.active(labels), is_target, head, upstream, moved=moved)
+    mapped = _Mapped(_biased(logits, head), head, inverse)
+    is_target = _is_target(logits, labels, head)
+    d = _gradient(
+        _Shifted.of(mapped.z(), maximum), mapped.slope(), classes.active(labels), is_target, head, upstream, moved=moved
+    )
     return (d.to(logits.dtype),)
 
 
@@ -272,29 +281,31 @@ def fold_and_gradient(
     head, of = head.unpacked(), row_losses.of(loss)
     numbers, (inverse, *inputs) = rest[: of.numbers], rest[of.numbers :]
     biased = _biased(logits, head)
-    z, slope = _scaled(biased, head, inverse)
+    mapped = _Mapped(biased, head, inverse)
     # A softcap keeps the order, so a row's maximum is found before it, which saves a tanh per logit. Where statistics
     # are returned it is found after it: `correct` compares the label's logit with the maximum bit for bit.
     exact = statistics or of.computed
-    maximum = largest(z) if exact else _scaled(largest(biased), head, inverse)[0]
-    maximum = maximum.clamp(min=torch.finfo(z.dtype).min)  # no NaN where all of a rank's columns are -inf
+    maximum = largest(mapped.z()) if exact else _Mapped(largest(biased), head, inverse).z()
+    maximum = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # no NaN where all of a rank's columns are -inf
     softcap = head.scales is not None and head.scales.dim() > 0
     if softcap:
-        maximum = _by_row(maximum)
-    is_target = _is_target(z, labels, head)
+        maximum = by_row(maximum)
+    is_target = _is_target(logits, labels, head)
     wanted = Wanted(total=of.uses.total, entropy=entropy)
-    state, shifted = _seen(z, labels, is_target, head, inverse, maximum, of.uses.union(wanted), whole=group is None)
+    state, shifted = _seen(
+        mapped, labels, is_target, head, inverse, maximum, of.uses.union(wanted), whole=group is None
+    )
     state = state.all_reduced(group)
-    if group is not None or is_compiling():
-        shifted = _Shifted.of(z, state.maximum)
     known = finish(state, slack(head, inverse))
     found = of.evaluate(known, labels, classes, numbers, inputs)
     upstream = Upstream.of(state, *found.gradients)
     upstream = upstream._replace(row=depends_on(upstream.row, *state))
-    d = _gradient(shifted, slope, classes.active(labels), is_target, head, upstream).to(logits.dtype)
-    returned = [d, _by_row(found.loss), *found.d_inputs]
+    if group is not None or is_compiling():
+        shifted = _Shifted.of(mapped.z(), state.maximum)
+    d = _gradient(shifted, mapped.slope(), classes.active(labels), is_target, head, upstream).to(logits.dtype)
+    returned = [d, by_row(found.loss), *found.d_inputs]
     if statistics:
-        returned += known.only(wanted).present()
+        returned += map(by_row, known.only(wanted).present())
     returned += [v for v in upstream if v is not None] if of.computed else [upstream.row, upstream.target]
     if softcap and group is None:  # the maximum is then computed in the body; over a group it is written out anyway
         returned.append(maximum)
@@ -309,8 +320,9 @@ def logits_loss_and_gradient(
     (labels,), head, rest = unpack(operands, Labels, Head)
     of = row_losses.of(loss)
     numbers, (inverse, *inputs) = rest[: of.numbers], rest[of.numbers :]
-    z, slope = _scaled(_biased(logits, head.unpacked()), head, inverse)
-    losses, d, d_inputs = of.evaluate(z, labels, classes, numbers, inputs)
+    mapped = _Mapped(_biased(logits, head.unpacked()), head.unpacked(), inverse)
+    losses, d, d_inputs = of.evaluate(mapped.z(), labels, classes, numbers, inputs)
+    slope = mapped.slope()
     d = d if slope is None else d * slope
     d = torch.where(classes.active(labels).unsqueeze(-1), d, 0.0)
     return d.to(logits.dtype), losses, *d_inputs
@@ -318,4 +330,5 @@ def logits_loss_and_gradient(
 
 def transformed(logits: Tensor, head: Head, inverse: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns z of logits that exist already, and its slope dz / d raw; None for a slope of 1."""
-    return _scaled(_biased(logits, head), head, inverse)
+    mapped = _Mapped(_biased(logits, head), head, inverse)
+    return mapped.z(), mapped.slope()

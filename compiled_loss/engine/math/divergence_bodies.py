@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compiled_loss.engine.math.divergence_kinds import Kind, Pair
 from compiled_loss.engine.math.divergences import Compared, Output, RowGradients, Rows, row
-from compiled_loss.engine.math.statistics import depends_on
+from compiled_loss.engine.math.statistics import by_row, depends_on
 from compiled_loss.engine.math.top_divergences import TopCompared
 from compiled_loss.engine.operators import unpack
 
@@ -132,7 +132,7 @@ def _after_fold(
     rows, seen = both.fold(labels, group)
     found = seen.present()
     soft, hard = upstream.map(lambda g: depends_on(g, *found))  # all other reductions are in the one tensor
-    packed = torch.stack([*rows.present(), soft, *([] if hard is None else [hard])])
+    packed = torch.stack([by_row(v) for v in (*rows.present(), soft, *([] if hard is None else [hard]))])
     rows, rest = Rows.of(packed.unbind(), both.kind, labels, indices)
     return rows, RowGradients(rest[0], rest[1] if len(rest) > 1 else None), found, packed
 

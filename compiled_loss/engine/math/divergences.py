@@ -7,6 +7,7 @@ with labels is that of the student's z at temperature 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from compiled_loss.engine.collectives import all_reduced, largest
 from compiled_loss.engine.math import divergence_kinds as kinds
 from compiled_loss.engine.math.divergence_kinds import OVERLAP, Distributions, Kind, Pair
 from compiled_loss.engine.math.logit_maps import times, times_row
+from compiled_loss.engine.math.statistics import by_row
+from compiled_loss.engine.operators import is_compiling
 
 Output = tuple[Tensor, ...]
 
@@ -138,33 +141,41 @@ class Compared(NamedTuple):
     pair: Pair
     logits: Tensor  # [rows, V], the student's with their bias, in fp32
     target: Tensor  # [rows, V], probabilities, or logits with their bias
+    kept: Tensor | None = None  # [rows, V], the bounded logits, in eager code: bodies.py, NOTE [Computed again]
 
     @staticmethod
     def of(kind: Kind, logits: Tensor, target: Tensor, pair: Pair) -> Compared:
         """Makes it from the student's logits and the target's logits or probabilities."""
-        return Compared(kind, pair, pair.student.biased(logits), pair.target.biased(target))
+        biased = pair.student.biased(logits)
+        kept = None if is_compiling() else pair.student.bounded(biased)
+        return Compared(kind, pair, biased, pair.target.biased(target), kept)
+
+    def _relative(self, maximum: Tensor) -> Tensor:
+        """Returns the student's z minus a row's maximum, without the temperature of `over_temperature`."""
+        return self.pair.student.scaled(self._bounded() - row(maximum))
+
+    def _bounded(self) -> Tensor:
+        return self.pair.student.bounded(self.logits) if self.kept is None else self.kept
 
     def fold(self, labels: Tensor | None, group: str | None) -> tuple[Rows, Found]:
         """Returns the `Rows` and the `Found`; over a group this takes three collectives."""
-        kind, pair, logits, target = self
+        kind, pair, logits, target, _ = self
         student, beside = pair.student, pair.target
         # The maximum is taken before the tanh, which keeps the order: this saves one tanh per logit. It is detached,
         # because no result depends on the shift.
         maxima = [largest(logits.detach()), *([] if kind.probabilities else [largest(target.detach())])]
         maximum, *target_maximum = all_reduced(maxima, "max", group)
-        maximum, target_maximum = student.bounded(maximum), [beside.bounded(m) for m in target_maximum]
-        bounded = student.bounded(logits)
-        shifted = student.scaled(bounded - row(maximum))
-        exponentials = [pair.over_temperature(shifted).exp().sum(-1)]
+        maximum, target_maximum = by_row(student.bounded(maximum)), [by_row(beside.bounded(m)) for m in target_maximum]
+        exponentials = [pair.over_temperature(self._relative(maximum)).exp().sum(-1)]
         exponentials += [beside.scaled(beside.bounded(target) - row(m)).exp().sum(-1) for m in target_maximum]
-        exponentials += [] if labels is None else [shifted.exp().sum(-1)]
-        log_sum, *log_sums = [value.log() for value in all_reduced(exponentials, "sum", group)]
+        exponentials += [] if labels is None else [self._relative(maximum).exp().sum(-1)]
+        log_sum, *log_sums = [by_row(value.log()) for value in all_reduced(exponentials, "sum", group)]
         rows = Rows(maximum, log_sum, None, None, None, None, None)
         if target_maximum:
             rows = rows._replace(target_maximum=target_maximum[0], target_log_sum=log_sums[0])
-        addends = kinds.addends(kind, self.distributions(rows, bounded), pair)
+        addends = kinds.addends(kind, self.distributions(rows), pair)
         if labels is not None:
-            addends["label"] = torch.where(is_target(logits, labels), shifted, 0.0)
+            addends["label"] = torch.where(is_target(logits, labels), self._relative(maximum), 0.0)
         sums = dict(zip(addends, all_reduced([v.sum(-1) for v in addends.values()], "sum", group), strict=True))
         rows = rows._replace(slope=kinds.slope_sum(kind, pair, sums))
         if kind.of_overlap():
@@ -176,27 +187,27 @@ class Compared(NamedTuple):
             acceptance=sums[OVERLAP].clone() if kind.wants("acceptance") else None,  # no body returns a tensor twice
         )
         if labels is None:
-            return rows, found
-        return rows._replace(hard_log_sum=log_sums[-1]), found._replace(cross_entropy=log_sums[-1] - sums["label"])
+            return rows, found.map(by_row)
+        found = found._replace(cross_entropy=log_sums[-1] - sums["label"])
+        return rows._replace(hard_log_sum=log_sums[-1]), found.map(by_row)
 
     def gradient(self, labels: Tensor | None, rows: Rows, upstream: RowGradients, dtype: torch.dtype) -> Tensor:
         """Returns the gradient of sum(soft * divergence + hard * cross-entropy) by the student's raw logits."""
         kind, pair, student = self.kind, self.pair, self.pair.student
         assert rows.slope is not None
-        bounded, (soft, hard) = student.bounded(self.logits), upstream.map(lambda g: times_row(g, student.factor()))
-        both = self.distributions(rows, bounded)
+        soft, hard = upstream.map(lambda g: times_row(g, student.factor()))
+        both = self.distributions(rows)
         slopes = kinds.slope(kind, both, pair, rows.overlap)
         d = row(times_row(soft, pair.inverse_temperature)) * (slopes - both.a.exp() * row(rows.slope))
         if labels is not None and hard is not None and rows.hard_log_sum is not None:
-            p = (student.scaled(bounded - row(rows.maximum)) - row(rows.hard_log_sum)).exp()
-            d = d + row(hard) * (p - torch.where(is_target(bounded, labels), 1.0, 0.0))
-        return over(self.logits, times(d, student.slope(bounded)), upstream).to(dtype)
+            p = (self._relative(rows.maximum) - row(rows.hard_log_sum)).exp()
+            d = d + row(hard) * (p - torch.where(is_target(d, labels), 1.0, 0.0))
+        return over(self.logits, times(d, student.slope(self._bounded())), upstream).to(dtype)
 
-    def distributions(self, rows: Rows, bounded: Tensor) -> Distributions:
-        """Returns both distributions, given the `Rows` and the student's bounded logits."""
-        pair, target = self.pair, self.target
-        student, beside = pair.student, pair.target
-        a = pair.over_temperature(student.scaled(bounded - row(rows.maximum))) - row(rows.log_sum)
+    def distributions(self, rows: Rows) -> Distributions:
+        """Returns both distributions, given the `Rows`."""
+        pair, target, beside = self.pair, self.target, self.pair.target
+        a = pair.over_temperature(self._relative(rows.maximum)) - row(rows.log_sum)
         if rows.target_maximum is None or rows.target_log_sum is None:
             return Distributions(a, target, None)
         b = beside.scaled(beside.bounded(target) - row(rows.target_maximum)) - row(rows.target_log_sum)
@@ -207,6 +218,7 @@ def over(logits: Tensor, d: Tensor, upstream: RowGradients) -> Tensor:
     """Returns the gradient d, with 0 in rows that have no loss, whatever these rows and their target hold.
 
     Where a logit is NaN the result is set to NaN, which d is there anyway. This makes the last expression read the
-    logits. Inductor cuts a long expression in two, and would otherwise not write the result over the logits.
+    logits. Inductor cuts a long expression in two, and would otherwise not write the result over the logits. The test
+    is a comparison, because Inductor's `isnan` takes one number at a time on a CPU.
     """
-    return torch.where(row(upstream.counts()), torch.where(logits.isnan(), logits, d), 0.0)
+    return torch.where(row(upstream.counts()), torch.where(logits <= math.inf, d, logits), 0.0)

@@ -308,3 +308,20 @@ def depends_on(value: Tensor, *reductions: Tensor | None) -> Tensor:
             if reduction is not None:
                 value = torch.where(reduction.isnan() & (value != 0), reduction, value)
     return value
+
+
+def by_row(value: Tensor) -> Tensor:
+    """Returns the same numbers, [rows], in traced code in a form that Inductor computes one row at a time on a CPU.
+
+    NOTE [One loop]
+    On a CPU Inductor fuses the loops of a body into one loop over rows. A row then stays in the cache, and code is
+    generated once. Inductor does so only if none of the loops takes several rows at a time. An int16 among a loop's
+    numbers makes it take one row at a time. In a loop over columns it would do the same to columns. The exponential,
+    which is never selected, makes Inductor write out the value instead of computing it again for each column.
+    """
+    if value.device.type != "cpu" or not is_compiling():
+        return value
+    if value.dtype == torch.bool:
+        return value.to(torch.int16).to(torch.bool)
+    never = (value > math.inf).to(torch.int16)
+    return torch.where(never.to(torch.bool), value.exp(), value)

@@ -163,7 +163,7 @@ class TopCompared(NamedTuple):
         """Returns the results for the k classes and the tail, with the mass of the k classes on both sides."""
         coarse = self._coarse(rows)
         known, found = coarse.fold(None, None)
-        both = coarse.distributions(known, coarse.logits)
+        both = coarse.distributions(known)
         if self.kind.wants("student_mass"):
             found = found._replace(student_mass=torch.where(_is_tail(both.a), 0.0, both.a.exp()).sum(-1))
         if self.kind.wants("teacher_mass"):
