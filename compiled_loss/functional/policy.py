@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compiled_loss import checks
 from compiled_loss.dispatch.keywords import Keywords
-from compiled_loss.dispatch.linear import check_tokens, linear_call
+from compiled_loss.dispatch.linear import check_tokens, computed_dtype, linear_call
 from compiled_loss.dispatch.support import row_statistics
 from compiled_loss.distributed import dtensor
 from compiled_loss.distributed.vocab_shard import VocabShard
@@ -268,10 +268,13 @@ def linear_policy_loss(
         segments = None if segment_ids is None else dtensor.rows(segment_ids, call.vocabulary)
         entropy = statistics.entropy if policy.terms.entropy else None
         return own.loss(statistics.logprob, entropy, call.tokens.active, segments)
+    outer: Tensor | None = None
     if entropy_weights is None:
-        policy, token_weights = policy.without_weights()
+        policy, outer = policy.without_weights()
+    elif computed_dtype(hidden, weight) == torch.float16:
+        policy, outer = policy.with_relative_weights()
     keywords = keywords._replace(
-        token_weights=token_weights if entropy_weights is None else None,
+        token_weights=outer,
         reduction="mean" if token_weights is None else "sum",
         token_loss=token_loss(policy.terms),
         inputs=inputs_of(policy.rows, policy.numbers),

@@ -145,6 +145,20 @@ class Policy(NamedTuple):
         rows = self.rows._replace(weight=None, entropy_weight=None)
         return self._replace(terms=self.terms._replace(weighted=False), rows=rows), self.rows.weight
 
+    def with_relative_weights(self) -> tuple[Policy, Tensor]:
+        """Returns the same policy with weights relative to the larger of each token's two, and the larger ones.
+
+        The engine scales fp16 gradients by the weight of a token's loss, and does not know of weights inside it.
+        """
+        weight, bonus = self.rows.weight, self.rows.entropy_weight
+        assert weight is not None
+        larger = weight.detach().abs()
+        if bonus is not None:
+            larger = torch.maximum(larger, bonus.detach().abs())
+            bonus = bonus / torch.where(larger > 0, larger, 1.0)
+        rows = self.rows._replace(weight=weight / torch.where(larger > 0, larger, 1.0), entropy_weight=bonus)
+        return self._replace(rows=rows), larger
+
     def loss(self, logprob: Tensor, entropy: Tensor | None, counts: Tensor, segment_ids: Tensor | None) -> PolicyLoss:
         """Computes the loss over the tokens that count. The values of other tokens are not used."""
         rows = self.rows.map(lambda v: torch.where(counts, v, 0.0))

@@ -313,16 +313,20 @@ def test_few_tokens_a_chunk(chunk, dtype):
         assert (mine.double() - theirs).norm() <= 8 * eps * theirs.norm()
 
 
-def test_a_small_weight_in_fp16():
+@pytest.mark.parametrize("entropy", [None, 0.0, 3.0])
+def test_a_small_weight_in_fp16(entropy):
     """The gradients of logits at 1e-7 would flush to zero; a weight of all tokens scales them."""
     hidden, weight, labels, old, advantages = batch(torch.float32)
     half = hidden.detach().half().requires_grad_()
-    weights = torch.full((B, S), 1e-7)
-    found = linear_policy_loss(half, weight.detach().half(), labels, old, advantages, token_weights=weights)
+    weights, options, exactly = torch.full((B, S), 1e-7), {}, {}
+    if entropy is not None:
+        options = {"entropy_coefficient": 0.1, "entropy_weights": entropy * weights}
+        exactly = {"entropy_coefficient": 0.1, "entropy_weights": torch.full((B, S), entropy, dtype=torch.float64)}
+    found = linear_policy_loss(half, weight.detach().half(), labels, old, advantages, token_weights=weights, **options)
     (mine,) = torch.autograd.grad(found.loss / 1e-7, half)
     exact = [half.detach().double().requires_grad_(), weight.detach().half().double()]
     rows = (labels, old.double(), advantages.double())
-    expected = truth(token_weights=torch.ones(B, S, dtype=torch.float64))(*exact, *rows)
+    expected = truth(token_weights=torch.ones(B, S, dtype=torch.float64), **exactly)(*exact, *rows)
     (theirs,) = torch.autograd.grad(expected, exact[0])
     assert (mine.double() - theirs).norm() <= 8 * torch.finfo(torch.float16).eps * theirs.norm()
 
