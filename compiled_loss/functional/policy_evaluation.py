@@ -155,8 +155,8 @@ class Policy(NamedTuple):
         larger = weight.detach().abs()
         if bonus is not None:
             larger = torch.maximum(larger, bonus.detach().abs())
-            bonus = bonus / torch.where(larger > 0, larger, 1.0)
-        rows = self.rows._replace(weight=weight / torch.where(larger > 0, larger, 1.0), entropy_weight=bonus)
+        larger = larger.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)  # a weight of 0 has a gradient
+        rows = self.rows._replace(weight=weight / larger, entropy_weight=None if bonus is None else bonus / larger)
         return self._replace(rows=rows), larger
 
     def loss(self, logprob: Tensor, entropy: Tensor | None, counts: Tensor, segment_ids: Tensor | None) -> PolicyLoss:

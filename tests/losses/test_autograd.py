@@ -8,7 +8,15 @@ import torch
 from comparing import TIGHT, assert_matches
 from torch.utils.checkpoint import checkpoint
 
-from compiled_loss import Chunking, cross_entropy, linear_cross_entropy, linear_token_statistics, nn, reference
+from compiled_loss import (
+    Chunking,
+    cross_entropy,
+    distillation,
+    linear_cross_entropy,
+    linear_token_statistics,
+    nn,
+    reference,
+)
 from compiled_loss.testing import head_inputs
 
 CHUNKINGS = {
@@ -19,6 +27,21 @@ CHUNKINGS = {
 }
 EAGER_FIRST = [pytest.param(w, marks=[pytest.mark.slow] * ("compiled" in w)) for w in CHUNKINGS]
 WAYS = [*list(CHUNKINGS)[:3], pytest.param("vocab, compiled", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, distillation])
+def test_large_logits_under_functorch_and_compile(loss):
+    """What the compiler alone needs has no gradient: exp overflows at 89 in fp32, and 0 * inf would be NaN."""
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(4, 40), torch.randint(0, 40, (4,))
+    logits += torch.tensor([[0.0], [100.0], [-150.0], [300.0]])
+    logits[0, 3] = 400.0  # a divergence of hundreds
+    more = (60 * torch.randn(4, 40),) if loss is distillation else ()
+    found = torch.compile(torch.func.grad(lambda z: loss(z, *more, labels)), fullgraph=True)(logits)
+    truth = getattr(reference, loss.__name__)
+    expected = torch.func.grad(lambda z: truth(z, *[v.double() for v in more], labels))(logits.double())
+    # Each is a difference of probabilities, whose exponents are logits of up to 400, rounded to fp32.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=400 * torch.finfo(torch.float32).eps)
 
 
 def inputs_of(tokens=11):

@@ -324,4 +324,4 @@ def by_row(value: Tensor) -> Tensor:
     if value.dtype == torch.bool:
         return value.to(torch.int16).to(torch.bool)
     never = (value > math.inf).to(torch.int16)
-    return torch.where(never.to(torch.bool), value.exp(), value)
+    return torch.where(never.to(torch.bool), value.detach().exp(), value)  # exp may overflow, and 0 * inf is NaN
