@@ -313,6 +313,24 @@ def test_few_tokens_a_chunk(chunk, dtype):
         assert (mine.double() - theirs).norm() <= 8 * eps * theirs.norm()
 
 
+def test_the_gradient_of_a_weight_of_zero_in_fp16():
+    """Beside own entropy weights; against fp64."""
+    hidden, weight, labels, old, advantages = batch(torch.float32)
+    half = [v.detach().half() for v in (hidden, weight)]
+    weights, bonus = torch.ones(B, S), torch.ones(B, S)
+    zero = tuple((labels >= 0).nonzero()[0])
+    weights[zero] = bonus[zero] = 0.0
+    options = {"entropy_coefficient": 0.1, "entropy_weights": bonus}
+    found = linear_policy_loss(*half, labels, old, advantages, token_weights=weights.requires_grad_(), **options).loss
+    exact = weights.detach().double().requires_grad_()
+    options["entropy_weights"] = bonus.double()
+    rows = (labels, old.double(), advantages.double())
+    expected = truth(token_weights=exact, **options)(*[v.double() for v in half], *rows)
+    mine, theirs = torch.autograd.grad(found, weights)[0].double(), torch.autograd.grad(expected, exact)[0]
+    assert theirs[zero] != 0
+    assert (mine - theirs).norm() <= 8 * torch.finfo(torch.float16).eps * theirs.norm()
+
+
 @pytest.mark.parametrize("entropy", [None, 0.0, 3.0])
 def test_a_small_weight_in_fp16(entropy):
     """The gradients of logits at 1e-7 would flush to zero; a weight of all tokens scales them."""
